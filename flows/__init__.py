@@ -1,0 +1,1 @@
+"""What runs, when and where: recipes, Prefect, MLflow, the command line."""

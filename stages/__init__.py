@@ -1,0 +1,33 @@
+"""The table of stages: one line a stage. A definition is imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from stages.runtime.contract import Stage, StageError
+
+STAGES = {
+    "fetch": "stages.fetch:FETCH",
+    "corpus": "stages.corpus:CORPUS",
+    "share": "stages.share:SHARE",
+    "prune": "stages.prune:PRUNE",
+    "recover": "stages.recover:RECOVER",
+    "quantize": "stages.quantize:QUANTIZE",
+    "export": "stages.export:EXPORT",
+    "compile": "stages.compile:COMPILE",
+    "validate": "stages.validate:VALIDATE",
+}
+
+
+def stage(name: str) -> Stage[Any]:
+    """The definition of a stage by its name.
+
+    Raises:
+        StageError: no stage is called so.
+    """
+    if name not in STAGES:
+        raise StageError(f"there is no stage {name!r}", limit=", ".join(STAGES))
+    module, _, attribute = STAGES[name].partition(":")
+    found: Stage[Any] = getattr(import_module(module), attribute)
+    return found

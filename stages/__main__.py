@@ -1,0 +1,107 @@
+"""The child that runs one stage: python -m stages NAME --work WORK.json --store URI.
+
+Events go to standard output as JSON lines; the last is `sealed` or `error`. The child ends when its standard input
+closes, so that no orphan goes on after its parent was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from stages import stage
+from stages.adapters.connect import connect
+from stages.runtime.contract import DoesNotFit, Interrupted, StageError, Unavailable, Work
+from stages.runtime.execute import execute
+from stages.runtime.progress import JsonLines
+
+CODES = {DoesNotFit: 3, Interrupted: 130}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage; returns the exit code: 0, 1 error, 3 does not fit, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--work", type=Path, required=True, help="JSON: work, params, step, force")
+    parser.add_argument("--store", required=True, help="folder or s3:// URI")
+    parser.add_argument("--scratch", type=Path, help="folder for drafts and views; default: beside the store")
+    parser.add_argument("--orphan", action="store_true", help="go on when standard input closes")
+    asked = parser.parse_args(argv)
+    events = JsonLines(_claimed_stdout())
+    signal.signal(signal.SIGTERM, _interrupt)
+    if not asked.orphan:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    order = json.loads(asked.work.read_text(encoding="utf-8"))
+    try:
+        definition = stage(asked.name)
+        outcome = execute(
+            definition,
+            definition.params.model_validate(order["params"]),
+            Work.model_validate(order["work"]),
+            connect(asked.store, asked.scratch),
+            events,
+            step=order.get("step", ""),
+            force=order.get("force", False),
+        )
+    except KeyboardInterrupt:
+        events.send(event="error", kind="Interrupted", what=f"{asked.name} was interrupted")
+        return 130
+    except StageError as error:
+        events.send(event="error", **described(error))
+        return CODES.get(type(error), 1)
+    events.send(
+        event="sealed",
+        identity=outcome.identity,
+        cached=outcome.cached,
+        changed=outcome.changed,
+    )
+    return 0
+
+
+def described(error: StageError) -> dict[str, str | None]:
+    """An error's four parts as JSON values."""
+    return {
+        "kind": type(error).__name__,
+        "what": error.what,
+        "measured": None if error.measured is None else str(error.measured),
+        "limit": None if error.limit is None else str(error.limit),
+        "remedy": error.remedy,
+    }
+
+
+def rebuilt(event: dict[str, str | None]) -> StageError:
+    """The error that `described` wrote."""
+    kinds = {kind.__name__: kind for kind in (StageError, DoesNotFit, Interrupted, Unavailable)}
+    kind = kinds.get(event["kind"] or "", StageError)
+    return kind(
+        event["what"] or "", measured=event.get("measured"), limit=event.get("limit"), remedy=event.get("remedy") or ""
+    )
+
+
+def _claimed_stdout() -> TextIO:
+    # Libraries print to descriptor 1 at will; events keep a copy of it and everything else goes to stderr.
+    kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    warnings.filterwarnings("ignore")
+    return kept
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

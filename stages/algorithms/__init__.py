@@ -1,0 +1,1 @@
+"""Pure functions over tensors, one technique a file."""

@@ -1,0 +1,1 @@
+"""What a Transformer is made of, and the one loader and saver."""

@@ -1,0 +1,1 @@
+"""Contract, identity, sealing: how a stage runs, whatever it does."""

@@ -1,0 +1,246 @@
+"""The store of sealed artifacts: content-addressed blobs, manifests written last, views to read them from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.runtime.contract import PARTIAL, FileEntry, Manifest, StageError, Work
+from stages.runtime.fingerprint import digest_file, first_difference, fingerprint
+from stages.runtime.stores import Objects
+
+MANIFESTS = "artifacts/"
+BLOBS = "blobs/"
+KEPT_SECONDS = 24 * 3600
+"""How old an unreferenced blob or a draft must be before `sweep` takes it: longer than any publication lasts."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What `sweep` removed."""
+
+    drafts: int
+    blobs: int
+    bytes: int
+
+
+class Store:
+    """Sealed artifacts in `objects`; drafts and views in `scratch`, a folder on this machine."""
+
+    def __init__(self, objects: Objects, scratch: Path) -> None:
+        self.objects = objects
+        self.scratch = scratch
+        self.uri = objects.uri
+
+    def manifest(self, identity: str) -> Manifest | None:
+        """The manifest of a fingerprint, None when it is not sealed. Sizes of its blobs are checked, bytes are not.
+
+        Raises:
+            StageError: the manifest cannot be read, or a blob is missing or has another size.
+        """
+        data = self.objects.read(f"{MANIFESTS}{identity}.json")
+        if data is None:
+            return None
+        manifest = self._parsed(identity, data)
+        for name, entry in manifest.files.items():
+            found = self.objects.stat(_blob(entry.sha256))
+            if found is None or found.size != entry.size:
+                raise StageError(
+                    f"{name} of artifact {identity[:12]} is damaged in {self.uri}",
+                    measured="absent" if found is None else f"{found.size} bytes",
+                    limit=f"{entry.size} bytes",
+                    remedy=f"Remove the artifact with `enginery sweep --artifact {identity[:12]}` and run again.",
+                )
+        return manifest
+
+    def manifests(self) -> Iterator[tuple[str, Manifest]]:
+        """Every sealed artifact: fingerprint and manifest."""
+        for found in self.objects.list(MANIFESTS):
+            name = found.key.removeprefix(MANIFESTS)
+            if not name.endswith(".json") or name.startswith("."):
+                continue
+            data = self.objects.read(found.key)
+            if data is not None:
+                yield name.removesuffix(".json"), self._parsed(name.removesuffix(".json"), data)
+
+    def resolve(self, prefix: str) -> str:
+        """The one fingerprint that begins with `prefix`.
+
+        Raises:
+            StageError: none or several do.
+        """
+        names = [name for name, _ in self.manifests() if name.startswith(prefix)]
+        if len(names) != 1:
+            raise StageError(
+                f"{'no artifact' if not names else 'more than one artifact'} begins with {prefix!r}",
+                measured=len(names),
+                limit=1,
+                remedy="`enginery ls` shows the artifacts of this store.",
+            )
+        return names[0]
+
+    def publish(self, draft: Path, manifest: Manifest, *, replace: bool = False) -> Manifest:
+        """Seal a draft: each file to its digest, then the manifest if absent. Returns the manifest that stands."""
+        identity = fingerprint(manifest.work)
+        for name, entry in manifest.files.items():
+            self.objects.put_file(_blob(entry.sha256), draft / name)
+        data = manifest.model_dump_json(indent=1).encode()
+        if self.objects.put(f"{MANIFESTS}{identity}.json", data, replace=replace):
+            return manifest
+        theirs = self.manifest(identity)
+        if theirs is None:
+            raise StageError(f"the manifest of {identity[:12]} vanished while it was published", remedy="Run again.")
+        return theirs
+
+    def checkout(self, identity: str) -> Path:
+        """A read-only folder with the artifact's files, every byte hashed against the manifest.
+
+        Raises:
+            StageError: not sealed, or a file's bytes differ from their digest.
+        """
+        manifest = self.manifest(identity)
+        if manifest is None:
+            raise StageError(f"artifact {identity[:12]} is not in {self.uri}", remedy="Run the step that makes it.")
+        view = self.scratch / "views" / identity
+        if not view.is_dir():
+            view.parent.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(dir=view.parent, prefix=".view-"))
+            for name, entry in manifest.files.items():
+                self.objects.fetch(_blob(entry.sha256), building / name)
+            try:
+                os.rename(building, view)
+            except OSError:
+                shutil.rmtree(building)
+                if not view.is_dir():
+                    raise
+        self._verify(view, manifest, identity)
+        return view
+
+    def verify(self, identity: str) -> Manifest:
+        """Hash every byte of an artifact; returns its manifest. Raises StageError naming the file that differs."""
+        self.checkout(identity)
+        manifest = self.manifest(identity)
+        assert manifest is not None
+        return manifest
+
+    def _verify(self, view: Path, manifest: Manifest, identity: str) -> None:
+        for name, entry in manifest.files.items():
+            found = digest_file(view / name) if (view / name).is_file() else "absent"
+            if found != entry.sha256:
+                shutil.rmtree(view)
+                raise StageError(
+                    f"{name} of artifact {identity[:12]} does not match its digest",
+                    measured=found[:12],
+                    limit=entry.sha256[:12],
+                    remedy=f"Remove it with `enginery sweep --artifact {identity[:12]}` and run again.",
+                )
+
+    @contextmanager
+    def draft(self, identity: str) -> Iterator[Path]:
+        """The folder in which one process may make this artifact; what stands in its `PARTIAL` is kept.
+
+        Yields:
+            An otherwise empty folder. It is removed after publication by the caller's `discard`.
+        """
+        folder = self.scratch / "drafts" / identity
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f"{identity}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            folder.mkdir(exist_ok=True)
+            for path in folder.iterdir():
+                if path.name != PARTIAL:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield folder
+
+    def discard(self, identity: str) -> None:
+        """Remove a draft whose artifact is sealed."""
+        shutil.rmtree(self.scratch / "drafts" / identity, ignore_errors=True)
+
+    def nearest(self, work: Work, step: str) -> str:
+        """Why `work` is not sealed: the first field in which the nearest sealed artifact of the step differs."""
+        best: tuple[tuple[int, int, str], str] | None = None
+        for _, manifest in self.manifests():
+            if manifest.work.stage != work.stage:
+                continue
+            differing = _differing(manifest.work, work)
+            rank = (int(manifest.provenance.step != step), differing, manifest.provenance.created)
+            if best is None or rank < best[0]:
+                best = (rank, first_difference(manifest.work, work))
+        return best[1] if best else "nothing like it is sealed yet"
+
+    def remove(self, identity: str) -> None:
+        """Take an artifact's manifest away; its blobs go with the next sweep."""
+        self.objects.delete(f"{MANIFESTS}{identity}.json")
+        shutil.rmtree(self.scratch / "views" / identity, ignore_errors=True)
+
+    def sweep(self, *, older_than_s: float = KEPT_SECONDS) -> Swept:
+        """Remove drafts, downloads and unreferenced blobs older than `older_than_s`."""
+        before = time.time() - older_than_s
+        named = {entry.sha256 for _, manifest in self.manifests() for entry in manifest.files.values()}
+        drafts = blobs = freed = 0
+        for room in ("drafts", "views", "downloads"):
+            folder = self.scratch / room
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if path.suffix != ".lock" and _newest(path) < before and not self._in_use(path):
+                    drafts += 1
+                    freed += 0 if room == "views" else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for found in list(self.objects.list(BLOBS)):
+            if found.key.rpartition("/")[2] not in named and found.modified < before:
+                self.objects.delete(found.key)
+                blobs, freed = blobs + 1, freed + found.size
+        return Swept(drafts, blobs, freed)
+
+    def _in_use(self, path: Path) -> bool:
+        lock = path.parent / f"{path.name}.lock"
+        if not lock.exists():
+            return False
+        with lock.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def _parsed(self, identity: str, data: bytes) -> Manifest:
+        try:
+            manifest = Manifest.model_validate_json(data)
+        except ValueError as error:
+            raise StageError(
+                f"the manifest of {identity[:12]} in {self.uri} cannot be read",
+                remedy="It was written by another version or damaged: remove it and run again.",
+            ) from error
+        return manifest
+
+
+def entries(folder: Path) -> dict[str, FileEntry]:
+    """The files of a finished draft, hashed; state to resume from is not among them."""
+    found: dict[str, FileEntry] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name.split("/")[0] != PARTIAL:
+            found[name] = FileEntry(sha256=digest_file(path), size=path.stat().st_size)
+    return found
+
+
+def _blob(digest: str) -> str:
+    return f"{BLOBS}{digest[:2]}/{digest}"
+
+
+def _newest(path: Path) -> float:
+    return max([path.stat().st_mtime, *(p.stat().st_mtime for p in path.rglob("*") if p.exists())])
+
+
+def _differing(a: Work, b: Work) -> int:
+    old, new = a.model_dump(mode="json"), b.model_dump(mode="json")
+    count = sum(old[field] != new[field] for field in ("code", "requires", "executor"))
+    for field in ("params", "inputs"):
+        count += sum(old[field].get(key) != new[field].get(key) for key in old[field].keys() | new[field].keys())
+    return count

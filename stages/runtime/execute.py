@@ -1,0 +1,246 @@
+"""Run one stage once: check, look for a hit, run into a draft, seal."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from stages.runtime.artifacts import Store, entries
+from stages.runtime.contract import (
+    PARTIAL,
+    DoesNotFit,
+    Kind,
+    Manifest,
+    Params,
+    Progress,
+    Provenance,
+    Stage,
+    StageError,
+    Work,
+)
+from stages.runtime.fingerprint import ROOT, assert_installed, canonical, code_digest, fingerprint, required
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `execute` came to."""
+
+    identity: str
+    manifest: Manifest
+    cached: bool
+    changed: bool
+    """False when the sealed bytes are those that stood before: a hit, or a forced run that reproduced them."""
+
+
+def work_of(stage: Stage[Any], params: Params, inputs: Mapping[str, str]) -> Work:
+    """The identity of running `stage` with pinned `params` on inputs given as role -> fingerprint."""
+    return Work(
+        stage=stage.name,
+        code=code_digest(f"stages.{stage.name}"),
+        params=params.identity(),
+        inputs=dict(sorted(inputs.items())),
+        requires=required(stage.image),
+        executor=stage.executed_on(params) if stage.executed_on else {},
+    )
+
+
+def check_kinds(stage: Stage[Any], kinds: Mapping[str, Kind]) -> None:
+    """Raise StageError unless the roles and artifact kinds are those that the stage takes."""
+    for role, kind in kinds.items():
+        accepted = stage.inputs.get(role.split(".")[0])
+        if accepted is None or ("." in role) != accepted.many:
+            raise StageError(f"{stage.name} has no input {role!r}", limit=", ".join(stage.inputs) or "no inputs")
+        if kind not in accepted.kinds:
+            raise StageError(
+                f"{stage.name} cannot take this as {role!r}", measured=kind, limit=" or ".join(sorted(accepted.kinds))
+            )
+    for role, accepted in stage.inputs.items():
+        if not accepted.optional and role not in {name.split(".")[0] for name in kinds}:
+            raise StageError(f"{stage.name} needs an input {role!r}", limit=" or ".join(sorted(accepted.kinds)))
+
+
+def execute(
+    stage: Stage[Any],
+    params: Params,
+    work: Work,
+    store: Store,
+    progress: Progress,
+    *,
+    step: str = "",
+    force: bool = False,
+) -> Outcome:
+    """Return the sealed artifact of `work`, making it if it is not there.
+
+    Args:
+        stage: the definition.
+        params: pinned params whose identity stands in `work`.
+        work: from `work_of`; its inputs must be sealed in `store`.
+        store: where artifacts are read and sealed.
+        progress: who listens.
+        step: the name of this use in the recipe, for provenance.
+        force: make it again although it is sealed.
+
+    Raises:
+        StageError: a broken contract; nothing was sealed.
+        DoesNotFit: memory or disk ran out; nothing was sealed, partial state is kept.
+    """
+    identity = fingerprint(work)
+    before = store.manifest(identity)
+    if before and not force:
+        return Outcome(identity, before, cached=True, changed=False)
+    _check(stage, work, store)
+    with store.draft(identity) as draft:
+        raced = store.manifest(identity)
+        if raced and not force:
+            store.discard(identity)
+            return Outcome(identity, raced, cached=True, changed=False)
+        _claim_partial(draft, work, fresh=force)
+        manifest = _run(stage, params, work, store, progress, draft, step)
+        sealed = store.publish(draft, manifest, replace=force)
+        store.discard(identity)
+    return Outcome(identity, sealed, cached=False, changed=before is None or before.files != sealed.files)
+
+
+def _check(stage: Stage[Any], work: Work, store: Store) -> None:
+    kinds: dict[str, Kind] = {}
+    for role, identity in work.inputs.items():
+        manifest = store.manifest(identity)
+        if manifest is None:
+            raise StageError(f"input {role!r} of {stage.name} is not sealed in {store.uri}", measured=identity[:12])
+        kinds[role] = manifest.kind
+    check_kinds(stage, kinds)
+    assert_installed(work.requires)
+    here = code_digest(f"stages.{stage.name}")
+    if here != work.code:
+        raise StageError(
+            f"the code of {stage.name} here is not the code that was planned",
+            measured=here[:12],
+            limit=work.code[:12],
+            remedy="Build the image from the commit that plans the run.",
+        )
+
+
+def _claim_partial(draft: Path, work: Work, *, fresh: bool) -> None:
+    """Write the work beside the partial state, or refuse state of another work by the field that differs."""
+    from stages.runtime.fingerprint import first_difference  # noqa: PLC0415
+
+    partial = draft / PARTIAL
+    record = partial / "work.json"
+    if fresh and partial.exists():
+        shutil.rmtree(partial)
+    if record.is_file():
+        difference = first_difference(Work.model_validate_json(record.read_bytes()), work)
+        if difference:
+            raise StageError(
+                f"the partial state in {partial} belongs to other work",
+                measured=difference,
+                remedy="Remove that folder to start this step afresh.",
+            )
+        return
+    partial.mkdir(parents=True, exist_ok=True)
+    record.write_bytes(canonical(work.model_dump(mode="json")))
+
+
+def _run(
+    stage: Stage[Any], params: Params, work: Work, store: Store, progress: Progress, draft: Path, step: str
+) -> Manifest:
+    _reset_peak_rss()
+    started = time.monotonic()
+    try:
+        inputs = {role: store.checkout(identity) for role, identity in work.inputs.items()}
+        metrics = stage.run(params, inputs, draft, progress)
+        files = entries(draft)
+    except (OSError, RuntimeError, SafetensorError, MemoryError) as error:
+        _raise_if_full(error, draft)
+        raise
+    if not files:
+        raise StageError(f"{stage.name} ended without writing a file")
+    return Manifest(
+        work=work,
+        kind=stage.output,
+        files=files,
+        metrics=metrics,
+        provenance=Provenance(
+            step=step,
+            commit=commit(),
+            image=os.environ.get("ENGINERY_IMAGE", ""),
+            host=socket.gethostname(),
+            device=device_name(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - started, 3),
+            peak_rss_bytes=peak_rss_bytes(),
+        ),
+    )
+
+
+def _raise_if_full(error: BaseException, draft: Path) -> None:
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        raise DoesNotFit(
+            "memory ran out",
+            measured=f"peak {peak_rss_bytes() / 1e9:.1f} GB",
+            remedy="Use a smaller model, fewer or shorter windows, or a larger machine.",
+        ) from error
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in text:
+        raise DoesNotFit(
+            f"the disk of {draft} is full",
+            measured=f"{shutil.disk_usage(draft).free / 1e6:.0f} MB free",
+            remedy="Free space there, run `enginery sweep`, or name another disk with --store.",
+        ) from error
+
+
+@cache
+def commit() -> str:
+    """The project's git commit, empty where it is not known."""
+    if found := os.environ.get("ENGINERY_COMMIT"):
+        return found
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return ""
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
+    )
+    return done.stdout.strip()
+
+
+@cache
+def device_name() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} x{os.cpu_count()}"
+    return f"{platform.processor() or platform.machine()} x{os.cpu_count()}"
+
+
+def _reset_peak_rss() -> None:
+    # Writing 5 resets VmHWM (proc_pid_clear_refs(5)); without it an inline step would report an earlier step's peak.
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process since the stage began. VmHWM, since ru_maxrss survives exec."""
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    import resource  # noqa: PLC0415
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

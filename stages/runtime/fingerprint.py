@@ -1,0 +1,168 @@
+"""The identity of work: canonical JSON, digests of code as syntax trees, versions from constraints.txt."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from stages.runtime.contract import Image, StageError, Work
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LIBRARIES: Mapping[Image, tuple[str, ...]] = {
+    Image.BASE: ("pyarrow",),
+    Image.TORCH: ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnx", "onnxruntime"),
+    Image.TENSORRT: ("onnx", "onnxruntime", "tensorrt-rtx", "numpy"),
+}
+"""The libraries whose version can change a stage's bytes."""
+
+_NOT_CONTENT = ("stages.runtime",)
+"""Moving, sealing and reporting code cannot change what a stage computes, so it is left out of `code`."""
+
+
+def digest_bytes(data: bytes) -> str:
+    """sha256 as lowercase hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes as lowercase hex, read in constant memory."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_tree(root: Path) -> str:
+    """sha256 over the sorted (relative path, sha256) pairs of every file below `root`."""
+    entries = sorted((p.relative_to(root).as_posix(), digest_file(p)) for p in root.rglob("*") if p.is_file())
+    return digest_bytes(canonical(entries))
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces; refuses NaN, whose text is not JSON."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fingerprint(work: Work) -> str:
+    """sha256 hex of the work's canonical JSON: the name of the artifact it makes."""
+    return digest_bytes(canonical(work.model_dump(mode="json")))
+
+
+def first_difference(old: Work, new: Work) -> str:
+    """The first field in which two works differ, as `field: old -> new`; empty when they are equal."""
+    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    for key in sorted(a.keys() | b.keys(), key=_field_order):
+        if a.get(key) != b.get(key):
+            return f"{key}: {_short(a.get(key))} -> {_short(b.get(key))}"
+    return ""
+
+
+def _field_order(key: str) -> tuple[int, str]:
+    order = ("stage", "params", "inputs", "code", "requires", "executor")
+    return (order.index(key.split(".")[0]), key)
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text[:12] if re.fullmatch(r"[0-9a-f]{64}", text) else text
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        flat: dict[str, Any] = {}
+        for key, inner in value.items():
+            flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: value}
+
+
+@cache
+def code_digest(module: str) -> str:
+    """Digest of a project module and the project modules it imports, as syntax trees.
+
+    Comments, docstrings and line breaks change nothing; `stages.runtime` is left out, since it moves bytes and does
+    not make them.
+    """
+    seen: dict[str, str] = {}
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        path = _source(name)
+        if name in seen or path is None or name.startswith(_NOT_CONTENT):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        pending += _imports(tree)
+        seen[name] = digest_bytes(ast.dump(_without_docstrings(tree)).encode())
+    return digest_bytes(canonical(sorted(seen.items())))
+
+
+def _source(module: str) -> Path | None:
+    if module.split(".")[0] not in ("stages", "flows"):
+        return None
+    path = ROOT.joinpath(*module.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _imports(tree: ast.AST) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    # `stages` itself is the table of all stages: following it would tie every stage to every other.
+    return [name for name in names if name.startswith("stages.")]
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [
+                s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
+            ] or [ast.Pass()]
+    return tree
+
+
+@cache
+def constraints() -> Mapping[str, str]:
+    """Library -> version, from constraints.txt (beside the packages, or inside them when installed as a wheel)."""
+    for path in (ROOT / "constraints.txt", ROOT / "stages" / "constraints.txt"):
+        if path.is_file():
+            pairs = re.findall(r"^([A-Za-z0-9_.\-]+)==([^\s;]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            return {name.lower(): version for name, version in pairs}
+    raise StageError(f"constraints.txt is missing below {ROOT}", remedy="Install enginery again.")
+
+
+def required(image: Image) -> dict[str, str]:
+    """Library -> version that a stage of this image must run with."""
+    known = constraints()
+    return {name: known[name] for name in LIBRARIES[image]}
+
+
+def assert_installed(requires: Mapping[str, str]) -> None:
+    """Raise unless each library is installed in the required version.
+
+    Raises:
+        StageError: a library is absent or has another version; a local suffix such as `+cpu` is ignored.
+    """
+    for name, wanted in requires.items():
+        try:
+            found = importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            found = "absent"
+        if found != wanted.split("+")[0]:
+            raise StageError(
+                f"the work requires {name}",
+                measured=found,
+                limit=wanted,
+                remedy="Install the versions of constraints.txt, e.g. with `make install`.",
+            )

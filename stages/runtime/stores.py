@@ -1,0 +1,186 @@
+"""Where sealed bytes live: keyed objects on a disk. S3 has the same face in `stages.adapters.s3`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from stages.runtime.contract import StageError
+
+
+@dataclass(frozen=True)
+class ObjectStat:
+    """One stored object: key, bytes, seconds since the epoch of its last change."""
+
+    key: str
+    size: int
+    modified: float
+
+
+class Objects(Protocol):
+    """Keyed bytes with put-if-absent. A put object is durable and whole, or it is not there."""
+
+    uri: str
+
+    def probe(self) -> None:
+        """Raise StageError when one may not write here, or conditional put does not work."""
+
+    def stat(self, key: str) -> ObjectStat | None:
+        """Size and age of an object, None when absent."""
+
+    def read(self, key: str) -> bytes | None:
+        """A small object's bytes, None when absent."""
+
+    def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
+        """Store bytes; False when the key stood already and `replace` is not asked."""
+
+    def put_file(self, key: str, path: Path) -> bool:
+        """Store a file's bytes if absent; False when the key stood already."""
+
+    def fetch(self, key: str, path: Path) -> None:
+        """Bring an object to a local path that does not exist yet; it must not be written to."""
+
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
+        """Every object whose key begins with `prefix`, in key order."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; absent is fine."""
+
+
+class LocalObjects:
+    """Objects as files below a folder. Publication is `os.link`, which fails if the name stands."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.uri = self.root.as_uri()
+
+    def probe(self) -> None:
+        """Create the folder and write one file there.
+
+        Raises:
+            StageError: the folder cannot be made or written to.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise StageError(
+                f"the store {self.root} cannot be written to ({error.strerror})",
+                remedy="Name another with --store or $ENGINERY_STORE, or change the folder's permissions.",
+            ) from error
+
+    def stat(self, key: str) -> ObjectStat | None:
+        """See Objects."""
+        try:
+            found = self._path(key).stat()
+        except FileNotFoundError:
+            return None
+        return ObjectStat(key, found.st_size, found.st_mtime)
+
+    def read(self, key: str) -> bytes | None:
+        """See Objects."""
+        try:
+            return self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
+        """See Objects."""
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".put-")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+                os.fchmod(stream.fileno(), 0o444)
+            if replace:
+                os.replace(name, path)
+                name = ""
+                return True
+            return self._link(Path(name), path)
+        finally:
+            if name:
+                Path(name).unlink(missing_ok=True)
+            _sync_folder(path.parent)
+
+    def put_file(self, key: str, path: Path) -> bool:
+        """See Objects. The file becomes read-only and may share its blocks with the store."""
+        target = self._path(key)
+        if target.exists():
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.fchmod(stream.fileno(), 0o444)
+        try:
+            return self._link(path, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                raise
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".put-")
+        try:
+            with os.fdopen(handle, "wb") as out, path.open("rb") as stream:
+                shutil.copyfileobj(stream, out, 1 << 20)
+                out.flush()
+                os.fsync(out.fileno())
+                os.fchmod(out.fileno(), 0o444)
+            return self._link(Path(name), target)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def fetch(self, key: str, path: Path) -> None:
+        """See Objects. Links where the disk allows, else copies."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = self._path(key)
+        try:
+            os.link(source, path)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                raise
+            shutil.copyfile(source, path)
+
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
+        """See Objects."""
+        folder = self.root / prefix.rpartition("/")[0]
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            key = path.relative_to(self.root).as_posix()
+            if not key.startswith(prefix):
+                continue
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                continue
+            if not path.is_dir():
+                yield ObjectStat(key, found.st_size, found.st_mtime)
+
+    def delete(self, key: str) -> None:
+        """See Objects."""
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.root / key
+
+    def _link(self, source: Path, target: Path) -> bool:
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            return False
+        _sync_folder(target.parent)
+        return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""One face over every backend that answers."""

@@ -1,0 +1,86 @@
+"""Fixtures that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import stage
+from stages.runtime.artifacts import Store
+from stages.runtime.execute import Outcome, execute, work_of
+from stages.runtime.progress import Silent
+from stages.runtime.stores import LocalObjects
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+Seal = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny trained Llama (6 blocks, hidden 64, 768 tokens) in Hugging Face layout; read only."""
+    from tests.tiny import tiny_llama
+
+    cache = Path(os.environ.get("ENGINERY_TEST_CACHE", Path(__file__).parents[1] / ".pytest_cache" / "models"))
+    cache.mkdir(parents=True, exist_ok=True)
+    return tiny_llama(cache)
+
+
+@pytest.fixture(scope="session")
+def reference() -> str:
+    """English reference prose, 465 kB."""
+    from tests.tiny import reference_text
+
+    return reference_text()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty local store."""
+    return Store(LocalObjects(tmp_path / "store"), tmp_path / "scratch")
+
+
+@pytest.fixture
+def seal(store: Store) -> Seal:
+    """Run a stage inline: seal("share", {"method": "tie"}, model=fingerprint) -> Outcome."""
+    return sealer(store)
+
+
+def sealer(store: Store) -> Seal:
+    """The function behind the `seal` fixture, for fixtures of a wider scope."""
+
+    def run(name: str, params: Mapping[str, Any], **inputs: str) -> Outcome:
+        from stages.adapters.connect import pins
+
+        definition = stage(name)
+        made = definition.params.model_validate(dict(params))
+        if definition.pin:
+            made = definition.pin(made, pins(store), Silent())
+        return execute(definition, made, work_of(definition, made, inputs), store, Silent(), step=name)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One store for a whole test session, for artifacts that are costly to make."""
+    root = tmp_path_factory.mktemp("shared")
+    return Store(LocalObjects(root / "store"), root / "scratch")
+
+
+@pytest.fixture(scope="session")
+def dense(shared_store: Store, tiny: Path) -> str:
+    """Fingerprint of the tiny Llama, fetched into `shared_store`."""
+    return sealer(shared_store)("fetch", {"source": tiny.as_uri()}).identity
+
+
+@pytest.fixture(scope="session")
+def topics(shared_store: Store) -> str:
+    """Fingerprint of the reference prose as a corpus in `shared_store`."""
+    splits = {"calibrate": 0.1, "train": 0.7, "validate": 0.1, "test": 0.1}
+    return sealer(shared_store)("corpus", {"source": "pydoc://topics", "splits": splits}).identity
