@@ -1,0 +1,59 @@
+# Every command of the project. `make help` lists them.
+# The first Python that is new enough; name another with make PYTHON=/path/to/python3
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+RECIPE ?= smollm2-135m
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check real-test bench images schemas clean gpu-test
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/' | expand -t 14
+
+install: $(VENV)/.installed  ## make the environment (.venv) from constraints.txt; does nothing when it is current
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: install  ## the main job on a real model; RECIPE=name for another
+	@$(BIN)/enginery run $(RECIPE)
+
+test: install  ## the tests, with branch coverage
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+
+check: install  ## ruff, mypy --strict, import boundaries
+	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache | tail -5
+	@$(BIN)/lint-imports --no-cache > /dev/null
+
+real-test: install  ## a slice on the real model: fetch to verdict, short texts
+	@$(BIN)/python -m pytest -m real tests/real
+
+bench: install  ## time and memory of the main job's stages, as ratios measured in one run
+	@$(BIN)/python -m tests.bench
+
+schemas: install  ## write the JSON Schemas that ship with the package
+	@$(BIN)/python -m flows.schemas
+
+images: ## build the container images
+	@docker/build.sh
+
+gpu-test: install  ## the tests that need a GPU; says so where there is none
+	@$(BIN)/python -m pytest -m gpu tests || test $$? -eq 5
+
+clean:  ## remove the environment, caches and outputs; the store stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis htmlcov build dist outputs .coverage .coverage.* *.egg-info

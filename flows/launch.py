@@ -1,0 +1,209 @@
+"""Run one step: inline, or in a child process that gets the store and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stages import stage
+from stages.__main__ import rebuilt
+from stages.adapters.connect import connect
+from stages.runtime.artifacts import Store
+from stages.runtime.contract import DoesNotFit, Interrupted, Params, Progress, StageError, Work
+from stages.runtime.execute import Outcome, execute
+from stages.runtime.fingerprint import ROOT, canonical, fingerprint
+from stages.runtime.progress import forward
+
+_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT", "TZ")
+_OUTSIDE = ("HF_", "PIP_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT", "REQUESTS_CA")
+_STORE = ("AWS_", "ENGINERY_", "COVERAGE_", "MPLCONFIGDIR", "OPENBLAS_")
+_REACH_OUTSIDE = ("fetch", "corpus")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One step to run: the definition's name, pinned params, identity."""
+
+    step: str
+    stage: str
+    params: Params
+    work: Work
+    force: bool = False
+
+
+@dataclass
+class Launcher:
+    """Starts steps and can end those that run.
+
+    Attributes:
+        store: where artifacts are sealed.
+        mode: `process` (a child a step: its memory is its own, a crash of it is not ours) or `inline`.
+        threads: threads of computation a step may use.
+        logs: folder for what children write to standard error.
+    """
+
+    store: Store
+    mode: str
+    threads: int
+    logs: Path
+    _running: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _stopped: bool = False
+
+    def run(self, order: Order, progress: Progress) -> Outcome:
+        """Run one step to its sealed artifact.
+
+        Raises:
+            StageError: the stage's own error, or a child that ended without a word.
+            Interrupted: the run was stopped.
+        """
+        if self._stopped:
+            raise Interrupted(f"step {order.step} was not started: the run is being stopped")
+        if self.mode == "inline":
+            definition = stage(order.stage)
+            return execute(
+                definition, order.params, order.work, self.store, progress, step=order.step, force=order.force
+            )
+        return self._in_child(order, progress)
+
+    def stop(self) -> None:
+        """End every running child and start no other. What they sealed stays; partial state is kept."""
+        with self._guard:
+            self._stopped = True
+            children = list(self._running.values())
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+        for child in children:
+            try:
+                child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+    def _in_child(self, order: Order, progress: Progress) -> Outcome:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        log = self.logs / f"{order.step}.stderr"
+        ooms = _out_of_memory_kills()
+        with self._child(order, log) as child:
+            last = _listen(child, progress)
+            code = child.wait()
+        if last.get("event") == "sealed":
+            manifest = self.store.manifest(last["identity"])
+            if manifest is None:
+                raise StageError(f"step {order.step} said sealed, but {last['identity'][:12]} is not in the store")
+            return Outcome(last["identity"], manifest, cached=last["cached"], changed=last["changed"])
+        if last.get("event") == "error":
+            raise rebuilt(last)
+        if self._stopped:
+            raise Interrupted(f"step {order.step} was stopped")
+        raise _ended_silently(order.step, code, log, _out_of_memory_kills() - ooms)
+
+    @contextmanager
+    def _child(self, order: Order, log: Path) -> Iterator[subprocess.Popen[str]]:
+        with log.open("w", encoding="utf-8") as errors:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "stages", order.stage, "--work", str(self._written(order)),
+                 "--store", self.store.uri, "--scratch", str(self.store.scratch)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=self._environment(order.stage),
+            )  # fmt: skip
+        with self._guard:
+            self._running[order.step] = child
+        try:
+            yield child
+        except BaseException:
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            raise
+        finally:
+            with self._guard:
+                self._running.pop(order.step, None)
+            for pipe in (child.stdin, child.stdout):
+                if pipe:
+                    pipe.close()
+
+    def _written(self, order: Order) -> Path:
+        path = self.store.scratch / "works" / f"{fingerprint(order.work)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(f".{os.getpid()}")
+        whole.write_bytes(
+            canonical(
+                {
+                    "work": order.work.model_dump(mode="json"),
+                    "params": order.params.model_dump(mode="json"),
+                    "step": order.step,
+                    "force": order.force,
+                }
+            )
+        )
+        whole.replace(path)
+        return path
+
+    def _environment(self, name: str) -> dict[str, str]:
+        prefixes = (*_STORE, *_OUTSIDE) if name in _REACH_OUTSIDE else _STORE
+        kept = {k: v for k, v in os.environ.items() if k in _PASSED_ON or k.startswith(prefixes)}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        threads = str(self.threads)
+        offline = {} if name in _REACH_OUTSIDE else {"HF_HUB_OFFLINE": "1"}
+        return kept | offline | {
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            # The C library keeps freed blocks for reuse; above this size they go back to the system at once, which
+            # holds the peak down by hundreds of MB where tensors of many sizes come and go.
+            "MALLOC_MMAP_THRESHOLD_": "1048576",
+        }  # fmt: skip
+
+
+def _listen(child: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
+    last: dict[str, Any] = {}
+    assert child.stdout is not None
+    for line in child.stdout:
+        event = json.loads(line)
+        if not forward(event, progress):
+            last = event
+    return last
+
+
+def _ended_silently(step: str, code: int, log: Path, ooms: int) -> StageError:
+    tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
+    if ooms > 0:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return DoesNotFit(
+            f"step {step} was killed: the machine's memory ran out",
+            limit=f"{total / 1e9:.1f} GB in all",
+            remedy="Close other programs, run with --jobs 1, use shorter windows or a larger machine.",
+        )
+    how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return StageError(
+        f"step {step} ended {how} without a result",
+        remedy=f"The same command goes on from its partial state. Its last words, in {log}: {tail or 'none'}",
+    )
+
+
+def _out_of_memory_kills() -> int:
+    counts = 0
+    for path in (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            continue
+        counts += sum(int(line.split()[1]) for line in lines if line.split()[0] == "oom_kill")
+    return counts
+
+
+def open_launcher(store_uri: str, scratch: Path, *, mode: str, threads: int, logs: Path) -> Launcher:
+    """A launcher on the store at `store_uri`."""
+    return Launcher(connect(store_uri, scratch), mode, threads, logs)
