@@ -24,7 +24,18 @@ from stages.runtime.fingerprint import ROOT, canonical, fingerprint
 from stages.runtime.progress import forward
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT", "TZ")
-_OUTSIDE = ("HF_", "PIP_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT", "REQUESTS_CA")
+_OUTSIDE = (
+    "HF_",
+    "PIP_",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "SSL_CERT",
+    "REQUESTS_CA",
+)
 _STORE = ("AWS_", "ENGINERY_", "COVERAGE_", "MPLCONFIGDIR", "OPENBLAS_")
 _REACH_OUTSIDE = ("fetch", "corpus")
 
@@ -57,6 +68,7 @@ class Launcher:
     logs: Path
     _running: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
+    _closed: bool = False
     _stopped: bool = False
 
     def run(self, order: Order, progress: Progress) -> Outcome:
@@ -66,8 +78,8 @@ class Launcher:
             StageError: the stage's own error, or a child that ended without a word.
             Interrupted: the run was stopped.
         """
-        if self._stopped:
-            raise Interrupted(f"step {order.step} was not started: the run is being stopped")
+        if self._closed:
+            raise Interrupted(f"step {order.step} was not started: another failed, or the run is being stopped")
         if self.mode == "inline":
             definition = stage(order.stage)
             return execute(
@@ -75,10 +87,14 @@ class Launcher:
             )
         return self._in_child(order, progress)
 
+    def start_no_more(self) -> None:
+        """Let what runs come to its end, and start nothing else."""
+        self._closed = True
+
     def stop(self) -> None:
         """End every running child and start no other. What they sealed stays; partial state is kept."""
         with self._guard:
-            self._stopped = True
+            self._closed = self._stopped = True
             children = list(self._running.values())
         for child in children:
             child.send_signal(signal.SIGTERM)

@@ -68,7 +68,7 @@ def resolve(
         params = definition.params.model_validate(dict(step.params))
         if definition.pin:
             params = _pinned(definition.pin, params, store, listener(step.name))
-        roles = roles_of(step.inputs)
+        roles = step.inputs
         check_kinds(definition, {role: kinds[source] for role, source in roles.items()})
         work = work_of(definition, params, {role: planned[source].identity for role, source in roles.items()})
         identity = fingerprint(work)
@@ -82,17 +82,6 @@ def resolve(
             after=tuple(dict.fromkeys(roles.values())),
         )
     return planned
-
-
-def roles_of(inputs: Mapping[str, str | list[str]]) -> dict[str, str]:
-    """Role -> step name, with a list spread over role.0, role.1, ..."""
-    roles: dict[str, str] = {}
-    for role, source in inputs.items():
-        if isinstance(source, str):
-            roles[role] = source
-        else:
-            roles |= {f"{role}.{i}": one for i, one in enumerate(source)}
-    return roles
 
 
 def _reason(store: Store, work: Work, name: str, planned: Mapping[str, Planned], roles: Mapping[str, str]) -> str:

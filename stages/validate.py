@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 from stages.runtime.execute import device_name
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Document = dict[str, Any]
 
 
 class ValidateParams(Params):
@@ -49,6 +42,7 @@ def executed_on(params: ValidateParams) -> dict[str, str]:
 
 def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Score every window and write `report.json`."""
+    from stages.measures.documents import Document, score_documents, summary
     from stages.measures.size import size_bytes
     from stages.models.loading import load_tokenizer
     from stages.models.windows import windows
@@ -67,13 +61,13 @@ def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, p
             limit=params.target,
             remedy=f"Set the step's parameter `target` to {judged.target}.",
         )
-    scored = _scores(ids_NT, judged, open_engine(baseline) if baseline else None, params.split)
+    dense = open_engine(baseline).logits if baseline else None
     documents: list[Document] = []
-    for document in scored:
+    for document in score_documents(ids_NT, judged.logits, dense, params.split):
         documents.append(document)
         progress.advanced(len(documents), len(ids_NT))
     files = {p.relative_to(model).as_posix(): p.stat().st_size for p in model.rglob("*") if p.is_file()}
-    measures = _measures(documents) | {"size_bytes": float(size_bytes(files))}
+    measures = summary(documents) | {"size_bytes": float(size_bytes(files))}
     report = {
         "artifact_target": judged.target,
         "split": params.split,
@@ -86,69 +80,13 @@ def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, p
     return measures | {"tokens": float(sum(document["tokens"] for document in documents))}
 
 
-def _scores(ids_NT: Tensor, judged: Any, baseline: Any | None, split: str) -> Iterator[Document]:
-    """The scores of one window after another: two arrays of logits at a time, never more."""
-    import torch
-
-    from stages.measures.divergence import kl_divergence, top1_agreement
-    from stages.measures.perplexity import negative_log_likelihood
-
-    for index, ids_T in enumerate(ids_NT):
-        # The digest names the tokens, so that reports over other text or another tokenizer cannot be paired.
-        name = f"{split}-{index:05d}-{hashlib.sha256(ids_T.numpy().tobytes()).hexdigest()[:12]}"
-        window = ids_T[None].numpy()
-        logits_TV = torch.from_numpy(judged.logits(window)[0, :-1])
-        nll_T = negative_log_likelihood(logits_TV, ids_T[1:])
-        document: Document = {"id": name, "tokens": len(nll_T), "nll": float(nll_T.sum())}
-        _refuse_nonfinite(document, "nll", "the model")
-        if baseline is not None:
-            dense_TV = torch.from_numpy(baseline.logits(window)[0, :-1])
-            if dense_TV.shape != logits_TV.shape:
-                raise _other_vocabulary(dense_TV.shape[-1], logits_TV.shape[-1])
-            document["kl"] = float(kl_divergence(dense_TV, logits_TV).sum())
-            document["agree"] = int(top1_agreement(dense_TV, logits_TV).sum())
-            _refuse_nonfinite(document, "kl", "the model or its baseline")
-        yield document
-
-
-def _refuse_nonfinite(document: Document, score: str, whose: str) -> None:
-    if not math.isfinite(document[score]):
-        raise StageError(
-            f"{whose} gave logits on document {document['id']} that are no distribution",
-            measured=f"{score} {document[score]}",
-            limit="finite",
-            remedy="Look for NaN or overflow in the step that made the model: judge its input checkpoint the same way.",
-        )
-
-
-def _measures(documents: list[Document]) -> Metrics:
-    from stages.measures.perplexity import perplexity
-
-    tokens = [document["tokens"] for document in documents]
-    measures = {"perplexity": perplexity([document["nll"] for document in documents], tokens)}
-    if not math.isfinite(measures["perplexity"]):
-        raise StageError("the perplexity is beyond float64", measured=measures["perplexity"], limit="finite")
-    if "kl" in documents[0]:
-        measures["kl_divergence"] = math.fsum(document["kl"] for document in documents) / sum(tokens)
-        measures["top1_agreement"] = sum(document["agree"] for document in documents) / sum(tokens)
-    return measures
-
-
 def _check_vocabulary(model: Path, baseline: Path) -> None:
+    from stages.measures.documents import other_vocabulary
     from stages.models.loading import load_tokenizer
 
     ours, theirs = load_tokenizer(model).get_vocab(), load_tokenizer(baseline).get_vocab()
     if ours != theirs:
-        raise _other_vocabulary(len(theirs), len(ours))
-
-
-def _other_vocabulary(theirs: int, ours: int) -> StageError:
-    return StageError(
-        "the baseline has another vocabulary than the model, so their predictions cannot be compared",
-        measured=f"{theirs} tokens",
-        limit=f"the model's own {ours}",
-        remedy="Name the checkpoint the model was made from as baseline, or judge without one.",
-    )
+        raise other_vocabulary(len(theirs), len(ours))
 
 
 def _check_length(model: Path, window_tokens: int) -> None:

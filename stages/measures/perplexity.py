@@ -32,13 +32,12 @@ def negative_log_likelihood(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         raise ValueError(f"logits {tuple(logits_TV.shape)} do not predict targets {tuple(targets_T.shape)}")
     parts = [torch.empty(0, dtype=torch.float64)]
     for rows, wanted in zip(logits_TV.split(ROWS), targets_T.split(ROWS), strict=True):
-        wide = rows.double()
-        parts.append(wide.logsumexp(-1) - wide.gather(-1, wanted[:, None]).squeeze(-1))
+        parts.append(-rows.double().log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1))
     return torch.cat(parts)
 
 
 def perplexity(nll: Iterable[float], tokens: Iterable[int]) -> float:
-    """exp of the token-weighted mean negative log-likelihood.
+    """Exponential of the token-weighted mean negative log-likelihood.
 
     Args:
         nll: sums in nats, one a document.

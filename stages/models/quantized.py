@@ -177,7 +177,8 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     modules = quantized_modules(model)
     if not modules:
         return None
-    notes, of_layers = getattr(model, _NOTES, ({}, {}))
+    kept: tuple[dict[str, Any], dict[str, Any]] = getattr(model, _NOTES, ({}, {}))
+    notes, of_layers = kept
     first: dict[int, str] = {}
     layers: dict[str, dict[str, Any]] = {}
     for name, module in modules.items():
@@ -260,7 +261,7 @@ def pack_initializers(graph: onnx_ir.Graph) -> int:
         nibbles = (q_IO.reshape(-1) & 0x0F).view(np.uint8)
         bytes_ = nibbles[0::2] | (nibbles[1::2] << 4)
         weight.const_value = onnx_ir.PackedTensor(
-            bytes_, dtype=onnx_ir.DataType.INT4, shape=weight.const_value.shape, name=weight.name
+            bytes_, dtype=onnx_ir.DataType.INT4, shape=q_IO.shape, name=weight.name
         )
         weight.dtype = onnx_ir.DataType.INT4
         packed.add(str(weight.name))

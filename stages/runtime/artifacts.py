@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.runtime.contract import PARTIAL, FileEntry, Manifest, StageError, Work
-from stages.runtime.fingerprint import digest_file, first_difference, fingerprint
+from stages.runtime.fingerprint import digest_file, fingerprint, first_difference
 from stages.runtime.stores import Objects
 
 MANIFESTS = "artifacts/"
@@ -109,13 +109,15 @@ class Store:
         if manifest is None:
             raise StageError(f"artifact {identity[:12]} is not in {self.uri}", remedy="Run the step that makes it.")
         view = self.scratch / "views" / identity
-        if not view.is_dir():
+        if view.is_dir():
+            os.utime(view)  # `sweep` takes views that nobody asked for lately.
+        else:
             view.parent.mkdir(parents=True, exist_ok=True)
             building = Path(tempfile.mkdtemp(dir=view.parent, prefix=".view-"))
             for name, entry in manifest.files.items():
                 self.objects.fetch(_blob(entry.sha256), building / name)
             try:
-                os.rename(building, view)
+                building.rename(view)
             except OSError:
                 shutil.rmtree(building)
                 if not view.is_dir():
@@ -129,6 +131,14 @@ class Store:
         manifest = self.manifest(identity)
         assert manifest is not None
         return manifest
+
+    def _damaged(self, entry: FileEntry) -> bool:
+        found = self.objects.stat(_blob(entry.sha256))
+        if found is None or found.size != entry.size:
+            return found is not None
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            self.objects.fetch(_blob(entry.sha256), Path(folder) / "blob")
+            return digest_file(Path(folder) / "blob") != entry.sha256
 
     def _verify(self, view: Path, manifest: Manifest, identity: str) -> None:
         for name, entry in manifest.files.items():
@@ -176,8 +186,15 @@ class Store:
         return best[1] if best else "nothing like it is sealed yet"
 
     def remove(self, identity: str) -> None:
-        """Take an artifact's manifest away; its blobs go with the next sweep."""
+        """Take an artifact's manifest away, and its damaged blobs; whole ones go with the next sweep.
+
+        A damaged blob has to go at once: sealing puts a blob only if it is absent, so it would come back.
+        """
+        data = self.objects.read(f"{MANIFESTS}{identity}.json")
         self.objects.delete(f"{MANIFESTS}{identity}.json")
+        for entry in self._parsed(identity, data).files.values() if data else ():
+            if self._damaged(entry):
+                self.objects.delete(_blob(entry.sha256))
         shutil.rmtree(self.scratch / "views" / identity, ignore_errors=True)
 
     def sweep(self, *, older_than_s: float = KEPT_SECONDS) -> Swept:

@@ -9,7 +9,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -31,7 +32,16 @@ from stages.runtime.contract import (
     StageError,
     Work,
 )
-from stages.runtime.fingerprint import ROOT, assert_installed, canonical, code_digest, fingerprint, required
+from stages.runtime.fingerprint import (
+    ROOT,
+    assert_installed,
+    canonical,
+    code_digest,
+    fingerprint,
+    first_difference,
+    required,
+)
+from stages.runtime.stores import LocalObjects
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ def execute(
     if before and not force:
         return Outcome(identity, before, cached=True, changed=False)
     _check(stage, work, store)
-    with store.draft(identity) as draft:
+    with _room(store), store.draft(identity) as draft:
         raced = store.manifest(identity)
         if raced and not force:
             store.discard(identity)
@@ -135,8 +145,6 @@ def _check(stage: Stage[Any], work: Work, store: Store) -> None:
 
 def _claim_partial(draft: Path, work: Work, *, fresh: bool) -> None:
     """Write the work beside the partial state, or refuse state of another work by the field that differs."""
-    from stages.runtime.fingerprint import first_difference  # noqa: PLC0415
-
     partial = draft / PARTIAL
     record = partial / "work.json"
     if fresh and partial.exists():
@@ -151,7 +159,10 @@ def _claim_partial(draft: Path, work: Work, *, fresh: bool) -> None:
             )
         return
     partial.mkdir(parents=True, exist_ok=True)
-    record.write_bytes(canonical(work.model_dump(mode="json")))
+    # Renamed into place: a kill or a full disk halfway would leave a record that no later run can read.
+    whole = partial / ".work.json"
+    whole.write_bytes(canonical(work.model_dump(mode="json")))
+    whole.replace(record)
 
 
 def _run(
@@ -159,13 +170,9 @@ def _run(
 ) -> Manifest:
     _reset_peak_rss()
     started = time.monotonic()
-    try:
-        inputs = {role: store.checkout(identity) for role, identity in work.inputs.items()}
-        metrics = stage.run(params, inputs, draft, progress)
-        files = entries(draft)
-    except (OSError, RuntimeError, SafetensorError, MemoryError) as error:
-        _raise_if_full(error, draft)
-        raise
+    inputs = {role: store.checkout(identity) for role, identity in work.inputs.items()}
+    metrics = stage.run(params, inputs, draft, progress)
+    files = entries(draft)
     if not files:
         raise StageError(f"{stage.name} ended without writing a file")
     return Manifest(
@@ -186,7 +193,17 @@ def _run(
     )
 
 
-def _raise_if_full(error: BaseException, draft: Path) -> None:
+@contextmanager
+def _room(store: Store) -> Iterator[None]:
+    """Say that memory or disk ran out wherever it shows: in the draft, in the stage, while sealing."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, MemoryError) as error:
+        _raise_if_full(error, store)
+        raise
+
+
+def _raise_if_full(error: BaseException, store: Store) -> None:
     text = str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         raise DoesNotFit(
@@ -196,9 +213,11 @@ def _raise_if_full(error: BaseException, draft: Path) -> None:
         ) from error
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in text:
+        roots = [store.scratch, *([store.objects.root] if isinstance(store.objects, LocalObjects) else [])]
+        place = min((r for r in roots if r.exists()), key=lambda root: shutil.disk_usage(root).free)
         raise DoesNotFit(
-            f"the disk of {draft} is full",
-            measured=f"{shutil.disk_usage(draft).free / 1e6:.0f} MB free",
+            f"the disk of {place} is full",
+            measured=f"{shutil.disk_usage(place).free / 1e6:.0f} MB free",
             remedy="Free space there, run `enginery sweep`, or name another disk with --store.",
         ) from error
 
@@ -241,6 +260,6 @@ def peak_rss_bytes() -> int:
     for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
-    import resource  # noqa: PLC0415
+    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

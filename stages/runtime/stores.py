@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -103,7 +104,7 @@ class LocalObjects:
                 os.fsync(stream.fileno())
                 os.fchmod(stream.fileno(), 0o444)
             if replace:
-                os.replace(name, path)
+                Path(name).replace(path)
                 name = ""
                 return True
             return self._link(Path(name), path)
@@ -116,11 +117,15 @@ class LocalObjects:
         """See Objects. The file becomes read-only and may share its blocks with the store."""
         target = self._path(key)
         if target.exists():
+            # Young again, or `sweep` could take it before the manifest that is about to name it.
+            with suppress(PermissionError):
+                os.utime(target)
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
             os.fchmod(stream.fileno(), 0o444)
+            os.utime(stream.fileno())
         try:
             return self._link(path, target)
         except OSError as error:

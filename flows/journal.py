@@ -1,0 +1,189 @@
+"""The promotion journal: `promotions/<model>/<n>.json` in the store, put if absent, never changed. It is the truth.
+
+Every model has one journal for all its aliases. An entry says on which version an alias stands from then on.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from stages.runtime.contract import Frozen, StageError
+from stages.runtime.fingerprint import canonical, digest_bytes
+from stages.runtime.stores import Objects
+
+JOURNAL = "promotions/"
+
+
+class Executable(Frozen):
+    """An engine that a recipe compiled."""
+
+    fingerprint: str
+    target: str
+    judged: bool
+
+    @property
+    def status(self) -> str:
+        """What may be said of it."""
+        return "judged" if self.judged else "compiled, not judged"
+
+
+class Candidate(Frozen):
+    """What may be promoted.
+
+    Attributes:
+        model: registered name.
+        serves: the key in `executables` of the one that an alias serves; it must have been judged.
+        executables: step name -> engine.
+        verdict: `passed` and the gates' results, as JSON values.
+        run: MLflow's run that made it.
+    """
+
+    model: str
+    serves: str
+    executables: dict[str, Executable]
+    verdict: dict[str, Any]
+    run: str
+
+    @property
+    def identity(self) -> str:
+        """Equal for the same engines under the same name, whatever gates they held and whatever steps are called."""
+        return digest_bytes(canonical([self.model, sorted(e.fingerprint for e in self.executables.values())]))
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Target -> `judged` or `compiled, not judged`."""
+        return {one.target: one.status for one in self.executables.values()}
+
+    def check(self) -> None:
+        """Raise StageError unless it passed its gates and the engine it serves was executed."""
+        if self.verdict.get("passed") is not True:
+            raise StageError(f"{self.model} did not hold its gates", remedy="Nothing is registered, no alias moves.")
+        served = self.executables.get(self.serves)
+        if served is None or not served.judged:
+            raise StageError(
+                f"an alias of {self.model} cannot serve {self.serves}",
+                measured=served.status if served else "no such engine",
+                limit="judged",
+                remedy="Judge an engine on the target that executes it, such as onnxruntime:cpu.",
+            )
+
+
+class Version(Frozen):
+    """A registered version: its number in MLflow, the logged model it loads, what it is."""
+
+    number: str
+    logged_model: str
+    candidate: Candidate
+
+    def same(self, other: Version) -> bool:
+        """The same engines under the same number; a rebuilt registry counts afresh."""
+        return (self.number, self.candidate.identity) == (other.number, other.candidate.identity)
+
+
+class Promotion(Frozen):
+    """One entry: from here on `alias` stands on `version`; `previous` is the number it stood on before."""
+
+    number: int
+    action: Literal["promote", "rollback"]
+    alias: str
+    version: Version
+    previous: str | None
+    who: str
+    why: str
+    when: str
+
+
+def history(objects: Objects, model: str, alias: str | None = None) -> list[Promotion]:
+    """The entries of a model's journal, or those of one alias, oldest first."""
+    found = []
+    for entry in objects.list(f"{JOURNAL}{model}/"):
+        if re.fullmatch(r"\d{8}\.json", entry.key.rpartition("/")[2]):
+            data = objects.read(entry.key)
+            if data is not None:
+                found.append(Promotion.model_validate_json(data))
+    return sorted((one for one in found if alias in (None, one.alias)), key=lambda one: one.number)
+
+
+def head(objects: Objects, model: str, alias: str) -> Promotion | None:
+    """The entry that an alias stands on, None when it was never promoted."""
+    return next(reversed(history(objects, model, alias)), None)
+
+
+def models(objects: Objects) -> list[str]:
+    """The models that have a journal."""
+    return sorted({entry.key.split("/")[1] for entry in objects.list(JOURNAL)})
+
+
+def standing(entries: list[Promotion]) -> list[Version]:
+    """The versions an alias stands on and would roll back to, last first served: promote pushes, rollback pops."""
+    stack: list[Version] = []
+    for entry in entries:
+        if entry.action == "rollback":
+            stack.pop()
+            continue
+        if stack and stack[-1].candidate.identity == entry.version.candidate.identity:
+            stack.pop()  # registered again after MLflow's registry was lost: not a step to go back to
+        stack.append(entry.version)
+    return stack
+
+
+def rolled_back(entries: list[Promotion]) -> dict[str, Promotion]:
+    """Version numbers that were rolled back since the last promotion, with the entry that did it."""
+    undone: dict[str, Promotion] = {}
+    for entry in reversed(entries):
+        if entry.action != "rollback":
+            break
+        undone[str(entry.previous)] = entry
+    return undone
+
+
+def append(
+    objects: Objects,
+    model: str,
+    alias: str,
+    action: Literal["promote", "rollback"],
+    choose: Callable[[list[Promotion]], Version | None],
+    why: str,
+) -> Promotion | None:
+    """Append an entry; of several at once exactly one gets each number, the others choose again.
+
+    Args:
+        objects: the store's.
+        model: registered name.
+        alias: it moves.
+        action: promote or rollback.
+        choose: from the alias's entries so far, the version to stand on, or None to append nothing.
+        why: a person's reason.
+    """
+    while True:
+        everything = history(objects, model)
+        entries = [one for one in everything if one.alias == alias]
+        version = choose(entries)
+        if version is None:
+            return None
+        entry = Promotion(
+            number=everything[-1].number + 1 if everything else 1,
+            action=action,
+            alias=alias,
+            version=version,
+            previous=entries[-1].version.number if entries else None,
+            who=_who(),
+            why=why,
+            when=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        if objects.put(f"{JOURNAL}{model}/{entry.number:08d}.json", entry.model_dump_json(indent=1).encode()):
+            return entry
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"

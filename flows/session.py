@@ -1,0 +1,401 @@
+"""One run of a recipe, whoever drives it: its steps, its verdict, its report, its registered version."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from flows.gates import CHAMPION, Verdict, judge
+from flows.launch import Launcher
+from flows.planning import Planned, check_start, needs, resolve
+from flows.recipe import Recipe, executable_here
+from flows.records import Record, as_yaml, open_run
+from flows.registry import Candidate, Executable, Registry, head, release
+from flows.report import write_report
+from flows.results import GateResult, ModelResult, PlanLine, RunResult, StepResult
+from flows.settings import Settings, enter
+from flows.slots import Slots
+from flows.tracking import RecipeRun, StepRun, Tracking, open_tracking
+from stages import stage
+from stages.runtime.artifacts import Store
+from stages.runtime.contract import Image, Interrupted, Kind, Manifest, Progress, StageError
+from stages.runtime.execute import Outcome
+from stages.runtime.progress import Listeners, Silent
+
+
+class Terminal(Protocol):
+    """Who shows a run to a person."""
+
+    def for_step(self, name: str) -> Progress:
+        """The listener of one step."""
+
+    def started(self, step: str) -> None:
+        """A step begins to run."""
+
+    def finished(self, step: str, seconds: float, cached: bool, why: str) -> None:
+        """A step's artifact is sealed."""
+
+    def failed(self, step: str, text: str) -> None:
+        """A step broke."""
+
+    def line(self, text: str) -> None:
+        """A sentence about the whole run."""
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Keeps a step's notes and curve in the run's record."""
+
+    record: Record
+    step: str
+
+    def advanced(self, done: float, total: float) -> None:
+        """See Progress. A bar is not worth a record."""
+
+    def metric(self, name: str, value: float, step: int) -> None:
+        """See Progress."""
+        self.record.log({"event": "metric", "step": self.step, "name": name, "value": value, "at_step": step})
+
+    def note(self, text: str) -> None:
+        """See Progress."""
+        self.record.log({"event": "note", "step": self.step, "text": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Everything that the steps of one run share. `done` and `remade` fill up while it runs."""
+
+    recipe: Recipe
+    settings: Settings
+    store: Store
+    terminal: Terminal
+    record: Record
+    planned: Mapping[str, Planned]
+    launcher: Launcher
+    slots: Slots
+    tracking: Tracking
+    mlflow: RecipeRun
+    started: float
+    done: dict[str, StepResult] = field(default_factory=dict)
+    remade: set[str] = field(default_factory=set)
+
+    @property
+    def nothing_to_run(self) -> bool:
+        """Whether every step is sealed and none is forced."""
+        return all(one.manifest and not one.order.force for one in self.planned.values())
+
+
+def plan(recipe: Recipe, settings: Settings, terminal: Terminal | None = None) -> list[PlanLine]:
+    """What a run would do, step by step: hit or miss, the first field that differs, what it needs."""
+    enter(settings)
+    planned = _planned(recipe, settings, settings.connect(), terminal.for_step if terminal else lambda _: Silent())
+    return [
+        PlanLine(
+            name=name,
+            stage=one.order.stage,
+            hit=one.manifest is not None and not one.order.force,
+            why="asked for by --force or --from" if one.order.force else one.why,
+            fingerprint=one.identity,
+            needs=needs(one),
+        )
+        for name, one in planned.items()
+    ]
+
+
+@contextmanager
+def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[Session]:
+    """A session with the embedded lock held, the record and the MLflow run open; closed by how the block ends."""
+    scratch = enter(settings)
+    with _alone(scratch, terminal):
+        record = open_run(scratch, recipe, sys.argv)
+        try:
+            store = settings.connect()
+            planned = _planned(recipe, settings, store, terminal.for_step)
+            tracking = open_tracking(scratch)
+            tags = {"enginery.store": store.uri}
+            with tracking.run(recipe.name, record.name, tags, as_yaml(recipe)) as mlflow:
+                yield Session(
+                    recipe=recipe,
+                    settings=settings,
+                    store=store,
+                    terminal=terminal,
+                    record=record,
+                    planned=planned,
+                    launcher=Launcher(store, settings.launcher, settings.threads, record.folder / "steps"),
+                    slots=Slots(settings.jobs),
+                    tracking=tracking,
+                    mlflow=mlflow,
+                    started=time.monotonic(),
+                )
+        except BaseException as error:
+            record.failed(error)
+            raise
+
+
+def run_step(session: Session, name: str, *listeners: Progress) -> StepResult:
+    """Bring one step to its sealed artifact; the steps it reads must be done.
+
+    Raises:
+        StageError: the stage's own; the step's MLflow run says so too.
+    """
+    planned = session.planned[name]
+    tracked = session.mlflow.child(name, planned.order.work.params)
+    forced = planned.order.force or bool(session.remade & set(planned.after))
+    if planned.manifest and not forced:
+        outcome = Outcome(planned.identity, planned.manifest, cached=True, changed=False)
+        return _done(session, planned, outcome, 0.0, tracked)
+    progress = Listeners(
+        (session.terminal.for_step(name), Recorder(session.record, name), tracked.progress, *listeners)
+    )
+    try:
+        with _slot(session, name):
+            session.terminal.started(name)
+            session.record.log({"event": "started", "step": name, "why": planned.why})
+            began = time.monotonic()
+            outcome = session.launcher.run(replace(planned.order, force=forced), progress)
+    except Interrupted:
+        tracked.interrupted()
+        raise
+    except BaseException as error:
+        tracked.failed(error)
+        session.terminal.failed(name, str(error))
+        raise
+    if forced and outcome.changed:
+        session.remade.add(name)
+    return _done(session, planned, outcome, time.monotonic() - began, tracked)
+
+
+def conclude(session: Session) -> RunResult:
+    """Judge, register, report and record what the steps made."""
+    verdict, reports = _judged(session)
+    engines = _engines(session)
+    passed = verdict.passed if verdict else True
+    folder = session.record.folder
+    report = folder / "report.html"
+    model = _registered(session, verdict, engines) if verdict and passed else None
+    result = RunResult(
+        run=session.record.name,
+        passed=passed,
+        seconds=round(time.monotonic() - session.started, 2),
+        report=str(report),
+        store=session.store.uri,
+        steps=[session.done[name] for name in session.planned],
+        gates=[_gate(one) for one in verdict.results] if verdict else [],
+        model=model,
+        executed=[f"{name} on {one.target}" for name, one in engines.items() if one.judged],
+        compiled=[f"{name} for {one.target}" for name, one in engines.items() if not one.judged],
+        outputs=_outputs(session, engines, report),
+    )
+    manifests = {name: _manifest(session, name) for name in session.planned}
+    command = session.record.facts.get("command", [])
+    write_report(result, manifests, reports, verdict, session.record.recipe(), command, report)
+    _tell_mlflow(session, result, report)
+    session.record.finish(result)
+    return result
+
+
+def _planned(
+    recipe: Recipe, settings: Settings, store: Store, listener: Callable[[str], Progress]
+) -> dict[str, Planned]:
+    steps = recipe.expanded()
+    names = [step.name for step in steps]
+    for name in sorted(settings.force - set(names)):
+        raise StageError(f"--force names no step: {name!r}", limit=", ".join(names))
+    planned = resolve(steps, store, listener, settings.force)
+    if settings.from_step is not None:
+        again = check_start(planned, settings.from_step)
+        planned = resolve(steps, store, listener, settings.force | again)
+    return planned
+
+
+@contextmanager
+def _alone(scratch: Path, terminal: Terminal) -> Iterator[None]:
+    """One embedded run at a time beside a store: SQLite and two cores serve one well."""
+    with (scratch / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            terminal.line("another run is going on beside this store; this one waits for it to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _slot(session: Session, name: str) -> Iterator[None]:
+    """Steps that compute share the slots; those that only move bytes run beside them."""
+    if stage(session.planned[name].order.stage).image is Image.BASE:
+        yield
+        return
+    with session.slots.take(list(session.planned).index(name)):
+        yield
+
+
+def _done(session: Session, planned: Planned, outcome: Outcome, seconds: float, tracked: StepRun) -> StepResult:
+    manifest = outcome.manifest
+    result = StepResult(
+        name=planned.name,
+        stage=planned.order.stage,
+        kind=manifest.kind,
+        fingerprint=outcome.identity,
+        uri=f"{session.store.uri}#{outcome.identity}",
+        cached=outcome.cached,
+        seconds=round(seconds, 2),
+        peak_rss_bytes=manifest.provenance.peak_rss_bytes,
+        metrics=manifest.metrics,
+        why="" if outcome.cached else planned.why,
+    )
+    tracked.finished(manifest, outcome.identity, session.store.uri, outcome.cached, session.store)
+    session.record.log(
+        {"event": "sealed", "step": planned.name, "fingerprint": outcome.identity, "cached": outcome.cached}
+    )
+    session.done[planned.name] = result
+    session.terminal.finished(planned.name, seconds, outcome.cached, result.why)
+    return result
+
+
+def _manifest(session: Session, name: str) -> Manifest:
+    found = session.store.manifest(session.done[name].fingerprint)
+    if found is None:
+        raise StageError(f"the artifact of {name} was removed while the run went on", remedy="Run again.")
+    return found
+
+
+def _judged(session: Session) -> tuple[Verdict | None, dict[tuple[str, str], dict[str, Any]]]:
+    """The verdict over all gates, and every report by (artifact, corpus)."""
+    recipe = session.recipe
+    reports: dict[tuple[str, str], dict[str, Any]] = {}
+    for step in recipe.expanded():
+        if step.measures:
+            folder = session.store.checkout(session.done[step.name].fingerprint)
+            reports[step.measures, step.corpus] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if recipe.judge is None:
+        return None, reports
+    sizes = {name: int(_size(_manifest(session, name))) for name in (step.name for step in recipe.steps)}
+    targets = {
+        name: next((r["artifact_target"] for (a, _), r in reports.items() if a == name), None)
+        for name in recipe.judge.artifacts
+    }
+    if any(gate.against == CHAMPION for gate in recipe.gates):
+        _add_champion(session, reports, sizes)
+    return judge(recipe.gates, reports, sizes, targets), reports
+
+
+def _add_champion(session: Session, reports: dict[tuple[str, str], dict[str, Any]], sizes: dict[str, int]) -> None:
+    """The reports of the version now served, found by its fingerprint among those on the same corpora."""
+    register, judged = session.recipe.register_as, session.recipe.judge
+    entry = head(session.store.objects, register.model, register.alias) if register else None
+    if entry is None or judged is None:
+        return
+    served = entry.candidate.executables[entry.candidate.serves].fingerprint
+    if manifest := session.store.manifest(served):
+        sizes[CHAMPION] = int(_size(manifest))
+    corpora = {session.done[name].fingerprint: name for name in judged.corpora}
+    for identity, manifest in session.store.manifests():
+        inputs = manifest.work.inputs
+        if manifest.kind is Kind.REPORT and inputs.get("model") == served and inputs.get("text") in corpora:
+            folder = session.store.checkout(identity)
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            reports[CHAMPION, corpora[inputs["text"]]] = report
+
+
+def _size(manifest: Manifest) -> float:
+    return manifest.metrics.get("size_bytes", manifest.size_bytes)
+
+
+def _engines(session: Session) -> dict[str, Executable]:
+    """Every engine that is judged or asked to be, with what may be said of it."""
+    judged = session.recipe.judge
+    found: dict[str, Executable] = {}
+    for name in judged.artifacts if judged else ():
+        step = session.done[name]
+        if step.kind is Kind.ENGINE:
+            folder = session.store.checkout(step.fingerprint)
+            target = json.loads((folder / "engine.json").read_text(encoding="utf-8"))["target"]
+            executed = executable_here(session.recipe.step(name))
+            found[name] = Executable(fingerprint=step.fingerprint, target=target, judged=executed)
+    return found
+
+
+def _registered(session: Session, verdict: Verdict, engines: Mapping[str, Executable]) -> ModelResult | None:
+    register = session.recipe.register_as
+    if register is None:
+        return None
+    serves = next((name for name, engine in engines.items() if engine.judged), "")
+    said = {"passed": verdict.passed, "gates": [_gate(one).model_dump(mode="json") for one in verdict.results]}
+    candidate = Candidate(
+        model=register.model, serves=serves, executables=dict(engines), verdict=said, run=session.mlflow.id
+    )
+    candidate.check()
+    engine = session.store.checkout(engines[serves].fingerprint)
+    registry = Registry(session.store.objects, session.tracking)
+    made = release(registry, candidate, engine, register.alias, why=f"run {session.record.name} passed its gates")
+    if made.note:
+        session.terminal.line(made.note)
+    return ModelResult(
+        name=register.model,
+        version=made.version,
+        alias=register.alias,
+        targets=[target for target, status in candidate.targets.items() if status == "judged"],
+    )
+
+
+def _gate(one: Any) -> GateResult:
+    return GateResult(
+        measure=one.measure,
+        artifact=one.artifact,
+        target=one.target,
+        corpus=one.corpus,
+        measured=one.measured,
+        limit=one.limit,
+        passed=one.passed,
+        against=one.against,
+        low=one.low,
+        high=one.high,
+        text=one.text,
+    )
+
+
+def _outputs(session: Session, engines: Mapping[str, Executable], report: Path) -> dict[str, str]:
+    """What lies where; with --output, copies that one may move and change."""
+    found = {"report": str(report)}
+    into = session.settings.output
+    names = list(engines) or [session.recipe.steps[-1].name]
+    for name in names:
+        view = session.store.checkout(session.done[name].fingerprint)
+        found[name] = str(view)
+        if into is not None:
+            folder = into / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(view.rglob("*")):
+                if path.is_file():
+                    copy = folder / path.relative_to(view)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.unlink(missing_ok=True)
+                    shutil.copyfile(path, copy)
+            found[name] = str(folder)
+    return found
+
+
+def _tell_mlflow(session: Session, result: RunResult, report: Path) -> None:
+    metrics = {"seconds": result.seconds}
+    for gate in result.gates:
+        if gate.measured is not None:
+            key = ".".join(filter(None, ["gate", gate.measure, gate.artifact, gate.corpus]))
+            metrics[key] = gate.measured
+    tags = {
+        "enginery.verdict": "passed" if result.passed else "failed",
+        "enginery.executed": ", ".join(result.executed),
+        "enginery.compiled": ", ".join(result.compiled),
+    }
+    if result.model:
+        tags["enginery.version"] = f"{result.model.name} {result.model.version}"
+    session.mlflow.summary(metrics, tags)
+    session.mlflow.artifact(report)

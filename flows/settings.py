@@ -1,0 +1,120 @@
+"""How a run is run, as opposed to what it makes: the store, workers, threads, and where libraries keep their files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from stages.adapters.connect import connect, default_store
+from stages.runtime.artifacts import Store
+from stages.runtime.contract import StageError
+
+Launcher = Literal["process", "inline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that changes a run and none of its artifacts.
+
+    Attributes:
+        store: folder or s3:// URI where artifacts are sealed.
+        jobs: steps that run at once.
+        threads: threads of computation a step may use.
+        output: folder for copies of the final artifacts, None for none.
+        from_step: make this step and all that read it again.
+        force: names of steps to make again.
+        launcher: `process` runs each step in a child of its own, `inline` in this process.
+    """
+
+    store: str
+    jobs: int = 1
+    threads: int = 1
+    output: Path | None = None
+    from_step: str | None = None
+    force: frozenset[str] = field(default_factory=frozenset)
+    launcher: Launcher = "process"
+
+    def connect(self) -> Store:
+        """Open the store."""
+        return connect(self.store)
+
+    @property
+    def scratch(self) -> Path:
+        """The folder on this machine for drafts, records and databases."""
+        return self.connect().scratch
+
+
+def settle(
+    *,
+    store: str | None = None,
+    jobs: int | None = None,
+    threads: int | None = None,
+    output: Path | None = None,
+    from_step: str | None = None,
+    force: Iterable[str] = (),
+    launcher: Launcher = "process",
+) -> Settings:
+    """Settings from what was asked, the environment and this machine.
+
+    By default one step computes at a time, on all cores.
+
+    Raises:
+        StageError: a count below one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = 1 if jobs is None else jobs
+    threads = max(1, cores // max(1, jobs)) if threads is None else threads
+    for name, count in (("--jobs", jobs), ("--threads", threads)):
+        if count < 1:
+            raise StageError(f"{name} is a count", measured=count, limit="1 or more")
+    return Settings(
+        store=store or default_store(),
+        jobs=jobs,
+        threads=threads,
+        output=output.absolute() if output else None,
+        from_step=from_step,
+        force=frozenset(force),
+        launcher=launcher,
+    )
+
+
+def environment(scratch: Path) -> Mapping[str, str]:
+    """What libraries need to know, wherever the user said nothing: their files go below `scratch`, never into HOME.
+
+    A HOME that may not be written to, or none at all, is common in containers and on shared machines.
+    """
+    homes = {
+        "PREFECT_HOME": "prefect",
+        "MPLCONFIGDIR": "matplotlib",
+        "HF_HOME": "huggingface",
+        "TORCH_HOME": "torch",
+        "TORCHINDUCTOR_CACHE_DIR": "torch/inductor",
+        "XDG_CACHE_HOME": "cache",
+    }
+    quiet = {
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{scratch / 'mlflow.db'}",
+        **{name: str(scratch / folder) for name, folder in homes.items()},
+        **quiet,
+    }
+
+
+def enter(settings: Settings) -> Path:
+    """Set the environment's defaults for this process and its children; returns the scratch folder.
+
+    It must run before mlflow, prefect, transformers or matplotlib are imported: they read it once.
+    """
+    scratch = settings.scratch
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name, value in environment(scratch).items():
+        os.environ.setdefault(name, value)
+    return scratch

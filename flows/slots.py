@@ -1,0 +1,37 @@
+"""Which waiting step computes next: at most `count` at once, the earliest of the recipe first."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Slots:
+    """A semaphore that serves waiters by rank instead of by arrival.
+
+    Two steps that share two cores are slower than one after the other, and the earliest step of a recipe is the one
+    that others wait for.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: list[int] = []
+        self._turn = threading.Condition()
+
+    @contextmanager
+    def take(self, rank: int) -> Iterator[None]:
+        """Wait for a slot; ranks are distinct, the lowest waiting one goes first."""
+        with self._turn:
+            heapq.heappush(self._waiting, rank)
+            self._turn.wait_for(lambda: self._free > 0 and self._waiting[0] == rank)
+            heapq.heappop(self._waiting)
+            self._free -= 1
+            self._turn.notify_all()
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._free += 1
+                self._turn.notify_all()

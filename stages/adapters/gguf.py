@@ -1,0 +1,125 @@
+"""GGUF to Hugging Face layout in fp32, one tensor at a time, so that memory holds one tensor and not the model.
+
+Names, configuration and tokenizer are transformers' own readings of the file; block formats are decoded by `gguf`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import modeling_gguf_pytorch_utils as reading
+
+from stages.runtime.contract import Progress, StageError
+
+_DAMAGED = "Fetch the file again; it was probably cut short while it was copied."
+
+
+def dequantize(path: Path, output: Path, progress: Progress) -> None:
+    """Write config.json, model.safetensors (fp32, tied tensors once) and the tokenizer of a GGUF file.
+
+    Raises:
+        StageError: the file is damaged, or its architecture or a tensor is not understood.
+    """
+    reader = _opened(path)
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise StageError(
+            f"{path} has an architecture that is not understood ({error})", remedy="Use another."
+        ) from error
+    plan = _plan(path, reader, model, config)
+    _write(output / "model.safetensors", plan, config, _architecture(reader), progress)
+    config.architectures = [type(model).__name__]
+    config.dtype = "float32"
+    _strip(config)
+    config.save_pretrained(output)
+    GenerationConfig.from_model_config(config).save_pretrained(output)
+    _write_tokenizer(path, output)
+
+
+def _opened(path: Path) -> gguf.GGUFReader:
+    # The reader maps the file: sizes that lie outside it surface as ValueError, IndexError or a short reshape.
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise StageError(f"{path} is cut short or no GGUF file ({error})", remedy=_DAMAGED) from error
+
+
+def _architecture(reader: gguf.GGUFReader) -> str:
+    return str(reading.read_field(reader, "general.architecture")[0])
+
+
+def _plan(path: Path, reader: gguf.GGUFReader, model: Any, config: Any) -> list[tuple[str, tuple[int, ...], Any]]:
+    """(name, shape, GGUF tensor) of each tensor to write, in name order."""
+    processor = reading.TENSOR_PROCESSORS.get(_architecture(reader), reading.TensorProcessor)(config=config.to_dict())
+    names = reading.get_gguf_hf_weights_map(model, processor)
+    stored = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    plan = []
+    for name, meta in sorted(model.state_dict().items()):
+        if name in tied:
+            continue
+        if name not in stored:
+            raise StageError(f"{path} lacks a tensor for {name}", remedy="Use a checkpoint of a dense decoder.")
+        plan.append((name, tuple(meta.shape), stored[name]))
+    extra = {tensor.name for tensor in reader.tensors} - {tensor.name for _, _, tensor in plan} - {"rope_freqs.weight"}
+    if extra:
+        raise StageError(f"{path} has tensors that its architecture does not", measured=", ".join(sorted(extra)[:3]))
+    return plan
+
+
+def _write(target: Path, plan: Iterable[Any], config: Any, architecture: str, progress: Progress) -> None:
+    plan = list(plan)
+    processor = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)(config=config.to_dict())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, _ in plan:
+        start, end = end, end + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with target.open("wb") as out:
+        out.write(len(raw).to_bytes(8, "little") + raw)
+        for done, (name, shape, tensor) in enumerate(plan, 1):
+            out.write(_decoded(name, shape, tensor, processor).data)
+            progress.advanced(done, len(plan))
+
+
+def _decoded(name: str, shape: tuple[int, ...], tensor: Any, processor: Any) -> NDArray[np.float32]:
+    made = processor.process(
+        weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name, tensor_key_mapping={}
+    )
+    if made.name != tensor.name or made.weights.shape != shape:
+        raise StageError(
+            f"tensor {tensor.name} of the GGUF file does not fit {name}",
+            measured=made.weights.shape,
+            limit=shape,
+            remedy="Use a checkpoint of a dense decoder.",
+        )
+    whole: NDArray[np.float32] = np.ascontiguousarray(made.weights, dtype="<f4")
+    return whole
+
+
+def _strip(config: Any) -> None:
+    # What the weights were stored as is past, and the folder they came from is no part of the content.
+    for name in ("quantization_config", "_name_or_path"):
+        if hasattr(config, name):
+            delattr(config, name)
+
+
+def _write_tokenizer(path: Path, output: Path) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(output)

@@ -1,0 +1,199 @@
+"""Turn text into splits that share no paragraph: duplicates out, passages dealt by share.
+
+A *paragraph* stands between blank lines; a *passage* is a run of consecutive paragraphs of one document and goes to one
+split whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stages.adapters import texts
+from stages.adapters.sources import Wanted, open_source, pin_source
+from stages.algorithms.prefix_filter import first_of_each
+from stages.runtime.contract import (
+    PARTIAL,
+    Image,
+    Kind,
+    Location,
+    Metrics,
+    Params,
+    Pins,
+    Progress,
+    Stage,
+    StageError,
+)
+
+TEXT = Wanted("text", texts.PATTERNS, "Give a .txt, .md, .jsonl or .parquet file or a folder of them.")
+SHORT_WORDS = 8
+"""Shorter paragraphs are duplicates only when equal: three words in common say too little."""
+_SHINGLE_WORDS = 3
+
+Split = Literal["calibrate", "train", "validate", "test"]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class CorpusParams(Params):
+    """Where the text lies and how it is split."""
+
+    source: str = Location()
+    splits: dict[Split, Share] = Field(min_length=1)
+    digest: str = ""
+    column: str = "text"
+    passage_characters: int = Field(2000, ge=100)
+    near_duplicate: float = Field(0.8, gt=0, le=1)
+    exact: str = Location("")
+    downloads: str = Location("")
+
+    @model_validator(mode="after")
+    def _whole(self) -> CorpusParams:
+        if sum(self.splits.values()) > 1 + 1e-9:
+            raise ValueError(f"the shares in `splits` add up to {sum(self.splits.values()):g}, more than 1")
+        return self
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A run of consecutive paragraphs of one document."""
+
+    name: str
+    text: str
+
+
+def pin(params: CorpusParams, pins: Pins, progress: Progress) -> CorpusParams:
+    """Resolve the source to the digest of its text.
+
+    Raises:
+        StageError: there is no text, or not the one whose digest was asked for.
+    """
+    if params.source in texts.GENERATED:
+        digest, exact, downloads = texts.digest_of_documents(texts.generated(params.source)), params.source, ""
+    else:
+        found = pin_source(params.source, TEXT, texts.digest_of_files, pins, progress)
+        digest, exact, downloads = found.digest, found.exact, found.downloads
+    if params.digest not in ("", digest):
+        raise _changed(params.source, digest, params.digest)
+    return params.model_copy(update={"digest": digest, "exact": exact, "downloads": downloads})
+
+
+def run(params: CorpusParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
+    """Write one `<split>.jsonl` a split and corpus.json."""
+    documents, digest = _read(params, output, progress)
+    if params.digest and digest != params.digest:
+        raise _changed(params.source, digest, params.digest)
+    kept, removed = _without_duplicates(documents, params, progress)
+    passages = list(_passages(kept, params.passage_characters))
+    if not passages:
+        raise StageError("the corpus is empty", measured="0 paragraphs", limit=1, remedy="Give a source with text.")
+    dealt = _dealt(passages, params.splits)
+    _check_dealt(dealt, len(passages), params)
+    counts = {}
+    for split, share in dealt.items():
+        lines = [json.dumps({"id": p.name, "text": p.text}, ensure_ascii=False) for p in share]
+        (output / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+        counts[split] = {"passages": len(share), "characters": sum(len(p.text) for p in share)}
+    record = {"digest": digest, "duplicates_removed": removed, "splits": counts}
+    (output / "corpus.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return {
+        "passages": sum(count["passages"] for count in counts.values()),
+        "characters": sum(count["characters"] for count in counts.values()),
+        "duplicates_removed": removed,
+    }
+
+
+def _read(params: CorpusParams, output: Path, progress: Progress) -> tuple[list[texts.Document], str]:
+    if params.source in texts.GENERATED:
+        documents = texts.generated(params.source)
+        return documents, texts.digest_of_documents(documents)
+    path = open_source(params.exact or params.source, TEXT, params.downloads, output / PARTIAL, progress)
+    return list(texts.documents(path, params.column)), texts.digest_of_files(path)
+
+
+def _without_duplicates(
+    documents: Iterable[texts.Document], params: CorpusParams, progress: Progress
+) -> tuple[list[tuple[str, list[str]]], int]:
+    """Each document's name and its paragraphs that stand nowhere earlier, and how many were left out."""
+    found = [(d.name, part) for d in documents for part in texts.paragraphs(d.text)]
+    seen: set[tuple[str, ...]] = set()
+    fresh, shingles = [], []
+    for name, part in found:
+        words = tuple(part.lower().split())
+        if words not in seen:
+            seen.add(words)
+            fresh.append((name, part))
+            shingles.append(_shingles(words))
+    kept: dict[str, list[str]] = {}
+    count = 0
+    for (name, part), keep in zip(fresh, first_of_each(shingles, params.near_duplicate), strict=True):
+        if keep:
+            kept.setdefault(name, []).append(part)
+            count += 1
+    progress.advanced(1, 1)
+    return list(kept.items()), len(found) - count
+
+
+def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    if len(words) < SHORT_WORDS:
+        return frozenset()
+    return frozenset(words[i : i + _SHINGLE_WORDS] for i in range(len(words) - _SHINGLE_WORDS + 1))
+
+
+def _passages(documents: Iterable[tuple[str, list[str]]], characters: int) -> Iterable[Passage]:
+    for name, parts in documents:
+        gathered: list[str] = []
+        number = size = 0
+        for part in parts:
+            if gathered and size + len(part) > characters:
+                yield Passage(f"{name}#{number}", "\n\n".join(gathered))
+                gathered, size, number = [], 0, number + 1
+            gathered.append(part)
+            size += len(part) + 2
+        if gathered:
+            yield Passage(f"{name}#{number}", "\n\n".join(gathered))
+
+
+def _dealt(passages: list[Passage], splits: Mapping[Split, float]) -> dict[str, list[Passage]]:
+    """Each passage to the split that lags its share of the characters most: every share is met within a passage."""
+    shares: dict[str, float] = dict(splits)
+    rest = 1 - sum(shares.values())
+    if rest > 1e-9:
+        shares[""] = rest
+    dealt: dict[str, list[Passage]] = {name: [] for name in shares}
+    got = dict.fromkeys(shares, 0)
+    total = 0
+    for passage in passages:
+        total += len(passage.text)
+        behind = max(shares, key=lambda name: shares[name] * total - got[name])
+        dealt[behind].append(passage)
+        got[behind] += len(passage.text)
+    dealt.pop("", None)
+    return dealt
+
+
+def _check_dealt(dealt: Mapping[str, list[Passage]], passages: int, params: CorpusParams) -> None:
+    empty = [name for name, share in dealt.items() if not share]
+    if empty:
+        raise StageError(
+            f"the corpus is too small for its splits: nothing is left for {', '.join(empty)}",
+            measured=f"{passages} passages",
+            limit=f"about {round(1 / min(params.splits.values()))} of {params.passage_characters} characters",
+            remedy="Use more text, larger shares or a smaller passage_characters.",
+        )
+
+
+def _changed(source: str, found: str, asked: str) -> StageError:
+    return StageError(
+        f"{source} is not what it was when its digest was taken",
+        measured=found[:12],
+        limit=asked[:12],
+        remedy="Run again to take it as it is now, or remove `digest` from the step's params.",
+    )
+
+
+CORPUS = Stage(name="corpus", params=CorpusParams, inputs={}, output=Kind.CORPUS, image=Image.BASE, run=run, pin=pin)

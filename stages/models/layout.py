@@ -1,0 +1,253 @@
+"""The files of a checkpoint: which count, whether they are whole, and what of them is refused. No weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.runtime.contract import StageError
+from stages.runtime.fingerprint import canonical, digest_bytes, digest_file
+
+TOKENIZERS = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+)
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "structure.json",
+    "quantization.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PATTERNS = (*SIDE_FILES, "*.safetensors", INDEX, "*.gguf")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_SAFE = "Give a folder with config.json, *.safetensors and tokenizer files, or one *.gguf file."
+_HEADER_LIMIT = 100_000_000
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checkpoint's files: name in the layout -> where it lies. A GGUF file is the only file of its own."""
+
+    files: Mapping[str, Path]
+    gguf: Path | None = None
+
+    @property
+    def weights(self) -> dict[str, Path]:
+        """The safetensors files among them."""
+        return {name: path for name, path in self.files.items() if name.endswith(".safetensors")}
+
+    def digest(self) -> str:
+        """The identity of the content: of a single file its bytes, of a folder the names and bytes that count."""
+        if self.gguf:
+            return digest_file(self.gguf)
+        return digest_bytes(canonical(sorted((name, digest_file(path)) for name, path in self.files.items())))
+
+
+def choose(path: Path) -> Chosen:
+    """The one checkpoint at a path.
+
+    Raises:
+        StageError: there is none, there are several, or it is a pickle.
+    """
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Chosen({}, gguf=path)
+        if path.name.endswith(_PICKLES):
+            raise _pickle(path)
+        if path.suffix == ".safetensors":
+            return choose(path.parent)
+        raise StageError(f"{path} is no checkpoint", remedy=_SAFE)
+    ggufs = sorted(path.glob("*.gguf"))
+    safe = sorted(path.glob("*.safetensors"))
+    pickles = sorted(p for p in path.iterdir() if p.name.endswith(_PICKLES))
+    if len(ggufs) > 1 or (ggufs and safe):
+        names = ", ".join(p.name for p in (*ggufs, *safe))
+        raise StageError(f"{path} holds more than one checkpoint", measured=names, limit=1, remedy="Name one file.")
+    if ggufs:
+        return Chosen({}, gguf=ggufs[0])
+    if not safe and pickles:
+        raise _pickle(pickles[0])
+    if not safe:
+        raise StageError(f"{path} holds no checkpoint", remedy=_SAFE)
+    sides = {name: path / name for name in SIDE_FILES if (path / name).is_file()}
+    return Chosen(sides | _weights(path, safe))
+
+
+def _weights(path: Path, safe: list[Path]) -> dict[str, Path]:
+    index = path / INDEX
+    whole = path / WEIGHTS
+    if index.is_file() and whole.is_file():
+        raise StageError(
+            f"{path} holds more than one checkpoint", measured=f"{WEIGHTS} and {INDEX}", limit=1, remedy="Remove one."
+        )
+    if index.is_file():
+        shards = sorted(set(_weight_map(index).values()))
+        for name in shards:
+            if not (path / name).is_file() or "/" in name:
+                raise StageError(f"{INDEX} names {name}, which is not in {path}", remedy="Fetch the missing shard.")
+        return {INDEX: index} | {name: path / name for name in shards}
+    if whole.is_file():
+        return {WEIGHTS: whole}
+    if len(safe) > 1:
+        names = ", ".join(p.name for p in safe[:4])
+        raise StageError(
+            f"{path} holds more than one checkpoint",
+            measured=names,
+            limit=1,
+            remedy=f"Keep one, or add the {INDEX} that joins them.",
+        )
+    return {WEIGHTS: safe[0]}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise StageError(f"{index} has no weight_map", remedy="Write the checkpoint again with save_pretrained.")
+    return found
+
+
+def _pickle(path: Path) -> StageError:
+    return StageError(
+        f"{path} is a pickle checkpoint, which can run code when it is loaded",
+        remedy="Convert it to safetensors where you trust it: model.save_pretrained(folder).",
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        StageError: it is missing or not one.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StageError(f"{path} is missing", remedy=_SAFE) from error
+    except ValueError as error:
+        raise StageError(f"{path} is not JSON ({error})", remedy="Fetch or write the file again.") from error
+    if not isinstance(found, dict):
+        raise StageError(f"{path} is not a JSON object", remedy="Fetch or write the file again.")
+    return found
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors that a safetensors file declares, each checked to lie inside the file.
+
+    Returns:
+        tensor name -> {"dtype", "shape", "data_offsets"}.
+
+    Raises:
+        StageError: the file is cut short or its header is damaged.
+    """
+    size = path.stat().st_size
+    remedy = "Fetch the file again; it was probably cut short while it was copied."
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+            raise StageError(
+                f"{path} is cut short or no safetensors file",
+                measured=f"{size} bytes",
+                limit=f"{8 + length} bytes for its header",
+                remedy=remedy,
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise StageError(f"the header of {path} is damaged", remedy=remedy) from error
+    if 8 + length + end != size:
+        raise StageError(
+            f"{path} is cut short or has bytes too many",
+            measured=f"{size} bytes",
+            limit=f"{8 + length + end} bytes",
+            remedy=remedy,
+        )
+    return tensors
+
+
+def check_headers(folder: Path, weights: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """All tensors of a checkpoint's files, each declared once and where the index says."""
+    found: dict[str, dict[str, Any]] = {}
+    placed: dict[str, str] = {}
+    for name, path in weights.items():
+        for tensor, entry in read_header(path).items():
+            if tensor in found:
+                raise StageError(f"tensor {tensor} stands in {placed[tensor]} and {name}", remedy="Keep one of them.")
+            found[tensor], placed[tensor] = entry, name
+    index = folder / INDEX
+    if index.is_file():
+        for tensor, name in _weight_map(index).items():
+            if placed.get(tensor) != name:
+                raise StageError(f"{INDEX} places tensor {tensor} in {name}, which does not hold it", remedy=_SAFE)
+    return found
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse remote code and architectures that transformers does not know. Nothing is instantiated.
+
+    Raises:
+        StageError: either is asked for.
+    """
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if config.get("auto_map"):
+        raise StageError(
+            f"{where} asks for code that travels with the checkpoint (auto_map)",
+            remedy="Code of others is never run: use a checkpoint whose architecture transformers itself has.",
+        )
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    tables = (value for key, value in vars(modeling_auto).items() if key.endswith("MAPPING_NAMES"))
+    known: set[str] = set()
+    for table in tables:
+        for value in table.values():
+            known.update([value] if isinstance(value, str) else value)
+    if kind not in CONFIG_MAPPING_NAMES or not names or not set(names) <= known:
+        raise StageError(
+            f"{where} names an architecture that transformers does not know",
+            measured=f"model_type {kind!r}, architectures {names}",
+            remedy="Use a checkpoint of a known architecture, such as LlamaForCausalLM.",
+        )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise StageError unless tokenizer files stand in the folder."""
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
+        raise StageError(
+            f"{folder} has no tokenizer",
+            limit="tokenizer.json, tokenizer.model, vocab.txt or vocab.json with merges.txt",
+            remedy="Add the tokenizer's files: tokenizer.save_pretrained(folder).",
+        )
+
+
+def parameters(tensors: Mapping[str, Mapping[str, Any]]) -> int:
+    """The number of elements in declared tensors."""
+    total = 0
+    for entry in tensors.values():
+        count = 1
+        for length in entry["shape"]:
+            count *= length
+        total += count
+    return total

@@ -1,0 +1,175 @@
+"""Run a decoder block by block over calibration windows, so that statistics of one block at a time suffice.
+
+Shapes: N windows, T tokens, H hidden, I inputs and O outputs of a linear map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.models import anatomy
+from stages.models.anatomy import Block
+from stages.runtime.contract import StageError
+
+SITES = {"q": "attention", "k": "attention", "v": "attention", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
+"""Which input each projection reads."""
+
+
+@dataclass
+class Statistics:
+    """What calibration saw of one block, as means over tokens.
+
+    Attributes:
+        moments: site -> E[x x^T], [I, I].
+        gradients: role -> E[g^2] of the log-likelihood's gradient at each output, [O]: the diagonal of the Fisher
+            information, since labels are drawn from the model's own predictions.
+    """
+
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def arguments(model: PreTrainedModel, tokens: int) -> list[dict[str, Any]]:
+    """The keyword arguments with which the model calls each block for one window of `tokens` tokens."""
+    caught: list[dict[str, Any]] = []
+    hooks = [
+        block.module.register_forward_pre_hook(lambda _m, _a, kwargs: caught.append(kwargs), with_kwargs=True)
+        for block in anatomy.blocks(model)
+    ]
+    try:
+        with torch.no_grad():
+            anatomy.decoder(model)(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return caught
+
+
+def embedded(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
+    """x_NTH that enters the first block."""
+    with torch.no_grad():
+        return anatomy.embedding(model)(ids_NT)
+
+
+def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """The block's output, window by window.
+
+    Raises:
+        StageError: an activation is not finite.
+    """
+    with torch.no_grad():
+        y_NTH = torch.cat([_output(block.module(x_1TH, **kwargs)) for x_1TH in x_NTH.split(1)])
+    check_finite(block.name, y_NTH)
+    return y_NTH
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise StageError naming the module whose activations hold a NaN or an infinity."""
+    if not x.isfinite().all():
+        raise StageError(
+            f"the activations after {name} hold a NaN or an infinity",
+            measured=f"{int((~x.isfinite()).sum())} of {x.numel()} values",
+            remedy="Check the checkpoint with `enginery inspect`; a model that overflows cannot be calibrated.",
+        )
+
+
+@contextmanager
+def watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call see(name, input, output) whenever one of the modules runs."""
+    hooks = [
+        module.register_forward_hook(lambda _m, args, out, name=name: see(name, args[0], out))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def sensitivities(
+    model: PreTrainedModel, ids_NT: Tensor, roles: Sequence[str], advanced: Callable[[float, float], None]
+) -> Iterator[tuple[Block, Statistics]]:
+    """Each block with its statistics, from the last block to the first.
+
+    One forward sweep keeps the blocks' inputs; a backward sweep computes each block again with gradients, so that no
+    more than one block's graph is alive.
+
+    Args:
+        model: its parameters' gradients are not needed and are turned off.
+        ids_NT: calibration windows.
+        roles: the projections asked for.
+        advanced: told (done, total) in block passes.
+
+    Raises:
+        StageError: an activation is not finite.
+    """
+    model.requires_grad_(False)
+    blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
+    inputs, x_NTH = [], embedded(model, ids_NT)
+    total = 4 * len(blocks)  # a backward pass is counted as three forward passes
+    for block, kwargs in zip(blocks, calls, strict=True):
+        inputs.append(x_NTH)
+        x_NTH = run(block, x_NTH, kwargs)
+        advanced(block.index + 1, total)
+    g_NTH = _drawn_gradient(model, x_NTH)
+    for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
+        statistics, g_NTH = _backward(block, inputs.pop(), g_NTH, kwargs, roles)
+        advanced(total - 3 * block.index, total)
+        yield block, statistics
+
+
+def _drawn_gradient(model: PreTrainedModel, x_NTH: Tensor) -> Tensor:
+    """Gradient at the last block's output of log p(label), the labels drawn from the model's predictions."""
+    generator = torch.Generator().manual_seed(0)
+    norm, head = anatomy.last_norm(model), anatomy.head(model)
+    gradients = []
+    for x_TH in x_NTH:
+        x = x_TH.detach().requires_grad_()
+        log_TV = head(norm(x)).log_softmax(-1)
+        labels_T1 = torch.multinomial(log_TV.detach().exp(), 1, generator=generator)
+        gradients.append(torch.autograd.grad(log_TV.gather(1, labels_T1).sum(), x)[0])
+    return torch.stack(gradients)
+
+
+def _backward(
+    block: Block, x_NTH: Tensor, g_NTH: Tensor, kwargs: Mapping[str, Any], roles: Sequence[str]
+) -> tuple[Statistics, Tensor]:
+    found, tokens = Statistics(), x_NTH.shape[0] * x_NTH.shape[1]
+    modules = {role: module for role, module in anatomy.projections(block).items() if role in roles}
+    outgoing = []
+    for x_TH, g_TH in zip(x_NTH, g_NTH, strict=True):
+        seen: dict[str, Tensor] = {}
+
+        def see(role: str, x: Tensor, y: Tensor, seen: dict[str, Tensor] = seen) -> None:
+            if SITES[role] not in seen:
+                seen[SITES[role]] = x
+            seen[f"out.{role}"] = y
+
+        x_1TH = x_TH[None].detach().requires_grad_()
+        with watched(modules, see):
+            y_1TH = _output(block.module(x_1TH, **kwargs))
+        outputs = [seen[f"out.{role}"] for role in modules]
+        g_x, *g_outputs = torch.autograd.grad(y_1TH, [x_1TH, *outputs], g_TH[None])
+        outgoing.append(g_x[0])
+        for role, g in zip(modules, g_outputs, strict=True):
+            _add(found.gradients, role, g.square().sum((0, 1)) / tokens)
+        for site in dict.fromkeys(SITES[role] for role in modules):
+            x_TI = seen[site].detach()[0]
+            _add(found.moments, site, x_TI.T @ x_TI / tokens)
+    return found, torch.stack(outgoing)
+
+
+def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def _output(returned: Any) -> Tensor:
+    return returned[0] if isinstance(returned, tuple) else returned
