@@ -20,13 +20,16 @@ _RUNS = (Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE)
 
 def faults(recipe: Recipe) -> list[Fault]:
     """Everything that keeps a recipe of the right shape from running."""
+    # Each part builds on what the one before found sound, so that one mistake is not said in three places.
     found = list(_names(recipe))
     for index, step in enumerate(recipe.steps):
         found += check_step(index, step)
         if step.stage in STAGES:
             found += _inputs(recipe, index, step)
     if not found:
-        found += [*_precisions(recipe), *_judge(recipe), *_gates(recipe), *_register(recipe)]
+        found += [*_precisions(recipe), *_judge(recipe), *_register(recipe)]
+    if not found:
+        found += _gates(recipe)
     return found
 
 

@@ -10,21 +10,17 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 
-from flows.settings import Settings, environment
+from flows.settings import Settings
 from stages.runtime.contract import Image, StageError
 from stages.runtime.fingerprint import LIBRARIES, constraints
 
 LEAST_FREE_BYTES = 10e9
 """A run on a model of some hundred million parameters keeps about this much."""
-
-Import = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -143,17 +139,10 @@ def _said(command: list[str]) -> str | None:
 def _service(name: str, uri: str, path: str, variable: str) -> Line:
     if not uri:
         return Line(name, True, f"embedded; set {variable} for a server")
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
-        folder = Path(parts.path.removeprefix("/") if parts.path.startswith("//") else parts.path).parent
-        return Line(name, True, f"{uri} (embedded, in {folder})")
+    if not uri.startswith(("http://", "https://")):
+        return Line(name, True, f"embedded: {uri}")
     try:
         with urllib.request.urlopen(uri.rstrip("/") + path, timeout=10) as answer:  # noqa: S310 - http(s), checked above
             return Line(name, answer.status == 200, f"{uri} answers {answer.status}")
     except (urllib.error.URLError, OSError) as error:
         return Line(name, False, f"{uri}: {error}", f"Start it, or unset {variable} for the embedded one.", needed=True)
-
-
-def defaults(scratch: Path) -> dict[str, str]:
-    """The environment's defaults that are in force, for the bottom of the page."""
-    return {name: os.environ.get(name, value) for name, value in environment(scratch).items()}

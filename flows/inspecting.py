@@ -120,6 +120,16 @@ def inspect(store: Store, identity: str) -> Inspection:
     )
 
 
+def find_artifact(store: Store, text: str) -> str:
+    """The fingerprint meant by a step's name (its newest artifact) or by the beginning of a fingerprint.
+
+    Raises:
+        StageError: none or several are meant.
+    """
+    named = [(m.provenance.created, identity) for identity, m in store.manifests() if m.provenance.step == text]
+    return max(named)[1] if named else store.resolve(text)
+
+
 def stored(folder: Path) -> Iterator[Stored]:
     """Every tensor stored in a folder's safetensors and ONNX files."""
     packed = _packed_names(folder)

@@ -98,6 +98,11 @@ class Promotion(Frozen):
     why: str
     when: str
 
+    @property
+    def candidate(self) -> Candidate:
+        """What stands there."""
+        return self.version.candidate
+
 
 def history(objects: Objects, model: str, alias: str | None = None) -> list[Promotion]:
     """The entries of a model's journal, or those of one alias, oldest first."""

@@ -23,8 +23,8 @@ REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pydantic", "tokenizers")
 PACKAGE = "enginery.package"
 
 
-def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, run_id: str) -> str:
-    """The id of the logged model that carries an engine; made once for the same engine and code.
+def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, run_id: str) -> LoggedModel:
+    """The logged model that carries an engine; made once for the same engine and code.
 
     Args:
         tracking: where.
@@ -52,7 +52,7 @@ def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, 
             tracking.client.log_model_artifacts(made.model_id, str(Path(scratch, "model")))
             tracking.client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
         tracking.client.log_outputs(run_id, models=[LoggedModelOutput(made.model_id, step=0)])
-    return str(made.model_id)
+    return made
 
 
 def travelling_code(into: Path) -> Path:

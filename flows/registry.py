@@ -19,7 +19,7 @@ from stages.runtime.stores import Objects
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-IDENTITY, CANDIDATE = "enginery.identity", "enginery.candidate"
+IDENTITY, CANDIDATE, CARRIER = "enginery.identity", "enginery.candidate", "enginery.logged_model"
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def versions(registry: Registry, model: str) -> list[Version]:
     return [
         Version(
             number=str(one.version),
-            logged_model=str(one.model_id),
+            logged_model=one.tags.get(CARRIER, ""),
             candidate=Candidate.model_validate_json(one.tags[CANDIDATE]),
         )
         for one in sorted(ours, key=lambda one: int(one.version))
@@ -199,17 +199,18 @@ def _register(registry: Registry, candidate: Candidate, engine: Path) -> tuple[V
     if found := _of_identity(registry, candidate):
         return found, False
     client, served = registry.client, candidate.executables[candidate.serves]
-    model_id = logged_model(registry.tracking, engine, candidate.model, served.fingerprint, candidate.run)
+    carrier = logged_model(registry.tracking, engine, candidate.model, served.fingerprint, candidate.run)
     _create_model(client, candidate.model)
     made = client.create_model_version(
         candidate.model,
-        f"models:/{model_id}",
+        carrier.artifact_location,  # not models:/ID, which MLflow looks up wherever its global URI points
         run_id=candidate.run,
-        model_id=model_id,
+        model_id=carrier.model_id,
         description="; ".join(f"{target}: {status}" for target, status in candidate.targets.items()),
         tags={
             IDENTITY: candidate.identity,
             CANDIDATE: candidate.model_dump_json(),
+            CARRIER: carrier.model_id,
             "enginery.fingerprint": served.fingerprint,
             "enginery.target": served.target,
             "enginery.targets": json.dumps(candidate.targets),

@@ -54,6 +54,13 @@ class GateResult(Frozen):
     high: float | None = None
     text: str = ""
 
+    @property
+    def said(self) -> str:
+        """The whole in one sentence, also when nobody wrote one."""
+        where = f" on {self.corpus}" if self.corpus else ""
+        held = "passed" if self.passed else "failed"
+        return self.text or f"{self.measure} of {self.artifact}{where}: {self.measured} against {self.limit}: {held}"
+
 
 class ModelResult(Frozen):
     """The registered version. `targets` are those it was judged on."""

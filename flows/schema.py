@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-
 from flows.recipe import Recipe
 from flows.results import SCHEMAS
 from stages.runtime.contract import Frozen

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -41,7 +42,8 @@ class Served(PythonModel):
                 )
         self._engine = open_engine(folder)
 
-    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+    # MLflow would derive a signature from any other hint and drop the stated one, with its params.
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """Continue each prompt.
 
         Args:
@@ -49,7 +51,7 @@ class Served(PythonModel):
             model_input: a list of texts, or a table whose first column holds them.
             params: `max_new_tokens`.
         """
-        prompts = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
+        prompts = model_input.iloc[:, 0] if isinstance(model_input, pd.DataFrame) else model_input
         most = int((params or {}).get("max_new_tokens", MAX_NEW_TOKENS))
         return list(self._engine.generate([str(prompt) for prompt in prompts], max_new_tokens=most))
 

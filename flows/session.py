@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flows.gates import CHAMPION, Verdict, judge
+from flows.journal import Candidate, Executable, head
 from flows.launch import Launcher
 from flows.planning import Planned, check_start, needs, resolve
 from flows.recipe import Recipe, executable_here
 from flows.records import Record, as_yaml, open_run
-from flows.registry import Candidate, Executable, Registry, head, release
+from flows.registry import Registry, release
 from flows.report import write_report
 from flows.results import GateResult, ModelResult, PlanLine, RunResult, StepResult
 from flows.settings import Settings, enter

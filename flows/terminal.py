@@ -231,7 +231,7 @@ def show_result(result: RunResult, console: Console) -> None:
             console.print(Text(f"{what}: {where}"))
     for gate in result.gates:
         if not gate.passed:
-            console.print(Text(f"gate failed: {_gate_text(gate)}", style="bold red"))
+            console.print(Text(f"gate failed: {gate.said}", style="bold red"))
     verdict = ("passed", "bold green") if result.passed else ("not passed", "bold red")
     console.print(Text(f"run {result.run}: {verdict[0]} in {duration(result.seconds)}", style=verdict[1]))
 
@@ -285,10 +285,3 @@ def gates_table(gates: list[GateResult]) -> Table:
         cells = [*names, number(gate.measured), interval, number(gate.limit), "yes" if gate.passed else "NO"]
         table.add_row(*(Text(cell) for cell in cells))
     return table
-
-
-def _gate_text(gate: GateResult) -> str:
-    if gate.text:
-        return gate.text
-    where = f" on {gate.corpus}" if gate.corpus else ""
-    return f"{gate.measure} of {gate.artifact}{where}: measured {number(gate.measured)}, limit {number(gate.limit)}"

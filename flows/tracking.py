@@ -298,8 +298,8 @@ def answered(uri: str) -> Iterator[None]:
     except MlflowException as error:
         if error.error_code in PASSING:
             raise Unavailable(
-                f"MLflow at {uri} does not answer ({error})",
-                remedy="Start it, or unset MLFLOW_TRACKING_URI to record in the embedded database.",
+                f"MLflow at {uri} does not answer as it should ({error})",
+                remedy="Start it and see its log, or unset MLFLOW_TRACKING_URI to record in the embedded database.",
             ) from error
         raise StageError(f"MLflow at {uri} refused: {error}") from error
 
@@ -308,6 +308,7 @@ def quiet() -> None:
     """Keep MLflow from calling home, from looking for git and from telling of its migrations. Call before import."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in NOISE:

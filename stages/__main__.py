@@ -15,11 +15,13 @@ import threading
 import warnings
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
+
+from pydantic import ValidationError
 
 from stages import stage
 from stages.adapters.connect import connect
-from stages.runtime.contract import DoesNotFit, Interrupted, StageError, Unavailable, Work
+from stages.runtime.contract import DoesNotFit, Interrupted, Params, Stage, StageError, Unavailable, Work
 from stages.runtime.execute import execute
 from stages.runtime.progress import JsonLines
 
@@ -35,17 +37,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path, help="folder for drafts and views; default: beside the store")
     parser.add_argument("--orphan", action="store_true", help="go on when standard input closes")
     asked = parser.parse_args(argv)
-    events = JsonLines(_claimed_stdout())
+    with _claimed_stdout() as stream:
+        return _answered(asked, JsonLines(stream))
+
+
+def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     if not asked.orphan:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    order = json.loads(asked.work.read_text(encoding="utf-8"))
     try:
+        order = json.loads(asked.work.read_text(encoding="utf-8"))
         definition = stage(asked.name)
+        params, work = _understood(definition, order)
         outcome = execute(
             definition,
-            definition.params.model_validate(order["params"]),
-            Work.model_validate(order["work"]),
+            params,
+            work,
             connect(asked.store, asked.scratch),
             events,
             step=order.get("step", ""),
@@ -64,6 +71,18 @@ def main(argv: list[str] | None = None) -> int:
         changed=outcome.changed,
     )
     return 0
+
+
+def _understood(definition: Stage[Any], order: dict[str, Any]) -> tuple[Params, Work]:
+    try:
+        return definition.params.model_validate(order["params"]), Work.model_validate(order["work"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise StageError(
+            f"the order for {definition.name} is not one that this version understands",
+            measured=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            remedy="Build the image from the commit that plans the run.",
+        ) from error
 
 
 def described(error: StageError) -> dict[str, str | None]:
@@ -99,7 +118,9 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: a thread that holds its buffer's lock aborts the interpreter when it shuts down.
+    while os.read(0, 4096):
+        pass
     os._exit(130)
 
 

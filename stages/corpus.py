@@ -7,7 +7,7 @@ split whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,6 +34,8 @@ TEXT = Wanted("text", texts.PATTERNS, "Give a .txt, .md, .jsonl or .parquet file
 SHORT_WORDS = 8
 """Shorter paragraphs are duplicates only when equal: three words in common say too little."""
 _SHINGLE_WORDS = 3
+_LONGEST = 4
+"""A paragraph of more than so many passages is taken apart."""
 
 Split = Literal["calibrate", "train", "validate", "test"]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -87,7 +89,9 @@ def run(params: CorpusParams, inputs: Mapping[str, Path], output: Path, progress
     documents, digest = _read(params, output, progress)
     if params.digest and digest != params.digest:
         raise _changed(params.source, digest, params.digest)
-    kept, removed = _without_duplicates(documents, params, progress)
+    progress.advanced(1, 3)
+    kept, removed = _without_duplicates(documents, params)
+    progress.advanced(2, 3)
     passages = list(_passages(kept, params.passage_characters))
     if not passages:
         raise StageError("the corpus is empty", measured="0 paragraphs", limit=1, remedy="Give a source with text.")
@@ -98,6 +102,7 @@ def run(params: CorpusParams, inputs: Mapping[str, Path], output: Path, progress
         lines = [json.dumps({"id": p.name, "text": p.text}, ensure_ascii=False) for p in share]
         (output / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
         counts[split] = {"passages": len(share), "characters": sum(len(p.text) for p in share)}
+    progress.advanced(3, 3)
     record = {"digest": digest, "duplicates_removed": removed, "splits": counts}
     (output / "corpus.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return {
@@ -116,26 +121,25 @@ def _read(params: CorpusParams, output: Path, progress: Progress) -> tuple[list[
 
 
 def _without_duplicates(
-    documents: Iterable[texts.Document], params: CorpusParams, progress: Progress
-) -> tuple[list[tuple[str, list[str]]], int]:
-    """Each document's name and its paragraphs that stand nowhere earlier, and how many were left out."""
-    found = [(d.name, part) for d in documents for part in texts.paragraphs(d.text)]
+    documents: Iterable[texts.Document], params: CorpusParams
+) -> tuple[dict[str, list[texts.Paragraph]], int]:
+    """Each document's paragraphs that stand nowhere earlier, and how many were left out."""
+    longest = _LONGEST * params.passage_characters
+    found = [(d.name, part) for d in documents for part in texts.paragraphs(d.text, longest)]
     seen: set[tuple[str, ...]] = set()
     fresh, shingles = [], []
     for name, part in found:
-        words = tuple(part.lower().split())
+        words = tuple(part.text.lower().split())
         if words not in seen:
             seen.add(words)
             fresh.append((name, part))
             shingles.append(_shingles(words))
-    kept: dict[str, list[str]] = {}
-    count = 0
-    for (name, part), keep in zip(fresh, first_of_each(shingles, params.near_duplicate), strict=True):
-        if keep:
+    kept: dict[str, list[texts.Paragraph]] = {}
+    keep = first_of_each(shingles, params.near_duplicate)
+    for (name, part), alone in zip(fresh, keep, strict=True):
+        if alone:
             kept.setdefault(name, []).append(part)
-            count += 1
-    progress.advanced(1, 1)
-    return list(kept.items()), len(found) - count
+    return kept, len(found) - sum(keep)
 
 
 def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
@@ -144,23 +148,20 @@ def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
     return frozenset(words[i : i + _SHINGLE_WORDS] for i in range(len(words) - _SHINGLE_WORDS + 1))
 
 
-def _passages(documents: Iterable[tuple[str, list[str]]], characters: int) -> Iterable[Passage]:
-    for name, parts in documents:
-        gathered: list[str] = []
-        number = size = 0
+def _passages(documents: Mapping[str, list[texts.Paragraph]], characters: int) -> Iterator[Passage]:
+    for name, parts in documents.items():
+        number, text = 0, ""
         for part in parts:
-            if gathered and size + len(part) > characters:
-                yield Passage(f"{name}#{number}", "\n\n".join(gathered))
-                gathered, size, number = [], 0, number + 1
-            gathered.append(part)
-            size += len(part) + 2
-        if gathered:
-            yield Passage(f"{name}#{number}", "\n\n".join(gathered))
+            if text and len(text) + len(part.text) > characters:
+                yield Passage(f"{name}#{number}", text)
+                number, text = number + 1, ""
+            text += (part.glue if text else "") + part.text
+        yield Passage(f"{name}#{number}", text)
 
 
 def _dealt(passages: list[Passage], splits: Mapping[Split, float]) -> dict[str, list[Passage]]:
     """Each passage to the split that lags its share of the characters most: every share is met within a passage."""
-    shares: dict[str, float] = dict(splits)
+    shares: dict[str, float] = {str(name): share for name, share in splits.items()}
     rest = 1 - sum(shares.values())
     if rest > 1e-9:
         shares[""] = rest

@@ -37,7 +37,7 @@ def connect(uri: str, scratch: Path | None = None) -> Store:
         objects = LocalObjects(root)
         scratch = scratch or root / "state"
     elif parts.scheme == "s3":
-        from stages.adapters.s3 import S3Objects  # noqa: PLC0415
+        from stages.adapters.s3 import S3Objects
 
         objects = S3Objects(uri)
         home = Path(os.environ.get("ENGINERY_HOME") or Path.home() / ".enginery")

@@ -22,6 +22,7 @@ from transformers import modeling_gguf_pytorch_utils as reading
 from stages.runtime.contract import Progress, StageError
 
 _DAMAGED = "Fetch the file again; it was probably cut short while it was copied."
+_OTHER = "Use a dense decoder, or the same checkpoint as safetensors."
 
 
 def dequantize(path: Path, output: Path, progress: Progress) -> None:
@@ -36,9 +37,7 @@ def dequantize(path: Path, output: Path, progress: Progress) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise StageError(
-            f"{path} has an architecture that is not understood ({error})", remedy="Use another."
-        ) from error
+        raise StageError(f"{path} has an architecture that is not understood ({error})", remedy=_OTHER) from error
     plan = _plan(path, reader, model, config)
     _write(output / "model.safetensors", plan, config, _architecture(reader), progress)
     config.architectures = [type(model).__name__]
@@ -63,20 +62,22 @@ def _architecture(reader: gguf.GGUFReader) -> str:
 
 def _plan(path: Path, reader: gguf.GGUFReader, model: Any, config: Any) -> list[tuple[str, tuple[int, ...], Any]]:
     """(name, shape, GGUF tensor) of each tensor to write, in name order."""
-    processor = reading.TENSOR_PROCESSORS.get(_architecture(reader), reading.TensorProcessor)(config=config.to_dict())
-    names = reading.get_gguf_hf_weights_map(model, processor)
-    stored = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[_architecture(reader)], config.num_hidden_layers)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     plan = []
     for name, meta in sorted(model.state_dict().items()):
         if name in tied:
             continue
-        if name not in stored:
-            raise StageError(f"{path} lacks a tensor for {name}", remedy="Use a checkpoint of a dense decoder.")
-        plan.append((name, tuple(meta.shape), stored[name]))
-    extra = {tensor.name for tensor in reader.tensors} - {tensor.name for _, _, tensor in plan} - {"rope_freqs.weight"}
-    if extra:
-        raise StageError(f"{path} has tensors that its architecture does not", measured=", ".join(sorted(extra)[:3]))
+        stem, _, suffix = name.rpartition(".")
+        tensor = stored.pop(f"{names.get_name(stem)}.{suffix}", None)
+        if tensor is None:
+            raise StageError(f"{path} lacks a tensor for {name}", remedy=_OTHER)
+        plan.append((name, tuple(meta.shape), tensor))
+    unread = sorted(stored)
+    if unread:
+        raise StageError(f"{path} holds tensors of no known place", measured=", ".join(unread[:3]), remedy=_OTHER)
     return plan
 
 
@@ -106,7 +107,7 @@ def _decoded(name: str, shape: tuple[int, ...], tensor: Any, processor: Any) -> 
             f"tensor {tensor.name} of the GGUF file does not fit {name}",
             measured=made.weights.shape,
             limit=shape,
-            remedy="Use a checkpoint of a dense decoder.",
+            remedy=_OTHER,
         )
     whole: NDArray[np.float32] = np.ascontiguousarray(made.weights, dtype="<f4")
     return whole
@@ -123,3 +124,9 @@ def _write_tokenizer(path: Path, output: Path) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.save_pretrained(output)
+    # Whether the network was allowed when it was made is no property of a tokenizer.
+    settings = output / "tokenizer_config.json"
+    kept = json.loads(settings.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):
+        kept.pop(name, None)
+    settings.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

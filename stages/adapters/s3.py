@@ -44,7 +44,8 @@ _TRIES = 6
 def client() -> S3Client:
     """The one client of this process, set by the usual AWS environment. It is safe to use from several threads."""
     own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return boto3.client(
+    # A session of its own: the default one keeps the credentials it first saw.
+    return boto3.session.Session().client(
         "s3",
         config=Config(
             # Newer checksums are unknown to most servers that are not Amazon's.

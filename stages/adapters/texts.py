@@ -161,6 +161,32 @@ def _rows_of_parquet(name: str, file: Path, column: str) -> Iterator[Document]:
         raise StageError(f"{file} is no parquet file ({error})", remedy="Fetch the file again.") from error
 
 
-def paragraphs(text: str) -> list[str]:
-    """The parts of a text between blank lines, without blank ends."""
-    return [part.strip("\n") for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
+@dataclass(frozen=True)
+class Paragraph:
+    """A part of a document, and what stood between it and the part before."""
+
+    text: str
+    glue: str = "\n\n"
+
+
+def paragraphs(text: str, longest: int) -> Iterator[Paragraph]:
+    """The parts of a text between blank lines.
+
+    Args:
+        text: of one document.
+        longest: a part of more characters is taken line by line, and a line that is longer sentence by sentence, since
+            text without blank lines would otherwise be one paragraph.
+    """
+    for part in re.split(r"\n[ \t]*\n", text):
+        if len(part) <= longest:
+            yield from _filled([part.strip("\n")], "\n\n", "\n\n")
+            continue
+        for number, line in enumerate(part.strip("\n").split("\n")):
+            sentences = re.split(r"(?<=[.!?]) +", line) if len(line) > longest else [line]
+            yield from _filled(sentences, "\n" if number else "\n\n", " ")
+
+
+def _filled(parts: list[str], first: str, glue: str) -> Iterator[Paragraph]:
+    for number, part in enumerate(parts):
+        if part.strip():
+            yield Paragraph(part, glue if number else first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,6 @@ PATTERNS = (*SIDE_FILES, "*.safetensors", INDEX, "*.gguf")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SAFE = "Give a folder with config.json, *.safetensors and tokenizer files, or one *.gguf file."
 _HEADER_LIMIT = 100_000_000
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def choose(path: Path) -> Chosen:
         if path.name.endswith(_PICKLES):
             raise _pickle(path)
         if path.suffix == ".safetensors":
-            return choose(path.parent)
+            return Chosen(_sides(path.parent) | {WEIGHTS: path})
         raise StageError(f"{path} is no checkpoint", remedy=_SAFE)
     ggufs = sorted(path.glob("*.gguf"))
     safe = sorted(path.glob("*.safetensors"))
@@ -89,8 +89,11 @@ def choose(path: Path) -> Chosen:
         raise _pickle(pickles[0])
     if not safe:
         raise StageError(f"{path} holds no checkpoint", remedy=_SAFE)
-    sides = {name: path / name for name in SIDE_FILES if (path / name).is_file()}
-    return Chosen(sides | _weights(path, safe))
+    return Chosen(_sides(path) | _weights(path, safe))
+
+
+def _sides(path: Path) -> dict[str, Path]:
+    return {name: path / name for name in SIDE_FILES if (path / name).is_file()}
 
 
 def _weights(path: Path, safe: list[Path]) -> dict[str, Path]:
@@ -218,10 +221,16 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             f"{where} asks for code that travels with the checkpoint (auto_map)",
             remedy="Code of others is never run: use a checkpoint whose architecture transformers itself has.",
         )
+    if config.get("quantization_config"):
+        raise StageError(
+            f"{where} was quantized by another tool",
+            measured=str(config["quantization_config"].get("quant_method", "quantization_config")),
+            remedy="Start from the checkpoint as it was before; quantize is a step of the recipe.",
+        )
     kind, names = config.get("model_type"), config.get("architectures") or []
-    tables = (value for key, value in vars(modeling_auto).items() if key.endswith("MAPPING_NAMES"))
+    tables = {key: value for key, value in vars(modeling_auto).items() if re.fullmatch("MODEL_.*MAPPING_NAMES", key)}
     known: set[str] = set()
-    for table in tables:
+    for table in tables.values():
         for value in table.values():
             known.update([value] if isinstance(value, str) else value)
     if kind not in CONFIG_MAPPING_NAMES or not names or not set(names) <= known:

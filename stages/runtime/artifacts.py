@@ -164,10 +164,12 @@ class Store:
         with (folder.parent / f"{identity}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             folder.mkdir(exist_ok=True)
-            for path in folder.iterdir():
-                if path.name != PARTIAL:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            yield folder
+            _empty(folder)
+            try:
+                yield folder
+            finally:
+                # What a failed stage wrote is of no use; left here it would keep a full disk full.
+                _empty(folder)
 
     def discard(self, identity: str) -> None:
         """Remove a draft whose artifact is sealed."""
@@ -245,6 +247,12 @@ def entries(folder: Path) -> dict[str, FileEntry]:
         if path.is_file() and name.split("/")[0] != PARTIAL:
             found[name] = FileEntry(sha256=digest_file(path), size=path.stat().st_size)
     return found
+
+
+def _empty(draft: Path) -> None:
+    for path in draft.iterdir() if draft.is_dir() else ():
+        if path.name != PARTIAL:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _blob(digest: str) -> str:

@@ -119,6 +119,7 @@ def _imports(tree: ast.AST) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    names += [name.rpartition(".")[0] for name in names]  # a package's own module runs first
     # `stages` itself is the table of all stages: following it would tie every stage to every other.
     return [name for name in names if name.startswith("stages.")]
 
@@ -134,12 +135,16 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
 
 @cache
 def constraints() -> Mapping[str, str]:
-    """Library -> version, from constraints.txt (beside the packages, or inside them when installed as a wheel)."""
+    """Library, its name normalized -> version, from constraints.txt: beside the packages, or inside them in a wheel."""
     for path in (ROOT / "constraints.txt", ROOT / "stages" / "constraints.txt"):
         if path.is_file():
             pairs = re.findall(r"^([A-Za-z0-9_.\-]+)==([^\s;]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            return {name.lower(): version for name, version in pairs}
+            return {_normal(name): version for name, version in pairs}
     raise StageError(f"constraints.txt is missing below {ROOT}", remedy="Install enginery again.")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def required(image: Image) -> dict[str, str]:

@@ -1,0 +1,95 @@
+"""The `enginery` command. This module and `flows.commands` import typer alone, so that help is there at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands import keeping, looking, running
+
+if TYPE_CHECKING:
+    from stages.runtime.contract import StageError
+
+app = typer.Typer(
+    name="enginery",
+    help="Turn a Transformer checkpoint into a smaller, faster engine, prove that it is still good, and promote it.",
+    epilog="Exit codes: 0 as asked, 1 error, 2 a gate failed, 3 does not fit this machine, 130 interrupted.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+for _command in (
+    *(running.init, running.plan, running.run, running.recipes),
+    *(looking.runs, looking.ls, looking.inspect, looking.explain, looking.compare, looking.logs, looking.verify),
+    *(keeping.cancel, keeping.promote, keeping.rollback, keeping.reconcile, keeping.sweep, keeping.doctor),
+):
+    app.command()(_command)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """See `app`'s help; both options are read by `main`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    asked = list(sys.argv[1:] if argv is None else argv)
+    if asked[:1] == ["--version"]:
+        from importlib.metadata import version
+
+        typer.echo(version("enginery"))
+        return 0
+    debug = "--debug" in asked
+    asked = [word for word in asked if word != "--debug"]
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code: Any = app(asked or ["--help"], prog_name="enginery", standalone_mode=False)
+    except typer.TyperException as error:
+        sys.stderr.write(f"error: {error.format_message()} `enginery --help` and `enginery COMMAND --help` say more.\n")
+        return 1
+    except typer.Abort:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _stage_error() as error:
+        if debug:
+            traceback.print_exception(error)
+        for line in str(error).splitlines():
+            sys.stderr.write(f"error: {line}\n")
+        return _code(error)
+    if code == 130:
+        sys.stderr.write("interrupted: what is sealed stays, and the same command goes on from there\n")
+    return int(code or 0)
+
+
+def _stage_error() -> type[StageError]:
+    # Evaluated only when something was raised: importing the contract costs as much as all of typer.
+    from stages.runtime.contract import StageError
+
+    return StageError
+
+
+def _code(error: StageError) -> int:
+    from stages.runtime.contract import DoesNotFit, Interrupted
+
+    return 3 if isinstance(error, DoesNotFit) else 130 if isinstance(error, Interrupted) else 1
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

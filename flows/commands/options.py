@@ -1,0 +1,83 @@
+"""Options and arguments that several commands take, and how they print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from stages.runtime.artifacts import Store
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store", metavar="URI", help="Where artifacts live: a folder or s3://bucket/prefix. Default: $ENGINERY_STORE."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Change one value, as in steps.int8.params.scheme=int4_weight_only."
+    ),
+]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that comes with enginery.")
+]
+ArtifactArgument = Annotated[
+    str, typer.Argument(metavar="ARTIFACT", help="A step's name, or the beginning of a fingerprint.")
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The beginning of a run's name, or `last`.")]
+AliasOption = Annotated[str, typer.Option("--alias", help="The alias to move.")]
+
+WIDE = 130
+"""Columns of a table that no terminal limits."""
+
+
+def opened(store: str | None) -> Store:
+    """The store that was asked for, with the environment set for libraries that keep files."""
+    from flows.settings import enter, settle
+
+    settings = settle(store=store)
+    enter(settings)
+    return settings.connect()
+
+
+def scratch_of(store: str | None) -> Path:
+    """The folder of records beside the store that was asked for."""
+    return opened(store).scratch
+
+
+def console() -> Console:
+    """Standard output; wide where it is no terminal, so that a log keeps one row a line."""
+    from rich.console import Console
+
+    made = Console(highlight=False, soft_wrap=False)
+    return made if made.is_terminal else Console(highlight=False, width=WIDE)
+
+
+def say_json(value: Any) -> None:
+    """Print a pydantic record as one JSON object."""
+    typer.echo(value.model_dump_json(indent=1, by_alias=True))
+
+
+def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table; the columns named in `right` hold numbers."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
+    return made
+
+
+def cells(*values: object) -> list[Any]:
+    """Cells that are text and never markup: a recipe's words may hold brackets."""
+    from rich.text import Text
+
+    return [Text(str(value)) for value in values]

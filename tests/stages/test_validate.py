@@ -1,0 +1,309 @@
+import importlib.metadata
+import json
+import math
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from scipy.special import log_softmax, rel_entr, softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flows.gates import judge
+from stages.models.windows import windows
+from stages.runtime.artifacts import entries
+from stages.runtime.contract import Kind, Manifest, Provenance, StageError, Work
+from stages.runtime.execute import device_name, execute, work_of
+from stages.runtime.fingerprint import fingerprint
+from stages.runtime.progress import Silent
+from stages.validate import VALIDATE, ValidateParams
+from tests.conftest import sealer
+from tests.flows.test_gates import Gate
+
+SHORT = {"window_tokens": 64, "windows": 12}
+
+
+def published(store, kind, fill):
+    """Seal a folder that `fill` writes, as an artifact of made-up work named after the function."""
+    work = Work(stage="trial", code="", params={"fill": fill.__qualname__}, inputs={}, requires={})
+    with store.draft(fingerprint(work)) as draft:
+        fill(draft)
+        about = Provenance(host="h", device="d", created="", seconds=0, peak_rss_bytes=0)
+        store.publish(draft, Manifest(work=work, kind=kind, files=entries(draft), metrics={}, provenance=about))
+    return fingerprint(work)
+
+
+def report_of(store, outcome):
+    return json.loads((store.checkout(outcome.identity) / "report.json").read_text())
+
+
+def counted_table(ids_NT):
+    """Logits of a bigram model: log counts of which token follows which."""
+    table_VV = np.full((768, 768), 0.05)
+    for ids_T in ids_NT.numpy():
+        np.add.at(table_VV, (ids_T[:-1], ids_T[1:]), 1.0)
+    return np.log(table_VV).astype(np.float32)
+
+
+def bigram_graph(table_VV):
+    """ONNX of logits = table[input_ids]."""
+    shape = ["batch", "sequence"]
+    inputs = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, shape) for n in ("input_ids", "attention_mask")
+    ]
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [*shape, 768])
+    node = onnx.helper.make_node("Gather", ["table", "input_ids"], ["logits"])
+    graph = onnx.helper.make_graph(
+        [node], "bigram", inputs, [logits], [onnx.numpy_helper.from_array(table_VV, "table")]
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def judged(shared_store):
+    """Seal a report: judged(model, text, baseline=..., **params) -> Outcome."""
+
+    def run(model, text, baseline=None, **params):
+        inputs = {"model": model, "text": text} | ({"baseline": baseline} if baseline else {})
+        return sealer(shared_store)("validate", SHORT | params, **inputs)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ids_NT(shared_store, dense, topics):
+    """The windows that the tests score, by another tokenizer class than the stage's."""
+    tokenizer = AutoTokenizer.from_pretrained(shared_store.checkout(dense))
+    return windows(shared_store.checkout(topics), "test", tokenizer, 64, most=12)
+
+
+@pytest.fixture(scope="module")
+def dense_logits(shared_store, dense, ids_NT):
+    model = AutoModelForCausalLM.from_pretrained(shared_store.checkout(dense), dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(input_ids=ids_NT).logits[:, :-1].double().numpy()
+
+
+@pytest.fixture(scope="module")
+def table(shared_store, dense, topics):
+    tokenizer = AutoTokenizer.from_pretrained(shared_store.checkout(dense))
+    return counted_table(windows(shared_store.checkout(topics), "train", tokenizer, 64))
+
+
+@pytest.fixture(scope="module")
+def bigram(shared_store, tiny, table):
+    """Fingerprint of an engine that answers by a table of bigrams."""
+
+    def fill(folder):
+        onnx.save(bigram_graph(table), folder / "model.onnx")
+        for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+            shutil.copy(tiny / name, folder / name)
+        about = {
+            "target": "onnxruntime:cpu", "backend": "onnxruntime", "architectures": [], "executable": "model.onnx",
+            "vocabulary": 768, "maximum_tokens": 96,
+        }  # fmt: skip
+        (folder / "engine.json").write_text(json.dumps(about))
+
+    return published(shared_store, Kind.ENGINE, fill)
+
+
+def changed_checkpoint(store, tiny, change):
+    """Seal the tiny model after `change(tensors)`."""
+
+    def fill(folder):
+        shutil.copytree(tiny, folder, dirs_exist_ok=True)
+        tensors = load_file(tiny / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    fill.__qualname__ = change.__qualname__
+    return published(store, Kind.CHECKPOINT, fill)
+
+
+def test_perplexity_of_a_checkpoint_equals_transformers_own_loss(shared_store, judged, dense, topics, ids_NT):
+    outcome = judged(dense, topics)
+    model = AutoModelForCausalLM.from_pretrained(shared_store.checkout(dense), dtype=torch.float32).eval()
+    with torch.no_grad():
+        losses = [float(model(input_ids=ids_T[None], labels=ids_T[None]).loss) for ids_T in ids_NT]
+    report = report_of(shared_store, outcome)
+    assert [d["nll"] / d["tokens"] for d in report["documents"]] == pytest.approx(losses, rel=1e-5)
+    assert outcome.manifest.metrics["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert outcome.manifest.metrics["perplexity"] < 100, "a trained model, where guessing gives 768"
+    assert outcome.manifest.metrics["tokens"] == 12 * 63
+    assert "kl_divergence" not in outcome.manifest.metrics
+
+
+def test_report_has_its_documents_and_says_what_was_measured_where(shared_store, judged, dense, topics):
+    outcome = judged(dense, topics)
+    report = report_of(shared_store, outcome)
+    corpus = json.loads((shared_store.checkout(topics) / "corpus.json").read_text())
+    assert report["artifact_target"] == "torch:cpu"
+    assert (report["split"], report["window_tokens"], report["corpus"]) == ("test", 64, corpus.get("digest", ""))
+    assert len({d["id"] for d in report["documents"]}) == len(report["documents"]) == 12
+    assert all(set(d) == {"id", "tokens", "nll"} and d["tokens"] == 63 for d in report["documents"])
+    assert report["measures"] == {k: v for k, v in outcome.manifest.metrics.items() if k != "tokens"}
+    checkpoint = shared_store.manifest(dense)
+    assert report["measures"]["size_bytes"] == checkpoint.files["model.safetensors"].size
+    assert outcome.manifest.kind is Kind.REPORT
+    assert set(outcome.manifest.files) == {"report.json"}
+
+
+def test_executor_is_part_of_the_work(judged, dense, topics):
+    work = judged(dense, topics).manifest.work
+    version = importlib.metadata.version("torch")
+    assert work.executor == {"target": "torch:cpu", "device": device_name(), "runtime": f"torch {version}"}
+    other = work_of(VALIDATE, ValidateParams(**SHORT, target="onnxruntime:cpu"), work.inputs)
+    assert other.executor["runtime"] == f"onnxruntime {importlib.metadata.version('onnxruntime')}"
+    assert fingerprint(other) != fingerprint(work)
+
+
+def test_model_judged_against_itself_has_no_divergence(judged, dense, topics):
+    metrics = judged(dense, topics, baseline=dense).manifest.metrics
+    assert metrics["kl_divergence"] == 0.0
+    assert metrics["top1_agreement"] == 1.0
+
+
+def test_engine_is_scored_as_it_answers_and_paired_with_the_checkpoint(
+    shared_store, judged, bigram, dense, topics, ids_NT, dense_logits, table
+):
+    outcome = judged(bigram, topics, baseline=dense, target="onnxruntime:cpu")
+    report = report_of(shared_store, outcome)
+    for ids_T, p_TV, document in zip(ids_NT.numpy(), dense_logits, report["documents"], strict=True):
+        q_TV = table[ids_T[:-1]].astype(float)
+        assert document["nll"] == pytest.approx(-log_softmax(q_TV, 1)[np.arange(63), ids_T[1:]].sum(), rel=1e-6)
+        assert document["kl"] == pytest.approx(rel_entr(softmax(p_TV, 1), softmax(q_TV, 1)).sum(), rel=1e-4)
+        assert document["agree"] == int((p_TV.argmax(1) == q_TV.argmax(1)).sum())
+    assert report["artifact_target"] == "onnxruntime:cpu"
+    assert report["measures"]["size_bytes"] == shared_store.manifest(bigram).files["model.onnx"].size
+    dense_report = report_of(shared_store, judged(dense, topics))
+    assert [d["id"] for d in dense_report["documents"]] == [d["id"] for d in report["documents"]]
+    reports = {("cpu", "text"): report, ("dense", "text"): dense_report}
+    verdict = judge([Gate(at_most=100.0), Gate(at_most=1.01)], reports, {}, {"cpu": "onnxruntime:cpu"})
+    assert [result.passed for result in verdict.results] == [True, False]
+
+
+def test_noise_in_the_weights_shows_in_every_measure(shared_store, judged, tiny, dense, topics):
+    def noisy(tensors):
+        generator = torch.Generator().manual_seed(0)
+        for tensor in tensors.values():
+            tensor += 0.3 * tensor.std() * torch.randn(tensor.shape, generator=generator) if tensor.ndim > 1 else 0
+
+    metrics = judged(changed_checkpoint(shared_store, tiny, noisy), topics, baseline=dense).manifest.metrics
+    assert metrics["perplexity"] > 1.05 * judged(dense, topics).manifest.metrics["perplexity"]
+    assert metrics["kl_divergence"] > 0.02
+    assert 0.1 < metrics["top1_agreement"] < 0.95
+
+
+def test_same_report_again_is_a_hit_and_a_forced_one_has_the_same_bytes(shared_store, judged, dense, topics):
+    first = judged(dense, topics, baseline=dense)
+    assert judged(dense, topics, baseline=dense).cached
+    params = ValidateParams(**SHORT)
+    work = work_of(VALIDATE, params, {"model": dense, "text": topics, "baseline": dense})
+    forced = execute(VALIDATE, params, work, shared_store, Silent(), force=True)
+    assert forced.identity == first.identity
+    assert not forced.changed
+
+
+def test_fewer_windows_are_the_first_ones_and_another_split_has_other_documents(shared_store, judged, dense, topics):
+    whole = report_of(shared_store, judged(dense, topics))["documents"]
+    assert report_of(shared_store, judged(dense, topics, windows=2))["documents"] == whole[:2]
+    other = report_of(shared_store, judged(dense, topics, windows=2, split="validate"))["documents"]
+    assert all(d["id"].startswith("validate-") for d in other)
+    assert other[0]["nll"] != whole[0]["nll"]
+
+
+def test_progress_goes_up_to_its_total(shared_store, dense, topics, tmp_path):
+    heard = []
+
+    class Bar(Silent):
+        def advanced(self, done, total):
+            heard.append((done, total))
+
+    inputs = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
+    VALIDATE.run(ValidateParams(window_tokens=64, windows=3), inputs, tmp_path, Bar())
+    assert heard == [(1, 3), (2, 3), (3, 3)]
+
+
+def refused(store, run, text):
+    """Assert that `run` is refused with `text` and seals nothing; returns the error."""
+    before = {identity for identity, _ in store.manifests()}
+    with pytest.raises(StageError, match=text) as caught:
+        run()
+    assert {identity for identity, _ in store.manifests()} == before
+    return caught.value
+
+
+def test_artifact_of_another_target_is_refused_and_never_silently_executed(shared_store, judged, bigram, dense, topics):
+    error = refused(shared_store, lambda: judged(bigram, topics), "another target")
+    assert (error.measured, error.limit) == ("onnxruntime:cpu", "torch:cpu")
+    refused(shared_store, lambda: judged(dense, topics, target="onnxruntime:cpu"), "another target")
+
+
+def test_plan_for_a_gpu_is_refused_where_there_is_none(shared_store, judged, bigram, topics):
+    def plan(folder):
+        shutil.copytree(shared_store.checkout(bigram), folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        about = json.loads((folder / "engine.json").read_text())
+        about |= {"target": "tensorrt_rtx:sm_89", "backend": "tensorrt_rtx", "executable": "model.plan"}
+        (folder / "engine.json").write_text(json.dumps(about | {"architectures": ["sm_89"]}))
+        (folder / "model.onnx").rename(folder / "model.plan")
+
+    identity = published(shared_store, Kind.ENGINE, plan)
+    refused(shared_store, lambda: judged(identity, topics, target="onnxruntime:cpu"), "tensorrt|driver|GPU|target")
+
+
+@pytest.mark.parametrize("longest", [("dense", 512), ("bigram", 96)])
+def test_windows_longer_than_the_model_reads_are_refused(shared_store, judged, topics, longest, request):
+    name, most = longest
+    model = request.getfixturevalue(name)
+    error = refused(
+        shared_store, lambda: judged(model, topics, window_tokens=most + 1, windows=1), "longer than the model can read"
+    )
+    assert error.limit == f"{most} tokens"
+
+
+def test_overflow_in_a_model_or_its_baseline_is_refused_naming_the_document(shared_store, judged, tiny, dense, topics):
+    def spoiled(tensors):
+        tensors["model.norm.weight"][:] = 3e38  # finite as it lies there, not when it is executed
+
+    overflowing = changed_checkpoint(shared_store, tiny, spoiled)
+    refused(shared_store, lambda: judged(overflowing, topics), "test-00000-")
+    refused(
+        shared_store,
+        lambda: judged(dense, topics, baseline=overflowing),
+        "its baseline gave logits on document test-00000-",
+    )
+
+
+def test_baseline_with_another_vocabulary_is_refused(shared_store, judged, tiny, dense, topics):
+    def renamed(folder):
+        shutil.copytree(tiny, folder, dirs_exist_ok=True)
+        text = json.loads((folder / "tokenizer.json").read_text())
+        tokens = text["model"]["vocab"]
+        (first, a), (second, b) = [(token, tokens[token]) for token in ("a", "b")]
+        tokens[first], tokens[second] = b, a
+        (folder / "tokenizer.json").write_text(json.dumps(text))
+
+    other = published(shared_store, Kind.CHECKPOINT, renamed)
+    refused(shared_store, lambda: judged(dense, topics, baseline=other), "another vocabulary")
+
+
+def test_split_too_short_for_one_window_is_refused(shared_store, judged, dense):
+    def short(folder):
+        (folder / "test.jsonl").write_text('{"id": "a", "text": "Too short."}\n')
+
+    text = published(shared_store, Kind.CORPUS, short)
+    refused(shared_store, lambda: judged(dense, text), "shorter than one window")
+    refused(shared_store, lambda: judged(dense, text, split="validate"), "no split 'validate'")
+    report = report_of(shared_store, judged(dense, text, window_tokens=2))
+    assert report["corpus"] == ""
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"split": "exam"}, {"window_tokens": 1}, {"windows": 0}, {"target": "tensorrt:sm_90x"}, {"device": "cpu"}]
+)
+def test_params_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        ValidateParams(**wrong)
