@@ -47,7 +47,7 @@ bench: install  ## time and memory of the main job's stages, as ratios measured 
 	@$(BIN)/python -m tests.bench
 
 schemas: install  ## write the JSON Schemas that ship with the package
-	@$(BIN)/python -m flows.schemas
+	@$(BIN)/python -m flows.schema
 
 images: ## build the container images
 	@docker/build.sh

@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     asked = list(sys.argv[1:] if argv is None else argv)
     if asked[:1] == ["--version"]:
-        from importlib.metadata import version
-
-        typer.echo(version("enginery"))
+        typer.echo(_version())
         return 0
     debug = "--debug" in asked
     asked = [word for word in asked if word != "--debug"]
@@ -72,6 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == 130:
         sys.stderr.write("interrupted: what is sealed stays, and the same command goes on from there\n")
     return int(code or 0)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("enginery")
+    except PackageNotFoundError:
+        return "0.0.0+source"
 
 
 def _stage_error() -> type[StageError]:

@@ -53,6 +53,7 @@ def diagnose(settings: Settings) -> Iterator[Line]:
     yield _docker()
     yield _service("MLflow tracking", os.environ.get("MLFLOW_TRACKING_URI", ""), "/health", "MLFLOW_TRACKING_URI")
     yield _service("Prefect", os.environ.get("PREFECT_API_URL", ""), "/health", "PREFECT_API_URL")
+    yield from _aliases(settings)
 
 
 def _python() -> Line:
@@ -77,6 +78,28 @@ def _store(settings: Settings) -> Iterator[Line]:
     enough = free >= LEAST_FREE_BYTES
     remedy = "" if enough else "Free space, run `enginery sweep`, or name a store on another disk."
     yield Line("disk", enough, f"{free / 1e9:.1f} GB free for {store.scratch}", remedy)
+
+
+def _aliases(settings: Settings) -> Iterator[Line]:
+    """Aliases that stand elsewhere than the promotion journal says; MLflow is opened only where something was promoted."""
+    from flows.journal import models
+
+    try:
+        store = settings.connect()
+        names = models(store.objects)
+        if not names:
+            return
+        from flows import registry
+        from flows.tracking import open_tracking
+
+        found = registry.Registry(store.objects, open_tracking(store.scratch))
+        moved = [one for name in names for one in registry.drift(found, name)]
+    except StageError as error:
+        yield Line("aliases", False, str(error), "Mend the store or MLflow, then look again.")
+        return
+    said = [f"{one.model}@{one.alias} is on {one.found or 'nothing'}, the journal says {one.journal}" for one in moved]
+    remedy = "`enginery reconcile` puts them back." if moved else ""
+    yield Line("aliases", not moved, "; ".join(said) or "where the promotion journal says", remedy)
 
 
 def _versions() -> Line:

@@ -225,7 +225,7 @@ def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Inte
             passed, said = False, "measured no finite number"
         else:
             bad = interval.high if word == "at most" else interval.low
-            passed = math.isfinite(bad) and (bad <= limit if word == "at most" else bad >= limit)
+            passed = bad <= limit if word == "at most" else bad >= limit
             said = f"measured {_number(interval.point)}"
             if interval.low != interval.high:
                 said += f" (95% interval {_number(interval.low)} to {_number(interval.high)})"

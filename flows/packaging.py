@@ -51,7 +51,8 @@ def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, 
             _save(Path(scratch, "model"), engine, code, made.model_id, run_id)
             tracking.client.log_model_artifacts(made.model_id, str(Path(scratch, "model")))
             tracking.client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
-        tracking.client.log_outputs(run_id, models=[LoggedModelOutput(made.model_id, step=0)])
+        if not _linked(tracking, run_id, made.model_id):
+            tracking.client.log_outputs(run_id, models=[LoggedModelOutput(made.model_id, step=0)])
     return made
 
 
@@ -81,6 +82,11 @@ def _imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return [name for name in names if name.split(".")[0] == "stages"]
+
+
+def _linked(tracking: Tracking, run_id: str, model_id: str) -> bool:
+    outputs = tracking.client.get_run(run_id).outputs
+    return outputs is not None and model_id in [one.model_id for one in outputs.model_outputs]
 
 
 def _found(tracking: Tracking, package: str) -> LoggedModel | None:

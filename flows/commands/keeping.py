@@ -81,7 +81,7 @@ def sweep(
     Drafts, downloads and files that no artifact names, once they are older than 24 hours.
     """
     from flows.inspecting import find_artifact
-    from flows.terminal import size
+    from flows.tables import size
 
     found = opened(store)
     if artifact:

@@ -32,7 +32,7 @@ def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the runs of a store, the newest last."""
     from flows.records import records
     from flows.results import RunsResult
-    from flows.terminal import duration
+    from flows.tables import duration
 
     found = opened(store)
     lines = [record.line() for record in records(found.scratch)]
@@ -49,7 +49,7 @@ def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
 def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the artifacts of a store, the newest last."""
     from flows.results import Listed, ListResult
-    from flows.terminal import size
+    from flows.tables import size
 
     found = opened(store)
     listed = [
@@ -93,7 +93,7 @@ def inspect(artifact: ArtifactArgument, store: StoreOption = None, as_json: Json
 def explain(run: RunArgument, store: StoreOption = None) -> None:
     """Say what a run did, and why."""
     from flows.records import find_run
-    from flows.terminal import duration, number
+    from flows.tables import duration, number
 
     record = find_run(scratch_of(store), run)
     line, facts, result = record.line(), record.facts, record.result
@@ -120,7 +120,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Put two artifacts or two runs side by side."""
-    from flows.terminal import number
+    from flows.tables import number
 
     found = opened(store)
     left, right = _measures(found, a), _measures(found, b)
@@ -163,7 +163,7 @@ def verify(artifact: ArtifactArgument, store: StoreOption = None, as_json: JsonO
     """Hash every byte of an artifact."""
     from flows.inspecting import find_artifact
     from flows.results import VerifyResult
-    from flows.terminal import size
+    from flows.tables import size
 
     found = opened(store)
     identity = find_artifact(found, artifact)
@@ -176,7 +176,7 @@ def verify(artifact: ArtifactArgument, store: StoreOption = None, as_json: JsonO
 
 
 def _show(seen: Inspection) -> None:
-    from flows.terminal import duration, number, size
+    from flows.tables import duration, number, size
 
     step = f" of step {seen.step}" if seen.step else ""
     typer.echo(f"{seen.kind} {seen.fingerprint}{step}, {size(seen.size_bytes)} in {seen.uri}")

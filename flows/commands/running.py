@@ -64,7 +64,8 @@ def run(
     """Run a recipe; what is sealed is not made again."""
     from flows.recipe import load_recipe
     from flows.settings import enter, settle
-    from flows.terminal import TerminalProgress, show_result
+    from flows.tables import show_result
+    from flows.terminal import TerminalProgress
 
     settings = settle(
         store=store, jobs=jobs, threads=threads, output=output, from_step=from_step, force=frozenset(force or ())
@@ -99,10 +100,10 @@ def plan(
     loaded = load_recipe(recipe, sets or ())
     enter(settings)
     # The session plans; the flow around it would load Prefect for nothing.
-    from flows import session
+    from flows.session import plan as look_ahead
 
     with TerminalProgress() as terminal:
-        planned = session.plan(loaded, settings, terminal)
+        planned = look_ahead(loaded, settings, terminal)
     lines = [
         PlanLine(name=one.name, stage=one.stage, hit=one.hit, why=one.why, fingerprint=one.fingerprint, needs=one.needs)
         for one in planned

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stages.algorithms.rounding import fake_round
 
-STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+STRENGTHS = (0.0, 0.5, 0.7, 0.8, 0.9)
+CLIPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Input scales tried, as shares of the scale that reaches the largest value."""
 
 
@@ -86,7 +86,8 @@ def search(
         readings: the maps of one site.
         candidates: (strength, factor_I) to try; first come first kept among equals.
         round_weights: w_OI -> w_OI rounded and back in float.
-        clips: shares of the plain input scale to try; None leaves inputs float.
+        clips: shares of the plain input scale to try, falling; the first that is no better ends the search. None
+            leaves inputs float.
 
     Returns:
         The best found.
@@ -94,17 +95,18 @@ def search(
     targets = [(one, one.x_NI @ one.w_OI.t()) for one in readings]
     best: Found | None = None
     for strength, factor_I in candidates:
-        scale = _plain_scale(readings, factor_I) if clips else None
+        scale = None if clips is None else _plain_scale(readings, factor_I)
         found = Found(strength, factor_I, scale, _error(targets, factor_I, scale, round_weights))
         best = found if best is None or found.error < best.error else best
     assert best is not None
-    if best.input_scale is None or not clips:
+    if best.input_scale is None or clips is None:
         return best
     plain = best.input_scale
     for clip in clips:
         error = _error(targets, best.factor_I, plain * clip, round_weights)
-        if error < best.error:
-            best = Found(best.strength, best.factor_I, plain * clip, error)
+        if error >= best.error:
+            break
+        best = Found(best.strength, best.factor_I, plain * clip, error)
     return best
 
 

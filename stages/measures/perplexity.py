@@ -1,6 +1,6 @@
 """Perplexity of predicted tokens, from logits.
 
-Shapes: T predicted tokens, V vocabulary.
+Shapes: T predicted tokens, R rows of them, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,21 @@ import torch
 from torch import Tensor
 
 ROWS = 64
-"""Rows taken to float64 at a time: 25 MB for a vocabulary of 49,152, where a whole window of 512 would take 200 MB."""
+"""Rows in work at a time: 13 MB for a vocabulary of 49,152, where a whole window of 512 would take 100 MB each time."""
+
+
+def shifted(rows_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A stable softmax in parts: logits less their maximum, the exponentials of that, the logarithm of their sum.
+
+    The sum is taken in float64: in float32 it would be wrong by 1e-5 over 49,152 terms. Exponentials in float64 would
+    take five times as long and change nothing that shows.
+
+    Returns:
+        x_RV, e_RV (both like rows_RV) and lse_R (float64).
+    """
+    x_RV = rows_RV - rows_RV.amax(-1, keepdim=True)
+    e_RV = x_RV.exp()
+    return x_RV, e_RV, e_RV.sum(-1, dtype=torch.float64).log()
 
 
 def negative_log_likelihood(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -32,7 +46,8 @@ def negative_log_likelihood(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         raise ValueError(f"logits {tuple(logits_TV.shape)} do not predict targets {tuple(targets_T.shape)}")
     parts = [torch.empty(0, dtype=torch.float64)]
     for rows, wanted in zip(logits_TV.split(ROWS), targets_T.split(ROWS), strict=True):
-        parts.append(-rows.double().log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1))
+        x_RV, _, lse_R = shifted(rows)
+        parts.append(lse_R - x_RV.gather(-1, wanted[:, None]).squeeze(-1))
     return torch.cat(parts)
 
 

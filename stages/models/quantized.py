@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.onnx import ops
 
-INT8_TOP, INT4_TOP = 127, 7
+from stages.algorithms.rounding import fake_round
+
 _NOTES = "quantization_notes"
 
 
@@ -82,7 +83,7 @@ class QuantizedLinear(nn.Module):
         if torch.compiler.is_exporting():
             return self._exported(x)
         if self.input_scale is not None:
-            x = fake_int8(x, self.input_scale)
+            x = fake_round(x, self.input_scale)
         w_OI = self.dequantized()
         return functional.linear(x.to(w_OI.dtype), w_OI, self.bias)
 
@@ -121,11 +122,6 @@ class QuantizedEmbedding(nn.Module):
             # Engines refuse a Gather of raw INT8: the rows are taken from the dequantized table.
             return functional.embedding(ids, _dequantize_node(self.weight, self.weight_scale, {"axis": 0}))
         return functional.embedding(ids, self.weight) * self.weight_scale[ids].unsqueeze(-1)
-
-
-def fake_int8(x: Tensor, scale: Tensor) -> Tensor:
-    """QuantizeLinear then DequantizeLinear: round half to even, saturate to -128..127."""
-    return torch.clamp(torch.round(x / scale), -INT8_TOP - 1, INT8_TOP) * scale
 
 
 def _quantize_node(x: Tensor, scale: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from stages.runtime.fingerprint import digest_bytes
 COMMIT, LATER = "a" * 40, "b" * 40
 FILES = {
     "config.json": b"{}",
-    "model.safetensors": bytes(range(256)) * 20_000,
+    "model.safetensors": bytes(range(256)) * 60_000,  # more than the 10 MB that the hub's reader writes at once
     "consolidated.safetensors": b"the same under another name",
     "pytorch_model.bin": b"pickle",
     "data/a.jsonl": b'{"text": "a"}\n',
@@ -169,7 +169,7 @@ def test_commit_is_known_without_network_and_a_file_alone_is_a_file(server: Hub,
 
 
 def test_download_that_was_cut_goes_on_where_it_ended(server: Hub, tmp_path: Path) -> None:
-    server.cut_after = 2_000_000
+    server.cut_after = 12_000_000
     failed, _ = ask(f"hf://org/name@{COMMIT}", tmp_path, server.url)
     assert failed["error"] == "Unavailable", failed
     server.cut_after, server.status = None, 200

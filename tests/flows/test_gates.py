@@ -120,6 +120,18 @@ def test_order_of_documents_changes_nothing(seed):
     assert judge(every, mixed, SIZES, TARGETS) == judge(every, REPORTS, SIZES, TARGETS)
 
 
+def test_documents_are_paired_by_id_whatever_their_scores():
+    def worse(one):
+        for document in one["documents"]:
+            document["nll"] += 0.1 * document["tokens"]
+        one["documents"].reverse()
+
+    dense = json.loads(json.dumps(REPORTS["dense", "text"]))
+    worse(dense)
+    found = only(Gate(corpus="text", at_most=1.2), {**REPORTS, ("cpu", "text"): dense})
+    assert found.low == pytest.approx(math.exp(0.1)) == found.high
+
+
 def test_gate_that_names_neither_artifact_nor_corpus_applies_to_every_executed_one():
     reports = {**REPORTS, ("fp16", "text"): report(3, worse=0.05), ("fp16", "other"): report(4, worse=0.05)}
     verdict = judge([Gate(at_most=1.15)], reports, SIZES, {**TARGETS, "fp16": "onnxruntime:cpu"})

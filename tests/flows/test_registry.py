@@ -207,44 +207,67 @@ def test_journal_beside_strange_files_reads_its_entries_only(registry, engine):
     assert head(registry.objects, "nothing", ALIAS) is None and models(registry.objects) == [MODEL]
 
 
+CASES = ("half a logged model", "before the version", "before the journal", "before the alias")
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from flows import registry
+from flows.tracking import Tracking
+from mlflow import MlflowClient
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in
-from tests.flows.test_registry import candidate
+from tests.flows.test_registry import CASES, candidate
 
-where, root, engine, run = sys.argv[1:]
-die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-made = registry.Registry(LocalObjects(Path(root, "store")), tracking_in(Path(root, "mlflow")))
-if where == "before the version":
-    type(made.client).create_model_version = die
-if where == "half a logged model":
-    type(made.client).log_model_artifacts = die
-if where == "before the journal":
-    registry.append = die
-if where == "before the alias":
-    registry.reconcile = die
-registry.release(made, candidate(made, "a", run=run), Path(engine), "champion")
+def release(where, root, run):
+    die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    if where == "half a logged model":
+        MlflowClient.log_model_artifacts = die
+    if where == "before the version":
+        MlflowClient.create_model_version = die
+    if where == "before the journal":
+        registry.append = die
+    if where == "before the alias":
+        registry.reconcile = die
+    made = registry.Registry(LocalObjects(root / "store"), tracking_in(root / "mlflow"))
+    registry.release(made, candidate(made, "a", run=run), root / "engine", "champion")
+
+for where, run in zip(CASES, sys.argv[2:]):
+    if (pid := os.fork()) == 0:
+        release(where, Path(sys.argv[1], where), run)
+        os._exit(7)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL, where
 """
 
 
-@pytest.mark.parametrize(
-    "where", ["half a logged model", "before the version", "before the journal", "before the alias"]
-)
-def test_release_killed_between_its_steps_comes_to_one_version(registry, engine, tmp_path, where):
-    asked = candidate(registry, "a")
-    root = Path(__file__).parents[2]
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder for each case in which a release was killed, with the MLflow run it belonged to."""
+    root, runs = tmp_path_factory.mktemp("killed"), {}
+    for where in CASES:
+        (root / where / "engine").mkdir(parents=True)
+        (root / where / "engine" / "model.onnx").write_bytes(b"weights")
+        tracking = tracking_in(root / where / "mlflow")
+        runs[where] = tracking.client.create_run(tracking.experiment_id).info.run_id
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, where, str(tmp_path), str(engine), asked.run],
+        [sys.executable, "-c", KILLED, str(root), *runs.values()],
         check=False,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=root,
     )
-    assert done.returncode == -9
-    made = release(registry, asked, engine, ALIAS)
+    assert done.returncode == 0, done.stderr
+    return root, runs
+
+
+@pytest.mark.parametrize("where", CASES)
+def test_release_killed_between_its_steps_comes_to_one_version(killed, where):
+    root, runs = killed
+    registry = Registry(LocalObjects(root / where / "store"), tracking_in(root / where / "mlflow"))
+    made = release(registry, candidate(registry, "a", run=runs[where]), root / where / "engine", ALIAS)
     assert made.version == "1" and made.new == (where in ("half a logged model", "before the version"))
+    assert made.moved == (where != "before the alias")
     assert len(versions(registry, MODEL)) == len(history(registry.objects, MODEL)) == len(logged(registry)) == 1
     assert int(served(registry)) == 1 and drift(registry, MODEL) == []
     (carrier,) = logged(registry)

