@@ -81,7 +81,7 @@ def _store(settings: Settings) -> Iterator[Line]:
 
 
 def _aliases(settings: Settings) -> Iterator[Line]:
-    """Aliases that stand elsewhere than the promotion journal says; MLflow is opened only where something was promoted."""
+    """Aliases that stand elsewhere than the journal says; MLflow is opened only where something was promoted."""
     from flows.journal import models
 
     try:

@@ -40,7 +40,7 @@ class Served(PythonModel):
                     f"{name} of the registered engine is not what was judged: measured {found[:12]}, limit "
                     f"{sha256[:12]}. Register the model again"
                 )
-        self._engine = open_engine(folder)
+        self._engine = open_engine(folder, verified=True)
 
     # MLflow would derive a signature from any other hint and drop the stated one, with its params.
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:

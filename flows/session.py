@@ -20,12 +20,13 @@ from flows.planning import Planned, check_start, needs, resolve
 from flows.recipe import Recipe, executable_here
 from flows.records import Record, as_yaml, open_run
 from flows.registry import Registry, release
-from flows.report import write_report
+from flows.report import curves_of, write_report
 from flows.results import GateResult, ModelResult, PlanLine, RunResult, StepResult
 from flows.settings import Settings, enter
 from flows.slots import Slots
 from flows.tracking import RecipeRun, StepRun, Tracking, open_tracking
 from stages import stage
+from stages.measures.size import size_bytes
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Image, Interrupted, Kind, Manifest, Progress, StageError
 from stages.runtime.execute import Outcome
@@ -197,7 +198,8 @@ def conclude(session: Session) -> RunResult:
     )
     manifests = {name: _manifest(session, name) for name in session.planned}
     command = session.record.facts.get("command", [])
-    write_report(result, manifests, reports, verdict, session.record.recipe(), command, report)
+    curves = curves_of(session.store, manifests, session.record.events())
+    write_report(result, manifests, reports, session.record.recipe(), command, report, curves=curves)
     _tell_mlflow(session, result, report)
     session.record.finish(result)
     return result
@@ -279,7 +281,8 @@ def _judged(session: Session) -> tuple[Verdict | None, dict[tuple[str, str], dic
             reports[step.measures, step.corpus] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if recipe.judge is None:
         return None, reports
-    sizes = {name: int(_size(_manifest(session, name))) for name in (step.name for step in recipe.steps)}
+    models = [step.name for step in recipe.steps if session.done[step.name].kind in _MODELS]
+    sizes = {name: _size(_manifest(session, name)) for name in models}
     targets = {
         name: next((r["artifact_target"] for (a, _), r in reports.items() if a == name), None)
         for name in recipe.judge.artifacts
@@ -297,7 +300,7 @@ def _add_champion(session: Session, reports: dict[tuple[str, str], dict[str, Any
         return
     served = entry.candidate.executables[entry.candidate.serves].fingerprint
     if manifest := session.store.manifest(served):
-        sizes[CHAMPION] = int(_size(manifest))
+        sizes[CHAMPION] = _size(manifest)
     corpora = {session.done[name].fingerprint: name for name in judged.corpora}
     for identity, manifest in session.store.manifests():
         inputs = manifest.work.inputs
@@ -307,8 +310,11 @@ def _add_champion(session: Session, reports: dict[tuple[str, str], dict[str, Any
             reports[CHAMPION, corpora[inputs["text"]]] = report
 
 
-def _size(manifest: Manifest) -> float:
-    return manifest.metrics.get("size_bytes", manifest.size_bytes)
+_MODELS = (Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE)
+
+
+def _size(manifest: Manifest) -> int:
+    return size_bytes({name: entry.size for name, entry in manifest.files.items()})
 
 
 def _engines(session: Session) -> dict[str, Executable]:

@@ -57,19 +57,24 @@ def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress:
     """Write the checkpoint in Hugging Face layout, checked down to each number."""
     path = open_source(params.exact or params.source, CHECKPOINT, params.downloads, output / PARTIAL, progress)
     chosen = layout.choose(path)
-    if params.digest and chosen.digest() != params.digest:
-        raise _changed(params.source, chosen.digest(), params.digest)
     if chosen.gguf:
         from stages.adapters.gguf import dequantize
 
+        _check_digest(params, chosen)
         dequantize(chosen.gguf, output, progress)
     else:
+        # Headers and configuration are looked at before gigabytes are copied, the copy is what is hashed.
         layout.check_headers(path if path.is_dir() else path.parent, chosen.weights)
         layout.check_config(layout.read_json(chosen.files.get("config.json", path / "config.json")), str(path))
         _copy(chosen, output, progress)
-        if params.digest and layout.choose(output).digest() != params.digest:
-            raise _changed(params.source, layout.choose(output).digest(), params.digest)
+        _check_digest(params, layout.choose(output))
     return _checked(output, progress)
+
+
+def _check_digest(params: FetchParams, chosen: layout.Chosen) -> None:
+    found = chosen.digest()
+    if params.digest not in ("", found):
+        raise _changed(params.source, found, params.digest)
 
 
 def _copy(chosen: layout.Chosen, output: Path, progress: Progress) -> None:

@@ -53,7 +53,7 @@ def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, p
         _check_vocabulary(model, baseline)
     _check_length(model, params.window_tokens)
     ids_NT = windows(corpus, params.split, load_tokenizer(model), params.window_tokens, most=params.windows)
-    judged = open_engine(model)
+    judged = open_engine(model, verified=True)  # an input's every byte was hashed against its manifest
     if judged.target != params.target:
         raise StageError(
             "the artifact is executed on another target than the one asked for",
@@ -61,7 +61,7 @@ def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, p
             limit=params.target,
             remedy=f"Set the step's parameter `target` to {judged.target}.",
         )
-    dense = open_engine(baseline).logits if baseline else None
+    dense = open_engine(baseline, verified=True).logits if baseline else None
     documents: list[Document] = []
     for document in score_documents(ids_NT, judged.logits, dense, params.split):
         documents.append(document)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,9 +134,9 @@ def _fetch_into(part: Path, exact: str, wanted: Wanted, progress: Progress) -> N
 
             hub.download(exact, part, wanted.takes, progress)
         case _:
-            from stages.adapters import s3
+            from stages.adapters import s3_source
 
-            s3.download(exact, part, wanted.takes, progress)
+            s3_source.download(exact, part, wanted.takes, progress)
     if not any((part / "file").glob("*")) and not any((part / "tree").rglob("*")):
         raise StageError(f"{exact} holds nothing of use", remedy=wanted.remedy)
 
@@ -159,9 +158,9 @@ def _resolve(source: str, wanted: Wanted, pins: Pins, progress: Progress) -> str
 
             exact = hub.resolve(source)
         else:
-            from stages.adapters import s3
+            from stages.adapters import s3_source
 
-            exact = s3.resolve(source, wanted.takes)
+            exact = s3_source.resolve(source, wanted.takes)
     except Unavailable as error:
         known = pins.recall(key)
         if known is None:
@@ -181,14 +180,3 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def redacted(text: str) -> str:
-    """A message without the user and password of any URL in it."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
-
-
-def synced(path: Path) -> None:
-    """Make a file's bytes durable before it gets its final name."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())

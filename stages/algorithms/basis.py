@@ -28,9 +28,7 @@ class Whitened:
     reduce_II: Tensor
 
 
-def whitened(
-    weights: Sequence[Tensor], moment_II: Tensor, importance: Sequence[Tensor] | None = None
-) -> Whitened:
+def whitened(weights: Sequence[Tensor], moment_II: Tensor, importance: Sequence[Tensor] | None = None) -> Whitened:
     """Singular values of the stacked diag(importance)^(1/2) W S, where S S^T is the inputs' second moment.
 
     Args:

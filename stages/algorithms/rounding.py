@@ -55,9 +55,8 @@ def round_blocks(
     """
     top = _top(bits)
     _check_finite(w_OI)
-    outputs, inputs = w_OI.shape
-    if inputs % block:
-        raise ValueError(f"{inputs} inputs cannot be cut into blocks of {block}")
+    if w_OI.shape[1] % block:
+        raise ValueError(f"{w_OI.shape[1]} inputs cannot be cut into blocks of {block}")
     w_OGB = w_OI.float().unflatten(1, (-1, block))
     weight_GB = None if importance_I is None else importance_I.float().view(-1, block)
     peak_OG = w_OGB.abs().amax(2)

@@ -44,7 +44,7 @@ class Found:
 
 
 def factors(peak_I: Tensor, weight_peak_I: Tensor, strength: float) -> Tensor:
-    """peak ** strength / weight_peak ** (1 - strength), scaled to a geometric mean of 1.
+    """Channel factors peak ** strength / weight_peak ** (1 - strength), scaled to a geometric mean of 1.
 
     Args:
         peak_I: largest absolute activation of each channel.

@@ -89,7 +89,9 @@ def _site(
 ) -> Site:
     linears = {name: found for name, found in readers.items() if isinstance(found, nn.Linear)}
     inputs = next(iter(linears.values())).in_features
-    return Site(next(iter(linears)), block.index, writers, linears, torch.arange(inputs) if index_I is None else index_I)
+    return Site(
+        next(iter(linears)), block.index, writers, linears, torch.arange(inputs) if index_I is None else index_I
+    )
 
 
 def _shared_heads(block: Block, v: nn.Module, readers: dict[str, nn.Module]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -127,13 +128,13 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path) -> None:
             shutil.copyfile(like / name, folder / name)
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every stored tensor, read from the headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def stored_parameters(folder: Path) -> int:
+    """Numbers that a float checkpoint stores, read from the headers alone."""
+    count = 0
     for file in _weight_files(folder):
         with _opened(file) as opened:
-            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    return shapes
+            count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
+    return count
 
 
 def _distinct(model: PreTrainedModel) -> Iterator[tuple[list[str], Tensor]]:

@@ -51,7 +51,7 @@ def decide(site: Site, observed: Observed, precision: Precision, strengths: Sequ
     """Search smoothing strength and input scale of one site on what its maps were seen to read."""
     readings = [Reading(reader.weight.detach(), observed.sample_NI) for reader in site.readers.values()]
     count = int(site.index_I.max()) + 1
-    # INT8 inputs are limited by their peak; for weights in blocks the usual size of what they are multiplied with counts.
+    # INT8 inputs are limited by their peak; for weights in blocks the usual size of what they multiply counts.
     size_I = observed.mean_square_I.sqrt() if precision.input_bits is None else observed.peak_I
     size_F = _largest(size_I, site.index_I, count)
     weight_I = torch.stack([one.w_OI.abs().amax(0) for one in readings]).amax(0)
@@ -62,6 +62,19 @@ def decide(site: Site, observed: Observed, precision: Precision, strengths: Sequ
     found = search(readings, candidates, _rounding(precision, observed.mean_square_I), clips=clips)
     note = {"error": round(found.error, 8), "smoothing": found.strength}
     return Decision(site, precision, found, tried[found.strength], observed.mean_square_I, note)
+
+
+def as_is(site: Site) -> Decision:
+    """INT8 weights by rows and nothing else: no text is needed, and the error is that of the weights themselves."""
+    missed = size = 0.0
+    for reader in site.readers.values():
+        q_OI, scale_O = round_rows(reader.weight.detach())
+        missed += float((q_OI * scale_O[:, None] - reader.weight.detach()).square().sum())
+        size += float(reader.weight.detach().square().sum())
+    count = int(site.index_I.max()) + 1
+    found = Found(0.0, torch.ones_like(site.index_I, dtype=torch.float32), None, missed / (size or 1.0))
+    note = {"error": round(found.error, 8)}
+    return Decision(site, SPARED, found, torch.ones(count), torch.ones_like(found.factor_I), note)
 
 
 def spare(decisions: Sequence[Decision], share: float) -> list[Decision]:
@@ -79,9 +92,18 @@ def spare(decisions: Sequence[Decision], share: float) -> list[Decision]:
     return [_spared(one) if one.site.name in kept else one for one in decisions]
 
 
-def apply(model: PreTrainedModel, decision: Decision) -> dict[str, Mapping[str, str | float]]:
-    """Fold the site's factors and replace its maps. Returns the note of each map that was replaced, by path."""
-    fold(decision.site, decision.factor_F)
+def apply(model: PreTrainedModel, decisions: Sequence[Decision]) -> dict[str, Mapping[str, str | float]]:
+    """Fold every site's factors, then replace the maps. Returns the note of each replaced map, by path."""
+    # A map that one site reads with is written by another (v, up, a basis): all factors first, then the rounding.
+    for one in decisions:
+        fold(one.site, one.factor_F)
+    notes: dict[str, Mapping[str, str | float]] = {}
+    for one in decisions:
+        notes |= _replaced(model, one)
+    return notes
+
+
+def _replaced(model: PreTrainedModel, decision: Decision) -> dict[str, Mapping[str, str | float]]:
     notes: dict[str, Mapping[str, str | float]] = {}
     for reader in decision.site.readers.values():
         weight = reader.weight

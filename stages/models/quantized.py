@@ -9,11 +9,13 @@ Shapes: O outputs, I inputs, B block length along I, V vocabulary, H hidden, ...
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.onnx import ops
@@ -225,6 +227,15 @@ def _entry(module: QuantizedLinear | QuantizedEmbedding) -> dict[str, Any]:
         "scales": list(module.weight_scale.shape),
         "input": "float" if module.input_scale is None else "int8",
     }
+
+
+def stored_dtypes(folder: Path) -> dict[str, str]:
+    """Type of every tensor in a checkpoint's files, as safetensors calls it: I8, U8, F32, ..."""
+    found: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+    return found
 
 
 def for_export(model: nn.Module) -> None:

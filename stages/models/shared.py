@@ -92,11 +92,10 @@ def describe(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def _tied(model: PreTrainedModel) -> list[list[str]]:
-    # Input and output embedding are tied by the configuration and need no word here.
-    by_config = {f"{key}" for key in getattr(model, "all_tied_weights_keys", {})}
+    table = model.get_input_embeddings().weight if model.config.tie_word_embeddings else None
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in by_config:
+        if parameter is not table:  # the configuration says already that the head is the embedding
             names.setdefault(id(parameter), []).append(name)
     return [together for together in names.values() if len(together) > 1]
 

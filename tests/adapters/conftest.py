@@ -15,7 +15,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from stages.adapters import s3
+from stages.adapters import s3_client
 
 BUCKET = "enginery"
 
@@ -86,6 +86,6 @@ def s3_root(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-    s3.client.cache_clear()
+    s3_client.client.cache_clear()
     yield f"s3://{BUCKET}/{request.node.name}"
-    s3.client.cache_clear()
+    s3_client.client.cache_clear()

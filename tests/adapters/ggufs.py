@@ -24,7 +24,9 @@ ROLES = {
 WHOLE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
 
 
-def write_gguf(folder: Path, path: Path, *, kind: str = "F32", architecture: str = "llama", leave_out: str = "") -> None:
+def write_gguf(
+    folder: Path, path: Path, *, kind: str = "F32", architecture: str = "llama", leave_out: str = ""
+) -> None:
     """Write a checkpoint in Hugging Face layout as one GGUF file; matrices are stored as `kind`."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)

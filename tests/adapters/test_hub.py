@@ -49,7 +49,7 @@ except StageError as error:
 class Hub:
     """Repository org/name: `main` is at `head`, and answers can be broken off or refused."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # noqa: C901 - the handler's methods are counted as its own
         self.head = COMMIT
         self.status = 200
         self.cut_after: int | None = None

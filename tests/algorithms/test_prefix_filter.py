@@ -24,8 +24,11 @@ def every_pair(sets: list[frozenset[int]], threshold: Fraction) -> list[bool]:
     return keep
 
 
+THRESHOLDS = [(0.5, Fraction(1, 2)), (0.8, Fraction(4, 5)), (0.75, Fraction(3, 4)), (1.0, Fraction(1))]
+
+
 @settings(deadline=None, max_examples=300)
-@given(SETS, st.sampled_from([(0.5, Fraction(1, 2)), (0.8, Fraction(4, 5)), (0.75, Fraction(3, 4)), (1.0, Fraction(1))]))
+@given(SETS, st.sampled_from(THRESHOLDS))
 def test_kept_sets_equal_those_of_comparing_every_pair(
     sets: list[frozenset[int]], threshold: tuple[float, Fraction]
 ) -> None:

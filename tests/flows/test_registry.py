@@ -173,6 +173,10 @@ def test_registry_that_lost_its_versions_is_rebuilt_by_the_next_run(registry, en
     made = release(rebuilt, candidate(rebuilt, "b"), engine, ALIAS)
     assert (made.version, made.new, made.moved) == ("1", True, True) and int(served(rebuilt)) == 1
     assert not release(rebuilt, candidate(rebuilt, "b"), engine, ALIAS).moved
+    with pytest.raises(StageError, match="lost version 1"):  # the one before, not the same engines under an old number
+        rollback(rebuilt, MODEL, ALIAS)
+    release(rebuilt, candidate(rebuilt, "c"), engine, ALIAS)
+    assert rollback(rebuilt, MODEL, ALIAS).version == "1"
 
 
 def test_concurrent_promoters_each_get_a_number_of_their_own(registry, engine):
@@ -200,6 +204,15 @@ def test_concurrent_promoters_each_get_a_number_of_their_own(registry, engine):
     assert str(served(registry)) == entries[-1].version.number
 
 
+def test_journal_entry_of_a_user_without_a_name_says_its_number(registry, engine, monkeypatch):
+    def nameless():
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    release(registry, candidate(registry, "a"), engine, ALIAS)
+    assert head(registry.objects, MODEL, ALIAS).who.startswith(f"uid {os.getuid()}@")
+
+
 def test_journal_beside_strange_files_reads_its_entries_only(registry, engine):
     release(registry, candidate(registry, "a"), engine, ALIAS)
     registry.objects.put(f"promotions/{MODEL}/.put-left-over", b"half")
@@ -214,7 +227,9 @@ import os, signal, sys
 from pathlib import Path
 from flows import registry
 from flows.tracking import Tracking
-from mlflow import MlflowClient
+from mlflow import MlflowClient, pyfunc
+from mlflow.store.model_registry import sqlalchemy_store as _
+from mlflow.store.tracking import sqlalchemy_store as _
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in
 from tests.flows.test_registry import CASES, candidate
@@ -232,6 +247,7 @@ def release(where, root, run):
     made = registry.Registry(LocalObjects(root / "store"), tracking_in(root / "mlflow"))
     registry.release(made, candidate(made, "a", run=run), root / "engine", "champion")
 
+pyfunc.save_model  # imported once, before the forks
 for where, run in zip(CASES, sys.argv[2:]):
     if (pid := os.fork()) == 0:
         release(where, Path(sys.argv[1], where), run)

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.runtime import fingerprint as module
@@ -75,6 +75,7 @@ def test_difference_shows_values_and_shortens_digests():
     assert first_difference(WORK, both).startswith("params.keep")
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)

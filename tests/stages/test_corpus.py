@@ -231,7 +231,8 @@ def test_text_that_cannot_be_used_is_refused_and_nothing_is_sealed(
 
 
 @pytest.mark.parametrize(
-    ("table", "message"), [({"n": [1]}, "has no column 'text'; measured it has n"), ({"text": [1]}, "row 1 has no text")]
+    ("table", "message"),
+    [({"n": [1]}, "no column 'text'; measured it has n"), ({"text": [1]}, "row 1 has no text")],
 )
 def test_parquet_without_the_text_is_refused(
     seal: Seal, tmp_path: Path, table: dict[str, list[int]], message: str

@@ -1,0 +1,100 @@
+"""Whether two executions of one model agree, by their logits on real text.
+
+Shapes: N windows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.runtime.contract import StageError
+
+FLOAT_LIMIT = 1e-3
+"""Largest logit difference over the logits' standard deviation where both sides compute in fp32."""
+
+ROUNDED_LIMIT = 0.5
+"""The same where activations are rounded to INT8: one that lies at the middle of two steps may fall to either side."""
+
+CROSS_ENTROPY_LIMIT = 0.01
+"""Nats a token."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far `found` is from `reference`.
+
+    Attributes:
+        logit_difference: largest difference of a logit over the standard deviation of the reference's logits.
+        cross_entropy_difference: difference of the mean negative log-likelihoods, in nats a token.
+    """
+
+    logit_difference: float
+    cross_entropy_difference: float
+
+
+def parity(ids_NT: NDArray[np.int64], reference_NTV: NDArray[np.float32], found_NTV: NDArray[np.float32]) -> Parity:
+    """Compare two executions on the same windows."""
+    difference = float(np.abs(reference_NTV - found_NTV).max() / reference_NTV.std())
+    return Parity(difference, abs(_cross_entropy(ids_NT, found_NTV) - _cross_entropy(ids_NT, reference_NTV)))
+
+
+def require_parity(found: Parity, *, rounded: bool, what: str) -> None:
+    """Raise unless two executions agree.
+
+    Args:
+        found: from `parity`.
+        rounded: whether activations are rounded to integers.
+        what: the sentence's subject: what should agree with what.
+
+    Raises:
+        StageError: a difference is beyond its limit, or a logit is not finite.
+    """
+    limit = ROUNDED_LIMIT if rounded else FLOAT_LIMIT
+    # Written so that a NaN fails.
+    if not found.logit_difference <= limit:
+        raise StageError(
+            f"{what} differ in their logits",
+            measured=f"{found.logit_difference:.3g} standard deviations",
+            limit=limit,
+            remedy="Report it with the checkpoint's config.json: the graph does not compute this model.",
+        )
+    if not found.cross_entropy_difference <= CROSS_ENTROPY_LIMIT:
+        raise StageError(
+            f"{what} differ in cross-entropy",
+            measured=f"{found.cross_entropy_difference:.3g} nats a token",
+            limit=CROSS_ENTROPY_LIMIT,
+            remedy="Report it with the checkpoint's config.json: the graph does not compute this model.",
+        )
+
+
+def prose_ids(folder: Path, windows: int, tokens: int) -> NDArray[np.int64]:
+    """ids_NT of English reference prose that every Python carries, for artifacts that come without a text.
+
+    Args:
+        folder: holds tokenizer.json.
+        windows: N.
+        tokens: T.
+    """
+    from pydoc_data.topics import topics  # noqa: PLC0415 - 465 kB that only this function reads
+    from tokenizers import Tokenizer  # noqa: PLC0415
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids: list[int] = []
+    for name in sorted(topics):
+        ids += tokenizer.encode(topics[name], add_special_tokens=False).ids
+        if len(ids) >= windows * tokens:
+            break
+    return np.array(ids[: windows * tokens], dtype=np.int64).reshape(windows, tokens)
+
+
+def _cross_entropy(ids_NT: NDArray[np.int64], logits_NTV: NDArray[np.float32]) -> float:
+    total = 0.0
+    for ids_T, logits_TV in zip(ids_NT, logits_NTV, strict=True):
+        shifted = logits_TV[:-1] - logits_TV[:-1].max(axis=-1, keepdims=True)
+        chosen = np.take_along_axis(shifted, ids_T[1:, None], axis=-1)[:, 0]
+        total += float((np.log(np.exp(shifted).sum(axis=-1)) - chosen).astype(np.float64).sum())
+    return total / (ids_NT.shape[0] * (ids_NT.shape[1] - 1))

@@ -1,0 +1,44 @@
+"""State of a long computation on disk: tensors and a record in one file that is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON record; a crash at any moment leaves the former file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    save_file({name: tensor.detach() for name, tensor in tensors.items()}, new, {"record": json.dumps(dict(record))})
+    with new.open("rb") as stream:
+        os.fsync(stream.fileno())
+    new.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a state, None when there is no state."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as opened:
+        record: dict[str, Any] = json.loads(opened.metadata()["record"])
+    return record
+
+
+def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a state's tensors into those of the same names, in place."""
+    with safe_open(path, framework="pt") as opened:
+        for name, tensor in tensors.items():
+            tensor.detach().copy_(opened.get_tensor(name))

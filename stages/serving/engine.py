@@ -1,0 +1,153 @@
+"""One face over every backend: open an engine, a graph or a checkpoint, and ask it for logits or text.
+
+This module travels inside the registered model. For an ONNX Runtime engine it imports numpy, onnxruntime and
+tokenizers, nothing larger.
+
+Shapes: N sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from stages.runtime.contract import StageError
+from stages.serving.generate import Forward, greedy
+
+GRAPH, ENGINE, CPU = "model.onnx", "engine.json", "onnxruntime:cpu"
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model that answers.
+
+    Attributes:
+        target: what executes it: `onnxruntime:cpu`, `torch:cpu`, `tensorrt_rtx:sm_89`, ...
+        maximum_tokens: the longest sequence it reads.
+        tokenizer: turns text into its tokens.
+        ends: tokens that end a sequence.
+        forward: (ids_NT, mask_NT) -> logits_NTV.
+    """
+
+    target: str
+    maximum_tokens: int
+    tokenizer: Tokenizer
+    ends: frozenset[int]
+    forward: Forward
+
+    def logits(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        """logits_NTV of whole sequences.
+
+        Raises:
+            StageError: they are longer than the model reads.
+        """
+        ids_NT = np.ascontiguousarray(ids_NT, dtype=np.int64)
+        self._check(ids_NT.shape[1])
+        return self.forward(ids_NT, np.ones_like(ids_NT))
+
+    def generate(self, prompts: list[str], *, max_new_tokens: int = 32) -> list[str]:
+        """Continue each prompt by the most likely tokens, up to the first that ends a sequence.
+
+        The prompt is taken as it stands: no chat template is put around it.
+
+        Raises:
+            StageError: a prompt is empty or longer than the model reads.
+        """
+        encoded = [self.tokenizer.encode(prompt).ids for prompt in prompts]
+        for ids in encoded:
+            if not ids:
+                raise StageError("a prompt is empty", remedy="Give each prompt at least one character.")
+            self._check(len(ids))
+        new = greedy(
+            self.forward, encoded, ends=self.ends, max_new_tokens=max_new_tokens, maximum_tokens=self.maximum_tokens
+        )
+        texts: list[str] = self.tokenizer.decode_batch(new, skip_special_tokens=True)
+        return texts
+
+    def _check(self, tokens: int) -> None:
+        if tokens > self.maximum_tokens:
+            raise StageError(
+                "the sequence is longer than the model reads",
+                measured=f"{tokens} tokens",
+                limit=f"{self.maximum_tokens} tokens",
+                remedy="Shorten it, or compile with a larger `maximum_tokens`.",
+            )
+
+
+def open_engine(folder: Path, *, verified: bool = False) -> Answerer:
+    """Open an ENGINE, ONNX or CHECKPOINT folder.
+
+    Args:
+        folder: of the artifact.
+        verified: the caller hashed the files against a manifest. A TensorRT plan is executable code and is not
+            deserialized otherwise.
+
+    Raises:
+        StageError: the folder is none of the three, or damaged.
+        DoesNotFit: the engine is for a device that this machine has not.
+    """
+    config = _read(folder / "config.json")
+    if (folder / ENGINE).is_file():
+        described = _read(folder / ENGINE)
+        target, forward = _executable(folder, described, verified=verified)
+        maximum_tokens = int(described["maximum_tokens"])
+    else:
+        target, forward = _uncompiled(folder)
+        maximum_tokens = int(config["max_position_embeddings"])
+    if not (folder / "tokenizer.json").is_file():
+        raise StageError(f"{folder.name} has no tokenizer.json", remedy="Make the artifact again.")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return Answerer(target, maximum_tokens, tokenizer, _ends(folder, config), forward)
+
+
+def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> tuple[str, Forward]:
+    executable = folder / described["executable"]
+    if described["backend"] == "onnxruntime":
+        return str(described["target"]), _graph(executable)
+    # Imported here: an engine for the CPU answers where TensorRT is not installed.
+    from stages.adapters.tensorrt import execute_plan  # noqa: PLC0415
+
+    return execute_plan(executable, described["backend"], described["architectures"], verified=verified)
+
+
+def _uncompiled(folder: Path) -> tuple[str, Forward]:
+    if (folder / GRAPH).is_file():
+        return CPU, _graph(folder / GRAPH)
+    # torch is a gigabyte that an engine does not need.
+    from stages.serving.eager import torch_forward  # noqa: PLC0415
+
+    return "torch:cpu", torch_forward(folder)
+
+
+def _graph(path: Path) -> Forward:
+    from stages.adapters.onnxruntime import open_session  # noqa: PLC0415 - a checkpoint answers without it
+
+    return open_session(path).logits
+
+
+def _ends(folder: Path, config: dict[str, Any]) -> frozenset[int]:
+    path = folder / "generation_config.json"
+    found = (_read(path) if path.is_file() else config).get("eos_token_id", config.get("eos_token_id"))
+    return frozenset() if found is None else frozenset(found if isinstance(found, list) else [found])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StageError(
+            f"{path.parent.name} holds no engine, graph or checkpoint",
+            measured=f"{path.name} is missing",
+            remedy="Give the folder of such an artifact.",
+        ) from error
+    except ValueError as error:
+        raise StageError(f"{path.name} is not JSON", measured=error) from error
+    return read

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from stages.algorithms.rounding import fake_round, round_rows
+from stages.algorithms.smoothing import Reading, factors, search
+
+
+def rows(w_OI):
+    q_OI, scale_O = round_rows(w_OI)
+    return q_OI * scale_O[:, None]
+
+
+@pytest.fixture
+def outliers():
+    torch.manual_seed(0)
+    x_NI = torch.randn(200, 32)
+    x_NI[:, 5] *= 60
+    return x_NI, torch.randn(16, 32)
+
+
+def test_factors_match_the_published_formula_up_to_one_common_number():
+    peak_I, weight_I = torch.tensor([10.0, 1.0, 0.1]), torch.tensor([0.5, 2.0, 1.0])
+    expected = peak_I**0.7 / weight_I**0.3
+    found = factors(peak_I, weight_I, 0.7)
+    torch.testing.assert_close(found / found[0], expected / expected[0])
+    torch.testing.assert_close(found.log().mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_factors_of_strength_zero_change_nothing():
+    assert torch.equal(factors(torch.tensor([9.0, 1.0]), torch.ones(2), 0.0), torch.ones(2))
+
+
+def test_factors_of_unused_channels_are_one_and_finite():
+    found = factors(torch.tensor([0.0, 5.0, 2.0]), torch.tensor([1.0, 0.0, 2.0]), 0.5)
+    assert found[0] == found[1] == 1
+    assert torch.equal(factors(torch.zeros(2), torch.ones(2), 0.5), torch.ones(2))
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1])
+def test_factors_strength_outside_its_range_is_refused(strength):
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        factors(torch.ones(2), torch.ones(2), strength)
+
+
+def test_search_with_an_outlier_channel_smooths_and_lowers_the_error(outliers):
+    x_NI, w_OI = outliers
+    peaks = x_NI.abs().amax(0), w_OI.abs().amax(0)
+    candidates = [(strength, factors(*peaks, strength)) for strength in (0.0, 0.5, 0.8)]
+    plain = search([Reading(w_OI, x_NI)], candidates[:1], rows, clips=())
+    found = search([Reading(w_OI, x_NI)], candidates, rows, clips=())
+    assert found.strength > 0
+    assert found.error < plain.error / 5
+
+
+def test_search_reports_the_error_that_rounding_really_makes(outliers):
+    x_NI, w_OI = outliers
+    found = search([Reading(w_OI, x_NI)], [(0.5, factors(x_NI.abs().amax(0), w_OI.abs().amax(0), 0.5))], rows)
+    exact_NO = x_NI.double() @ w_OI.double().t()
+    rounded = fake_round(x_NI / found.factor_I, found.input_scale) @ rows(w_OI * found.factor_I).t()
+    size_N = exact_NO.square().sum(1)
+    expected = ((rounded - exact_NO).square().sum(1) / (size_N + size_N.median())).mean()
+    assert found.error == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_search_with_one_huge_value_clips_the_range():
+    torch.manual_seed(1)
+    x_NI = torch.randn(400, 32)
+    x_NI[7, 3] = 40.0
+    w_OI = torch.randn(16, 32)
+    w_OI[:, 3] = 0.01
+    found = search([Reading(w_OI, x_NI)], [(0.0, torch.ones(32))], rows)
+    unclipped = search([Reading(w_OI, x_NI)], [(0.0, torch.ones(32))], rows, clips=())
+    assert found.input_scale < 0.5 * unclipped.input_scale
+    assert found.error < unclipped.error / 2
+
+
+def test_search_without_clips_leaves_inputs_float(outliers):
+    x_NI, w_OI = outliers
+    found = search([Reading(w_OI, x_NI)], [(0.0, torch.ones(32))], rows, clips=None)
+    assert found.input_scale is None
+    exact_NO, rounded = x_NI @ w_OI.t(), x_NI @ rows(w_OI).t()
+    size_N = exact_NO.square().sum(1)
+    expected = ((rounded - exact_NO).square().sum(1) / (size_N + size_N.median())).mean()
+    assert found.error == pytest.approx(float(expected), rel=1e-3)
