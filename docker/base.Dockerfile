@@ -7,7 +7,7 @@ RUN useradd --create-home --uid 10001 enginery && install -d -o enginery -g engi
 WORKDIR /opt/enginery
 COPY constraints.txt ./
 RUN python3 -m pip install --constraint constraints.txt \
-    pydantic boto3 datasketch pyarrow safetensors numpy huggingface_hub tenacity gguf
+    pydantic boto3 pyarrow safetensors numpy huggingface_hub tenacity gguf
 COPY stages stages
 USER enginery
 VOLUME /scratch

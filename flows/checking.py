@@ -108,22 +108,34 @@ def _output(step: Step) -> Kind | None:
 
 
 def _precisions(recipe: Recipe) -> Iterator[Fault]:
-    """Precisions that an architecture cannot have: known here, before an engine is built for minutes."""
+    """What no builder can build for an architecture: known here, before an engine is built for minutes."""
     from stages.compile import refuse_impossible
 
     for index, step in enumerate(recipe.steps):
-        architectures = step.params.get("architectures")
-        if step.stage != "compile" or not architectures:
+        if step.stage != "compile":
             continue
-        above = upstream(recipe, step.name)
-        for other in recipe.steps:
-            if other.name not in above or other.stage != "quantize":
-                continue
-            params = stage("quantize").params.model_validate(other.params)
-            try:
-                refuse_impossible({str(getattr(params, "scheme", ""))}, architectures)
-            except StageError as error:
-                yield Fault(("steps", index, "params", "architectures"), f"{error} (from step {other.name!r})")
+        params = stage("compile").params.model_validate(step.params)
+        formats = _formats(recipe, step.name)
+        try:
+            refuse_impossible(params.backend, params.architectures, formats.keys())
+        except StageError as error:
+            made = ", ".join(f"{name} by step {source!r}" for name, source in formats.items() if source)
+            where = "architectures" if "architectures" in step.params else "backend"
+            allowed = error.limit or "nothing"
+            said = f"{error.what}; allowed: {allowed}. {error.remedy}{f' (made {made})' if made else ''}"
+            yield Fault(("steps", index, "params", where), said)
+
+
+def _formats(recipe: Recipe, name: str) -> dict[str, str]:
+    """Number formats of the graph that a step reads -> the step that chose them."""
+    # Norms, scales and products of activations stay float32 in every graph that is exported.
+    found = {"float32": ""}
+    above = upstream(recipe, name)
+    for step in recipe.steps:
+        if step.stage == "quantize" and step.name in above:
+            params = stage("quantize").params.model_validate(step.params)
+            found[str(getattr(params, "scheme", "")).partition("_")[0]] = step.name
+    return found
 
 
 def _judge(recipe: Recipe) -> Iterator[Fault]:

@@ -80,7 +80,7 @@ def _driven(session: Session) -> dict[str, Any]:
             named = _step.with_options(name=name, task_run_name=name, tags={planned.order.stage})
             after = [futures[one] for one in planned.after]
             futures[name] = named.submit(session.record.name, name, wait_for=after, return_state=False)
-        _await(futures)
+        _await(session, futures)
         result = conclude(session)
         _show(session, result)
     except BaseException:
@@ -89,15 +89,17 @@ def _driven(session: Session) -> dict[str, Any]:
     return result.model_dump(mode="json")
 
 
-def _await(futures: Mapping[str, PrefectFuture[str]]) -> None:
+def _await(session: Session, futures: Mapping[str, PrefectFuture[str]]) -> None:
     """Wait for every step; raise the first error that is a step's own and not the echo of another's."""
     for future in futures.values():
         future.wait()
-    failures = [f.state.result(raise_on_failure=False) for f in futures.values() if not f.state.is_completed()]
-    errors = [error for error in failures if isinstance(error, BaseException)]
-    own = [error for error in errors if isinstance(error, StageError) and not isinstance(error, Interrupted)]
+    broken = [name for name, future in futures.items() if not future.state.is_completed()]
+    errors = [session.errors[name] for name in broken if name in session.errors]
+    own = [error for error in errors if not isinstance(error, Interrupted)]
     for error in own or errors:
         raise error
+    if broken:
+        raise StageError(f"Prefect did not run {', '.join(broken)}", remedy="Look at the flow run's log.")
 
 
 def _infrastructure(_task: Any, _run: Any, state: Any) -> bool:
@@ -110,10 +112,10 @@ def _step(run: str, name: str) -> str:
     session = _SESSIONS[run]
     try:
         return run_step(session, name, RunLog(get_run_logger())).fingerprint
-    except Unavailable:
-        raise
-    except StageError:
-        session.launcher.start_no_more()
+    except BaseException as error:
+        session.errors[name] = error
+        if not isinstance(error, Unavailable):
+            session.launcher.start_no_more()
         raise
 
 

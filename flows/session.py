@@ -88,6 +88,7 @@ class Session:
     started: float
     done: dict[str, StepResult] = field(default_factory=dict)
     remade: set[str] = field(default_factory=set)
+    errors: dict[str, BaseException] = field(default_factory=dict)
 
     @property
     def nothing_to_run(self) -> bool:

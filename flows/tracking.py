@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.batches import Buffer, flattened, now, send, valid_key
 from stages.runtime.artifacts import BLOBS, Store
 from stages.runtime.contract import Interrupted, Manifest, StageError, Unavailable
 from stages.runtime.fingerprint import digest_bytes
@@ -32,9 +33,6 @@ SMALL_BYTES = 1_000_000
 """Files below this size are logged when a person could read them; all others are named in files.json."""
 READABLE = frozenset({".json", ".jsonl", ".txt", ".yaml", ".yml", ".csv", ".md", ".html"})
 FLUSH_S = 2.0
-BATCH = {"metrics": 1000, "params": 100, "tags": 100}
-"""What MLflow takes in one `log_batch`."""
-
 NOISE = (
     r"The ``noload`` loader strategy is deprecated",  # SQLAlchemy about MLflow's own tables
     r".*Any type hint is inferred as AnyType",  # MLflow about a class of its own
@@ -115,7 +113,7 @@ class RecipeRun:
 
     def summary(self, metrics: Mapping[str, float] | None = None, tags: Mapping[str, str] | None = None) -> None:
         """Figures and tags of the whole run: the verdict, the version, what was executed."""
-        _send(self.tracking, self.id, Buffer(points=_now(metrics or {}), tags=dict(tags or {})))
+        send(self.tracking.client, self.id, Buffer(points=now(metrics or {}), tags=dict(tags or {})))
 
     def artifact(self, path: Path) -> None:
         """Log a file of the whole run, such as the report."""
@@ -131,15 +129,6 @@ class RecipeRun:
         """A step that neither finished nor failed was cut off."""
         for step in self.steps:
             step.interrupted()
-
-
-@dataclass
-class Buffer:
-    """What waits to be sent: points are (name, value, milliseconds since the epoch, step)."""
-
-    params: dict[str, str] = field(default_factory=dict)
-    points: list[tuple[str, float, int, int]] = field(default_factory=list)
-    tags: dict[str, str] = field(default_factory=dict)
 
 
 class StepRun:
@@ -181,7 +170,7 @@ class StepRun:
             with self._lock:
                 taken, self._waiting = self._waiting, Buffer()
             try:
-                _send(self._tracking, self.id, taken)
+                send(self._tracking.client, self.id, taken)
             except MlflowException:
                 with self._lock:
                     self._waiting.params = taken.params | self._waiting.params
@@ -230,13 +219,13 @@ class StepRun:
         self._ended = True
         with self._sending, self._lock:
             last = self._waiting
-            last.points += _now(figures or {})
+            last.points += now(figures or {})
             last.tags |= tags
             self._waiting = Buffer()
         with answered(self._tracking.uri):
             if self._notes:
                 self._tracking.client.log_text(self.id, "\n".join(self._notes) + "\n", "notes.txt")
-            _send(self._tracking, self.id, last)
+            send(self._tracking.client, self.id, last)
             self._tracking.client.set_terminated(self.id, status)
 
     def _log_files(self, manifest: Manifest, store: Store | None) -> None:
@@ -313,51 +302,6 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-
-
-def flattened(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested params as dotted keys and short texts, as MLflow takes them."""
-    if isinstance(value, Mapping) and (value or not prefix):
-        flat: dict[str, str] = {}
-        for key, inner in value.items():
-            flat |= flattened(inner, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    if len(text) > 6000:
-        text = f"{text[:5900]}... sha256 {digest_bytes(text.encode())}"
-    return {valid_key(prefix): text}
-
-
-def valid_key(key: str) -> str:
-    """A key that MLflow accepts: letters, digits and `_-. :/`, at most 250."""
-    return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in key)[:250]
-
-
-def _send(tracking: Tracking, run_id: str, waiting: Buffer) -> None:
-    from mlflow.entities import Metric, Param, RunTag
-
-    params = [Param(key, text) for key, text in waiting.params.items()]
-    tags = [RunTag(key, text[:5000]) for key, text in waiting.tags.items()]
-    metrics = [Metric(key, value, at, step) for key, value, at, step in _thinned(waiting.points)]
-    while params or tags or metrics:
-        tracking.client.log_batch(run_id, metrics=metrics, params=params[: BATCH["params"]], tags=tags[: BATCH["tags"]])
-        metrics, params, tags = [], params[BATCH["params"] :], tags[BATCH["tags"] :]
-
-
-def _thinned(points: list[tuple[str, float, int, int]]) -> list[tuple[str, float, int, int]]:
-    """At most one batch of points, each curve thinned evenly with its last point kept."""
-    curves: dict[str, list[tuple[str, float, int, int]]] = {}
-    for point in points:
-        curves.setdefault(point[0], []).append(point)
-    most = BATCH["metrics"] // max(1, len(curves))
-    kept = []
-    for curve in curves.values():
-        kept += curve if len(curve) <= most else [*curve[:: -(-len(curve) // (most - 1))], curve[-1]]
-    return kept
-
-
-def _now(figures: Mapping[str, float]) -> list[tuple[str, float, int, int]]:
-    return [(valid_key(name), float(value), int(time.time() * 1000), 0) for name, value in figures.items()]
 
 
 def _source() -> dict[str, str]:

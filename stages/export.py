@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from stages.models.graph import Held
 
-GRAPH = "model.onnx"
+GRAPH, TOKENIZER = "model.onnx", "tokenizer.json"
 CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
            "special_tokens_map.json")  # fmt: skip
 SLACK_BYTES = 1 << 20
@@ -65,9 +65,7 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
     _require_effect(written, *expected)
     progress.advanced(3, 4)
     found = _parity(output / GRAPH, ids_NT, reference_NTV, rounded=written.rounds_activations)
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+    _carry(source, output)
     described = {
         "opset": params.opset,
         "inputs": list(exporting.INPUTS),
@@ -90,12 +88,27 @@ def _windows(params: ExportParams, inputs: Mapping[str, Path], longest: int) -> 
     from stages.models.parity import prose_ids
     from stages.models.windows import windows
 
-    tokens = min(params.parity_tokens, longest)
+    tokenizer, tokens = load_tokenizer(inputs["model"]), min(params.parity_tokens, longest)
     if "text" not in inputs:
-        return prose_ids(inputs["model"], params.parity_windows, tokens)
-    ids = windows(inputs["text"], "calibrate", load_tokenizer(inputs["model"]), tokens, most=params.parity_windows)
-    found: NDArray[np.int64] = ids.numpy()
+        return prose_ids(lambda text: tokenizer(text, verbose=False)["input_ids"], params.parity_windows, tokens)
+    found: NDArray[np.int64] = windows(
+        inputs["text"], "calibrate", tokenizer, tokens, most=params.parity_windows
+    ).numpy()
     return found
+
+
+def _carry(source: Path, output: Path) -> None:
+    from stages.models.loading import load_tokenizer
+
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+    if not (output / TOKENIZER).is_file():
+        # The one file that engines read; checkpoints may bring the same in an older format.
+        tokenizer = load_tokenizer(source)
+        if not tokenizer.is_fast:
+            raise StageError("the tokenizer cannot be written as tokenizer.json", measured=type(tokenizer).__name__)
+        tokenizer.backend_tokenizer.save(str(output / TOKENIZER))
 
 
 def _logits(model: PreTrainedModel, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -42,8 +42,8 @@ class QuantizeParams(Params):
     search: Literal["auto", "off"] = "auto"
 
 
-ROWS = 384
-"""Sampled rows of each layer's inputs on which strengths and ranges are judged: more changed no choice by a step."""
+ROWS = 1024
+"""Sampled rows of each layer's inputs on which strengths and ranges are judged."""
 
 
 def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
@@ -75,7 +75,7 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
         "quantized_maps": float(len(notes)),
         "kept_maps": float(kept),
         "block_parameters": float(block_parameters),
-        "largest_error_ratio": max((one.found.error for one in decisions), default=0.0),
+        "largest_error_ratio": max((one.error for one in decisions), default=0.0),
     }
 
 
@@ -131,7 +131,7 @@ def _decided(
         decisions.append(decide(site, observed[site.name], asked, strengths, clip=params.search == "auto"))
         progress.advanced(1 + done / len(found), 2)
         if done == len(found) or found[done].block != site.block:
-            progress.metric("output_error_ratio", decisions[-1].found.error, site.block)
+            progress.metric("output_error_ratio", decisions[-1].error, site.block)
     return decisions
 
 

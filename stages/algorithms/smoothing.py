@@ -14,32 +14,37 @@ from torch import Tensor
 from stages.algorithms.rounding import fake_round
 
 STRENGTHS = (0.0, 0.5, 0.7, 0.8, 0.9)
-CLIPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-"""Input scales tried, as shares of the scale that reaches the largest value."""
+RANGES = ((1.15, 1.3, 1.5, 1.75, 2.0), (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2))
+"""Input scales tried upwards and downwards, as shares of the scale that reaches the largest value seen."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One linear map and a sample of what it reads."""
+class Sample:
+    """What a site's maps read, kept apart from what its ranges come from.
 
-    w_OI: Tensor
+    Attributes:
+        peak_I: largest absolute value of each channel in one part of the text.
+        x_NI: rows from another part, so that a range too narrow for unseen text shows.
+        weight_N: how many tokens each row stands for.
+    """
+
+    peak_I: Tensor
     x_NI: Tensor
+    weight_N: Tensor
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best smoothing and clipping of one site.
+    """The best smoothing and range of one site.
 
     Attributes:
         strength: how much of the range moved into the weights, 0 to 1.
-        factor_I: what activations are divided by and columns multiplied by.
-        input_scale: of the INT8 activations after the division; None where inputs stay float.
-        error: relative squared error of the outputs, mean over rows and maps.
+        reach: the INT8 range as a share of the largest value seen; None where inputs stay float.
+        error: relative squared error of the outputs, mean over tokens and maps.
     """
 
     strength: float
-    factor_I: Tensor
-    input_scale: float | None
+    reach: float | None
     error: float
 
 
@@ -71,11 +76,12 @@ def factors(peak_I: Tensor, weight_peak_I: Tensor, strength: float) -> Tensor:
 
 
 def search(
-    readings: Sequence[Reading],
+    maps_OI: Sequence[Tensor],
+    sample: Sample,
     candidates: Sequence[tuple[float, Tensor]],
     round_weights: Callable[[Tensor], Tensor],
     *,
-    clips: Sequence[float] | None = CLIPS,
+    ranges: Sequence[Sequence[float]] | None = RANGES,
 ) -> Found:
     """The candidate whose rounded maps come closest to the float maps on the sample.
 
@@ -83,48 +89,50 @@ def search(
     for all others.
 
     Args:
-        readings: the maps of one site.
-        candidates: (strength, factor_I) to try; first come first kept among equals.
+        maps_OI: weights of the maps that read one input.
+        sample: that input.
+        candidates: (strength, factor_I) to try; the first is kept among equals.
         round_weights: w_OI -> w_OI rounded and back in float.
-        clips: shares of the plain input scale to try, falling; the first that is no better ends the search. None
-            leaves inputs float.
+        ranges: each a row of shares to try until one is no better; None leaves inputs float.
 
     Returns:
         The best found.
     """
-    targets = [(one, one.x_NI @ one.w_OI.t()) for one in readings]
-    best: Found | None = None
-    for strength, factor_I in candidates:
-        scale = None if clips is None else _plain_scale(readings, factor_I)
-        found = Found(strength, factor_I, scale, _error(targets, factor_I, scale, round_weights))
-        best = found if best is None or found.error < best.error else best
-    assert best is not None
-    if best.input_scale is None or clips is None:
-        return best
-    plain = best.input_scale
-    for clip in clips:
-        error = _error(targets, best.factor_I, plain * clip, round_weights)
-        if error >= best.error:
-            break
-        best = Found(best.strength, best.factor_I, plain * clip, error)
+    targets = [(w_OI, sample.x_NI @ w_OI.t()) for w_OI in maps_OI]
+    reach = None if ranges is None else 1.0
+    measured = [
+        (Found(strength, reach, _error(targets, sample, factor_I, reach, round_weights)), factor_I)
+        for strength, factor_I in candidates
+    ]
+    best, factor_I = min(measured, key=lambda one: one[0].error)
+    for reaches in ranges or ():
+        for tried in reaches:
+            error = _error(targets, sample, factor_I, tried, round_weights)
+            if error >= best.error:
+                break
+            best = Found(best.strength, tried, error)
     return best
 
 
-def _plain_scale(readings: Sequence[Reading], factor_I: Tensor) -> float:
-    return max(float((one.x_NI / factor_I).abs().max()) for one in readings) / 127 or 1.0
+def input_scale(peak_I: Tensor, factor_I: Tensor, reach: float) -> float:
+    """The step of INT8 inputs whose range reaches `reach` times the largest smoothed value."""
+    return float((peak_I / factor_I).max()) * reach / 127 or 1.0
 
 
 def _error(
-    targets: Sequence[tuple[Reading, Tensor]],
+    targets: Sequence[tuple[Tensor, Tensor]],
+    sample: Sample,
     factor_I: Tensor,
-    scale: float | None,
+    reach: float | None,
     round_weights: Callable[[Tensor], Tensor],
 ) -> float:
+    x_NI = sample.x_NI / factor_I
+    if reach is not None:
+        x_NI = fake_round(x_NI, input_scale(sample.peak_I, factor_I, reach))
     total = 0.0
-    for one, y_NO in targets:
-        x_NI = one.x_NI / factor_I
-        x_NI = x_NI if scale is None else fake_round(x_NI, scale)
-        missed_N = (x_NI @ round_weights(one.w_OI * factor_I).t() - y_NO).square().sum(1)
+    for w_OI, y_NO in targets:
+        missed_N = (x_NI @ round_weights(w_OI * factor_I).t() - y_NO).square().sum(1)
         size_N = y_NO.square().sum(1)
-        total += float((missed_N / (size_N + size_N.median())).mean())
+        ratio_N = missed_N / (size_N + size_N.median())
+        total += float((ratio_N * sample.weight_N).sum() / sample.weight_N.sum())
     return total / len(targets)

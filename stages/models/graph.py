@@ -44,7 +44,7 @@ def load(path: Path) -> ir.Model:
     Raises:
         StageError: the file is no ONNX graph.
     """
-    from google.protobuf.message import DecodeError  # noqa: PLC0415 - ships with onnx and has no types
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships with onnx
 
     try:
         return ir.load(path)

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stages.algorithms.smoothing import Sample
 from stages.models.anatomy import decoder
 from stages.runtime.contract import StageError
+
+TAILS = 8
+"""Rows of each window that pass the peaks seen before by most, kept beside the sampled ones: ranges are about them."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +27,25 @@ class Observed:
     Attributes:
         peak_I: largest absolute value of each channel, over every token.
         mean_square_I: mean square of each channel, over every token.
-        sample_NI: rows at even distances, and of each window the row that holds its largest value.
+        sample: the peaks of the first half of the text, and rows of its second half: at even distances and extreme.
     """
 
     peak_I: Tensor
     mean_square_I: Tensor
-    sample_NI: Tensor
+    sample: Sample
 
 
 @dataclass
 class _Running:
-    peak_I: Tensor | None = None
-    square_I: Tensor | None = None
+    every: int
+    first_half: bool = True
+    last: Tensor | None = None
+    peak_I: Tensor = field(default_factory=lambda: torch.zeros(()))
+    half_peak_I: Tensor = field(default_factory=lambda: torch.zeros(()))
+    square_I: Tensor = field(default_factory=lambda: torch.zeros(()))
     tokens: int = 0
     rows: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -52,8 +61,8 @@ def observe(
 
     Args:
         model: a float model; the head is not run.
-        maps: name -> modules observed together: the places of one tensor.
-        ids_NT: token windows.
+        maps: name -> modules observed together: the maps that read one tensor, at every place where they stand.
+        ids_NT: token windows, at least two.
         rows: about how many rows of each map's inputs to keep.
         advanced: told the number of windows done.
 
@@ -61,45 +70,45 @@ def observe(
         name -> its inputs.
 
     Raises:
-        StageError: a map reads a NaN or an infinity, or nothing at all.
+        StageError: fewer than two windows, or a map reads a NaN, an infinity, or nothing at all.
     """
-    every = max(1, ids_NT.numel() // rows)
-    running = {name: _Running() for name in maps}
-    last: list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]] = []
+    half = len(ids_NT) // 2
+    if not half:
+        raise StageError(
+            "calibration needs one window for ranges and another to judge them",
+            measured=f"{len(ids_NT)} window of {ids_NT.shape[1]} tokens",
+            limit="2 windows",
+            remedy="Give the corpus a larger `calibrate` split, or shorten `window_tokens`.",
+        )
+    running = {name: _Running(every=max(1, ids_NT[half:].numel() // rows)) for name in maps}
     handles = [
-        module.register_forward_pre_hook(_watch(name, running[name], every, last))
-        for name, modules in maps.items()
-        for module in modules
+        module.register_forward_pre_hook(_hook(name, running[name])) for name, some in maps.items() for module in some
     ]
     try:
-        for done, ids_1T in enumerate(ids_NT.split(1), start=1):
+        for done, ids_1T in enumerate(ids_NT.split(1)):
+            for one in running.values():
+                one.last, one.first_half = None, done < half
             decoder(model)(input_ids=ids_1T, use_cache=False)
-            last.clear()
-            advanced(done)
+            advanced(done + 1)
     finally:
         for handle in handles:
             handle.remove()
     return {name: _finished(name, found) for name, found in running.items()}
 
 
-def _watch(
-    name: str, into: _Running, every: int, last: list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # q, k and v read one tensor: it is measured once and its rows are kept once.
-        if not last or last[0][0] is not args[0]:
-            last[:] = [(args[0], _measured(name, args[0].flatten(0, -2), every))]
-        peak_I, square_I, rows_NI = last[0][1]
-        into.peak_I = peak_I if into.peak_I is None else torch.maximum(into.peak_I, peak_I)
-        into.square_I = square_I if into.square_I is None else into.square_I + square_I
-        into.tokens += args[0].shape[:-1].numel()
-        into.rows.append(rows_NI)
+def _hook(name: str, into: _Running) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # q, k and v read one tensor: it is measured once.
+        if args[0] is not into.last:
+            into.last = args[0]
+            _measure(name, into, args[0].flatten(0, -2))
 
-    return hook
+    return note
 
 
-def _measured(name: str, x_TI: Tensor, every: int) -> tuple[Tensor, Tensor, Tensor]:
-    peak_I = x_TI.abs().amax(0)
+def _measure(name: str, into: _Running, x_TI: Tensor) -> None:
+    size_TI = x_TI.abs()
+    peak_I = size_TI.amax(0)
     if not torch.isfinite(peak_I).all():
         raise StageError(
             f"the input of {name} holds a NaN or an infinity on the calibration text",
@@ -107,11 +116,22 @@ def _measured(name: str, x_TI: Tensor, every: int) -> tuple[Tensor, Tensor, Tens
             limit="finite values",
             remedy="Look at the checkpoint it came from: `enginery diagnose` names the step.",
         )
-    kept = torch.cat([torch.arange(0, len(x_TI), every), x_TI.abs().amax(1).argmax().view(1)]).unique()
-    return peak_I, x_TI.square().sum(0), x_TI[kept].clone()
+    into.peak_I = torch.maximum(into.peak_I, peak_I)
+    into.square_I = into.square_I + x_TI.square().sum(0)
+    into.tokens += len(x_TI)
+    if into.first_half:
+        into.half_peak_I = into.peak_I
+        return
+    excess_T = (size_TI / into.half_peak_I.clamp_min(1e-12)).amax(1)
+    weight_T = torch.zeros(len(x_TI))
+    weight_T[excess_T.topk(min(TAILS, len(x_TI))).indices] = 1.0
+    weight_T[:: into.every] = float(into.every)
+    into.rows.append(x_TI[weight_T > 0])
+    into.weights.append(weight_T[weight_T > 0])
 
 
 def _finished(name: str, found: _Running) -> Observed:
-    if found.peak_I is None or found.square_I is None:
+    if not found.tokens:
         raise StageError(f"{name} read nothing on the calibration text: it takes no part in the model's answer")
-    return Observed(found.peak_I, found.square_I / found.tokens, torch.cat(found.rows))
+    sample = Sample(found.half_peak_I, torch.cat(found.rows), torch.cat(found.weights))
+    return Observed(found.peak_I, found.square_I / found.tokens, sample)

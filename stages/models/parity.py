@@ -5,8 +5,8 @@ Shapes: N windows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,21 +71,19 @@ def require_parity(found: Parity, *, rounded: bool, what: str) -> None:
         )
 
 
-def prose_ids(folder: Path, windows: int, tokens: int) -> NDArray[np.int64]:
+def prose_ids(encode: Callable[[str], list[int]], windows: int, tokens: int) -> NDArray[np.int64]:
     """ids_NT of English reference prose that every Python carries, for artifacts that come without a text.
 
     Args:
-        folder: holds tokenizer.json.
+        encode: the model's tokenizer.
         windows: N.
         tokens: T.
     """
-    from pydoc_data.topics import topics  # noqa: PLC0415 - 465 kB that only this function reads
-    from tokenizers import Tokenizer  # noqa: PLC0415
+    from pydoc_data.topics import topics  # 465 kB that only this function reads
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids: list[int] = []
     for name in sorted(topics):
-        ids += tokenizer.encode(topics[name], add_special_tokens=False).ids
+        ids += encode(topics[name])
         if len(ids) >= windows * tokens:
             break
     return np.array(ids[: windows * tokens], dtype=np.int64).reshape(windows, tokens)

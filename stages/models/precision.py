@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.rounding import round_blocks, round_rows
-from stages.algorithms.smoothing import CLIPS, Found, Reading, factors, search
+from stages.algorithms.smoothing import RANGES, factors, input_scale, search
 from stages.models import anatomy
 from stages.models.folding import Site, fold
 from stages.models.observing import Observed
@@ -41,27 +41,38 @@ class Decision:
 
     site: Site
     precision: Precision
-    found: Found
+    error: float
     factor_F: Tensor
+    input_scale: float | None
     importance_I: Tensor
     note: Mapping[str, str | float]
 
 
 def decide(site: Site, observed: Observed, precision: Precision, strengths: Sequence[float], clip: bool) -> Decision:
     """Search smoothing strength and input scale of one site on what its maps were seen to read."""
-    readings = [Reading(reader.weight.detach(), observed.sample_NI) for reader in site.readers.values()]
-    count = int(site.index_I.max()) + 1
+    maps_OI = [reader.weight.detach() for reader in site.readers.values()]
     # INT8 inputs are limited by their peak; for weights in blocks the usual size of what they multiply counts.
-    size_I = observed.mean_square_I.sqrt() if precision.input_bits is None else observed.peak_I
-    size_F = _largest(size_I, site.index_I, count)
-    weight_I = torch.stack([one.w_OI.abs().amax(0) for one in readings]).amax(0)
-    weight_F = _largest(weight_I, site.index_I, count) if precision.input_bits else torch.ones(count)
-    tried = {strength: factors(size_F, weight_F, strength) for strength in strengths}
-    clips = None if precision.input_bits is None else (CLIPS if clip else ())
+    size_I = observed.mean_square_I.sqrt() if precision.input_bits is None else observed.sample.peak_I
+    weight_I = torch.stack([w_OI.abs().amax(0) for w_OI in maps_OI]).amax(0)
+    tried = {strength: _factors(site, precision, size_I, weight_I, strength) for strength in strengths}
+    ranges = None if precision.input_bits is None else (RANGES if clip else ())
     candidates = [(strength, factor_F[site.index_I]) for strength, factor_F in tried.items()]
-    found = search(readings, candidates, _rounding(precision, observed.mean_square_I), clips=clips)
+    found = search(maps_OI, observed.sample, candidates, _rounding(precision), ranges=ranges)
     note = {"error": round(found.error, 8), "smoothing": found.strength}
-    return Decision(site, precision, found, tried[found.strength], observed.mean_square_I, note)
+    if found.reach is None:
+        return Decision(site, precision, found.error, tried[found.strength], None, observed.mean_square_I, note)
+    # The strength was judged on ranges of half the text; now the whole text sets them.
+    factor_F = _factors(site, precision, observed.peak_I, weight_I, found.strength)
+    scale = input_scale(observed.peak_I, factor_F[site.index_I], found.reach)
+    return Decision(
+        site, precision, found.error, factor_F, scale, observed.mean_square_I, {**note, "range": found.reach}
+    )
+
+
+def _factors(site: Site, precision: Precision, size_I: Tensor, weight_I: Tensor, strength: float) -> Tensor:
+    count = int(site.index_I.max()) + 1
+    weight_F = torch.ones(count) if precision.input_bits is None else _largest(weight_I, site.index_I, count)
+    return factors(_largest(size_I, site.index_I, count), weight_F, strength)
 
 
 def as_is(site: Site) -> Decision:
@@ -71,10 +82,9 @@ def as_is(site: Site) -> Decision:
         q_OI, scale_O = round_rows(reader.weight.detach())
         missed += float((q_OI * scale_O[:, None] - reader.weight.detach()).square().sum())
         size += float(reader.weight.detach().square().sum())
-    count = int(site.index_I.max()) + 1
-    found = Found(0.0, torch.ones_like(site.index_I, dtype=torch.float32), None, missed / (size or 1.0))
-    note = {"error": round(found.error, 8)}
-    return Decision(site, SPARED, found, torch.ones(count), torch.ones_like(found.factor_I), note)
+    ones_F, ones_I = torch.ones(int(site.index_I.max()) + 1), torch.ones(len(site.index_I))
+    error = missed / (size or 1.0)
+    return Decision(site, SPARED, error, ones_F, None, ones_I, {"error": round(error, 8)})
 
 
 def spare(decisions: Sequence[Decision], share: float) -> list[Decision]:
@@ -85,7 +95,7 @@ def spare(decisions: Sequence[Decision], share: float) -> list[Decision]:
     total = sum(_weights(one) for one in decisions)
     left = share * total
     kept: set[str] = set()
-    for one in sorted(decisions, key=lambda one: -one.found.error):
+    for one in sorted(decisions, key=lambda one: -one.error):
         if _weights(one) <= left:
             kept.add(one.site.name)
             left -= _weights(one)
@@ -133,7 +143,7 @@ def quantize_tables(model: PreTrainedModel) -> list[str]:
     return [names[id(embedding)], names[id(head)]]
 
 
-def _rounding(precision: Precision, importance_I: Tensor) -> Callable[[Tensor], Tensor]:
+def _rounding(precision: Precision) -> Callable[[Tensor], Tensor]:
     def rows(w_OI: Tensor) -> Tensor:
         q_OI, scale_O = round_rows(w_OI, precision.weight_bits)
         return q_OI * scale_O[:, None]
@@ -157,18 +167,18 @@ def _rounded(w_OI: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
 
 def _filled(old: nn.Module, tensors: tuple[Tensor, Tensor], decision: Decision) -> QuantizedLinear:
     assert isinstance(old, nn.Linear)
-    asked, scale = decision.precision, decision.found.input_scale
+    asked, scale = decision.precision, decision.input_scale
     new = QuantizedLinear(old.in_features, old.out_features, bits=asked.weight_bits, block=asked.block)
     new.weight, new.weight_scale = tensors
     new.bias = None if old.bias is None else old.bias.detach()
-    new.input_scale = None if asked.input_bits is None or scale is None else torch.tensor(scale)
+    new.input_scale = None if scale is None else torch.tensor(scale)
     return new
 
 
 def _spared(one: Decision) -> Decision:
     why = "its outputs lost most with the scheme's rounding, so its inputs stay float and its weights INT8"
     note: dict[str, str | float] = {"kept": why, "error": one.note["error"]}
-    return replace(one, precision=SPARED, factor_F=torch.ones_like(one.factor_F), note=note)
+    return replace(one, precision=SPARED, factor_F=torch.ones_like(one.factor_F), input_scale=None, note=note)
 
 
 def _weights(one: Decision) -> int:

@@ -113,7 +113,7 @@ def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> t
     if described["backend"] == "onnxruntime":
         return str(described["target"]), _graph(executable)
     # Imported here: an engine for the CPU answers where TensorRT is not installed.
-    from stages.adapters.tensorrt import execute_plan  # noqa: PLC0415
+    from stages.adapters.tensorrt_execution import execute_plan
 
     return execute_plan(executable, described["backend"], described["architectures"], verified=verified)
 
@@ -122,13 +122,13 @@ def _uncompiled(folder: Path) -> tuple[str, Forward]:
     if (folder / GRAPH).is_file():
         return CPU, _graph(folder / GRAPH)
     # torch is a gigabyte that an engine does not need.
-    from stages.serving.eager import torch_forward  # noqa: PLC0415
+    from stages.serving.eager import torch_forward
 
     return "torch:cpu", torch_forward(folder)
 
 
 def _graph(path: Path) -> Forward:
-    from stages.adapters.onnxruntime import open_session  # noqa: PLC0415 - a checkpoint answers without it
+    from stages.adapters.onnxruntime import open_session
 
     return open_session(path).logits
 

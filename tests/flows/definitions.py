@@ -40,7 +40,7 @@ class NoParams(Params):
 
 
 class CompileParams(Params):
-    backend: Literal["tensorrt_rtx", "onnxruntime"]
+    backend: Literal["tensorrt_rtx", "tensorrt", "onnxruntime"]
     architectures: list[str] = Field(default_factory=list)
 
 

@@ -1,5 +1,6 @@
 """A migrated MLflow database, made once a process and copied for each test, and made-up sealed artifacts."""
 
+import atexit
 import shutil
 import tempfile
 from functools import cache
@@ -14,7 +15,8 @@ from stages.runtime.fingerprint import fingerprint
 @cache
 def migrated() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="migrated-"))
-    open_tracking(folder, experiment="other")
+    atexit.register(shutil.rmtree, folder)
+    open_tracking(folder, uri=f"sqlite:///{folder}/mlflow.db", experiment="other")
     return folder / "mlflow.db"
 
 
@@ -27,7 +29,8 @@ def tracking_in(folder: Path) -> Tracking:
 
 def sealed(store, files, stage="share", kind=Kind.CHECKPOINT, metrics=None, **params):
     """Publish an artifact of made-up bytes; returns its fingerprint and manifest."""
-    draft = Path(tempfile.mkdtemp(prefix="draft-"))
+    store.scratch.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=store.scratch))
     for name, data in files.items():
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         (draft / name).write_bytes(data)

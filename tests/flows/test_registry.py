@@ -81,6 +81,7 @@ def test_release_of_the_same_engines_registers_nothing_new(registry, engine):
     made = release(registry, again, engine, ALIAS)
     assert (made.version, made.new, made.moved) == ("1", False, False) and "already" in made.note
     assert len(history(registry.objects, MODEL)) == len(versions(registry, MODEL)) == len(logged(registry)) == 1
+    assert release(registry, candidate(registry, "b"), engine, ALIAS).version == "2"  # no number was burned
 
 
 def test_release_under_another_name_shares_the_logged_model(registry, engine):

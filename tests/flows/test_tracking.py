@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from flows import tracking as module
-from flows.tracking import Tracking, answered, flattened, open_tracking, valid_key
+from flows.batches import flattened, valid_key
+from flows.tracking import Tracking, answered, open_tracking
 from stages.runtime.contract import Interrupted, StageError, Unavailable
 from tests.flows.recorded import sealed, tracking_in
 

@@ -1,0 +1,100 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.algorithms.channels import least_important, output_error, reconstructed
+
+
+def problem(outputs, channels, seed, tokens=200):
+    """Correlated channels of different strength, so that magnitude alone misleads."""
+    draw = np.random.default_rng(seed)
+    mix = draw.normal(size=(channels, channels)) * np.logspace(0, -1, channels)
+    a = draw.normal(size=(tokens, channels)) @ mix
+    return (
+        torch.from_numpy(draw.normal(size=(outputs, channels))),
+        torch.from_numpy(a),
+        torch.from_numpy(a.T @ a / tokens),
+    )
+
+
+def kept_after(channels, gone):
+    return torch.tensor([j for j in range(channels) if j not in set(gone)])
+
+
+def fitted_error(w, moment, kept):
+    return output_error(w, moment, kept, reconstructed(w, moment, kept))
+
+
+@given(st.integers(1, 5), st.integers(3, 7), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_least_important_single_channel_is_the_best_of_all(outputs, channels, seed):
+    w, _, moment = problem(outputs, channels, seed)
+    gone = least_important(w, moment, 1).tolist()
+    errors = {j: fitted_error(w, moment, kept_after(channels, [j])) for j in range(channels)}
+    assert errors[gone[0]] <= min(errors.values()) * (1 + 1e-6) + 1e-12
+
+
+@given(st.integers(0, 60))
+@settings(max_examples=20, deadline=None)
+def test_least_important_one_a_round_is_the_greedy_order(seed):
+    w, _, moment = problem(3, 7, seed)
+    gone = []
+    for _ in range(3):
+        rest = [j for j in range(7) if j not in gone]
+        gone.append(min(rest, key=lambda j: fitted_error(w, moment, kept_after(7, [*gone, j]))))
+    assert least_important(w, moment, 3, rounds=3).tolist() == gone
+
+
+def test_least_important_subset_is_near_the_best_of_all_subsets_and_beats_magnitude():
+    ratios, wins = [], 0
+    for seed in range(12):
+        w, _, moment = problem(4, 9, seed)
+        errors = [fitted_error(w, moment, kept_after(9, gone)) for gone in combinations(range(9), 3)]
+        ours = fitted_error(w, moment, kept_after(9, least_important(w, moment, 3, rounds=3).tolist()))
+        weakest = (moment.diagonal() * w.square().sum(0)).argsort()[:3].tolist()
+        ratios.append(ours / min(errors))
+        wins += ours <= fitted_error(w, moment, kept_after(9, weakest)) * (1 + 1e-9)
+    assert min(ratios) >= 1 - 1e-9
+    assert np.median(ratios) < 1.1
+    assert wins >= 10
+
+
+def test_least_important_duplicate_channel_goes_for_nothing():
+    w, a, _ = problem(4, 6, 0)
+    a[:, 5] = a[:, 2]
+    moment = a.T @ a / len(a)
+    gone = least_important(w, moment, 1).tolist()
+    assert gone[0] in (2, 5)
+    assert fitted_error(w, moment, kept_after(6, gone)) < 1e-6
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5, 16])
+def test_least_important_gives_distinct_channels_whatever_the_rounds(rounds):
+    w, _, moment = problem(4, 20, 1)
+    gone = least_important(w, moment, 9, rounds=rounds).tolist()
+    assert len(set(gone)) == len(gone) == 9
+    assert least_important(w, moment, 0, rounds=rounds).tolist() == []
+
+
+def test_reconstructed_equals_numpys_least_squares():
+    w, a, moment = problem(4, 8, 2)
+    kept = torch.tensor([0, 1, 2, 4, 7])
+    expected = np.linalg.lstsq(a[:, kept].numpy(), (a @ w.T).numpy(), rcond=None)[0].T
+    found = reconstructed(w, moment, kept)
+    mine, best = (float(((a @ w.T - a[:, kept] @ v.T) ** 2).mean()) for v in (found, torch.from_numpy(expected)))
+    assert best * (1 - 1e-9) <= mine <= best * 1.01
+    assert output_error(w, moment, kept, found) == pytest.approx(mine / float(((a @ w.T) ** 2).mean()))
+    assert mine < 0.9 * float(((a @ w.T - a[:, kept] @ w[:, kept].T) ** 2).mean())
+
+
+def test_refusals():
+    w, _, moment = problem(2, 4, 0)
+    for count in (4, -1):
+        with pytest.raises(ValueError, match="of 4 channels cannot go"):
+            least_important(w, moment, count)
+    with pytest.raises(ValueError, match="not finite"):
+        least_important(w, moment * torch.nan, 1)

@@ -1,0 +1,229 @@
+"""compile: engines for the CPU compute the graph's numbers; plans are built for real; the impossible is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from stages.adapters.tensorrt import Shapes, build_plan
+from stages.compile import TARGETS, CompileParams, compile_engine, refuse_impossible
+from stages.runtime.contract import DoesNotFit, StageError
+from stages.serving.engine import open_engine
+from tests.engines import Hears, mixed, mixed_graph, token_windows  # noqa: F401
+
+SMALL = Shapes(maximum_batch=2, maximum_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def cpu(mixed_graph, tmp_path_factory):  # noqa: F811
+    """The mixed graph's engine for the CPU, and its metrics."""
+    folder = tmp_path_factory.mktemp("cpu")
+    return folder, compile_engine(CompileParams(backend="onnxruntime"), {"graph": mixed_graph}, folder, Hears())
+
+
+@pytest.fixture(scope="module")
+def gpu(mixed_graph, tmp_path_factory):  # noqa: F811
+    """The mixed graph's plan for two architectures, and what was heard."""
+    folder, heard = tmp_path_factory.mktemp("gpu"), Hears()
+    params = CompileParams(backend="tensorrt_rtx", architectures=("sm_89", "sm_120"), maximum_tokens=64)
+    compile_engine(params, {"graph": mixed_graph}, folder, heard)
+    return folder, heard
+
+
+def literal(path: Path, ids: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    return onnxruntime.InferenceSession(str(path), options).run(None, feeds)[0]
+
+
+def test_engine_for_the_cpu_gives_the_graphs_logits(mixed_graph, cpu):  # noqa: F811
+    ids = token_windows(2, 33)
+    reference = literal(mixed_graph / "model.onnx", ids)
+    found = open_engine(cpu[0]).logits(ids)
+    assert np.abs(found - reference).mean() < 2e-3 * reference.std()
+
+
+def test_engine_for_the_cpu_multiplies_integers(cpu):
+    model = onnx.load(cpu[0] / "model.onnx")
+    products = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == cpu[1]["integer_products"] == 6
+    held = {t.name: t for t in model.graph.initializer}
+    makers = {out: node for node in model.graph.node for out in node.output}
+    for node in products:
+        assert held[node.input[1]].data_type == TensorProto.INT8
+        rounding = makers[node.input[0]]
+        assert rounding.op_type == "QuantizeLinear"
+        assert numpy_helper.to_array(held[rounding.input[2]]) == 128
+    assert len({node.input[0] for node in products}) == 4  # q, k and v round their common input once
+
+
+def test_engine_for_the_cpu_never_dequantizes_the_table_for_its_rows(cpu):
+    model = onnx.load(cpu[0] / "model.onnx")
+    makers = {out: node.op_type for node in model.graph.node for out in node.output}
+    table = next(t for t in model.graph.initializer if tuple(t.dims) == (768, 64))
+    rows = [n for n in model.graph.node if n.op_type == "Gather" and n.input[0] == table.name]
+    assert len(rows) == 1
+    assert not [n for n in model.graph.node if n.op_type == "Gather" and makers.get(n.input[0]) == "DequantizeLinear"]
+    assert sum(tuple(t.dims) in ((768, 64), (64, 768)) for t in model.graph.initializer) == 1
+
+
+def test_engine_for_the_cpu_is_described_and_carries_its_tokenizer(cpu, mixed_graph):  # noqa: F811
+    described = json.loads((cpu[0] / "engine.json").read_text())
+    assert described["target"] == "onnxruntime:cpu"
+    assert described["executable"] == "model.onnx"
+    assert described["vocabulary"] == 768
+    assert described["maximum_tokens"] == 512
+    assert described["precisions"] == ["float32", "int4", "int8"]
+    assert (cpu[0] / "tokenizer.json").read_bytes() == (mixed_graph / "tokenizer.json").read_bytes()
+    assert (cpu[0] / "model.onnx").stat().st_size < 1.02 * (mixed_graph / "model.onnx").stat().st_size
+
+
+def test_a_rewriting_that_changes_the_numbers_is_refused(mixed_graph, tmp_path, monkeypatch):  # noqa: F811
+    from stages.models import cpu_kernels
+
+    lower = cpu_kernels.lower
+
+    def wrong(model):
+        done = lower(model)
+        zero = model.graph.initializers["unsigned_zero"]
+        zero.const_value = type(zero.const_value)(np.array(90, np.uint8), name="unsigned_zero")
+        return done
+
+    monkeypatch.setattr(cpu_kernels, "lower", wrong)
+    with pytest.raises(StageError, match="the engine and the graph differ"):
+        compile_engine(CompileParams(backend="onnxruntime"), {"graph": mixed_graph}, tmp_path, Hears())
+    assert not (tmp_path / "engine.json").exists()
+
+
+def test_a_rewriting_that_loses_a_precision_is_refused(mixed_graph, tmp_path):  # noqa: F811
+    from stages.compile import _require_lowered
+
+    _require_lowered(frozenset({"int8"}), {"precisions": ["int8"]})
+    with pytest.raises(StageError, match="lost a number format"):
+        _require_lowered(frozenset({"float32"}), {"precisions": ["float32", "int8"]})
+
+
+def test_plan_for_two_architectures_holds_the_integers(gpu, mixed_graph):  # noqa: F811
+    plan = (gpu[0] / "model.plan").read_bytes()
+    held = {t.name: t for t in onnx.load(mixed_graph / "model.onnx").graph.initializer}
+    table = next(t for t in held.values() if tuple(t.dims) == (768, 64))
+    assert numpy_helper.to_array(table).tobytes() in plan
+    described = json.loads((gpu[0] / "engine.json").read_text())
+    assert described["target"] == "tensorrt_rtx:sm_89+sm_120"
+    assert described["executed"] is False
+    assert described["maximum_tokens"] == 64
+
+
+def test_building_tells_how_far_it_is_and_what_the_library_warned_of(gpu):
+    fractions = gpu[1].fractions
+    assert fractions == sorted(fractions)
+    assert 0 <= fractions[0] < 0.05 and fractions[-1] == 1
+    assert any("Int64" in note for note in gpu[1].notes)
+
+
+def test_plan_cannot_be_opened_without_a_gpu(gpu):
+    with pytest.raises(DoesNotFit, match=r"compiled, not executed.*sm_89, sm_120"):
+        open_engine(gpu[0])
+
+
+def test_same_step_again_is_a_hit(shared_store, mixed_graph):  # noqa: F811
+    from tests.conftest import sealer
+
+    seal = sealer(shared_store)
+    first = seal("compile", {"backend": "onnxruntime"}, graph=mixed_graph.name)
+    assert seal("compile", {"backend": "onnxruntime"}, graph=mixed_graph.name).cached
+    kept = {name: entry.sha256 for name, entry in first.manifest.files.items()}
+    again = seal("compile", {"backend": "onnxruntime", "maximum_tokens": 128}, graph=mixed_graph.name)
+    assert {n: e.sha256 for n, e in again.manifest.files.items() if n == "model.onnx"}["model.onnx"] == kept[
+        "model.onnx"
+    ]
+    sealed = len(list(shared_store.manifests()))
+    with pytest.raises(StageError, match="builds nothing for 'sm_1'"):
+        seal("compile", {"backend": "tensorrt_rtx", "architectures": ["sm_1"]}, graph=mixed_graph.name)
+    assert len(list(shared_store.manifests())) == sealed
+
+
+@pytest.mark.parametrize(
+    ("backend", "architectures", "precisions", "said"),
+    [
+        ("tensorrt_rtx", ["sm_86"], ["fp8", "float32"], "sm_86 has no fp8.*limit sm_89 and newer"),
+        ("tensorrt_rtx", ["sm_89", "sm_75"], ["int4"], "sm_75 has no int4"),
+        ("tensorrt_rtx", ["sm_75"], ["int8", "float32"], "no float32 on sm_75"),
+        ("tensorrt_rtx", ["sm_90"], [], "nothing for 'sm_90'; limit sm_75, .*backend: tensorrt "),
+        ("tensorrt_rtx", ["sm_99"], [], "nothing for 'sm_99'.*Name one of these"),
+        ("tensorrt_rtx", [], [], "needs `architectures`"),
+        ("onnxruntime", ["sm_89"], [], "takes no `architectures`"),
+    ],
+)
+def test_impossible_pair_is_refused_before_building(backend, architectures, precisions, said):
+    with pytest.raises(StageError, match=said):
+        refuse_impossible(backend, architectures, precisions)
+
+
+def test_possible_pairs_pass():
+    refuse_impossible("tensorrt_rtx", ["sm_89", "sm_120"], ["fp8", "int4", "int8", "float32"])
+    refuse_impossible("tensorrt", ["sm_90", "sm_75"], ["int8", "float32"])
+    refuse_impossible("onnxruntime", [], ["int4"])
+
+
+def test_refusal_needs_no_heavy_library():
+    import subprocess
+
+    code = (
+        "import sys; from stages.compile import refuse_impossible; refuse_impossible('onnxruntime', []);"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'onnx', 'onnxruntime', 'tensorrt_rtx', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_listed_target_is_one_that_the_compiler_has():
+    import tensorrt_rtx
+
+    known = {n.lower().replace("sm", "sm_") for n in tensorrt_rtx.ComputeCapability.__members__ if n.startswith("SM")}
+    assert known == set(TARGETS["tensorrt_rtx"])
+
+
+def small_graph(path: Path, kind: str, **attributes: object) -> Path:
+    node = helper.make_node(kind, ["input_ids"], ["y"], name="the_odd_one", **attributes)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [node], "g", [value("input_ids", TensorProto.FLOAT, ["n", "t"])], [value("y", TensorProto.FLOAT, None)]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    model.ir_version = 10
+    onnx.save(model, path)
+    return path
+
+
+def test_parsers_own_text_and_the_nodes_name_reach_the_user(tmp_path):
+    graph = small_graph(tmp_path / "model.onnx", "StringNormalizer")
+    with pytest.raises(StageError, match=r"cannot read the graph; measured .*the_odd_one, StringNormalizer"):
+        build_plan(graph, "tensorrt_rtx", ["sm_89"], SMALL, Hears())
+
+
+def test_builders_own_text_reaches_the_user(mixed_graph):  # noqa: F811
+    with pytest.raises(StageError, match=r"could not build an engine for sm_75; measured .*(sm75|SM75)"):
+        build_plan(mixed_graph / "model.onnx", "tensorrt_rtx", ["sm_75"], SMALL, Hears())
+
+
+def test_interrupted_build_ends_as_interrupted(mixed_graph):  # noqa: F811
+    class Impatient(Hears):
+        def advanced(self, done, total):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_plan(mixed_graph / "model.onnx", "tensorrt_rtx", ["sm_89"], SMALL, Impatient())
+
+
+def test_missing_library_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(DoesNotFit, match="pip install tensorrt`"):
+        build_plan(tmp_path / "model.onnx", "tensorrt", ["sm_90"], SMALL, Hears())

@@ -1,0 +1,221 @@
+"""export: the graph computes what torch computes, holds integers as integers and every tensor once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from stages.export import ExportParams, _require_effect, export
+from stages.models import exporting, graph, quantized
+from stages.models.loading import load_model
+from stages.models.parity import parity, require_parity
+from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
+from tests.conftest import sealer
+from tests.engines import Hears, mixed, mixed_graph, one_block, token_windows  # noqa: F401
+
+
+def run(folder: Path, **feeds: np.ndarray) -> np.ndarray:
+    """The graph as ONNX Runtime runs it without any rewriting."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options).run(None, feeds)[0]
+
+
+def torch_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return load_model(folder)(input_ids=torch.from_numpy(ids)).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def dense_graph(tiny, tmp_path_factory):
+    """One block in fp32 at the older opset, with windows of a text."""
+    root = tmp_path_factory.mktemp("dense")
+    checkpoint = one_block(tiny, root / "checkpoint")
+    (root / "graph").mkdir()
+    metrics = export(ExportParams(opset=21), {"model": checkpoint}, root / "graph", Silent())
+    return checkpoint, root / "graph", metrics
+
+
+def test_graph_at_other_shapes_gives_torchs_logits(mixed, mixed_graph):  # noqa: F811
+    ids = token_windows(3, 37)
+    found = run(mixed_graph, input_ids=ids, attention_mask=np.ones_like(ids))
+    reference = torch_logits(mixed, ids)
+    assert found.shape == (3, 37, 768)
+    assert np.abs(found - reference).mean() < 2e-3 * reference.std()
+
+
+def test_graph_of_floats_is_torch_to_the_last_digits(dense_graph):
+    checkpoint, folder, metrics = dense_graph
+    ids = token_windows(2, 50)
+    found = run(folder, input_ids=ids, attention_mask=np.ones_like(ids))
+    assert np.abs(found - torch_logits(checkpoint, ids)).max() < 1e-4
+    assert metrics["parity_logit_difference"] < 1e-4
+
+
+def test_graph_of_the_older_opset_has_no_newer_operators(dense_graph):
+    _, folder, _ = dense_graph
+    model = onnx.load(folder / "model.onnx")
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [21]
+    assert not {"Attention", "RotaryEmbedding", "RMSNormalization"} & {node.op_type for node in model.graph.node}
+
+
+def test_left_padding_does_not_change_a_row(dense_graph):
+    _, folder, _ = dense_graph
+    ids = token_windows(1, 20)
+    alone = run(folder, input_ids=ids, attention_mask=np.ones_like(ids))
+    batch, mask = np.zeros((2, 26), np.int64), np.zeros((2, 26), np.int64)
+    batch[0, 6:], mask[0, 6:] = ids, 1
+    batch[1], mask[1] = token_windows(1, 26), 1
+    together = run(folder, input_ids=batch, attention_mask=mask)
+    assert np.isfinite(together).all()
+    assert np.abs(together[0, 6:] - alone[0]).max() < 1e-4
+
+
+def test_quantized_weights_are_integers_under_their_names(mixed, mixed_graph):  # noqa: F811
+    held = {t.name: t for t in onnx.load(mixed_graph / "model.onnx").graph.initializer}
+    for block, kind in ((0, TensorProto.INT8), (1, TensorProto.INT4), (2, TensorProto.INT8)):
+        for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+            assert held[f"model.layers.{block}.{part}.weight"].data_type == kind
+    layer = load_model(mixed).model.layers[1].mlp.down_proj
+    stored = numpy_helper.to_array(held["model.layers.1.mlp.down_proj.weight"]).astype(np.int8)
+    assert np.array_equal(stored, quantized.unpack_int4(layer.weight).numpy().T)
+    copies = [t for t in held.values() if t.data_type == TensorProto.FLOAT and np.prod(t.dims) >= 32 * 64]
+    assert not [t.name for t in copies if not t.name.startswith(("model.layers.3", "model.layers.4", "model.layers.5"))]
+
+
+def test_shared_tensors_stand_once(mixed_graph):  # noqa: F811
+    held = onnx.load(mixed_graph / "model.onnx").graph.initializer
+    shapes = Counter(tuple(t.dims) for t in held)
+    assert shapes[768, 64] + shapes[64, 768] == 1
+    assert [t.name for t in held if "basis" in t.name] == ["model.layers.4.mlp.gate_proj.basis.weight"]
+
+
+def test_graph_is_valid_and_says_nothing_of_where_it_was_made(mixed_graph):  # noqa: F811
+    onnx.checker.check_model(onnx.load(mixed_graph / "model.onnx"), full_check=True)
+    data = (mixed_graph / "model.onnx").read_bytes()
+    assert b".py" not in data and b"stack_trace" not in data and b"torch" not in data
+
+
+def test_same_work_gives_the_same_bytes_and_a_hit(tiny, store, tmp_path):
+    seal = sealer(store)
+    checkpoint = seal("fetch", {"source": one_block(tiny, tmp_path / "one").as_uri()}).identity
+    first = seal("export", {}, model=checkpoint)
+    assert seal("export", {}, model=checkpoint).cached
+    export(ExportParams(), {"model": store.checkout(checkpoint)}, _folder(tmp_path), Silent())
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (
+        store.checkout(first.identity) / "model.onnx"
+    ).read_bytes()
+
+
+def _folder(tmp_path: Path) -> Path:
+    (tmp_path / "again").mkdir()
+    return tmp_path / "again"
+
+
+def test_weights_left_unpacked_are_refused_and_nothing_is_sealed(mixed, store, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(exporting, "to_onnx", lambda _model, _opset: graph.load(_unpacked(tmp_path)))
+    seal = sealer(store)
+    checkpoint = seal("fetch", {"source": mixed.as_uri()}).identity
+    with pytest.raises(StageError, match="quantized weights as integers; measured 0 tensors; limit 22"):
+        seal("export", {}, model=checkpoint)
+    assert {manifest.kind for _, manifest in store.manifests()} == {"checkpoint"}
+
+
+def _unpacked(tmp_path: Path) -> Path:
+    onnx.save(onnx.parser.parse_model('<ir_version: 10, opset_import: ["": 21]> g (float x) => (float y) {y = Abs(x)}'),
+              tmp_path / "other.onnx")  # fmt: skip
+    return tmp_path / "other.onnx"
+
+
+def test_a_tensor_stored_twice_is_refused(mixed_graph):  # noqa: F811
+    held = graph.held(graph.load(mixed_graph / "model.onnx"))
+    _require_effect(held, held.quantized, held.size_bytes)
+    with pytest.raises(StageError, match="not the checkpoint's"):
+        _require_effect(
+            held,
+            held.quantized,
+            held.size_bytes - graph.size_bytes(graph.load(mixed_graph / "model.onnx")) // 2 - (1 << 20),
+        )
+    with pytest.raises(StageError, match="not the checkpoint's"):
+        _require_effect(held, held.quantized, held.size_bytes * 2)
+
+
+def test_parity_beyond_its_limit_is_refused():
+    ids = token_windows(2, 9)
+    reference = np.random.default_rng(0).standard_normal((2, 9, 768)).astype(np.float32)
+    require_parity(parity(ids, reference, reference + 1e-5), rounded=False, what="x")
+    other = reference.copy()
+    other[1, 3, 5] += 0.01
+    with pytest.raises(StageError, match=r"graph and torch differ in their logits; measured 0\.0"):
+        require_parity(parity(ids, reference, other), rounded=False, what="graph and torch")
+    require_parity(parity(ids, reference, other), rounded=True, what="x")
+    other[1, 3, 5] = np.nan
+    with pytest.raises(StageError, match="nan"):
+        require_parity(parity(ids, reference, other), rounded=True, what="x")
+
+
+def test_cross_entropy_of_parity_is_torchs():
+    ids = token_windows(2, 9)
+    reference, found = np.random.default_rng(1).standard_normal((2, 2, 9, 768)).astype(np.float32)
+    losses = [
+        torch.nn.functional.cross_entropy(
+            torch.from_numpy(x[:, :-1]).flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten()
+        )
+        for x in (reference, found)
+    ]
+    measured = parity(ids, reference, found)
+    assert measured.cross_entropy_difference == pytest.approx(abs(float(losses[0] - losses[1])), rel=1e-3)
+    shifted = reference * np.where(np.arange(768) % 2, 1.4, 0.6).astype(np.float32)
+    assert parity(ids, reference, shifted).cross_entropy_difference > 0.01
+    with pytest.raises(StageError, match="nats"):
+        require_parity(type(measured)(0.1, 0.011), rounded=True, what="x")
+
+
+def test_large_graphs_keep_their_weights_beside_them(dense_graph, tmp_path, monkeypatch):
+    _, folder, _ = dense_graph
+    monkeypatch.setattr(graph, "EXTERNAL_BYTES", 1000)
+    graph.save(graph.load(folder / "model.onnx"), tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size < 200_000 < (tmp_path / "model.onnx.data").stat().st_size
+    ids = token_windows(1, 8)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    assert np.array_equal(run(tmp_path, **feeds), run(folder, **feeds))
+
+
+def test_sliding_window_is_refused(tiny, tmp_path):
+    checkpoint = one_block(tiny, tmp_path / "one", model_type="mistral", sliding_window=128)
+    heard = Hears()
+    with pytest.raises(StageError, match="a window of 128 tokens"):
+        export(ExportParams(), {"model": checkpoint}, tmp_path, heard)
+    assert max(heard.fractions) < 0.5
+
+
+def test_exporters_own_text_reaches_the_user(tiny, tmp_path):
+    model = load_model(one_block(tiny, tmp_path / "one"))
+    layer = model.model.layers[0]
+    layer.mlp.forward = lambda x: x * (1 if float(x.sum()) > 0 else 2)
+    with pytest.raises(StageError, match=r"the exporter could not turn LlamaForCausalLM into ONNX; measured .+"):
+        exporting.to_onnx(model, 23)
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\xff\xfenot a graph")
+    with pytest.raises(StageError, match=r"model.onnx is no ONNX graph"):
+        graph.load(tmp_path / "model.onnx")
+
+
+def test_text_windows_come_from_the_corpus(tiny, tmp_path):
+    from stages.export import _windows
+
+    (tmp_path / "calibrate.jsonl").write_text('{"id": "a", "text": "' + "the statement is executed " * 40 + '"}\n')
+    found = _windows(ExportParams(parity_windows=1, parity_tokens=16), {"model": tiny, "text": tmp_path}, 512)
+    from stages.models.loading import load_tokenizer
+
+    assert load_tokenizer(tiny).decode(found[0]).startswith("the statement is executed")

@@ -1,0 +1,170 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.models.loading import load_model, load_tokenizer
+from stages.models.quantized import QuantizedLinear, quantized_modules, stored_dtypes
+from stages.models.windows import windows
+from stages.quantize import QuantizeParams, quantize
+from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
+from tests.conftest import sealer
+from tests.models.grouped import grouped
+
+SHORT = {"windows": 8, "window_tokens": 128}
+SCHEMES = ["int8_w8a8", "int8_weight_only", "int4_weight_only"]
+
+
+@pytest.fixture(scope="session")
+def group(shared_store, tiny, tmp_path_factory):
+    """Fingerprint of a checkpoint with shared bases and a tied weight."""
+    folder = grouped(tiny, tmp_path_factory.mktemp("grouped") / "model")
+    return sealer(shared_store)("fetch", {"source": folder.as_uri()}).identity
+
+
+@pytest.fixture(scope="session")
+def made(shared_store, dense, topics):
+    """The dense model in each scheme: name -> folder and metrics."""
+    found = {}
+    for scheme in SCHEMES:
+        outcome = sealer(shared_store)("quantize", SHORT | {"scheme": scheme}, model=dense, text=topics)
+        found[scheme] = (shared_store.checkout(outcome.identity), outcome.manifest.metrics)
+    return found
+
+
+@torch.no_grad()
+def loss(folder, text, **more):
+    model = load_model(folder, **more)
+    ids_NT = windows(text, "test", load_tokenizer(folder), 128, most=24)
+    return float(model(input_ids=ids_NT, labels=ids_NT).loss)
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("int8_w8a8", 0.01), ("int8_weight_only", 0.002), ("int4_weight_only", 0.05)])
+def test_quantize_keeps_the_loss_on_text_it_never_saw(made, scheme, most, shared_store, dense, topics):
+    text = shared_store.checkout(topics)
+    before, after = loss(shared_store.checkout(dense), text), loss(made[scheme][0], text)
+    assert abs(after - before) < most
+    assert after != before
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantize_writes_integers_and_no_float_copy(made, scheme):
+    folder, metrics = made[scheme]
+    types = stored_dtypes(folder)
+    integers = [name for name, kind in types.items() if kind in ("I8", "U8")]
+    tensors = load_file(folder / "model.safetensors")
+    assert len(integers) == metrics["integer_matrices"] == 6 * 7 + 1  # the tied table stands once
+    assert all(tensors[name].ndim < 2 or "scale" in name for name, kind in types.items() if kind == "F32")
+    assert "lm_head.weight" not in types or "model.embed_tokens.weight" not in types
+    assert metrics["size_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert metrics["size_bytes"] < metrics["size_bytes_before"] * (0.3 if "int8" in scheme else 0.2)
+
+
+def test_quantize_loads_again_with_the_table_shared_and_inputs_rounded(made):
+    model = load_model(made["int8_w8a8"][0])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    maps = [m for m in quantized_modules(model).values() if isinstance(m, QuantizedLinear) and m is not model.lm_head]
+    rounded = [m for m in maps if m.input_scale is not None]
+    assert len(maps) == 42
+    assert len(maps) - len(rounded) == made["int8_w8a8"][1]["kept_maps"] > 0
+
+
+def test_quantize_leaves_the_worst_maps_in_higher_precision_and_says_why(made):
+    for scheme in ("int8_w8a8", "int4_weight_only"):
+        layers = json.loads((made[scheme][0] / "quantization.json").read_text())["layers"]
+        maps = {name: entry for name, entry in layers.items() if "note" in entry}
+        kept = {name: entry for name, entry in maps.items() if "kept" in entry["note"]}
+        worst = max(maps.values(), key=lambda entry: entry["note"]["error"])
+        assert kept
+        assert worst in kept.values()
+        assert all(entry["bits"] == 8 and entry["input"] == "float" for entry in kept.values())
+        sizes = [sum(e["shape"][0] * e["shape"][1] for e in some.values()) for some in (kept, maps)]
+        assert sizes[0] <= 0.07 * sizes[1]
+
+
+def test_quantize_search_does_better_than_plain_ranges(shared_store, dense, topics, tmp_path):
+    inputs = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
+    divergences = {}
+    for search in ("auto", "off"):
+        params = QuantizeParams(**SHORT, keep=0, search=search, embedding="keep")
+        quantize(params, inputs, tmp_path / search, Silent())
+        divergences[search] = kl(inputs["model"], tmp_path / search, inputs["text"])
+    assert divergences["auto"] < divergences["off"]
+
+
+@torch.no_grad()
+def kl(reference, folder, text):
+    ids_NT = windows(text, "test", load_tokenizer(reference), 128, most=16)
+    p, q = (load_model(one)(input_ids=ids_NT).logits.log_softmax(-1) for one in (reference, folder))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantize_keeps_bases_and_ties_shared(shared_store, group, topics, scheme):
+    outcome = sealer(shared_store)("quantize", SHORT | {"scheme": scheme}, model=group, text=topics)
+    folder = shared_store.checkout(outcome.identity)
+    model = load_model(folder)
+    layers = model.model.layers
+    for role in ("gate_proj", "down_proj"):
+        first, second = getattr(layers[1].mlp, role), getattr(layers[2].mlp, role)
+        assert first.basis is second.basis
+        assert isinstance(first.basis, QuantizedLinear)
+        assert isinstance(first.coefficient, QuantizedLinear)
+    assert layers[3].self_attn.v_proj.weight is layers[4].self_attn.v_proj.weight
+    # Two bases and four coefficients stand for four maps, two v are one, and the table.
+    assert outcome.manifest.metrics["integer_matrices"] == 42 - 4 + 2 + 4 - 1 + 1
+    text = shared_store.checkout(topics)
+    before = loss(shared_store.checkout(group), text)
+    assert abs(loss(folder, text) - before) < (0.02 if "int8" in scheme else 0.08)
+
+
+def test_quantize_keeping_the_table_leaves_it_float(shared_store, dense, tmp_path):
+    params = QuantizeParams(scheme="int8_weight_only", embedding="keep")
+    metrics = quantize(params, {"model": shared_store.checkout(dense)}, tmp_path / "out", Silent())
+    assert metrics["integer_matrices"] == 42
+    assert stored_dtypes(tmp_path / "out")["model.embed_tokens.weight"] == "F32"
+
+
+def test_quantize_twice_gives_the_same_bytes(shared_store, made, dense, topics, tmp_path):
+    inputs = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
+    quantize(QuantizeParams(**SHORT), inputs, tmp_path / "again", Silent())
+    for name in ("model.safetensors", "quantization.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (made["int8_w8a8"][0] / name).read_bytes()
+
+
+def test_quantize_again_hits(shared_store, made, dense, topics):
+    assert sealer(shared_store)("quantize", SHORT, model=dense, text=topics).cached
+
+
+def refused(shared_store, match, params, **inputs):
+    sealed = sorted(name for name, _ in shared_store.manifests())
+    with pytest.raises(StageError, match=match):
+        sealer(shared_store)("quantize", params, **inputs)
+    assert sorted(name for name, _ in shared_store.manifests()) == sealed
+
+
+def test_quantize_block_that_does_not_divide_is_refused_with_those_that_do(shared_store, dense, topics):
+    refused(
+        shared_store, r"128.*64, 192 inputs.*2, 4, 8, 16, 32, 64", {"scheme": "int4_weight_only", "block": 128},
+        model=dense, text=topics,
+    )  # fmt: skip
+
+
+def test_quantize_of_a_quantized_checkpoint_is_refused(shared_store, dense):
+    done = sealer(shared_store)("quantize", {"scheme": "int8_weight_only"}, model=dense).identity
+    refused(shared_store, "quantized already", {"scheme": "int8_weight_only"}, model=done)
+
+
+def test_quantize_activations_without_text_is_refused(shared_store, dense):
+    refused(shared_store, "needs an input 'text'", {}, model=dense)
+
+
+def test_quantize_that_wrote_float_weights_is_refused(shared_store, dense, tmp_path, monkeypatch):
+    import stages.models.precision
+
+    monkeypatch.setattr(stages.models.precision, "apply", lambda model, decisions: {d.site.name: {} for d in decisions})
+    params = QuantizeParams(scheme="int8_weight_only")
+    with pytest.raises(StageError, match="not quantized.*float copies"):
+        quantize(params, {"model": shared_store.checkout(dense)}, tmp_path / "out", Silent())
