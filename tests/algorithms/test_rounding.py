@@ -112,9 +112,7 @@ def test_fake_round_equals_onnxruntime_quantize_dequantize():
         onnx.numpy_helper.from_array(np.array(0, np.int8), "z"),
     ]
     value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        nodes, "g", [value("x", 1, [None])], [value("y", 1, [None])], initializer=constants
-    )
+    graph = onnx.helper.make_graph(nodes, "g", [value("x", 1, [None])], [value("y", 1, [None])], initializer=constants)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x = torch.cat([torch.randn(1000) * 5, torch.arange(-10, 10) * 0.5 * scale])  # saturates, and lands on halves

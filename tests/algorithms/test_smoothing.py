@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from stages.algorithms.rounding import fake_round, round_rows
-from stages.algorithms.smoothing import Reading, factors, search
+from stages.algorithms.smoothing import Sample, factors, input_scale, search
 
 
 def rows(w_OI):
@@ -42,42 +42,58 @@ def test_factors_strength_outside_its_range_is_refused(strength):
         factors(torch.ones(2), torch.ones(2), strength)
 
 
+def sampled(x_NI, peak_I=None, weight_N=None):
+    peak_I = x_NI.abs().amax(0) if peak_I is None else peak_I
+    return Sample(peak_I, x_NI, torch.ones(len(x_NI)) if weight_N is None else weight_N)
+
+
 def test_search_with_an_outlier_channel_smooths_and_lowers_the_error(outliers):
     x_NI, w_OI = outliers
     peaks = x_NI.abs().amax(0), w_OI.abs().amax(0)
     candidates = [(strength, factors(*peaks, strength)) for strength in (0.0, 0.5, 0.8)]
-    plain = search([Reading(w_OI, x_NI)], candidates[:1], rows, clips=())
-    found = search([Reading(w_OI, x_NI)], candidates, rows, clips=())
+    plain = search([w_OI], sampled(x_NI), candidates[:1], rows, ranges=())
+    found = search([w_OI], sampled(x_NI), candidates, rows, ranges=())
     assert found.strength > 0
     assert found.error < plain.error / 5
 
 
 def test_search_reports_the_error_that_rounding_really_makes(outliers):
     x_NI, w_OI = outliers
-    found = search([Reading(w_OI, x_NI)], [(0.5, factors(x_NI.abs().amax(0), w_OI.abs().amax(0), 0.5))], rows)
+    factor_I = factors(x_NI.abs().amax(0), w_OI.abs().amax(0), 0.5)
+    weight_N = torch.rand(len(x_NI))
+    found = search([w_OI], sampled(x_NI, weight_N=weight_N), [(0.5, factor_I)], rows)
     exact_NO = x_NI.double() @ w_OI.double().t()
-    rounded = fake_round(x_NI / found.factor_I, found.input_scale) @ rows(w_OI * found.factor_I).t()
+    scale = input_scale(x_NI.abs().amax(0), factor_I, found.reach)
+    assert scale == pytest.approx(found.reach * float((x_NI / factor_I).abs().max()) / 127, rel=1e-5)
+    rounded = fake_round(x_NI / factor_I, scale) @ rows(w_OI * factor_I).t()
     size_N = exact_NO.square().sum(1)
-    expected = ((rounded - exact_NO).square().sum(1) / (size_N + size_N.median())).mean()
-    assert found.error == pytest.approx(float(expected), rel=1e-3)
+    ratio_N = (rounded - exact_NO).square().sum(1) / (size_N + size_N.median())
+    assert found.error == pytest.approx(float((ratio_N * weight_N).sum() / weight_N.sum()), rel=1e-3)
 
 
-def test_search_with_one_huge_value_clips_the_range():
+def test_search_with_one_huge_value_narrows_the_range():
     torch.manual_seed(1)
     x_NI = torch.randn(400, 32)
     x_NI[7, 3] = 40.0
     w_OI = torch.randn(16, 32)
     w_OI[:, 3] = 0.01
-    found = search([Reading(w_OI, x_NI)], [(0.0, torch.ones(32))], rows)
-    unclipped = search([Reading(w_OI, x_NI)], [(0.0, torch.ones(32))], rows, clips=())
-    assert found.input_scale < 0.5 * unclipped.input_scale
-    assert found.error < unclipped.error / 2
+    found = search([w_OI], sampled(x_NI), [(0.0, torch.ones(32))], rows)
+    whole = search([w_OI], sampled(x_NI), [(0.0, torch.ones(32))], rows, ranges=())
+    assert found.reach < 0.5
+    assert found.error < whole.error / 2
 
 
-def test_search_without_clips_leaves_inputs_float(outliers):
+def test_search_widens_a_range_that_unseen_rows_pass():
+    torch.manual_seed(2)
+    x_NI = torch.randn(400, 32)
+    found = search([torch.randn(16, 32)], sampled(x_NI, peak_I=torch.full((32,), 1.5)), [(0.0, torch.ones(32))], rows)
+    assert found.reach > 1
+
+
+def test_search_without_ranges_leaves_inputs_float(outliers):
     x_NI, w_OI = outliers
-    found = search([Reading(w_OI, x_NI)], [(0.0, torch.ones(32))], rows, clips=None)
-    assert found.input_scale is None
+    found = search([w_OI], sampled(x_NI), [(0.0, torch.ones(32))], rows, ranges=None)
+    assert found.reach is None
     exact_NO, rounded = x_NI @ w_OI.t(), x_NI @ rows(w_OI).t()
     size_N = exact_NO.square().sum(1)
     expected = ((rounded - exact_NO).square().sum(1) / (size_N + size_N.median())).mean()

@@ -9,7 +9,9 @@ from stages.models.loading import load_model, save_model
 def grouped(tiny, folder, *, rank=64):
     """Blocks 1 and 2 hold gate and down as coefficients of a basis each; blocks 3 and 4 share one v weight."""
     model = load_model(tiny)
-    names = {role: [f"{anatomy.blocks(model)[i].name}.{anatomy.path(role)}" for i in (1, 2)] for role in ("gate", "down")}
+    names = {
+        role: [f"{anatomy.blocks(model)[i].name}.{anatomy.path(role)}" for i in (1, 2)] for role in ("gate", "down")
+    }
     dense = {name: model.get_submodule(name).weight.detach().clone() for both in names.values() for name in both}
     tied = [f"{anatomy.blocks(model)[i].name}.{anatomy.path('v')}.weight" for i in (3, 4)]
     shared.install(model, {"shared": [{"modules": both, "rank": rank} for both in names.values()], "tied": [tied]})

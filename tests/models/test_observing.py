@@ -12,7 +12,9 @@ def test_observed_figures_equal_those_of_the_recorded_inputs(tiny):
     maps = anatomy.projections(anatomy.blocks(model)[2])
     ids_NT = torch.randint(0, 768, (3, 40), generator=torch.Generator().manual_seed(0))
     seen = {}
-    handles = [m.register_forward_pre_hook(lambda _m, a, r=r: seen.setdefault(r, []).append(a[0])) for r, m in maps.items()]
+    handles = [
+        m.register_forward_pre_hook(lambda _m, a, r=r: seen.setdefault(r, []).append(a[0])) for r, m in maps.items()
+    ]
     with torch.no_grad():
         for ids_1T in ids_NT.split(1):
             model(ids_1T)

@@ -110,7 +110,9 @@ def test_forward_equals_numpy_on_integers(net):
     np.testing.assert_allclose(net.table(ids).numpy(), x, rtol=1e-6)
     q = np.clip(np.rint(x / np.float32(0.01)), -128, 127)
     expected = (q @ net.rows.weight.numpy().T.astype(np.float64)) * 0.01 * net.rows.weight_scale.numpy()
-    np.testing.assert_allclose(net.rows(torch.tensor(x)).numpy(), expected + net.rows.bias.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        net.rows(torch.tensor(x)).numpy(), expected + net.rows.bias.numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_int4_forward_equals_its_values_laid_out_by_hand():

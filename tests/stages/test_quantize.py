@@ -41,7 +41,9 @@ def loss(folder, text, **more):
     return float(model(input_ids=ids_NT, labels=ids_NT).loss)
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("int8_w8a8", 0.01), ("int8_weight_only", 0.002), ("int4_weight_only", 0.05)])
+@pytest.mark.parametrize(
+    ("scheme", "most"), [("int8_w8a8", 0.01), ("int8_weight_only", 0.002), ("int4_weight_only", 0.05)]
+)
 def test_quantize_keeps_the_loss_on_text_it_never_saw(made, scheme, most, shared_store, dense, topics):
     text = shared_store.checkout(topics)
     before, after = loss(shared_store.checkout(dense), text), loss(made[scheme][0], text)

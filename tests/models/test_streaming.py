@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from stages.models import anatomy, streaming
+from stages.models.loading import load_model
+from stages.runtime.contract import StageError
+
+IDS = (torch.arange(3 * 20).view(3, 20) * 13) % 768
+
+
+@pytest.fixture
+def model(tiny):
+    return load_model(tiny)
+
+
+def test_run_through_all_blocks_is_the_models_own_forward(model):
+    x = streaming.embedded(model, IDS)
+    for block, kwargs in zip(anatomy.blocks(model), streaming.arguments(model, 20), strict=True):
+        x = streaming.run(block, x, kwargs)
+    with torch.no_grad():
+        assert torch.allclose(model.model(input_ids=IDS).last_hidden_state, anatomy.last_norm(model)(x), atol=1e-5)
+
+
+def test_sensitivities_equal_those_of_one_graph_over_the_whole_model(model):
+    told = []
+    found = {
+        block.index: statistics
+        for block, statistics in streaming.sensitivities(
+            model, IDS, anatomy.ROLES, lambda done, total: told.append(done / total)
+        )
+    }
+    assert list(found) == [5, 4, 3, 2, 1, 0]
+    assert told == sorted(told)
+    assert told[-1] == 1
+    seen = {}
+    for block in anatomy.blocks(model):
+        for role, one in anatomy.projections(block).items():
+
+            def see(_m, args, out, key=(block.index, role)):
+                out.retain_grad() if out.requires_grad else out.requires_grad_().retain_grad()
+                seen.setdefault(key, []).append((args[0][0], out))
+
+            one.register_forward_hook(see)
+    generator = torch.Generator().manual_seed(0)
+    for ids in IDS:
+        log_p = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        log_p.gather(1, labels).sum().backward()
+    for (index, role), pairs in seen.items():
+        x = torch.cat([pair[0] for pair in pairs]).detach()
+        g = torch.cat([pair[1].grad[0] for pair in pairs])
+        moment, gradient = found[index].moments[streaming.SITES[role]], found[index].gradients[role]
+        torch.testing.assert_close(moment, x.T @ x / IDS.numel(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, g.square().mean(0), rtol=1e-2, atol=1e-4 * float(gradient.max()))
+
+
+def test_run_activation_that_overflows_is_refused_by_block(model):
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.fill_(3e38)
+    with pytest.raises(StageError, match=r"after model\.layers\.3 hold a NaN or an infinity"):
+        list(streaming.sensitivities(model, IDS, ("q",), lambda *_: None))

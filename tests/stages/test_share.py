@@ -1,0 +1,203 @@
+import json
+import shutil
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from stages.models import loading
+from stages.models.loading import load_model, load_tokenizer
+from stages.models.windows import windows
+from stages.runtime.contract import StageError
+from stages.share import SHARE, ShareParams
+from tests.conftest import sealer
+
+PARAMS = {"keep": 0.93, "windows": 6, "window_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def shared(shared_store, dense, topics):
+    """The tiny model with bases, sealed once."""
+    return sealer(shared_store)("share", PARAMS, model=dense, text=topics)
+
+
+class Notes:
+    def __init__(self):
+        self.told, self.notes = [], []
+
+    def advanced(self, done, total):
+        self.told.append(done / total)
+
+    def metric(self, name, value, step):
+        raise AssertionError(name)
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@torch.no_grad()
+def log_probabilities(model, ids_NT):
+    return model(input_ids=ids_NT).logits[:, :-1].log_softmax(-1)
+
+
+def perplexity(model, ids_NT):
+    log_p = log_probabilities(model, ids_NT)
+    return float(log_p.gather(2, ids_NT[:, 1:, None]).mean().neg().exp())
+
+
+def ids(store, topics, dense, split, most=24):
+    return windows(store.checkout(topics), split, load_tokenizer(store.checkout(dense)), 64, most=most)
+
+
+def test_share_basis_saves_what_was_asked_in_the_written_bytes(shared_store, dense, shared):
+    before, after = (
+        sum(t.numel() for n, t in load_file(shared_store.checkout(i) / "model.safetensors").items() if ".layers." in n)
+        for i in (dense, shared.identity)
+    )
+    assert 0.88 * before < after <= 0.93 * before
+    assert shared.manifest.metrics["block_parameters"] == after
+    assert shared.manifest.metrics["block_parameters_before"] == before
+    assert shared.manifest.metrics["parameters_before"] - shared.manifest.metrics["parameters"] == before - after
+
+
+def test_share_basis_maps_of_neighbours_hold_one_basis(shared_store, shared):
+    folder = shared_store.checkout(shared.identity)
+    model = load_model(folder)
+    groups = json.loads((folder / "structure.json").read_text())["shared"]
+    rows = json.loads((folder / "layers.json").read_text())["layers"]
+    assert len(groups) == len(rows) > 0
+    for group in groups:
+        assert len({id(model.get_submodule(path).basis) for path in group["modules"]}) == 1
+        touched = {int(path.split(".")[2]) for path in group["modules"]}
+        assert len(touched) == 2
+        assert max(touched) - min(touched) == 1
+    assert sum(row["parameters_saved"] for row in rows) == (
+        shared.manifest.metrics["block_parameters_before"] - shared.manifest.metrics["block_parameters"]
+    )
+    assert all(0 < error < 0.5 for row in rows for error in row["output_error_ratio"].values())
+
+
+def test_share_basis_loses_little_and_about_what_it_predicted(shared_store, dense, topics, shared):
+    before, after = (load_model(shared_store.checkout(i)) for i in (dense, shared.identity))
+    test = ids(shared_store, topics, dense, "test")
+    assert 1 - 1e-3 < perplexity(after, test) / perplexity(before, test) < 1.06
+    p, q = (log_probabilities(m, ids(shared_store, topics, dense, "calibrate", 6)) for m in (before, after))
+    measured = float((p.exp() * (p - q)).sum(-1).mean())
+    assert 0.3 < shared.manifest.metrics["predicted_loss_nats"] / measured < 3
+
+
+def test_share_basis_chooses_better_than_sharing_everywhere(shared_store, dense, topics, shared):
+    base = load_model(shared_store.checkout(dense))
+    test = ids(shared_store, topics, dense, "test")
+    ratios = {}
+    for projections in (["down"], ["v"], ["gate+up"]):
+        try:
+            made = sealer(shared_store)("share", PARAMS | {"projections": projections}, model=dense, text=topics)
+        except StageError:
+            continue
+        ratios[projections[0]] = perplexity(load_model(shared_store.checkout(made.identity)), test)
+    assert ratios
+    ours = perplexity(load_model(shared_store.checkout(shared.identity)), test)
+    assert ours / perplexity(base, test) < min(ratios.values()) / perplexity(base, test) + 0.005
+
+
+def test_share_is_deterministic_and_idempotent(shared_store, dense, topics, shared):
+    again = sealer(shared_store)("share", PARAMS, model=dense, text=topics)
+    assert again.cached
+    assert again.identity == shared.identity
+
+
+def test_share_basis_forced_again_gives_the_same_bytes(shared_store, dense, topics, shared, tmp_path):
+    given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
+    notes = Notes()
+    SHARE.run(ShareParams(**PARAMS), given, tmp_path, notes)
+    assert notes.told == sorted(notes.told)
+    assert notes.told[-1] == 1
+    for name in ("model.safetensors", "layers.json", "structure.json", "config.json"):
+        assert (tmp_path / name).read_bytes() == (shared_store.checkout(shared.identity) / name).read_bytes()
+
+
+def test_share_basis_again_takes_only_maps_that_are_still_dense(shared_store, topics, shared):
+    again = sealer(shared_store)("share", PARAMS | {"keep": 0.97}, model=shared.identity, text=topics)
+    first, both = (
+        json.loads((shared_store.checkout(one.identity) / "structure.json").read_text())["shared"]
+        for one in (shared, again)
+    )
+    assert len(both) > len(first)
+    paths = [path for group in both for path in group["modules"]]
+    assert len(paths) == len(set(paths))
+
+
+def test_share_basis_that_cannot_save_so_much_names_the_best(shared_store, dense, topics):
+    with pytest.raises(StageError, match=r"cannot save so much; measured keep 0\.\d+ at best; limit keep 0\.2"):
+        sealer(shared_store)("share", PARAMS | {"keep": 0.2}, model=dense, text=topics)
+
+
+def test_share_basis_without_text_is_refused(shared_store, dense):
+    with pytest.raises(StageError, match="needs an input 'text'"):
+        sealer(shared_store)("share", {"method": "basis"}, model=dense)
+
+
+def test_share_of_a_quantized_checkpoint_is_refused(shared_store, dense, topics):
+    made = sealer(shared_store)("quantize", {"scheme": "int8_weight_only"}, model=dense)
+    with pytest.raises(StageError, match="Share first, quantize afterwards"):
+        sealer(shared_store)("share", PARAMS, model=made.identity, text=topics)
+
+
+def test_share_that_wrote_its_input_is_caught(shared_store, dense, topics, tmp_path, monkeypatch):
+    given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
+    untouched = load_model(given["model"])
+    real = loading.save_model
+    monkeypatch.setattr(loading, "save_model", lambda _model, folder, *, like: real(untouched, folder, like=like))
+    with pytest.raises(StageError, match="shares less than was asked"):
+        SHARE.run(ShareParams(**PARAMS), given, tmp_path / "a", Notes())
+    with pytest.raises(StageError, match="no two tensors"):
+        SHARE.run(ShareParams(method="tie"), given, tmp_path / "b", Notes())
+
+
+@pytest.fixture
+def twins(tiny, tmp_path):
+    """A copy whose head is stored apart and whose blocks 1 and 4 hold the same down_proj."""
+    folder = shutil.copytree(tiny, tmp_path / "twins")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.4.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return folder
+
+
+def test_share_tie_stores_equal_tensors_once_and_keeps_the_function(seal, store, twins):
+    before = seal("fetch", {"source": twins.as_uri()}).identity
+    made = seal("share", {"method": "tie"}, model=before)
+    folder = store.checkout(made.identity)
+    saved = made.manifest.metrics["parameters_before"] - made.manifest.metrics["parameters"]
+    assert saved == 768 * 64 + 64 * 192
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+    names = [["model.layers.1.mlp.down_proj.weight", "model.layers.4.mlp.down_proj.weight"]]
+    assert json.loads((folder / "structure.json").read_text()) == {"tied": names}
+    x = torch.arange(20)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(twins).eval()
+    with torch.no_grad():
+        assert torch.equal(load_model(folder)(input_ids=x).logits, theirs(input_ids=x).logits)
+
+
+def test_share_tie_of_nothing_equal_is_refused_and_nothing_is_sealed(shared_store, dense):
+    before = len(list(shared_store.manifests()))
+    with pytest.raises(StageError, match="no two tensors of the checkpoint are equal"):
+        sealer(shared_store)("share", {"method": "tie"}, model=dense)
+    assert len(list(shared_store.manifests())) == before
+
+
+def test_share_params_refuse_a_projection_that_stands_twice():
+    with pytest.raises(ValidationError, match="q stands in two projections"):
+        ShareParams(projections=("q+k", "q+k+v"))
+    with pytest.raises(ValidationError):
+        ShareParams(group=1)
+    with pytest.raises(ValidationError):
+        ShareParams(projections=("q+o",))
