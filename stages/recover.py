@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,7 @@ from pydantic import Field
 from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
-
-    from stages.models.training import HeldOut, Learner, Record
 
 
 class RecoverParams(Params):
@@ -52,33 +50,26 @@ class RecoverParams(Params):
         return max(1, round(self.tokens / (self.window_tokens * self.batch_windows)))
 
 
-LARGEST_JUMP = 4.0
-"""A loss this many times the median of the last ones is a jump: batches of one text differ by less than 2."""
-REMEMBERED = 16
-
-
 def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See RecoverParams. Partial state is saved at every check; a resumed run ends in the same bytes."""
     from stages.models import training
+    from stages.models.course import Plan, train
     from stages.models.loading import load_model, load_tokenizer, save_model
     from stages.models.windows import windows
 
     _check_same_tokens(inputs["model"], inputs["teacher"])
     student, teacher = load_model(inputs["model"]), load_model(inputs["teacher"])
     _check_float(student)
-    tokenizer = load_tokenizer(inputs["model"])
+    tokenizer, tokens = load_tokenizer(inputs["model"]), params.window_tokens
+    ids_NT = windows(inputs["text"], "train", tokenizer, tokens)
+    roles = [role for role in ("text", "other") if role in inputs]
+    judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
+    held = [training.held_out(teacher, role, judged[role]) for role in roles]
     made = training.learner(student, teacher, kl_weight=params.kl_weight, temperature=params.temperature)
-    ids_NT = windows(inputs["text"], "train", tokenizer, params.window_tokens)
-    held = [
-        training.held_out(
-            teacher,
-            role,
-            windows(inputs[role], "validate", tokenizer, params.window_tokens, most=params.check_windows),
-        )
-        for role in ("text", "other")
-        if role in inputs
-    ]
-    record = _train(params, made, ids_NT, held, inputs["model"], output / PARTIAL, progress)
+    plan = Plan(**params.model_dump(include={field.name for field in fields(Plan)}), steps=params.steps)
+    # Mapped from the file and read only if a step must be taken back.
+    start = dict(load_model(inputs["model"]).named_parameters())
+    record = train(plan, made, ids_NT, held, start, output / PARTIAL, progress)
     if record.best_step == 0:
         raise StageError(
             "recovery did not help",
@@ -98,96 +89,6 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
         "best_step": float(record.best_step),
         "tokens": float(record.step * params.batch_windows * params.window_tokens),
     }
-
-
-def _train(
-    params: RecoverParams,
-    made: Learner,
-    ids_NT: Tensor,
-    held: list[HeldOut],
-    start: Path,
-    partial: Path,
-    progress: Progress,
-) -> Record:
-    from stages.algorithms.schedule import batch, cosine
-    from stages.models import training
-
-    record = training.resume(made, partial) or _fresh(made, held, progress)
-    while record.step < params.steps and record.checks_since_best < params.patience:
-        share = cosine(record.step, params.steps, params.warmup_steps)
-        chosen = batch(record.step, params.batch_windows, len(ids_NT), params.seed)
-        loss = training.learn(made, ids_NT[chosen], params.learning_rate * record.rate_factor * share)
-        if _jumped(loss, record.losses):
-            record = _rolled_back(made, held, start, partial, progress, record, loss)
-            continue
-        record.step += 1
-        record.losses = [*record.losses, loss][-REMEMBERED:]
-        progress.metric("kl", loss, record.step)
-        progress.advanced(record.step, params.steps)
-        if record.step % params.check_every_steps == 0 or record.step == params.steps:
-            _check(made, held, record, progress)
-            training.save(made, partial, record)
-    return record
-
-
-def _fresh(made: Learner, held: list[HeldOut], progress: Progress) -> Record:
-    from stages.models.training import Record, score
-
-    means = score(made, held)
-    kl = sum(means.values()) / len(means)
-    _tell(means, 0, progress)
-    return Record(kl_before=kl, best_kl=kl)
-
-
-def _check(made: Learner, held: list[HeldOut], record: Record, progress: Progress) -> None:
-    from stages.models.training import score
-
-    means = score(made, held)
-    kl = sum(means.values()) / len(means)
-    _tell(means, record.step, progress)
-    record.checks_since_best += 1
-    if kl < record.best_kl:
-        record.best_kl, record.best_step, record.checks_since_best = kl, record.step, 0
-
-
-def _tell(means: Mapping[str, float], step: int, progress: Progress) -> None:
-    for role, kl in means.items():
-        progress.metric(f"kl_{role}_held_out", kl, step)
-
-
-def _jumped(loss: float, losses: list[float]) -> bool:
-    median = sorted(losses)[len(losses) // 2] if losses else 0.0
-    # A comparison with NaN is false, so that this order catches it too.
-    return not loss < float("inf") or (len(losses) >= REMEMBERED // 2 and loss > LARGEST_JUMP * median)
-
-
-def _rolled_back(
-    made: Learner,
-    held: list[HeldOut],
-    start: Path,
-    partial: Path,
-    progress: Progress,
-    record: Record,
-    loss: float,
-) -> Record:
-    from stages.models import training
-    from stages.models.loading import load_model
-
-    what = f"the loss left its course at step {record.step + 1}"
-    if record.rate_factor < 1:
-        raise StageError(
-            f"{what}, again after the rate was halved",
-            measured=f"loss {loss:.4g}, {record.losses[-1] if record.losses else record.kl_before:.4g} before",
-            limit=f"{LARGEST_JUMP} times the median of the last {REMEMBERED} losses",
-            remedy="Lower `learning_rate`, or look at the text for passages unlike the rest.",
-        )
-    back = training.resume(made, partial)
-    if back is None:
-        training.take(made, dict(load_model(start).named_parameters()))
-        back = training.Record(kl_before=record.kl_before, best_kl=record.kl_before)
-    back.rate_factor = 0.5
-    progress.note(f"{what} ({loss:.4g}): back to step {back.step} at half the learning rate")
-    return back
 
 
 def _check_same_tokens(model: Path, teacher: Path) -> None:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ def test_cosine_rises_to_the_peak_then_falls_to_a_tenth():
     middle = 10 + (99 - 10) / 2
     assert cosine(55, 100, 10) == pytest.approx(0.55 + 0.45 * math.cos(math.pi * (55 - 10) / 89))
     assert rates[math.floor(middle)] > 0.55 > rates[math.ceil(middle)]
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

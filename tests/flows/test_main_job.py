@@ -164,7 +164,7 @@ def recover_child(parent: int) -> int | None:
 
 
 def test_recover_killed_goes_on_and_ends_in_the_same_bytes(first, home, tiny, tmp_path):
-    changed = ["--set", f"steps.dense.params.source={tiny}", "--set", "steps.healed.params.save_every_steps=4"]
+    changed = ["--set", f"steps.dense.params.source={tiny}", "--set", "steps.healed.params.check_every_steps=4"]
     changed += ["--set", "steps.healed.params.tokens=32768"]
     whole = enginery("run", "tiny", "--store", home / "store", *changed, "--json", home=home)[0]
     arguments = [sys.executable, "-m", "flows.cli", "run", "tiny", "--store", str(tmp_path / "store"), *changed]

@@ -62,7 +62,7 @@ def test_a_map_that_reads_nothing_is_refused(tiny):
 
 def test_a_single_window_is_refused(tiny):
     model = load_model(tiny)
-    with pytest.raises(StageError, match="1 window.*2 windows"):
+    with pytest.raises(StageError, match=r"1 window.*2 windows"):
         observe(model, {}, torch.zeros(1, 16, dtype=torch.int64), rows=4)
 
 

@@ -168,5 +168,5 @@ def test_quantize_that_wrote_float_weights_is_refused(shared_store, dense, tmp_p
 
     monkeypatch.setattr(stages.models.precision, "apply", lambda model, decisions: {d.site.name: {} for d in decisions})
     params = QuantizeParams(scheme="int8_weight_only")
-    with pytest.raises(StageError, match="not quantized.*float copies"):
+    with pytest.raises(StageError, match=r"not quantized.*float copies"):
         quantize(params, {"model": shared_store.checkout(dense)}, tmp_path / "out", Silent())

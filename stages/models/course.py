@@ -1,0 +1,122 @@
+"""The course of a training run: step, check, save, step back from a loss that left its course, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from stages.algorithms.schedule import batch, cosine
+from stages.models import training
+from stages.models.training import HeldOut, Learner, Record
+from stages.runtime.contract import Progress, StageError
+
+LARGEST_JUMP = 4.0
+"""A loss this many times the median of the last ones is a jump: batches of one text differ by less than 2."""
+REMEMBERED = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Length and rate of a run, and how often it is checked and saved."""
+
+    steps: int
+    batch_windows: int
+    learning_rate: float
+    warmup_steps: int
+    check_every_steps: int
+    patience: int
+    seed: int
+
+
+def train(
+    plan: Plan,
+    made: Learner,
+    ids_NT: Tensor,
+    held: Sequence[HeldOut],
+    start: Mapping[str, Tensor],
+    partial: Path,
+    progress: Progress,
+) -> Record:
+    """Train, or go on from the state in `partial`, until the steps are done or patience ends.
+
+    Args:
+        plan: how long and how fast.
+        made: student, teacher, optimizer.
+        ids_NT: windows to learn from.
+        held: windows to judge by.
+        start: the weights that the student came with.
+        partial: where state is kept; a state saved there is gone on from.
+        progress: told of every step.
+
+    Returns:
+        Where the run ended; the best weights lie in `partial`.
+
+    Raises:
+        StageError: the loss left its course again after the rate was halved.
+    """
+    record = training.resume(made, partial) or _fresh(made, held, progress)
+    while record.step < plan.steps and record.checks_since_best < plan.patience:
+        share = cosine(record.step, plan.steps, plan.warmup_steps)
+        chosen = batch(record.step, plan.batch_windows, len(ids_NT), plan.seed)
+        loss = training.learn(made, ids_NT[chosen], plan.learning_rate * record.rate_factor * share)
+        if jumped(loss, record.losses):
+            record = _rolled_back(made, start, partial, progress, record, loss)
+            continue
+        record.step += 1
+        record.losses = [*record.losses, loss][-REMEMBERED:]
+        progress.metric("kl", loss, record.step)
+        progress.advanced(record.step, plan.steps)
+        if record.step % plan.check_every_steps == 0 or record.step == plan.steps:
+            _check(made, held, record, progress)
+            training.save(made, partial, record)
+    return record
+
+
+def jumped(loss: float, losses: Sequence[float]) -> bool:
+    """Whether a loss is not finite, or far above the median of those before it."""
+    # A comparison with NaN is false, so that this order catches it too.
+    if not loss < float("inf"):
+        return True
+    return len(losses) >= REMEMBERED // 2 and loss > LARGEST_JUMP * sorted(losses)[len(losses) // 2]
+
+
+def _fresh(made: Learner, held: Sequence[HeldOut], progress: Progress) -> Record:
+    kl = _scored(made, held, 0, progress)
+    return Record(kl_before=kl, best_kl=kl)
+
+
+def _check(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> None:
+    kl = _scored(made, held, record.step, progress)
+    record.checks_since_best += 1
+    if kl < record.best_kl:
+        record.best_kl, record.best_step, record.checks_since_best = kl, record.step, 0
+
+
+def _scored(made: Learner, held: Sequence[HeldOut], step: int, progress: Progress) -> float:
+    means = training.score(made, held)
+    for role, kl in means.items():
+        progress.metric(f"kl_{role}_held_out", kl, step)
+    return sum(means.values()) / len(means)
+
+
+def _rolled_back(
+    made: Learner, start: Mapping[str, Tensor], partial: Path, progress: Progress, record: Record, loss: float
+) -> Record:
+    what = f"the loss left its course at step {record.step + 1}"
+    if record.rate_factor < 1:
+        raise StageError(
+            f"{what}, again after the learning rate was halved",
+            measured=f"loss {loss:.4g}, {record.losses[-1] if record.losses else record.kl_before:.4g} before",
+            limit=f"{LARGEST_JUMP} times the median of the last {REMEMBERED} losses",
+            remedy="Lower `learning_rate`, or look at the text for passages unlike the rest.",
+        )
+    back = training.resume(made, partial)
+    if back is None:
+        training.take(made, start)
+        back = Record(kl_before=record.kl_before, best_kl=record.kl_before)
+    back.rate_factor = 0.5
+    progress.note(f"{what} ({loss:.4g}): back to step {back.step} at half the learning rate")
+    return back
