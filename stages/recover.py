@@ -67,9 +67,15 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     held = [training.held_out(teacher, role, judged[role]) for role in roles]
     made = training.learner(student, teacher, kl_weight=params.kl_weight, temperature=params.temperature)
     plan = Plan(**params.model_dump(include={field.name for field in fields(Plan)}), steps=params.steps)
-    # Mapped from the file and read only if a step must be taken back.
-    start = dict(load_model(inputs["model"]).named_parameters())
-    record = train(plan, made, ids_NT, held, start, output / PARTIAL, progress)
+    record = train(
+        plan,
+        made,
+        ids_NT,
+        held,
+        lambda: dict(load_model(inputs["model"]).named_parameters()),
+        output / PARTIAL,
+        progress,
+    )
     if record.best_step == 0:
         raise StageError(
             "recovery did not help",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def train(
     made: Learner,
     ids_NT: Tensor,
     held: Sequence[HeldOut],
-    start: Mapping[str, Tensor],
+    start: Callable[[], Mapping[str, Tensor]],
     partial: Path,
     progress: Progress,
 ) -> Record:
@@ -47,7 +47,7 @@ def train(
         made: student, teacher, optimizer.
         ids_NT: windows to learn from.
         held: windows to judge by.
-        start: the weights that the student came with.
+        start: gives the weights that the student came with, if a step must be taken back before the first save.
         partial: where state is kept; a state saved there is gone on from.
         progress: told of every step.
 
@@ -103,7 +103,12 @@ def _scored(made: Learner, held: Sequence[HeldOut], step: int, progress: Progres
 
 
 def _rolled_back(
-    made: Learner, start: Mapping[str, Tensor], partial: Path, progress: Progress, record: Record, loss: float
+    made: Learner,
+    start: Callable[[], Mapping[str, Tensor]],
+    partial: Path,
+    progress: Progress,
+    record: Record,
+    loss: float,
 ) -> Record:
     what = f"the loss left its course at step {record.step + 1}"
     if record.rate_factor < 1:
@@ -115,7 +120,7 @@ def _rolled_back(
         )
     back = training.resume(made, partial)
     if back is None:
-        training.take(made, start)
+        training.take(made, start())
         back = Record(kl_before=record.kl_before, best_kl=record.kl_before)
     back.rate_factor = 0.5
     progress.note(f"{what} ({loss:.4g}): back to step {back.step} at half the learning rate")

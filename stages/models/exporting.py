@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.models import quantized
+from stages.models import anatomy, quantized
 from stages.runtime.contract import StageError
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
@@ -74,6 +74,7 @@ def to_onnx(model: PreTrainedModel, opset: int) -> ir.Model:
         StageError: attention reads a sliding window, or the exporter refuses, with its own text.
     """
     _refuse_sliding_window(model)
+    first_names = _first_names(model)
     lay_out(model)
     fused = opset >= FUSED_ATTENTION
     model.set_attn_implementation("sdpa" if fused else "eager")
@@ -100,7 +101,7 @@ def to_onnx(model: PreTrainedModel, opset: int) -> ir.Model:
     assert program is not None
     exported: Any = program.model
     quantized.pack_initializers(exported.graph)
-    clean(exported)
+    clean(exported, first_names)
     return exported
 
 
@@ -117,8 +118,8 @@ def lay_out(model: PreTrainedModel) -> None:
             quantized.replace(model, name, Product(module))
 
 
-def clean(model: ir.Model) -> None:
-    """Take out what says where and when a graph was made; weights get the checkpoint's names."""
+def clean(model: ir.Model, first_names: Mapping[str, str]) -> None:
+    """Take out what says where and when a graph was made; weights get the names they have in the checkpoint."""
     model.producer_name, model.producer_version, model.doc_string = "enginery", "", None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -132,7 +133,14 @@ def clean(model: ir.Model) -> None:
         value.metadata_props.clear()
     for name, value in list(model.graph.initializers.items()):
         if name.startswith("model."):
-            value.name = name.removeprefix("model.")
+            inner = name.removeprefix("model.")
+            value.name = first_names.get(inner, inner)
+
+
+def _first_names(model: PreTrainedModel) -> dict[str, str]:
+    """Every name of every tensor -> the first name of the same tensor, under which checkpoints store it."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in anatomy.named_tensors(model)}
 
 
 def _refuse_sliding_window(model: PreTrainedModel) -> None:

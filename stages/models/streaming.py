@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,8 +100,9 @@ def sensitivities(
 ) -> Iterator[tuple[Block, Statistics]]:
     """Each block with its statistics, from the last block to the first.
 
-    One forward sweep keeps the blocks' inputs; a backward sweep computes each block again with gradients, so that no
-    more than one block's graph is alive.
+    One forward sweep over all windows takes the moments. A backward sweep over the first half of them computes each
+    block again with gradients, so that no more than one block's graph is alive; the gradients' mean squares settle
+    with fewer tokens than the moments.
 
     Args:
         model: its parameters' gradients are not needed and are turned off.
@@ -113,17 +115,35 @@ def sensitivities(
     """
     model.requires_grad_(False)
     blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
-    inputs, x_NTH = [], embedded(model, ids_NT)
-    total = 4 * len(blocks)  # a backward pass is counted as three forward passes
+    graded = -(-len(ids_NT) // 2)
+    inputs, found, x_NTH = [], [], embedded(model, ids_NT)
+    total = 3 * len(blocks)  # the gradients of half the windows take about two forward passes of all
     for block, kwargs in zip(blocks, calls, strict=True):
-        inputs.append(x_NTH)
-        x_NTH = run(block, x_NTH, kwargs)
+        inputs.append(x_NTH[:graded].clone())
+        x_NTH, moments = _forward(block, x_NTH, kwargs, roles)
+        found.append(Statistics(moments))
         advanced(block.index + 1, total)
-    g_NTH = _drawn_gradient(model, x_NTH)
+    g_NTH = _drawn_gradient(model, x_NTH[:graded])
     for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
-        statistics, g_NTH = _backward(block, inputs.pop(), g_NTH, kwargs, roles)
-        advanced(total - 3 * block.index, total)
+        statistics = found.pop()
+        statistics.gradients, g_NTH = _backward(block, inputs.pop(), g_NTH, kwargs, roles)
+        advanced(total - 2 * block.index, total)
         yield block, statistics
+
+
+def _forward(
+    block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any], roles: Sequence[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    maps, moments = anatomy.projections(block), dict[str, Tensor]()
+    one_a_site = {SITES[role]: maps[role] for role in roles}
+
+    def see(site: str, x: Tensor, _y: Tensor) -> None:
+        x_TI = x.detach().flatten(0, -2)
+        _add(moments, site, x_TI.T @ x_TI / (x_NTH.shape[0] * x_NTH.shape[1]))
+
+    with watched(one_a_site, see):
+        y_NTH = run(block, x_NTH, kwargs)
+    return y_NTH, moments
 
 
 def _drawn_gradient(model: PreTrainedModel, x_NTH: Tensor) -> Tensor:
@@ -141,30 +161,26 @@ def _drawn_gradient(model: PreTrainedModel, x_NTH: Tensor) -> Tensor:
 
 def _backward(
     block: Block, x_NTH: Tensor, g_NTH: Tensor, kwargs: Mapping[str, Any], roles: Sequence[str]
-) -> tuple[Statistics, Tensor]:
-    found, tokens = Statistics(), x_NTH.shape[0] * x_NTH.shape[1]
-    modules = {role: module for role, module in anatomy.projections(block).items() if role in roles}
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Mean squares of the gradients at the projections' outputs, and the gradient at the block's input."""
+    squares: dict[str, Tensor] = {}
+    maps = {role: one for role, one in anatomy.projections(block).items() if role in roles}
     outgoing = []
     for x_TH, g_TH in zip(x_NTH, g_NTH, strict=True):
-        seen: dict[str, Tensor] = {}
-
-        def see(role: str, x: Tensor, y: Tensor, seen: dict[str, Tensor] = seen) -> None:
-            if SITES[role] not in seen:
-                seen[SITES[role]] = x
-            seen[f"out.{role}"] = y
-
+        outputs: dict[str, Tensor] = {}
         x_1TH = x_TH[None].detach().requires_grad_()
-        with watched(modules, see):
+        with watched(maps, partial(_keep, outputs)):
             y_1TH = _output(block.module(x_1TH, **kwargs))
-        outputs = [seen[f"out.{role}"] for role in modules]
-        g_x, *g_outputs = torch.autograd.grad(y_1TH, [x_1TH, *outputs], g_TH[None])
-        outgoing.append(g_x[0])
-        for role, g in zip(modules, g_outputs, strict=True):
-            _add(found.gradients, role, g.square().sum((0, 1)) / tokens)
-        for site in dict.fromkeys(SITES[role] for role in modules):
-            x_TI = seen[site].detach()[0]
-            _add(found.moments, site, x_TI.T @ x_TI / tokens)
-    return found, torch.stack(outgoing)
+        asked = [outputs[role] for role in maps]
+        g_1TH, *g_outputs = torch.autograd.grad(y_1TH, [x_1TH, *asked], g_TH[None])
+        outgoing.append(g_1TH[0])
+        for role, g in zip(maps, g_outputs, strict=True):
+            _add(squares, role, g.square().sum((0, 1)) / (x_NTH.shape[0] * x_NTH.shape[1]))
+    return squares, torch.stack(outgoing)
+
+
+def _keep(outputs: dict[str, Tensor], role: str, _x: Tensor, y: Tensor) -> None:
+    outputs[role] = y
 
 
 def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:

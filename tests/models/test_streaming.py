@@ -42,13 +42,15 @@ def test_sensitivities_equal_those_of_one_graph_over_the_whole_model(model):
 
             one.register_forward_hook(see)
     generator = torch.Generator().manual_seed(0)
-    for ids in IDS:
+    for number, ids in enumerate(IDS):
         log_p = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        if number == 2:  # moments are of all windows, gradients of the first half
+            break
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, labels).sum().backward()
     for (index, role), pairs in seen.items():
         x = torch.cat([pair[0] for pair in pairs]).detach()
-        g = torch.cat([pair[1].grad[0] for pair in pairs])
+        g = torch.cat([pair[1].grad[0] for pair in pairs[:2]])
         moment, gradient = found[index].moments[streaming.SITES[role]], found[index].gradients[role]
         torch.testing.assert_close(moment, x.T @ x / IDS.numel(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gradient, g.square().mean(0), rtol=1e-2, atol=1e-4 * float(gradient.max()))

@@ -1,0 +1,136 @@
+"""TensorRT plans on a GPU, with a driver and a library made of numpy in place of CUDA's."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from stages.adapters import tensorrt_execution as adapter
+from stages.runtime.contract import DoesNotFit, StageError
+
+
+class Driver:
+    """CUDA's C functions over memory of this process; `missing` names a function that fails, with its code."""
+
+    def __init__(self, architecture=(8, 9), failing=None, code=1):
+        self.memory, self.architecture, self.failing, self.code = {}, architecture, failing, code
+
+    def __getattr__(self, name):
+        def function(*arguments):
+            return self.code if name == self.failing else getattr(self, f"_{name}", lambda *_: 0)(*arguments)
+
+        return function
+
+    def _cuDeviceGetAttribute(self, out, attribute, _device):
+        out._obj.value = self.architecture[attribute - 75]
+        return 0
+
+    def _cuMemAlloc_v2(self, out, size):
+        buffer = ctypes.create_string_buffer(size.value)
+        out._obj.value = ctypes.addressof(buffer)
+        self.memory[out._obj.value] = buffer
+        return 0
+
+    def _cuMemFree_v2(self, pointer):
+        del self.memory[pointer.value]
+        return 0
+
+    def _cuMemcpyHtoD_v2(self, pointer, source, size):
+        ctypes.memmove(pointer.value, source, size.value)
+        return 0
+
+    def _cuMemcpyDtoH_v2(self, target, pointer, size):
+        ctypes.memmove(target, pointer.value, size.value)
+        return 0
+
+
+class Context:
+    """An engine whose logits are [token, mask, -token] at each place."""
+
+    def __init__(self):
+        self.at, self.shape, self.fails = {}, (), False
+
+    def set_input_shape(self, _name, shape):
+        self.shape = shape
+        return shape[1] <= 8
+
+    def set_tensor_address(self, name, address):
+        self.at[name] = address
+
+    def get_tensor_shape(self, _name):
+        return (*self.shape, 3)
+
+    def execute_async_v3(self, _stream):
+        if self.fails:
+            return False
+        count = int(np.prod(self.shape))
+        ids, mask = (self._array(name, ctypes.c_int64, count) for name in ("input_ids", "attention_mask"))
+        self._array("logits", ctypes.c_float, count * 3)[:] = np.stack([ids, mask, -ids], axis=-1).ravel()
+        return True
+
+    def _array(self, name, kind, count):
+        return np.ctypeslib.as_array((kind * count).from_address(self.at[name]))
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with an sm_89 GPU, a plan on it and the library that reads the plan."""
+    driver, context = Driver(), Context()
+    engine = SimpleNamespace(create_execution_context=lambda: context)
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine if data == b"plan" else None)
+    library = SimpleNamespace(Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None}),
+                              Runtime=lambda _logger: runtime)  # fmt: skip
+    monkeypatch.setattr(adapter.ctypes, "CDLL", lambda _name: driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    return SimpleNamespace(driver=driver, context=context, plan=tmp_path / "model.plan")
+
+
+def test_plan_is_executed_and_its_memory_given_back(machine):
+    target, run = adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_86", "sm_89"], verified=True)
+    assert target == "tensorrt_rtx:sm_89"
+    ids, mask = np.array([[5, 6, 7], [8, 9, 10]]), np.array([[0, 1, 1], [1, 1, 1]])
+    assert np.array_equal(run(ids, mask), np.stack([ids, mask, -ids], axis=-1))
+    assert not machine.driver.memory
+
+
+def test_plan_whose_digest_nobody_checked_is_not_deserialized(machine):
+    with pytest.raises(StageError, match="executable code whose digest nobody checked"):
+        adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_89"], verified=False)
+
+
+def test_plan_for_another_gpu_does_not_fit(machine):
+    with pytest.raises(DoesNotFit, match="measured sm_89; limit sm_120. Compile with sm_89"):
+        adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_120"], verified=True)
+
+
+def test_damaged_plan_is_refused(machine):
+    machine.plan.write_bytes(b"other")
+    with pytest.raises(StageError, match=r"refuses model\.plan"):
+        adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_89"], verified=True)
+
+
+def test_failing_call_names_itself_and_leaks_nothing(machine):
+    _, run = adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_89"], verified=True)
+    with pytest.raises(StageError, match=r"takes no input_ids of this shape; measured \(1, 9\)"):
+        run(np.zeros((1, 9), np.int64), np.zeros((1, 9), np.int64))
+    machine.context.fails = True
+    with pytest.raises(StageError, match="failed to execute"):
+        run(np.zeros((1, 4), np.int64), np.zeros((1, 4), np.int64))
+    machine.driver.failing, machine.driver.code = "cuMemAlloc_v2", 2
+    with pytest.raises(DoesNotFit, match="refused cuMemAlloc_v2; measured error 2"):
+        run(np.zeros((1, 4), np.int64), np.zeros((1, 4), np.int64))
+    assert not machine.driver.memory
+
+
+def test_machine_without_gpu_or_driver_says_compiled_not_executed(monkeypatch):
+    monkeypatch.setattr(adapter.ctypes, "CDLL", lambda _name: Driver(failing="cuInit", code=100))
+    with pytest.raises(DoesNotFit, match=r"compiled, not executed.*error 100"):
+        adapter.open_device("tensorrt_rtx", ["sm_89"])
+    monkeypatch.undo()
+    with pytest.raises(DoesNotFit, match=r"compiled, not executed.*no CUDA driver"):
+        adapter.open_device("tensorrt_rtx", ["sm_89"], driver="libcuda-absent.so.1")

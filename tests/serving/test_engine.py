@@ -1,0 +1,132 @@
+"""One face over every backend: the same text from torch, the graph and the engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from stages.compile import CompileParams, compile_engine
+from stages.runtime.contract import StageError
+from stages.serving.engine import open_engine
+from tests.conftest import sealer
+from tests.engines import Hears, mixed, mixed_graph, token_windows  # noqa: F401
+
+PROMPTS = ["The for statement is used to", "A class", "If the expression is found to be true, then the suite"]
+
+
+@pytest.fixture(scope="module")
+def engine(mixed_graph, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("engine")
+    compile_engine(CompileParams(backend="onnxruntime", maximum_tokens=64), {"graph": mixed_graph}, folder, Hears())
+    return folder
+
+
+def transformers_greedy(folder, prompts, new):
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        made = model.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def test_checkpoint_continues_as_transformers_does(tiny):
+    opened = open_engine(tiny)
+    assert opened.target == "torch:cpu"
+    assert opened.generate(PROMPTS, max_new_tokens=12) == transformers_greedy(tiny, PROMPTS, 12)
+
+
+def test_engine_graph_and_checkpoint_say_the_same(mixed, mixed_graph, engine):  # noqa: F811
+    opened = [open_engine(folder) for folder in (mixed, mixed_graph, engine)]
+    assert [one.target for one in opened] == ["torch:cpu", "onnxruntime:cpu", "onnxruntime:cpu"]
+    texts = [one.generate(PROMPTS, max_new_tokens=8) for one in opened]
+    assert texts[0] == texts[1] == texts[2]
+    ids = token_windows(2, 17)
+    logits = [one.logits(ids) for one in opened]
+    assert logits[0].dtype == np.float32 and logits[0].shape == (2, 17, 768)
+    for other in logits[1:]:
+        assert np.abs(other - logits[0]).mean() < 2e-3 * logits[0].std()
+
+
+def test_a_prompt_among_others_is_answered_as_if_alone(engine):
+    opened = open_engine(engine)
+    assert opened.generate(PROMPTS, max_new_tokens=6) == [opened.generate([p], max_new_tokens=6)[0] for p in PROMPTS]
+
+
+def test_generation_ends_where_the_model_ends_it(tiny, tmp_path):
+    opened = open_engine(tiny)
+    first = opened.tokenizer.encode(opened.generate(["A class"], max_new_tokens=1)[0]).ids[0]
+    shutil.copytree(tiny, tmp_path / "ends")
+    (tmp_path / "ends" / "generation_config.json").write_text(json.dumps({"eos_token_id": [first, 3]}))
+    ends = open_engine(tmp_path / "ends")
+    assert ends.ends == {first, 3}
+    assert opened.tokenizer.encode(ends.generate(["A class"], max_new_tokens=9)[0]).ids == [first]
+
+
+def test_generation_stops_at_the_longest_sequence(engine):
+    opened = open_engine(engine)
+    prompt = "a " * 30
+    length = len(opened.tokenizer.encode(prompt).ids)
+    new = opened.tokenizer.encode(opened.generate([prompt], max_new_tokens=99)[0]).ids
+    assert 0 < len(new) <= 64 - length
+
+
+def test_no_new_tokens_give_no_text(engine):
+    assert open_engine(engine).generate(["A class"], max_new_tokens=0) == [""]
+
+
+def test_what_cannot_be_answered_is_refused(engine, tmp_path):
+    opened = open_engine(engine)
+    with pytest.raises(StageError, match="a prompt is empty"):
+        opened.generate(["a", ""])
+    with pytest.raises(StageError, match=r"measured \d+ tokens; limit 64 tokens"):
+        opened.generate(["a class " * 99])
+    with pytest.raises(StageError, match="limit 64 tokens"):
+        opened.logits(token_windows(1, 65))
+    with pytest.raises(StageError, match=r"config.json is missing"):
+        open_engine(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(StageError, match="not JSON"):
+        open_engine(tmp_path)
+
+
+def test_engine_without_tokenizer_is_refused(engine, tmp_path):
+    shutil.copytree(engine, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    with pytest.raises(StageError, match=r"no tokenizer.json"):
+        open_engine(tmp_path / "bare")
+
+
+def test_engine_for_the_cpu_answers_without_torch(engine):
+    code = (
+        "import sys; from pathlib import Path; from stages.serving.engine import open_engine;"
+        f"open_engine(Path({str(engine)!r})).generate(['A class'], max_new_tokens=2);"
+        "sys.exit(any(n in sys.modules for n in ('torch', 'transformers', 'onnx', 'tensorrt_rtx', 'safetensors')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sealed_graph_and_its_engine_answer_from_the_store(shared_store, mixed_graph):  # noqa: F811
+    made = sealer(shared_store)("compile", {"backend": "onnxruntime"}, graph=mixed_graph.name)
+    folder = shared_store.checkout(made.identity)
+    assert open_engine(folder).generate(["A class"], max_new_tokens=3) == open_engine(mixed_graph).generate(
+        ["A class"], max_new_tokens=3
+    )
+
+
+def test_greedy_takes_the_likeliest_of_a_brute_force(tiny):
+    """Every continuation of two tokens scored by torch: greedy's first token has the largest logit."""
+    opened = open_engine(tiny)
+    ids = opened.tokenizer.encode("A class").ids
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(tiny)(torch.tensor([ids])).logits[0, -1]
+    chosen = opened.tokenizer.decode([int(logits.argmax())])
+    assert opened.generate(["A class"], max_new_tokens=1) == [chosen]

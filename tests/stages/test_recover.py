@@ -1,0 +1,286 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.models import anatomy
+from stages.models.loading import load_model, load_tokenizer, save_model
+from stages.models.windows import windows
+from stages.recover import RecoverParams, recover
+from stages.runtime.contract import PARTIAL, StageError
+from stages.runtime.fingerprint import digest_file
+from stages.runtime.progress import Silent
+from tests.conftest import sealer
+from tests.models.grouped import grouped
+
+SHORT = {"window_tokens": 64, "batch_windows": 4, "check_windows": 8, "learning_rate": 1e-3, "warmup_steps": 2}
+PARAMS = SHORT | {"tokens": 12 * 256, "check_every_steps": 4}
+
+
+class Heard(Silent):
+    """Keeps what a stage says."""
+
+    def __init__(self):
+        self.points, self.notes = [], []
+
+    def metric(self, name, value, step):
+        self.points.append((name, value, step))
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def steps(self):
+        return [step for name, _, step in self.points if name == "kl"]
+
+
+def damage(folder, source):
+    """Drop an eighth of the inner channels of every block and of the heads' outputs."""
+    model = load_model(source)
+    with torch.no_grad():
+        for block in anatomy.blocks(model):
+            for role in ("down", "o"):
+                found = anatomy.projections(block)[role]
+                getattr(found, "basis", found).weight[:, ::8] = 0
+    save_model(model, folder, like=source)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, tiny, shared_store, topics):
+    """Inputs of the stage: a damaged model, the original, its text."""
+    damaged = damage(tmp_path_factory.mktemp("damaged") / "model", tiny)
+    return {"model": damaged, "teacher": tiny, "text": shared_store.checkout(topics)}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(folders, tmp_path_factory):
+    """Output folder, metrics and what was heard of one whole run."""
+    output, heard = tmp_path_factory.mktemp("recover") / "out", Heard()
+    metrics = recover(RecoverParams(**PARAMS), folders, output, heard)
+    return output, metrics, heard
+
+
+def sealed(folder):
+    return {p.name: digest_file(p) for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+@torch.no_grad()
+def kl(teacher, folder, text):
+    ids_NT = windows(text, "test", load_tokenizer(teacher), 64, most=48)
+    p, q = (load_model(one)(input_ids=ids_NT).logits.log_softmax(-1) for one in (teacher, folder))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_recover_comes_nearer_to_the_teacher_on_text_it_never_saw(undisturbed, folders):
+    output, metrics, _ = undisturbed
+    before, after = (kl(folders["teacher"], one, folders["text"]) for one in (folders["model"], output))
+    assert after < 0.6 * before
+    assert metrics["kl_after"] < 0.6 * metrics["kl_before"]
+    assert metrics["steps"] == 12
+    assert metrics["tokens"] == 12 * 256
+
+
+def test_recover_reports_the_divergence_that_is_there(undisturbed, folders):
+    _, metrics, _ = undisturbed
+    ids_NT = windows(folders["text"], "validate", load_tokenizer(folders["teacher"]), 64, most=8)
+    with torch.no_grad():
+        p, q = (load_model(folders[r])(input_ids=ids_NT).logits.double().log_softmax(-1) for r in ("teacher", "model"))
+        expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+    assert metrics["kl_before"] == pytest.approx(float(expected), rel=0.1)  # heads and states in bfloat16
+
+
+def test_recover_changes_blocks_and_leaves_the_table(undisturbed, folders):
+    old, new = (dict(load_model(one).named_parameters()) for one in (folders["model"], undisturbed[0]))
+    assert old.keys() == new.keys()
+    same = {name for name in old if torch.equal(old[name], new[name])}
+    assert same == {"model.embed_tokens.weight"}
+    assert undisturbed[1]["changed_tensors"] == len(old) - 1
+
+
+def test_recover_draws_curves(undisturbed):
+    _, metrics, heard = undisturbed
+    assert heard.steps() == list(range(1, 13))
+    held = [(value, step) for name, value, step in heard.points if name == "kl_text_held_out"]
+    assert [step for _, step in held] == [0, 4, 8, 12]
+    assert held[0][0] == metrics["kl_before"]
+    assert min(held)[0] == metrics["kl_after"]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("at", "first"), [(2, 1), (6, 5), (8, 9), (11, 9)])
+def test_recover_interrupted_goes_on_from_the_last_save_to_the_same_bytes(undisturbed, folders, tmp_path, at, first):
+    class Stopper(Heard):
+        def metric(self, name, value, step):
+            super().metric(name, value, step)
+            if name == "kl" and step == at + 1:
+                raise Stopped
+
+    output = tmp_path / "out"
+    with pytest.raises(Stopped):
+        recover(RecoverParams(**PARAMS), folders, output, Stopper())
+    heard = Heard()
+    metrics = recover(RecoverParams(**PARAMS), folders, output, heard)
+    assert heard.steps() == list(range(first, 13))
+    assert sealed(output) == sealed(undisturbed[0])
+    assert metrics == undisturbed[1]
+
+
+def test_recover_killed_goes_on_to_the_same_bytes(undisturbed, folders, tmp_path):
+    script = """
+import os, json, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(int(sys.argv[3]))
+from stages.recover import RecoverParams, recover
+from stages.runtime.progress import Silent
+class Killer(Silent):
+    def metric(self, name, value, step):
+        if name == "kl" and step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+order = json.loads(sys.argv[1])
+recover(RecoverParams(**order["params"]), {k: Path(v) for k, v in order["inputs"].items()}, Path(sys.argv[2]), Killer())
+"""
+    order = json.dumps({"params": PARAMS, "inputs": {role: str(path) for role, path in folders.items()}})
+    output = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, order, str(output), str(torch.get_num_threads())],
+        cwd=Path(__file__).parents[2],
+        env=os.environ,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not (output / "model.safetensors").exists()
+    heard = Heard()
+    recover(RecoverParams(**PARAMS), folders, output, heard)
+    assert heard.steps() == list(range(5, 13))
+    assert sealed(output) == sealed(undisturbed[0])
+
+
+def test_recover_keeps_no_more_state_than_it_needs(undisturbed):
+    names = sorted(p.name for p in (undisturbed[0] / PARTIAL).iterdir())
+    assert names == ["best-12.safetensors", "state.safetensors"]
+
+
+def test_recover_keeps_the_best_state_and_stops_when_it_gets_no_better(folders, tmp_path):
+    heard = Heard()
+    rate = {"learning_rate": 0.03, "warmup_steps": 60, "tokens": 120 * 256, "check_every_steps": 2, "patience": 2}
+    metrics = recover(RecoverParams(**SHORT | rate), folders, tmp_path / "out", heard)
+    held = [(value, step) for name, value, step in heard.points if name == "kl_text_held_out"]
+    assert min(held) == (metrics["kl_after"], metrics["best_step"])
+    assert metrics["steps"] == metrics["best_step"] + 4 < 120
+    assert metrics["kl_text_after"] == metrics["kl_after"]
+
+
+def test_recover_that_does_not_help_is_refused(folders, tmp_path):
+    params = RecoverParams(
+        **SHORT | {"learning_rate": 0.3, "warmup_steps": 0, "tokens": 4 * 256, "check_every_steps": 2}
+    )
+    with pytest.raises(StageError, match=r"did not help.*before.*Lower"):
+        recover(params, folders, tmp_path / "out", Silent())
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("at", "back"), [(3, 0), (7, 4)])
+def test_recover_from_a_loss_that_is_nan_steps_back_and_halves_the_rate(folders, tmp_path, monkeypatch, at, back):
+    import stages.models.course
+
+    real, calls = stages.models.course.training.learn, []
+
+    def learn(made, ids_NT, rate):
+        calls.append(rate)
+        if len(calls) == at:
+            with torch.no_grad():
+                next(iter(made.weights.values())).fill_(float("nan"))
+        return real(made, ids_NT, rate)
+
+    monkeypatch.setattr(stages.models.course.training, "learn", learn)
+    heard = Heard()
+    metrics = recover(RecoverParams(**PARAMS), folders, tmp_path / "out", heard)
+    assert any(f"back to step {back} at half" in note for note in heard.notes)
+    assert calls[at] == pytest.approx(calls[back] / 2)
+    assert metrics["steps"] == 12
+    assert metrics["kl_after"] < metrics["kl_before"]
+
+
+def test_recover_from_a_second_nan_is_an_error_with_the_loss(folders, tmp_path, monkeypatch):
+    import stages.models.course
+
+    monkeypatch.setattr(stages.models.course.training, "learn", lambda made, ids_NT, rate: float("nan"))
+    with pytest.raises(StageError, match=r"left its course at step 1, again.*loss nan.*Lower"):
+        recover(RecoverParams(**PARAMS), folders, tmp_path / "out", Silent())
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(float("nan"), True), (float("inf"), True), (4.1, True), (3.9, False), (0.1, False)]
+)
+def test_a_jump_is_a_loss_far_above_the_median_of_the_last(loss, expected):
+    from stages.models.course import jumped
+
+    assert jumped(loss, [1.0, 0.9, 1.1, 1.0, 1.0, 1.2, 0.8, 1.0]) is expected
+    assert jumped(4.1, [1.0]) is False
+
+
+def test_recover_judges_by_both_texts_when_another_is_given(folders, tmp_path):
+    heard = Heard()
+    metrics = recover(RecoverParams(**PARAMS), folders | {"other": folders["text"]}, tmp_path / "out", heard)
+    assert metrics["kl_after"] == pytest.approx((metrics["kl_text_after"] + metrics["kl_other_after"]) / 2)
+    assert {"kl_text_held_out", "kl_other_held_out"} <= {name for name, *_ in heard.points}
+
+
+def test_recover_keeps_bases_and_ties_shared(folders, tmp_path):
+    model = damage(tmp_path / "cut", grouped(folders["teacher"], tmp_path / "grouped"))
+    metrics = recover(RecoverParams(**PARAMS), folders | {"model": model}, tmp_path / "out", Silent())
+    assert metrics["kl_after"] < metrics["kl_before"]
+    layers = load_model(tmp_path / "out").model.layers
+    assert layers[1].mlp.down_proj.basis is layers[2].mlp.down_proj.basis
+    assert layers[3].self_attn.v_proj.weight is layers[4].self_attn.v_proj.weight
+    assert (tmp_path / "out" / "structure.json").read_bytes() == (model / "structure.json").read_bytes()
+    sizes = [(one / "model.safetensors").stat().st_size for one in (model, tmp_path / "out")]
+    assert sizes[0] == sizes[1]
+
+
+def test_recover_twice_by_the_same_recipe_hits(shared_store, folders, dense, topics):
+    model = sealer(shared_store)("fetch", {"source": folders["model"].as_uri()}).identity
+    runs = [sealer(shared_store)("recover", PARAMS, model=model, teacher=dense, text=topics) for _ in range(2)]
+    assert [run.cached for run in runs] == [False, True]
+    assert PARTIAL not in {Path(name).parts[0] for name in runs[0].manifest.files}
+
+
+def test_recover_from_a_teacher_of_another_vocabulary_is_refused(folders, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(folders["teacher"])
+    config.vocab_size = 800
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    load_tokenizer(folders["teacher"]).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(StageError, match=r"same tokens.*800.*768"):
+        recover(RecoverParams(**PARAMS), folders | {"teacher": tmp_path / "teacher"}, tmp_path / "out", Silent())
+
+
+def test_recover_of_a_quantized_checkpoint_is_refused(shared_store, folders, dense, topics):
+    quantized = sealer(shared_store)("quantize", {"scheme": "int8_weight_only"}, model=dense).identity
+    names = sorted(name for name, _ in shared_store.manifests())
+    with pytest.raises(StageError, match=r"quantized checkpoint cannot learn.*before `quantize`"):
+        sealer(shared_store)("recover", PARAMS, model=quantized, teacher=dense, text=topics)
+    assert sorted(name for name, _ in shared_store.manifests()) == names
+
+
+def test_recover_that_wrote_what_it_read_is_refused(folders, tmp_path, monkeypatch):
+    import stages.models.loading
+    import stages.models.training
+
+    def unchanged(model, folder, *, like):
+        save_model(load_model(like), folder, like=like)
+
+    monkeypatch.setattr(stages.models.loading, "save_model", unchanged)
+    with pytest.raises(StageError, match="changed no tensor"):
+        recover(RecoverParams(**PARAMS), folders, tmp_path / "out", Silent())
