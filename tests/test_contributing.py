@@ -21,7 +21,16 @@ def test_contributing_added_stage_passes_its_test(tmp_path, tiny):
     table = tmp_path / "stages/__init__.py"
     table.write_text(table.read_text().replace("STAGES = {\n", "STAGES = {\n" + line))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/stages/test_halve.py", "tests/test_boundaries.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/stages/test_halve.py",
+            "tests/test_boundaries.py",
+        ],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "ENGINERY_TEST_CACHE": str(tiny.parent), "PYTHONPATH": str(tmp_path)},
         capture_output=True,

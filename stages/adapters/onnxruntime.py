@@ -27,7 +27,7 @@ _PROCESSOR = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded graph with inputs `input_ids` and `attention_mask` and one output, the logits."""
+    """A loaded graph with inputs `input_ids` and `attention_mask` and an output `logits`."""
 
     session: Any
 
@@ -38,13 +38,21 @@ class Session:
             StageError: the runtime refuses, with its own text.
             DoesNotFit: memory ran out.
         """
-        mask_NT = np.ones_like(ids_NT) if mask_NT is None else mask_NT
+        return self._run(["logits"], ids_NT, np.ones_like(ids_NT) if mask_NT is None else mask_NT)[0]
+
+    def outputs(self, ids_NT: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        """Every output of the graph by its name; errors as of `logits`."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self._run(names, ids_NT, np.ones_like(ids_NT)), strict=True))
+
+    def _run(
+        self, names: list[str], ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]
+    ) -> list[NDArray[np.float32]]:
         try:
-            found = self.session.run(None, {"input_ids": ids_NT, "attention_mask": mask_NT})[0]
+            found: list[NDArray[np.float32]] = self.session.run(names, {"input_ids": ids_NT, "attention_mask": mask_NT})
         except VENDOR_ERRORS as error:
             raise _told(error, "run") from error
-        logits_NTV: NDArray[np.float32] = found
-        return logits_NTV
+        return found
 
 
 def open_session(path: Path, *, literal: bool = False) -> Session:

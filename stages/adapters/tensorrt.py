@@ -16,7 +16,6 @@ from typing import Any
 
 from stages.runtime.contract import DoesNotFit, Progress, StageError
 
-
 VISIBLE = 0.1
 """Share of a build's time in which the library reports steps; it compiles all kernels within a single one."""
 

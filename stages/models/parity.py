@@ -13,13 +13,10 @@ from numpy.typing import NDArray
 
 from stages.runtime.contract import StageError
 
-FLOAT_LIMIT = 1e-3
-"""Largest logit difference over the logits' standard deviation where both sides compute in fp32."""
+LOGIT_LIMIT = 1e-3
+"""Largest logit difference over the logits' standard deviation. Both sides compute in fp32, without rounding."""
 
-ROUNDED_LIMIT = 0.5
-"""The same where activations are rounded to INT8: one that lies at the middle of two steps may fall to either side."""
-
-CROSS_ENTROPY_LIMIT = 0.01
+CROSS_ENTROPY_LIMIT = 1e-3
 """Nats a token."""
 
 
@@ -42,24 +39,22 @@ def parity(ids_NT: NDArray[np.int64], reference_NTV: NDArray[np.float32], found_
     return Parity(difference, abs(_cross_entropy(ids_NT, found_NTV) - _cross_entropy(ids_NT, reference_NTV)))
 
 
-def require_parity(found: Parity, *, rounded: bool, what: str) -> None:
+def require_parity(found: Parity, what: str) -> None:
     """Raise unless two executions agree.
 
     Args:
         found: from `parity`.
-        rounded: whether activations are rounded to integers.
         what: the sentence's subject: what should agree with what.
 
     Raises:
         StageError: a difference is beyond its limit, or a logit is not finite.
     """
-    limit = ROUNDED_LIMIT if rounded else FLOAT_LIMIT
     # Written so that a NaN fails.
-    if not found.logit_difference <= limit:
+    if not found.logit_difference <= LOGIT_LIMIT:
         raise StageError(
             f"{what} differ in their logits",
             measured=f"{found.logit_difference:.3g} standard deviations",
-            limit=limit,
+            limit=LOGIT_LIMIT,
             remedy="Report it with the checkpoint's config.json: the graph does not compute this model.",
         )
     if not found.cross_entropy_difference <= CROSS_ENTROPY_LIMIT:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,9 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from stages.export import ExportParams, _require_effect, export
+from stages.export import ExportParams, export
 from stages.models import exporting, graph, quantized
+from stages.models.export_checks import SLACK_BYTES, expected, require_effect, require_numbers
 from stages.models.loading import load_model
 from stages.models.parity import parity, require_parity
 from stages.runtime.contract import StageError
@@ -135,31 +139,55 @@ def _unpacked(tmp_path: Path) -> Path:
     return tmp_path / "other.onnx"
 
 
-def test_a_tensor_stored_twice_is_refused(mixed_graph):  # noqa: F811
+def test_effect_is_proven_from_the_written_graph(mixed, mixed_graph):  # noqa: F811
     held = graph.held(graph.load(mixed_graph / "model.onnx"))
-    _require_effect(held, held.quantized, held.size_bytes)
-    with pytest.raises(StageError, match="not the checkpoint's"):
-        _require_effect(
-            held,
-            held.quantized,
-            held.size_bytes - graph.size_bytes(graph.load(mixed_graph / "model.onnx")) // 2 - (1 << 20),
-        )
-    with pytest.raises(StageError, match="not the checkpoint's"):
-        _require_effect(held, held.quantized, held.size_bytes * 2)
+    wanted = expected(load_model(mixed), token_windows(1, 4))
+    require_effect(held, wanted)
+    stored = sum(path.stat().st_size for path in mixed.glob("*.safetensors"))
+    assert abs(wanted.size_bytes - stored) < 10_000
+    for changed, said in (
+        (replace(held, quantized=held.quantized - Counter({(4, 4096): 1})), "integers; measured 21 tensors; limit 22"),
+        (replace(held, rounding={}), r"does not round .* by \[\] instead of \["),
+        (replace(held, size_bytes=held.size_bytes + 2 * SLACK_BYTES), "not the checkpoint's; measured"),
+        (replace(held, size_bytes=held.size_bytes // 2), "not the checkpoint's; measured"),
+    ):
+        with pytest.raises(StageError, match=said):
+            require_effect(changed, wanted)
+
+
+def test_rounding_of_activations_stands_in_the_graph_as_in_the_checkpoint(mixed, mixed_graph):  # noqa: F811
+    layer = load_model(mixed).model.layers[0]
+    rounding = graph.held(graph.load(mixed_graph / "model.onnx")).rounding
+    assert rounding["model.layers.0.mlp.down_proj.weight"] == {float(layer.mlp.down_proj.input_scale)}
+    assert len(rounding) == 6
+
+
+def test_numbers_of_another_model_are_refused(mixed, mixed_graph):  # noqa: F811
+    ids = token_windows(1, 24)
+    wanted = expected(load_model(mixed), ids)
+    folder = mixed_graph / "model.onnx"
+    assert require_numbers(_writable(folder), ids, wanted.logits_NTV) < 1e-4
+    with pytest.raises(StageError, match="the graph and the torch model differ"):
+        require_numbers(_writable(folder), ids, wanted.logits_NTV + np.eye(768, dtype=np.float32)[3])
+
+
+def _writable(path: Path) -> Path:
+    folder = Path(tempfile.mkdtemp())
+    shutil.copy(path, folder)
+    return folder / path.name
 
 
 def test_parity_beyond_its_limit_is_refused():
     ids = token_windows(2, 9)
     reference = np.random.default_rng(0).standard_normal((2, 9, 768)).astype(np.float32)
-    require_parity(parity(ids, reference, reference + 1e-5), rounded=False, what="x")
+    require_parity(parity(ids, reference, reference + 1e-5), "x")
     other = reference.copy()
     other[1, 3, 5] += 0.01
     with pytest.raises(StageError, match=r"graph and torch differ in their logits; measured 0\.0"):
-        require_parity(parity(ids, reference, other), rounded=False, what="graph and torch")
-    require_parity(parity(ids, reference, other), rounded=True, what="x")
+        require_parity(parity(ids, reference, other), "graph and torch")
     other[1, 3, 5] = np.nan
     with pytest.raises(StageError, match="nan"):
-        require_parity(parity(ids, reference, other), rounded=True, what="x")
+        require_parity(parity(ids, reference, other), "x")
 
 
 def test_cross_entropy_of_parity_is_torchs():
@@ -176,7 +204,7 @@ def test_cross_entropy_of_parity_is_torchs():
     shifted = reference * np.where(np.arange(768) % 2, 1.4, 0.6).astype(np.float32)
     assert parity(ids, reference, shifted).cross_entropy_difference > 0.01
     with pytest.raises(StageError, match="nats"):
-        require_parity(type(measured)(0.1, 0.011), rounded=True, what="x")
+        require_parity(type(measured)(1e-4, 0.0011), "x")
 
 
 def test_large_graphs_keep_their_weights_beside_them(dense_graph, tmp_path, monkeypatch):
