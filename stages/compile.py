@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from stages.adapters.targets import refuse_impossible
 from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 
 GRAPH, PLAN = "model.onnx", "model.plan"
-CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-           "special_tokens_map.json")  # fmt: skip
-
-TARGETS: Mapping[str, tuple[str, ...]] = {
-    "tensorrt_rtx": ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
-    "tensorrt": ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"),
-    "onnxruntime": (),
-}
-"""Backend -> the architectures it builds for; onnxruntime is for the processor."""
-
-_SINCE = {"fp8": 89, "int4": 80}
-"""Number format -> the first architecture that has it."""
-
 PARITY_TOKENS = 64
 
 
@@ -45,54 +32,10 @@ class CompileParams(Params):
     maximum_batch: int = Field(8, ge=1)
 
 
-def refuse_impossible(backend: str, architectures: Sequence[str], precisions: Collection[str] = ()) -> None:
-    """Refuse before anything is built what no builder can build.
-
-    Args:
-        backend: `tensorrt_rtx`, `tensorrt` or `onnxruntime`.
-        architectures: as a recipe lists them.
-        precisions: number formats of the graph: `float32`, `float16`, `int8`, `int4`, `fp8`.
-
-    Raises:
-        StageError: an unknown or missing architecture, or a format that one of them has not.
-    """
-    allowed = TARGETS[backend]
-    if not allowed and architectures:
-        raise StageError(
-            f"{backend} is for the processor and takes no `architectures`",
-            measured=", ".join(architectures),
-            remedy="Remove them, or choose backend: tensorrt_rtx.",
-        )
-    if allowed and not architectures:
-        raise StageError(f"{backend} needs `architectures`", measured="none", limit=", ".join(allowed))
-    for name in architectures:
-        if name not in allowed:
-            other = [one for one, names in TARGETS.items() if name in names]
-            remedy = f"Choose backend: {other[0]} for it." if other else "Name one of these."
-            raise StageError(f"{backend} builds nothing for {name!r}", limit=", ".join(allowed), remedy=remedy)
-        _refuse_formats(backend, name, precisions)
-
-
-def _refuse_formats(backend: str, name: str, precisions: Iterable[str]) -> None:
-    for precision in sorted(precisions):
-        if int(name.removeprefix("sm_")) < _SINCE.get(precision, 0):
-            raise StageError(
-                f"{name} has no {precision}",
-                measured=name,
-                limit=f"sm_{_SINCE[precision]} and newer",
-                remedy="Leave the architecture out, or quantize by another scheme.",
-            )
-        if backend == "tensorrt_rtx" and name == "sm_75" and precision == "float32":
-            raise StageError(
-                "tensorrt_rtx multiplies no float32 on sm_75",
-                measured="a graph with float32 products",
-                limit="float16",
-                remedy="Leave sm_75 out.",
-            )
-
-
 def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write the executable and `engine.json`, with the tokenizer beside them."""
+    from stages.serving.files import carry
+
     source = inputs["graph"]
     described = json.loads((source / "graph.json").read_text(encoding="utf-8"))
     architectures = tuple(dict.fromkeys(params.architectures))
@@ -113,9 +56,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
         # One plan for several architectures has not run on any of them when it was built ahead of time.
         target = f"{params.backend}:{'+'.join(architectures)}"
         engine |= {"target": target, "executable": PLAN, "executed": False, "maximum_batch": params.maximum_batch}
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+    carry(source, output)
     (output / "engine.json").write_text(json.dumps(engine, indent=1, sort_keys=True), encoding="utf-8")
     return metrics
 

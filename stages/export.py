@@ -6,7 +6,6 @@ Shapes: N windows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,9 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-GRAPH, TOKENIZER = "model.onnx", "tokenizer.json"
-CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-           "special_tokens_map.json")  # fmt: skip
+GRAPH = "model.onnx"
 
 
 class ExportParams(Params):
@@ -94,10 +91,9 @@ def _windows(params: ExportParams, inputs: Mapping[str, Path], longest: int) -> 
 
 def _carry(source: Path, output: Path) -> None:
     from stages.models.loading import load_tokenizer
+    from stages.serving.files import TOKENIZER, carry
 
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+    carry(source, output)
     if not (output / TOKENIZER).is_file():
         # The one file that engines read; checkpoints may bring the same in an older format.
         tokenizer = load_tokenizer(source)
