@@ -29,7 +29,7 @@ class Whitened:
 
 
 def whitened(weights: Sequence[Tensor], moment_II: Tensor, importance: Sequence[Tensor] | None = None) -> Whitened:
-    """Singular values of the stacked diag(importance)^(1/2) W S, where S S^T is the inputs' second moment.
+    """Singular values of the stacked diag(importance)^(1/2) W S, where S S^T is the inputs' moment, by Cholesky.
 
     Args:
         weights: w_OI of each map.
@@ -54,20 +54,11 @@ def whitened(weights: Sequence[Tensor], moment_II: Tensor, importance: Sequence[
         gram_II += w.T @ (w if importance is None else w * importance[index].double()[:, None])
     if not (gram_II.isfinite().all() and moment_II.isfinite().all()):
         raise ValueError("a weight, an importance or an input moment is not finite")
-    root_II, inverse_II = square_root(moment_II)
-    values_I, vectors_II = torch.linalg.eigh(root_II @ gram_II @ root_II)
-    order = torch.arange(inputs - 1, -1, -1)
-    return Whitened(values_I[order].clamp_min(0), (vectors_II[:, order].T @ inverse_II).float())
-
-
-def square_root(moment_II: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a damped second moment, and its inverse; float64.
-
-    Damping is applied to the moment: see `damped`.
-    """
-    values_I, vectors_II = torch.linalg.eigh(damped(moment_II))
-    root_I = values_I.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    return (vectors_II * root_I) @ vectors_II.T, (vectors_II / root_I) @ vectors_II.T
+    root_II = torch.linalg.cholesky(damped(moment_II))
+    # The Gram matrix is far smaller than the stack; the digits it loses are those of values too small to matter.
+    values_I, vectors_II = torch.linalg.eigh(root_II.T @ gram_II @ root_II)
+    reduce_II = torch.linalg.solve_triangular(root_II, vectors_II.T.flip(0), upper=False, left=False)
+    return Whitened(values_I.flip(0).clamp_min(0), reduce_II.float())
 
 
 def damped(moment_II: Tensor, share: float = DAMPING) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.algorithms.basis import damped
 
-ROUNDS = 16
+ROUNDS = 8
 """Channels go in at most so many rounds; after each the others' importance is exact again. One a round gains nothing
 that could be measured on trained models and costs F^2 for every channel."""
 

@@ -1,6 +1,6 @@
 """What pruning measures of a decoder, block by block, while earlier blocks are pruned already.
 
-Shapes: N windows, T tokens, H hidden, F feed-forward channels.
+Shapes: N windows, T tokens, M = N T, H hidden, F feed-forward channels, K kept ones, O outputs of down.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stages.algorithms.channels import least_important, output_error, reconstruc
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.shared import SharedLinear
-from stages.models.streaming import arguments, check_finite, embedded, run, watched
+from stages.models.streaming import arguments, embedded, run, watched
 from stages.models.structure import narrow
 
 Advanced = Callable[[float, float], None]
@@ -49,42 +49,42 @@ def narrowed(model: PreTrainedModel, ids_NT: Tensor, width: int, advanced: Advan
     calls, x_NTH, rows = arguments(model, ids_NT.shape[1]), embedded(model, ids_NT), []
     found = anatomy.blocks(model)
     for block, kwargs in zip(found, calls, strict=True):
-        moment_FF = channel_moment(block, x_NTH, kwargs)
+        y_NTH, a_NTF = activations(block, x_NTH, kwargs)
+        a_MF = a_NTF.flatten(0, 1)
+        moment_FF = a_MF.T @ a_MF / len(a_MF)
         down = anatomy.projections(block)["down"]
         assert isinstance(down, nn.Linear)
         w_OF = down.weight.detach()
-        gone = least_important(w_OF, moment_FF, w_OF.shape[1] - width)
-        kept_mask = torch.ones(w_OF.shape[1], dtype=torch.bool)
-        kept_mask[gone] = False
-        kept_K = kept_mask.nonzero().flatten()
+        stays_F = torch.ones(w_OF.shape[1], dtype=torch.bool)
+        stays_F[least_important(w_OF, moment_FF, w_OF.shape[1] - width)] = False
+        kept_K = stays_F.nonzero().flatten()
         w_OK = reconstructed(w_OF, moment_FF, kept_K)
-        rows.append({
-            "block": block.index,
-            "channels_before": w_OF.shape[1],
-            "channels": width,
-            "output_error_ratio_cut": output_error(w_OF, moment_FF, kept_K, w_OF[:, kept_K]),
-            "output_error_ratio": output_error(w_OF, moment_FF, kept_K, w_OK),
-        })  # fmt: skip
+        rows.append(
+            {
+                "block": block.index,
+                "channels_before": w_OF.shape[1],
+                "channels": width,
+                "output_error_ratio_cut": output_error(w_OF, moment_FF, kept_K, w_OF[:, kept_K]),
+                "output_error_ratio": output_error(w_OF, moment_FF, kept_K, w_OK),
+            }
+        )
         narrow(block, kept_K, w_OK)
-        x_NTH = run(block, x_NTH, kwargs)
+        # The block adds down's output to its own input, so only down's part of the sum changes.
+        x_NTH = y_NTH + (a_NTF[..., kept_K] @ w_OK.to(w_OF.dtype).T - a_NTF @ w_OF.T)
         advanced(block.index + 1, len(found))
     return rows
 
 
-def channel_moment(block: Block, x_NTH: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """E[a a^T] of the block's feed-forward channels, [F, F]."""
-    sums: list[Tensor] = []
+def activations(block: Block, x_NTH: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The block's output y_NTH and its feed-forward channels a_NTF.
 
-    def see(_name: str, a_1TF: Tensor, _out: Tensor) -> None:
-        a_TF = a_1TF.detach().flatten(0, -2)
-        product = a_TF.T @ a_TF
-        sums[:] = [sums[0] + product] if sums else [product]
-
-    with watched({"down": anatomy.projections(block)["down"]}, see):
-        run(block, x_NTH, kwargs)
-    moment_FF = sums[0] / (x_NTH.shape[0] * x_NTH.shape[1])
-    check_finite(f"{block.name}.{anatomy.path('up')}", moment_FF)
-    return moment_FF
+    Raises:
+        StageError: one of them is not finite.
+    """
+    seen: list[Tensor] = []
+    with watched({"down": anatomy.projections(block)["down"]}, lambda _name, a_1TF, _out: seen.append(a_1TF)):
+        y_NTH = run(block, x_NTH, kwargs)
+    return y_NTH, torch.cat(seen)
 
 
 def influences(model: PreTrainedModel, ids_NT: Tensor, advanced: Advanced) -> list[float]:

@@ -87,15 +87,30 @@ def test_drop_blocks_leaves_the_others_function_and_a_valid_configuration(model,
     assert generated.shape == (1, 24)
 
 
-def test_channel_moment_is_that_of_downs_input(model):
-    calls, x = streaming.arguments(model, 20), streaming.embedded(model, IDS)
-    block = anatomy.blocks(model)[0]
+def test_narrowed_fits_each_down_to_what_the_narrowed_blocks_before_give(tiny):
+    ids = torch.randint(0, 768, (8, 64), generator=torch.Generator().manual_seed(1))
+    narrowed, mixed = load_model(tiny), load_model(tiny)
+    pruning.narrowed(narrowed, ids, 160, lambda *_: None)
+    for index in range(3):
+        mixed.model.layers[index] = narrowed.model.layers[index]
     seen = []
-    hook = anatomy.projections(block)["down"].register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
-    streaming.run(block, x, calls[0])
-    hook.remove()
-    a = torch.cat(seen)
-    torch.testing.assert_close(pruning.channel_moment(block, x, calls[0]), a.T @ a / len(a), rtol=1e-4, atol=1e-6)
+    old, new = (anatomy.projections(anatomy.blocks(m)[3]) for m in (mixed, narrowed))
+    old["down"].register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        for ids_T in ids:
+            mixed(input_ids=ids_T[None])
+        a = torch.cat(seen)
+        rows = {tuple(row.tolist()): j for j, row in enumerate(old["up"].weight)}
+        kept = [rows[tuple(row.tolist())] for row in new["up"].weight]
+        assert kept == sorted(set(kept))
+        target = a @ old["down"].weight.T
+        best = torch.linalg.lstsq(a[:, kept], target).solution.T
+        errors = [
+            float((target - a[:, kept] @ w.T).square().mean())
+            for w in (new["down"].weight, best, old["down"].weight[:, kept])
+        ]
+    assert errors[1] * 0.999 <= errors[0] < 1.02 * errors[1]
+    assert errors[0] < 0.7 * errors[2]
 
 
 def test_influences_follow_a_block_that_was_made_idle(model):

@@ -106,6 +106,24 @@ def test_a_rewriting_that_changes_the_numbers_is_refused(mixed_graph, tmp_path, 
     assert not (tmp_path / "engine.json").exists()
 
 
+def test_an_engine_with_a_wrong_product_is_not_written(mixed_graph, tmp_path, monkeypatch):  # noqa: F811
+    from stages.models import cpu_kernels
+
+    lower = cpu_kernels.lower
+
+    def wrong(model):
+        done = lower(model)
+        for node in list(model.graph):
+            if node.op_type == "MatMulIntegerToFloat" and "down_proj" in node.inputs[1].name:
+                node.replace_input_with(4, None)
+        return done
+
+    monkeypatch.setattr(cpu_kernels, "lower", wrong)
+    with pytest.raises(StageError, match=r"product with model\.layers\.0\.mlp\.down_proj\.weight is not exact"):
+        compile_engine(CompileParams(backend="onnxruntime"), {"graph": mixed_graph}, tmp_path, Hears())
+    assert not (tmp_path / "engine.json").exists()
+
+
 def test_a_product_that_is_not_exact_is_refused(cpu, tmp_path):
     from stages.models.kernel_checks import require_exact_products
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -133,6 +134,21 @@ def test_weights_left_unpacked_are_refused_and_nothing_is_sealed(mixed, store, t
     assert {manifest.kind for _, manifest in store.manifests()} == {"checkpoint"}
 
 
+def test_a_graph_with_other_numbers_is_refused(dense_graph, tmp_path, monkeypatch):
+    checkpoint, folder, _ = dense_graph
+
+    def wrong(_model, _opset):
+        model = graph.load(folder / "model.onnx")
+        norm = model.graph.initializers["model.norm.weight"]
+        norm.const_value = ir.tensor(norm.const_value.numpy() * 1.01)
+        return model
+
+    monkeypatch.setattr(exporting, "to_onnx", wrong)
+    with pytest.raises(StageError, match="the graph and the torch model differ"):
+        export(ExportParams(opset=21), {"model": checkpoint}, tmp_path, Silent())
+    assert not (tmp_path / "graph.json").exists()
+
+
 def _unpacked(tmp_path: Path) -> Path:
     onnx.save(onnx.parser.parse_model('<ir_version: 10, opset_import: ["": 21]> g (float x) => (float y) {y = Abs(x)}'),
               tmp_path / "other.onnx")  # fmt: skip
@@ -247,3 +263,22 @@ def test_text_windows_come_from_the_corpus(tiny, tmp_path):
     from stages.models.loading import load_tokenizer
 
     assert load_tokenizer(tiny).decode(found[0]).startswith("the statement is executed")
+
+
+def test_tokenizer_of_an_older_format_is_written_as_one_file(tiny, tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from stages.export import _carry
+
+    shutil.copytree(tiny, tmp_path / "old")
+    (tmp_path / "old" / "tokenizer.json").unlink()
+    Tokenizer.from_file(str(tiny / "tokenizer.json")).model.save(str(tmp_path / "old"))
+    (tmp_path / "old" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    (tmp_path / "new").mkdir()
+    _carry(tmp_path / "old", tmp_path / "new")
+    text = "The statement is executed."
+    assert (
+        Tokenizer.from_file(str(tmp_path / "new" / "tokenizer.json")).encode(text).ids
+        == PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json"))(text).input_ids
+    )

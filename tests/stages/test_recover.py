@@ -111,6 +111,17 @@ def test_recover_draws_curves(undisturbed):
     assert min(held)[0] == metrics["kl_after"]
 
 
+def test_recover_learns_from_the_train_split_alone(undisturbed, folders, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "train.jsonl").write_bytes((folders["text"] / "train.jsonl").read_bytes())
+    (text / "validate.jsonl").write_bytes((folders["text"] / "test.jsonl").read_bytes())
+    heard = Heard()
+    recover(RecoverParams(**PARAMS), folders | {"text": text}, tmp_path / "out", heard)
+    curves = [[value for name, value, _ in one.points if name == "kl"] for one in (undisturbed[2], heard)]
+    assert curves[0] == curves[1]
+
+
 class Stopped(Exception):
     pass
 
