@@ -18,6 +18,8 @@ from flows.tables import duration
 
 EVERY_SHARE, EVERY_SECONDS = 0.1, 15.0
 """How often a plain line is worth writing."""
+SETTLED = 0.05
+"""Share of the work from which the time left is worth saying early: what begins slowly would promise hours."""
 
 
 class _View(Protocol):
@@ -171,7 +173,8 @@ class Lines:
             return
         self._said[step] = (tenth, now)
         took = now - self._began[step]
-        left = f", {duration(took * (1 - share) / share)} left" if 0 < share < 1 else ""
+        told = share >= SETTLED or took >= EVERY_SECONDS
+        left = f", {duration(took * (1 - share) / share)} left" if told and 0 < share < 1 else ""
         self.line(f"{step}: {share:.0%}{left}")
 
     def finished(self, step: str, text: str) -> None:
