@@ -78,14 +78,18 @@ class Launcher:
             StageError: the stage's own error, or a child that ended without a word.
             Interrupted: the run was stopped.
         """
-        if self._closed:
-            raise Interrupted(f"step {order.step} was not started: another failed, or the run is being stopped")
+        self.check_open(order.step)
         if self.mode == "inline":
             definition = stage(order.stage)
             return execute(
                 definition, order.params, order.work, self.store, progress, step=order.step, force=order.force
             )
         return self._in_child(order, progress)
+
+    def check_open(self, step: str) -> None:
+        """Raise Interrupted once no other step is to start."""
+        if self._closed:
+            raise Interrupted(f"step {step} was not started: another failed, or the run is being stopped")
 
     def start_no_more(self) -> None:
         """Let what runs come to its end, and start nothing else."""

@@ -160,6 +160,7 @@ def run_step(session: Session, name: str, *listeners: Progress) -> StepResult:
     )
     try:
         with _slot(session, name):
+            session.launcher.check_open(name)
             session.terminal.started(name)
             session.record.log({"event": "started", "step": name, "why": planned.why})
             began = time.monotonic()

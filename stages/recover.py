@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -86,6 +87,7 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     training.take_best(made, output / PARTIAL, record)
     after = training.score(made, held)
     save_model(student, output, like=inputs["model"])
+    (output / "curve.json").write_text(json.dumps(record.curve) + "\n", encoding="utf-8")
     return {
         **_proven(inputs["model"], output),
         **{f"kl_{role}_after": value for role, value in after.items()},

@@ -57,7 +57,11 @@ def train(
     Raises:
         StageError: the loss left its course again after the rate was halved.
     """
-    record = training.resume(made, partial) or _fresh(made, held, progress)
+    record = training.resume(made, partial)
+    if record is None:
+        record = _fresh(made, held, progress)
+    else:
+        progress.note(f"goes on from step {record.step} of {plan.steps}, saved before it was cut off")
     while record.step < plan.steps and record.checks_since_best < plan.patience:
         share = cosine(record.step, plan.steps, plan.warmup_steps)
         chosen = batch(record.step, plan.batch_windows, len(ids_NT), plan.seed)
@@ -67,6 +71,7 @@ def train(
             continue
         record.step += 1
         record.losses = [*record.losses, loss][-REMEMBERED:]
+        record.point("kl", loss, record.step)
         progress.metric("kl", loss, record.step)
         progress.advanced(record.step, plan.steps)
         if record.step % plan.check_every_steps == 0 or record.step == plan.steps:
@@ -84,21 +89,23 @@ def jumped(loss: float, losses: Sequence[float]) -> bool:
 
 
 def _fresh(made: Learner, held: Sequence[HeldOut], progress: Progress) -> Record:
-    kl = _scored(made, held, 0, progress)
-    return Record(kl_before=kl, best_kl=kl)
+    record = Record()
+    record.kl_before = record.best_kl = _scored(made, held, record, progress)
+    return record
 
 
 def _check(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> None:
-    kl = _scored(made, held, record.step, progress)
+    kl = _scored(made, held, record, progress)
     record.checks_since_best += 1
     if kl < record.best_kl:
         record.best_kl, record.best_step, record.checks_since_best = kl, record.step, 0
 
 
-def _scored(made: Learner, held: Sequence[HeldOut], step: int, progress: Progress) -> float:
+def _scored(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> float:
     means = training.score(made, held)
     for role, kl in means.items():
-        progress.metric(f"kl_{role}_held_out", kl, step)
+        record.point(f"kl_{role}_held_out", kl, record.step)
+        progress.metric(f"kl_{role}_held_out", kl, record.step)
     return sum(means.values()) / len(means)
 
 

@@ -49,7 +49,11 @@ class Learner:
 
 @dataclass
 class Record:
-    """Where a run stands; saved beside the tensors."""
+    """Where a run stands; saved beside the tensors.
+
+    Attributes:
+        curve: metric -> [step, value] pairs, so that a resumed run draws the whole of it.
+    """
 
     step: int = 0
     kl_before: float = 0.0
@@ -58,6 +62,11 @@ class Record:
     rate_factor: float = 1.0
     losses: list[float] = field(default_factory=list)
     checks_since_best: int = 0
+    curve: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def point(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        self.curve.setdefault(name, []).append([step, value])
 
 
 def learner(student: PreTrainedModel, teacher: PreTrainedModel, *, kl_weight: float, temperature: float) -> Learner:

@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from stages.algorithms.channels import reconstructed
 from stages.models import anatomy, pruning, quantized, shared, streaming, structure
 from stages.models.loading import load_model, save_model
 from stages.runtime.contract import StageError
@@ -109,6 +110,8 @@ def test_narrowed_fits_each_down_to_what_the_narrowed_blocks_before_give(tiny):
             float((target - a[:, kept] @ w.T).square().mean())
             for w in (new["down"].weight, best, old["down"].weight[:, kept])
         ]
+        expected = reconstructed(old["down"].weight, a.T @ a / len(a), torch.tensor(kept))
+    torch.testing.assert_close(new["down"].weight.double(), expected, rtol=1e-3, atol=1e-4)
     assert errors[1] * 0.999 <= errors[0] < 1.02 * errors[1]
     assert errors[0] < 0.7 * errors[2]
 
