@@ -23,7 +23,7 @@ class RecoverParams(Params):
         tokens: length of the training, in tokens read.
         window_tokens: tokens of one window.
         batch_windows: windows a step.
-        learning_rate: at its peak.
+        learning_rate: at its peak; 3e-4 made a lightly cut 135 M model worse (held-out KL 0.09 to 0.22), 5e-5 better.
         kl_weight: share of the distance to the teacher in the loss; the rest is the next token's cross-entropy.
         temperature: softens teacher and student.
         warmup_steps: steps until the peak rate.
@@ -36,7 +36,7 @@ class RecoverParams(Params):
     tokens: int = Field(default=100_000, ge=1)
     window_tokens: int = Field(default=512, ge=8)
     batch_windows: int = Field(default=2, ge=1)
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
     kl_weight: float = Field(default=1.0, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=8, ge=0)
