@@ -29,7 +29,7 @@ run: install  ## the main job on a real model; RECIPE=name for another
 
 test: install  ## the tests, with branch coverage
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile --durations 10
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
