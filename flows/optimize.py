@@ -47,6 +47,15 @@ def optimize(recipe: Recipe, settings: Settings, terminal: Terminal) -> RunResul
         _SESSIONS[session.record.name] = session
         try:
             return RunResult.model_validate(optimize_recipe(recipe, session.record.name))
+        except RuntimeError as error:
+            # Prefect has no class of its own for a temporary server that did not come up.
+            if "ephemeral Prefect API server" not in str(error):
+                raise
+            raise Unavailable(
+                "Prefect's temporary server did not start in time",
+                limit=f"{os.environ.get('PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS')} s",
+                remedy="Run again when the machine is less busy, or name a server with PREFECT_API_URL.",
+            ) from error
         finally:
             del _SESSIONS[session.record.name]
 

@@ -99,6 +99,8 @@ def environment(scratch: Path) -> Mapping[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Its migrations take ten seconds where nothing else runs, and a minute beside other work.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         # Its log lines go to Prefect's page; the terminal has ours.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "TOKENIZERS_PARALLELISM": "false",

@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.adapters import texts
 from stages.adapters.sources import Wanted, open_source, pin_source
@@ -52,6 +52,12 @@ class CorpusParams(Params):
     near_duplicate: float = Field(0.8, gt=0, le=1)
     exact: str = Location("")
     downloads: str = Location("")
+
+    @field_validator("splits")
+    @classmethod
+    def _ordered(cls, splits: dict[Split, Share]) -> dict[Split, Share]:
+        # Equal mappings are one work, in whatever order a recipe or JSON lists them; dealing goes by this order.
+        return {name: splits[name] for name in get_args(Split) if name in splits}
 
     @model_validator(mode="after")
     def _whole(self) -> CorpusParams:

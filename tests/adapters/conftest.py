@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,16 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The endpoint of a SeaweedFS that lives as long as the session."""
     folder = tmp_path_factory.mktemp("seaweed")
     master, volume, filer, port = free_ports(4)
-    command = ["weed", f"-logdir={folder}", "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", f"-s3.port={port}"]
+    weed = Path(sys.executable).with_name("weed")
+    command = [
+        weed,
+        f"-logdir={folder}",
+        "server",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-s3",
+        f"-s3.port={port}",
+    ]
     command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", "-master.telemetry=false"]
     identities = {"identities": [_identity("any", "Admin"), _identity("reader", "Read", "List")]}
     (folder / "identities.json").write_text(json.dumps(identities))

@@ -18,6 +18,7 @@ from flows.journal import Candidate, Executable
 from flows.packaging import travelling_code
 from flows.registry import Registry, release
 from flows.tracking import quiet
+from stages.runtime.fingerprint import ROOT
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in
 
@@ -95,7 +96,8 @@ def asked(uri, where, script):
 
 
 SCRIPT = """
-import importlib.util, json
+import importlib.util, json, sys
+sys.path[:] = [path for path in sys.path if path != "PROJECT"]
 assert importlib.util.find_spec("flows") is None and importlib.util.find_spec("stages") is None
 import mlflow, pandas
 model = mlflow.pyfunc.load_model("models:/chain@champion")
@@ -113,7 +115,7 @@ print(json.dumps({
 
 def test_registered_model_answers_where_the_project_cannot_be_seen(registered, tmp_path):
     uri, folder = registered
-    said, stderr = asked(uri, tmp_path, SCRIPT)
+    said, stderr = asked(uri, tmp_path, SCRIPT.replace("PROJECT", str(ROOT)))
     assert said["list"] == [answer(["is"], 3)]
     assert said["table"] == [answer(["and"], 2), answer(["the"], 2)] and said["one"] == 1
     assert Path(said["code"]).is_relative_to(folder) and said["heavy"] == []
