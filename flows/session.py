@@ -254,7 +254,7 @@ def _done(session: Session, planned: Planned, outcome: Outcome, seconds: float, 
         cached=outcome.cached,
         seconds=round(seconds, 2),
         peak_rss_bytes=manifest.provenance.peak_rss_bytes,
-        metrics=manifest.metrics,
+        metrics={"size_bytes": float(_size(manifest)), **manifest.metrics},
         why="" if outcome.cached else planned.why,
     )
     tracked.finished(manifest, outcome.identity, session.store.uri, outcome.cached, session.store)
@@ -316,6 +316,9 @@ _MODELS = (Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE)
 
 
 def _size(manifest: Manifest) -> int:
+    """Bytes of a model's own files; of all files where the artifact is no model."""
+    if manifest.kind not in _MODELS:
+        return manifest.size_bytes
     return size_bytes({name: entry.size for name, entry in manifest.files.items()})
 
 
