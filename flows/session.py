@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from flows.gates import CHAMPION, Verdict, judge
 from flows.journal import Candidate, Executable, head
 from flows.launch import Launcher
+from flows.orphans import end_orphaned_servers
 from flows.planning import Planned, check_start, needs, resolve
 from flows.recipe import Recipe, executable_here
 from flows.records import Record, as_yaml, open_run
@@ -118,6 +120,7 @@ def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[S
     """A session with the embedded lock held, the record and the MLflow run open; closed by how the block ends."""
     scratch = enter(settings)
     with _alone(scratch, terminal):
+        end_orphaned_servers(os.environ["PREFECT_HOME"])
         record = open_run(scratch, recipe, sys.argv)
         try:
             store = settings.connect()
