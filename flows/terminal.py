@@ -168,7 +168,8 @@ class Lines:
         tenth = int(share / EVERY_SHARE + 1e-9)
         tenth_said, said = self._said[step]
         if tenth < tenth_said:
-            self._said[step] = (tenth, said)
+            # A second part of the step begins, such as the work after a download: its time left is its own.
+            self._began[step], self._said[step] = now, (tenth, said)
         if tenth <= tenth_said and now - said < EVERY_SECONDS:
             return
         self._said[step] = (tenth, now)
