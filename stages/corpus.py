@@ -15,7 +15,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from stages.adapters import texts
-from stages.adapters.sources import Wanted, open_source, pin_source
+from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
 from stages.algorithms.prefix_filter import first_of_each
 from stages.runtime.contract import (
     PARTIAL,
@@ -86,7 +86,7 @@ def pin(params: CorpusParams, pins: Pins, progress: Progress) -> CorpusParams:
         found = pin_source(params.source, TEXT, texts.digest_of_files, pins, progress)
         digest, exact, downloads = found.digest, found.exact, found.downloads
     if params.digest not in ("", digest):
-        raise _changed(params.source, digest, params.digest)
+        raise changed_source(params.source, digest, params.digest)
     return params.model_copy(update={"digest": digest, "exact": exact, "downloads": downloads})
 
 
@@ -94,7 +94,7 @@ def run(params: CorpusParams, inputs: Mapping[str, Path], output: Path, progress
     """Write one `<split>.jsonl` a split and corpus.json."""
     documents, digest = _read(params, output, progress)
     if params.digest and digest != params.digest:
-        raise _changed(params.source, digest, params.digest)
+        raise changed_source(params.source, digest, params.digest)
     progress.advanced(1, 3)
     kept, removed = _without_duplicates(documents, params)
     progress.advanced(2, 3)
@@ -192,15 +192,6 @@ def _check_dealt(dealt: Mapping[str, list[Passage]], passages: int, params: Corp
             limit=f"about {round(1 / min(params.splits.values()))} of {params.passage_characters} characters",
             remedy="Use more text, larger shares or a smaller passage_characters.",
         )
-
-
-def _changed(source: str, found: str, asked: str) -> StageError:
-    return StageError(
-        f"{source} is not what it was when its digest was taken",
-        measured=found[:12],
-        limit=asked[:12],
-        remedy="Run again to take it as it is now, or remove `digest` from the step's params.",
-    )
 
 
 CORPUS = Stage(name="corpus", params=CorpusParams, inputs={}, output=Kind.CORPUS, image=Image.BASE, run=run, pin=pin)

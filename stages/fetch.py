@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.adapters.sources import Wanted, open_source, pin_source
+from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
 from stages.models import layout
 from stages.runtime.contract import (
     PARTIAL,
@@ -49,7 +49,7 @@ def pin(params: FetchParams, pins: Pins, progress: Progress) -> FetchParams:
     """
     found = pin_source(params.source, CHECKPOINT, lambda path: layout.choose(path).digest(), pins, progress)
     if params.digest not in ("", found.digest):
-        raise _changed(params.source, found.digest, params.digest)
+        raise changed_source(params.source, found.digest, params.digest)
     return params.model_copy(update={"digest": found.digest, "exact": found.exact, "downloads": found.downloads})
 
 
@@ -74,7 +74,7 @@ def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress:
 def _check_digest(params: FetchParams, chosen: layout.Chosen) -> None:
     found = chosen.digest()
     if params.digest not in ("", found):
-        raise _changed(params.source, found, params.digest)
+        raise changed_source(params.source, found, params.digest)
 
 
 def _copy(chosen: layout.Chosen, output: Path, progress: Progress) -> None:
@@ -123,15 +123,6 @@ def _check_finite(weights: Mapping[str, Path], progress: Progress) -> None:
                         limit=0,
                         remedy="The checkpoint is damaged or its training diverged: fetch it again or use another.",
                     )
-
-
-def _changed(source: str, found: str, asked: str) -> StageError:
-    return StageError(
-        f"{source} is not what it was when its digest was taken",
-        measured=found[:12],
-        limit=asked[:12],
-        remedy="Run again to take it as it is now, or remove `digest` from the step's params.",
-    )
 
 
 FETCH = Stage(name="fetch", params=FetchParams, inputs={}, output=Kind.CHECKPOINT, image=Image.TORCH, run=run, pin=pin)

@@ -180,3 +180,13 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def changed_source(source: str, found: str, asked: str) -> StageError:
+    """The error for content that is no longer what was pinned."""
+    return StageError(
+        f"{source} is not what it was when its digest was taken",
+        measured=found[:12],
+        limit=asked[:12],
+        remedy="Run again to take it as it is now, or remove `digest` from the step's params.",
+    )
