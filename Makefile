@@ -5,10 +5,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= smollm2-135m
+COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
+  --project-name enginery --project-directory infra --file infra/compose.yaml --env-file infra/.env --profile gpu
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check real-test bench images schemas clean gpu-test
+.PHONY: help install run test check real-test service-test bench images schemas clean gpu-test \
+  production-env production-up production-watch production-down production-test
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/' | expand -t 14
@@ -43,14 +46,33 @@ check: install  ## ruff, mypy --strict, import boundaries
 real-test: install  ## a slice on the real model: fetch to verdict, short texts
 	@$(BIN)/python -m pytest -m real tests/real
 
+service-test: install  ## gigabytes through a real S3 server
+	@$(BIN)/python -m pytest -m service tests/services
+
 bench: install  ## time and memory of the main job's stages, as ratios measured in one run
 	@$(BIN)/python -m tests.bench
 
 schemas: install  ## write the JSON Schemas that ship with the package
 	@$(BIN)/python -m flows.schema
 
-images: ## build the container images
+images:  ## build the container images; TORCH_INDEX and TRT choose the torch build and the TensorRT family
 	@docker/build.sh
+
+production-env:  ## write infra/.env with random secrets, unless it is there
+	@infra/env.sh
+
+production-up: production-env images  ## start Prefect, MLflow, PostgreSQL, Redis, S3 and the workers in containers
+	@$(COMPOSE) up -d
+	@infra/await.sh
+
+production-watch: production-env  ## start runs of ARRIVAL_RECIPE for checkpoints that arrive in the bucket
+	@$(COMPOSE) --profile watch up -d set-up watch
+
+production-down:  ## stop them; what they stored stays (VOLUMES=--volumes removes it)
+	@$(COMPOSE) --profile watch down $(VOLUMES)
+
+production-test: install  ## the whole of production from nothing, in containers, and take it down again
+	@$(BIN)/python -m pytest -m production tests/production
 
 gpu-test: install  ## the tests that need a GPU; says so where there is none
 	@$(BIN)/python -m pytest -m gpu tests || test $$? -eq 5

@@ -1,10 +1,17 @@
-# The pipeline itself: the `enginery` command, Prefect, MLflow.
-FROM enginery/torch:latest
-ENV ENGINERY_IMAGE="server"
-USER root
-COPY pyproject.toml README.md LICENSE ./
+# The pipeline itself: the `enginery` command, Prefect and its workers, MLflow.
+FROM enginery/torch:libraries AS libraries
+RUN python3 -m pip install --constraint constraints.txt --requirement wanted/server.txt
+
+FROM libraries AS image
+ARG COMMIT="" VERSION="" IMAGE=server
+LABEL org.opencontainers.image.title="enginery/${IMAGE}" org.opencontainers.image.version="${VERSION}" \
+  org.opencontainers.image.revision="${COMMIT}" org.opencontainers.image.licenses="Apache-2.0"
+ENV ENGINERY_IMAGE="${IMAGE}" ENGINERY_COMMIT="${COMMIT}" ENGINERY_HOME=/scratch HOME=/scratch PYTHONPATH=/opt/enginery
+COPY stages stages
 COPY flows flows
-RUN python3 -m pip install --constraint constraints.txt .
+COPY infra infra
+RUN printf '#!/bin/sh\nexec python3 -m flows.cli "$@"\n' > /usr/local/bin/enginery && chmod 755 /usr/local/bin/enginery
 USER enginery
-ENTRYPOINT ["enginery"]
-CMD ["--help"]
+VOLUME /scratch
+ENTRYPOINT []
+CMD ["enginery", "--help"]

@@ -1,9 +1,18 @@
 # compile: an engine for the GPU, ahead of time.
-FROM enginery/base:latest
+FROM enginery/base:libraries AS libraries
 # tensorrt_rtx builds for other GPUs without one; tensorrt is for Hopper and needs its GPU.
 ARG TRT=tensorrt_rtx
-ENV ENGINERY_IMAGE="tensorrt"
-USER root
-RUN python3 -m pip install --constraint constraints.txt onnx onnxruntime tokenizers \
-    $([ "$TRT" = tensorrt_rtx ] && echo tensorrt-rtx || echo tensorrt)
+RUN if [ "$TRT" = tensorrt ]; then sed -i s/^tensorrt-rtx$/tensorrt/ wanted/tensorrt.txt; fi \
+ && python3 -m pip install --constraint constraints.txt --requirement wanted/tensorrt.txt
+
+FROM libraries AS image
+ARG COMMIT="" VERSION="" IMAGE=tensorrt
+LABEL org.opencontainers.image.title="enginery/${IMAGE}" org.opencontainers.image.version="${VERSION}" \
+  org.opencontainers.image.revision="${COMMIT}" org.opencontainers.image.licenses="Apache-2.0"
+ENV ENGINERY_IMAGE="${IMAGE}" ENGINERY_COMMIT="${COMMIT}" ENGINERY_HOME=/scratch HOME=/scratch PYTHONPATH=/opt/enginery
+COPY stages stages
+COPY flows flows
 USER enginery
+VOLUME /scratch
+ENTRYPOINT []
+CMD ["python3", "-m", "stages", "--help"]

@@ -1,10 +1,18 @@
-# Stages that compute on weights: share, prune, recover, quantize, export, validate.
-FROM enginery/base:latest
+# Stages that compute on weights: fetch, share, prune, recover, quantize, export, validate.
+FROM enginery/base:libraries AS libraries
 # Where torch comes from: empty takes pip's own index; name the CPU or a CUDA index of PyTorch to choose.
 ARG TORCH_INDEX=""
-ENV ENGINERY_IMAGE="torch"
-USER root
 RUN python3 -m pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch \
- && python3 -m pip install --constraint constraints.txt \
-    transformers tokenizers accelerate onnx onnxruntime onnxscript scikit-learn scipy
+ && python3 -m pip install --constraint constraints.txt --requirement wanted/torch.txt
+
+FROM libraries AS image
+ARG COMMIT="" VERSION="" IMAGE=torch
+LABEL org.opencontainers.image.title="enginery/${IMAGE}" org.opencontainers.image.version="${VERSION}" \
+  org.opencontainers.image.revision="${COMMIT}" org.opencontainers.image.licenses="Apache-2.0"
+ENV ENGINERY_IMAGE="${IMAGE}" ENGINERY_COMMIT="${COMMIT}" ENGINERY_HOME=/scratch HOME=/scratch PYTHONPATH=/opt/enginery
+COPY stages stages
+COPY flows flows
 USER enginery
+VOLUME /scratch
+ENTRYPOINT []
+CMD ["python3", "-m", "stages", "--help"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands import keeping, looking, running
+from flows.commands import keeping, looking, production, running, watching
 
 if TYPE_CHECKING:
     from stages.runtime.contract import StageError
@@ -28,6 +28,7 @@ app = typer.Typer(
 
 for _command in (
     *(running.init, running.plan, running.run, running.recipes),
+    *(watching.watch, watching.hooks, production.deploy),
     *(looking.runs, looking.ls, looking.inspect, looking.explain, looking.compare, looking.logs, looking.verify),
     *(keeping.cancel, keeping.promote, keeping.rollback, keeping.reconcile, keeping.sweep, keeping.doctor),
 ):

@@ -1,4 +1,4 @@
-"""Run one step: inline, or in a child process that gets the store and nothing else."""
+"""Run one step: inline, in a child process that gets the store and nothing else, or in a work pool."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flows.memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
 from stages import stage
 from stages.__main__ import rebuilt
 from stages.adapters.connect import connect
@@ -22,6 +23,9 @@ from stages.runtime.contract import DoesNotFit, Interrupted, Params, Progress, S
 from stages.runtime.execute import Outcome, execute
 from stages.runtime.fingerprint import ROOT, canonical, fingerprint
 from stages.runtime.progress import forward
+
+if TYPE_CHECKING:
+    from flows.dispatch import Dispatcher
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT", "TZ")
 _OUTSIDE = (
@@ -50,6 +54,16 @@ class Order:
     work: Work
     force: bool = False
 
+    def as_json(self) -> dict[str, Any]:
+        """The order as JSON values, with where bytes lie, which the identity leaves out."""
+        return {
+            "work": self.work.model_dump(mode="json"),
+            "params": self.params.model_dump(mode="json"),
+            "step": self.step,
+            "stage": self.stage,
+            "force": self.force,
+        }
+
 
 @dataclass
 class Launcher:
@@ -57,15 +71,19 @@ class Launcher:
 
     Attributes:
         store: where artifacts are sealed.
-        mode: `process` (a child a step: its memory is its own, a crash of it is not ours) or `inline`.
+        mode: `process` (a child a step: its memory is its own, a crash of it is not ours), `inline`, or `pool`.
         threads: threads of computation a step may use.
         logs: folder for what children write to standard error.
+        minutes: after so long a child is ended; its partial state is kept. None for no limit.
+        dispatcher: brings steps to work pools; only with `pool`.
     """
 
     store: Store
     mode: str
     threads: int
     logs: Path
+    minutes: float | None = None
+    dispatcher: Dispatcher | None = None
     _running: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
     _closed: bool = False
@@ -79,6 +97,8 @@ class Launcher:
             Interrupted: the run was stopped.
         """
         self.check_open(order.step)
+        if self.dispatcher:
+            return self.dispatcher.launch(order, progress)
         if self.mode == "inline":
             definition = stage(order.stage)
             return execute(
@@ -100,6 +120,8 @@ class Launcher:
         with self._guard:
             self._closed = self._stopped = True
             children = list(self._running.values())
+        if self.dispatcher:
+            self.dispatcher.stop()
         for child in children:
             child.send_signal(signal.SIGTERM)
         for child in children:
@@ -109,37 +131,66 @@ class Launcher:
                 child.kill()
 
     def _in_child(self, order: Order, progress: Progress) -> Outcome:
+        last = self.ask(order, progress)
+        manifest = self.store.manifest(last["identity"])
+        if manifest is None:
+            raise StageError(f"step {order.step} said sealed, but {last['identity'][:12]} is not in the store")
+        return Outcome(last["identity"], manifest, cached=last["cached"], changed=last["changed"])
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped
+
+    def ask(self, order: Order, progress: Progress, *wanted: str, threads: int | None = None) -> dict[str, Any]:
+        """Start a step's child and hear it out; returns its last event.
+
+        Args:
+            order: the step; no other child may run under its name.
+            progress: who listens.
+            wanted: options of `python -m stages` that ask for something else than the whole artifact.
+            threads: threads of computation it may use, where that is not the launcher's number.
+
+        Raises:
+            StageError: the stage's own error, or a child that ended without a word.
+            Interrupted: the run was stopped.
+        """
+        if self._stopped:
+            raise Interrupted(f"step {order.step} was not started: the run is being stopped")
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{order.step}.stderr"
-        ooms = _out_of_memory_kills()
-        with self._child(order, log) as child:
+        ooms = out_of_memory_kills()
+        with self._child(order, log, wanted, threads) as child, _ended_after(child, self.minutes) as late:
             last = _listen(child, progress)
             code = child.wait()
-        if last.get("event") == "sealed":
-            manifest = self.store.manifest(last["identity"])
-            if manifest is None:
-                raise StageError(f"step {order.step} said sealed, but {last['identity'][:12]} is not in the store")
-            return Outcome(last["identity"], manifest, cached=last["cached"], changed=last["changed"])
-        if last.get("event") == "error":
-            raise rebuilt(last)
+        if last.get("event", "error") != "error":
+            return last
         if self._stopped:
             raise Interrupted(f"step {order.step} was stopped")
-        raise _ended_silently(order.step, code, log, _out_of_memory_kills() - ooms)
+        if late.is_set():
+            raise _too_slow(order.step, self.minutes)
+        if last.get("event") == "error":
+            raise rebuilt(last)
+        raise _ended_silently(order.step, code, log, out_of_memory_kills() - ooms)
 
     @contextmanager
-    def _child(self, order: Order, log: Path) -> Iterator[subprocess.Popen[str]]:
+    def _child(
+        self, order: Order, log: Path, wanted: tuple[str, ...], threads: int | None
+    ) -> Iterator[subprocess.Popen[str]]:
         with log.open("w", encoding="utf-8") as errors:
             child = subprocess.Popen(
                 [sys.executable, "-m", "stages", order.stage, "--work", str(self._written(order)),
-                 "--store", self.store.uri, "--scratch", str(self.store.scratch)],
+                 "--store", self.store.uri, "--scratch", str(self.store.scratch), *wanted],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=self._environment(order.stage),
+                env=self._environment(order.stage, threads),
             )  # fmt: skip
         with self._guard:
             self._running[order.step] = child
+            if self._stopped:  # while this one started
+                child.send_signal(signal.SIGTERM)
         try:
             yield child
         except BaseException:
@@ -156,25 +207,16 @@ class Launcher:
     def _written(self, order: Order) -> Path:
         path = self.store.scratch / "works" / f"{fingerprint(order.work)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(f".{os.getpid()}")
-        whole.write_bytes(
-            canonical(
-                {
-                    "work": order.work.model_dump(mode="json"),
-                    "params": order.params.model_dump(mode="json"),
-                    "step": order.step,
-                    "force": order.force,
-                }
-            )
-        )
+        whole = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        whole.write_bytes(canonical(order.as_json()))
         whole.replace(path)
         return path
 
-    def _environment(self, name: str) -> dict[str, str]:
+    def _environment(self, name: str, most: int | None = None) -> dict[str, str]:
         prefixes = (*_STORE, *_OUTSIDE) if name in _REACH_OUTSIDE else _STORE
         kept = {k: v for k, v in os.environ.items() if k in _PASSED_ON or k.startswith(prefixes)}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        threads = str(self.threads)
+        threads = str(most or self.threads)
         offline = {} if name in _REACH_OUTSIDE else {"HF_HUB_OFFLINE": "1"}
         return kept | offline | {
             "PYTHONPATH": path,
@@ -197,31 +239,48 @@ def _listen(child: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
     return last
 
 
+@contextmanager
+def _ended_after(child: subprocess.Popen[str], minutes: float | None) -> Iterator[threading.Event]:
+    """End a child that takes longer; the event is set when that was done."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        child.send_signal(signal.SIGTERM)
+
+    timer = threading.Timer(60 * (minutes or 0), end)
+    if minutes is not None:
+        timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+
+
+def _too_slow(step: str, minutes: float | None) -> DoesNotFit:
+    return DoesNotFit(
+        f"step {step} took longer than it may and was ended",
+        measured=f"more than {minutes:g} min",
+        limit=f"{minutes:g} min",
+        remedy="Its partial state is kept: the same command goes on from there. Or raise the stage's `minutes`.",
+    )
+
+
 def _ended_silently(step: str, code: int, log: Path, ooms: int) -> StageError:
     tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
     if ooms > 0:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit, peak = memory_limit_bytes(), memory_peak_bytes()
         return DoesNotFit(
-            f"step {step} was killed: the machine's memory ran out",
-            limit=f"{total / 1e9:.1f} GB in all",
-            remedy="Close other programs, run with --jobs 1, use shorter windows or a larger machine.",
+            f"step {step} was killed: memory ran out",
+            measured=f"peak {peak / 1e9:.2f} GB" if peak else None,
+            limit=f"{limit / 1e9:.2f} GB",
+            remedy="Use shorter windows, fewer steps at once (--jobs 1), or give it more memory.",
         )
     how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     return StageError(
         f"step {step} ended {how} without a result",
         remedy=f"The same command goes on from its partial state. Its last words, in {log}: {tail or 'none'}",
     )
-
-
-def _out_of_memory_kills() -> int:
-    counts = 0
-    for path in (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError:
-            continue
-        counts += sum(int(line.split()[1]) for line in lines if line.split()[0] == "oom_kill")
-    return counts
 
 
 def open_launcher(store_uri: str, scratch: Path, *, mode: str, threads: int, logs: Path) -> Launcher:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any, cast
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.recipe import Recipe
+from flows.arrivals import begin
+from flows.pages import RunLog, show
+from flows.patience import patiently
+from flows.recipe import Recipe, load_recipe
 from flows.results import RunResult
 from flows.session import Session, Terminal, conclude, opened, plan, run_step
 from flows.settings import Settings, settle
@@ -63,17 +67,29 @@ def optimize(recipe: Recipe, settings: Settings, terminal: Terminal) -> RunResul
 _RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_STEPS_AT_ONCE))
 
 
-@flow(name="optimize", flow_run_name="{recipe.name}", task_runner=_RUNNER)
-def optimize_recipe(recipe: Recipe, run: str = "") -> dict[str, Any]:
+def _named() -> str:
+    recipe = flow_run.get_parameters()["recipe"]
+    return recipe.name if isinstance(recipe, Recipe) else str(recipe)
+
+
+@flow(name="optimize", flow_run_name=_named, task_runner=_RUNNER)
+def optimize_recipe(recipe: Recipe | str, run: str = "", checkpoint: str = "") -> dict[str, Any] | State[Any]:
     """Optimize a model as a recipe says: its steps, the verdict, the promotion.
 
     Args:
-        recipe: what to do; its form stands on this page.
+        recipe: what to do: the name of a shipped recipe, the s3:// URI of its YAML, or the recipe itself.
         run: name of a run that was opened by the command line; empty for one that begins here.
+        checkpoint: a source for the recipe's fetch step, with `#KEY` after it where it arrived; empty for the recipe's.
     """
     if run in _SESSIONS:
         return _driven(_SESSIONS[run])
+    if isinstance(recipe, str):
+        recipe = load_recipe(recipe)
     recipe.check()
+    if checkpoint:
+        recipe, holder = begin(settle().connect().objects, recipe, checkpoint, str(flow_run.get_id()))
+        if holder:
+            return Completed(message=f"Flow run {holder} has this checkpoint; retry that one to run it again.")
     with TerminalProgress() as terminal, opened(recipe, settle(), terminal) as session:
         _SESSIONS[session.record.name] = session
         try:
@@ -90,8 +106,8 @@ def _driven(session: Session) -> dict[str, Any]:
             after = [futures[one] for one in planned.after]
             futures[name] = named.submit(session.record.name, name, wait_for=after, return_state=False)
         _await(session, futures)
-        result = conclude(session)
-        _show(session, result)
+        result = patiently(lambda: conclude(session), say=session.terminal.line)
+        show(session, result)
     except BaseException:
         session.launcher.stop()
         raise
@@ -126,53 +142,3 @@ def _step(run: str, name: str) -> str:
         if not isinstance(error, Unavailable):
             session.launcher.start_no_more()
         raise
-
-
-class RunLog:
-    """A step's notes as lines of its Prefect task run."""
-
-    def __init__(self, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
-        self._logger = logger
-        self._tenth = 0
-
-    def advanced(self, done: float, total: float) -> None:
-        """See Progress. A line each tenth."""
-        tenth = int(10 * done / total) if total else 0
-        if tenth > self._tenth:
-            self._tenth = tenth
-            self._logger.info("%d%%", 10 * tenth)
-
-    def metric(self, name: str, value: float, step: int) -> None:
-        """See Progress. Curves are MLflow's."""
-
-    def note(self, text: str) -> None:
-        """See Progress."""
-        self._logger.info(text)
-
-
-def _show(session: Session, result: RunResult) -> None:
-    """The result on Prefect's page: the table of steps, the verdict, the links."""
-    key = "".join(c if c.isalnum() else "-" for c in result.run.lower())
-    rows = [
-        {
-            "step": step.name,
-            "stage": step.stage,
-            "seconds": step.seconds,
-            "cached": step.cached,
-            "size, MB": round(step.metrics.get("size_bytes", 0.0) / 1e6, 1),
-            "perplexity": round(step.metrics.get("perplexity", 0.0), 3) or "",
-            "fingerprint": step.fingerprint[:12],
-        }
-        for step in result.steps
-    ]
-    create_table_artifact(rows, key=f"steps-{key}", description=f"Steps of {session.recipe.name}")
-    said = [f"- {gate.text}" for gate in result.gates]
-    verdict = "passed" if result.passed else "failed"
-    model = f"\n\nRegistered: {result.model.name} version {result.model.version}" if result.model else ""
-    create_markdown_artifact(
-        f"# {session.recipe.name}: {verdict}\n\n" + "\n".join(said) + model, key=f"verdict-{key}", description="Verdict"
-    )
-    create_link_artifact(f"file://{result.report}", link_text="report", key=f"report-{key}", description="HTML report")
-    mlflow = session.tracking.link(session.mlflow.id)
-    if mlflow.startswith("http"):
-        create_link_artifact(mlflow, link_text="MLflow run", key=f"mlflow-{key}", description="MLflow")

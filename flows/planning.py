@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import tenacity
 
@@ -45,7 +46,11 @@ class Planned:
 
 
 def resolve(
-    steps: list[PlannedStep], store: Store, listener: Callable[[str], Progress], forced: frozenset[str] = frozenset()
+    steps: list[PlannedStep],
+    store: Store,
+    listener: Callable[[str], Progress],
+    forced: frozenset[str] = frozenset(),
+    devices: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Planned]:
     """Give each step its identity; sources are pinned to digests, which may download them.
 
@@ -54,6 +59,7 @@ def resolve(
         store: where hits are looked for.
         listener: step name -> who hears of a download.
         forced: names of steps to make again.
+        devices: stage -> the device it will run on, where that is not this machine's.
 
     Returns:
         Step name -> Planned, in the order given.
@@ -71,6 +77,8 @@ def resolve(
         roles = step.inputs
         check_kinds(definition, {role: kinds[source] for role, source in roles.items()})
         work = work_of(definition, params, {role: planned[source].identity for role, source in roles.items()})
+        if work.executor and step.stage in devices:
+            work = work.model_copy(update={"executor": {**work.executor, "device": devices[step.stage]}})
         identity = fingerprint(work)
         manifest = store.manifest(identity)
         kinds[step.name] = definition.output

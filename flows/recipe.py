@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, GetJsonSchemaHandler, model_validator
@@ -163,7 +164,7 @@ def load_recipe(source: str | Path, sets: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        source: a YAML file, or the bare name of a shipped recipe.
+        source: a YAML file, its s3:// URI, or the bare name of a shipped recipe.
         sets: changes such as `steps.int8.params.scheme=int4_weight_only`.
 
     Raises:
@@ -171,6 +172,13 @@ def load_recipe(source: str | Path, sets: Sequence[str] = ()) -> Recipe:
     """
     from flows.reading import read_recipe
 
+    if str(source).startswith("s3://"):
+        from stages.adapters.s3_client import fetch_object, parse
+
+        with TemporaryDirectory() as folder:
+            local = Path(folder, str(source).rpartition("/")[2])
+            fetch_object(*parse(str(source)), local, lambda _: None)
+            return read_recipe(local, sets)
     return read_recipe(recipe_path(source), sets)
 
 

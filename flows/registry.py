@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.events import tell
 from flows.journal import Candidate, Promotion, Version, append, head, history, rolled_back, standing
 from flows.packaging import logged_model
 from flows.tracking import Tracking, answered
@@ -125,7 +126,7 @@ def rollback(registry: Registry, model: str, alias: str, why: str = "") -> Relea
 
 
 def reconcile(registry: Registry, model: str) -> list[Drift]:
-    """Make MLflow's aliases equal the journal; returns what was put right.
+    """Make MLflow's aliases equal the journal and tell subscribers of it; returns what was put right.
 
     Raises:
         StageError: the registry has lost a version that an alias must stand on.
@@ -140,6 +141,7 @@ def reconcile(registry: Registry, model: str) -> list[Drift]:
             with answered(registry.tracking.uri):
                 registry.client.set_registered_model_alias(model, one.alias, entry.version.number)
         mended += wrong  # and look again: another process may have appended meanwhile
+    tell(registry.objects, model)
     return mended
 
 

@@ -9,16 +9,19 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from flows.dispatch import Dispatcher
 from flows.gates import CHAMPION, Verdict, judge
 from flows.journal import Candidate, Executable, head
-from flows.launch import Launcher
+from flows.launch import Launcher, Order
 from flows.orphans import end_orphaned_servers
+from flows.patience import AWAY_S, patiently
 from flows.planning import Planned, check_start, needs, resolve
+from flows.pools import load_pools
 from flows.recipe import Recipe, executable_here
 from flows.records import Record, as_yaml, open_run
 from flows.registry import Registry, release
@@ -32,6 +35,8 @@ from stages.measures.size import size_bytes
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Image, Interrupted, Kind, Manifest, Progress, StageError
 from stages.runtime.execute import Outcome
+from stages.runtime.fingerprint import fingerprint
+from stages.runtime.parts import drop
 from stages.runtime.progress import Listeners, Silent
 
 
@@ -119,13 +124,15 @@ def plan(recipe: Recipe, settings: Settings, terminal: Terminal | None = None) -
 def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[Session]:
     """A session with the embedded lock held, the record and the MLflow run open; closed by how the block ends."""
     scratch = enter(settings)
-    with _alone(scratch, terminal):
+    pooled = settings.launcher == "pool"
+    with nullcontext() if pooled else _alone(scratch, terminal):
         end_orphaned_servers(os.environ["PREFECT_HOME"])
         record = open_run(scratch, recipe, sys.argv)
         try:
             store = settings.connect()
-            planned = _planned(recipe, settings, store, terminal.for_step)
-            tracking = open_tracking(scratch)
+            away_s = AWAY_S if pooled else 0.0
+            planned = patiently(lambda: _planned(recipe, settings, store, terminal.for_step), away_s=away_s)
+            tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
             tags = {"enginery.store": store.uri}
             with tracking.run(recipe.name, record.name, tags, as_yaml(recipe)) as mlflow:
                 yield Session(
@@ -135,7 +142,7 @@ def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[S
                     terminal=terminal,
                     record=record,
                     planned=planned,
-                    launcher=Launcher(store, settings.launcher, settings.threads, record.folder / "steps"),
+                    launcher=_launcher(store, settings, record),
                     slots=Slots(settings.jobs),
                     tracking=tracking,
                     mlflow=mlflow,
@@ -167,7 +174,9 @@ def run_step(session: Session, name: str, *listeners: Progress) -> StepResult:
             session.terminal.started(name)
             session.record.log({"event": "started", "step": name, "why": planned.why})
             began = time.monotonic()
-            outcome = session.launcher.run(replace(planned.order, force=forced), progress)
+            order = replace(planned.order, force=forced)
+            _scatter(session, order, progress)
+            outcome = session.launcher.run(order, progress)
     except Interrupted:
         tracked.interrupted()
         raise
@@ -178,6 +187,18 @@ def run_step(session: Session, name: str, *listeners: Progress) -> StepResult:
     if forced and outcome.changed:
         session.remade.add(name)
     return _done(session, planned, outcome, time.monotonic() - began, tracked)
+
+
+def _scatter(session: Session, order: Order, progress: Progress) -> None:
+    """Have the parts of a step computed at once, where its work is divided and the settings say where."""
+    if stage(order.stage).divided is None:
+        return
+    if order.force:
+        drop(session.store.objects, fingerprint(order.work))
+    if session.settings.shards:
+        from flows.sharding import scatter
+
+        scatter(order, session.launcher, session.settings.shards, progress)
 
 
 def conclude(session: Session) -> RunResult:
@@ -210,6 +231,13 @@ def conclude(session: Session) -> RunResult:
     return result
 
 
+def _launcher(store: Store, settings: Settings, record: Record) -> Launcher:
+    launcher = Launcher(store, settings.launcher, settings.threads, record.folder / "steps")
+    if settings.launcher == "pool":
+        launcher.dispatcher = Dispatcher(store, load_pools(), settings.threads, record.name)
+    return launcher
+
+
 def _planned(
     recipe: Recipe, settings: Settings, store: Store, listener: Callable[[str], Progress]
 ) -> dict[str, Planned]:
@@ -217,10 +245,11 @@ def _planned(
     names = [step.name for step in steps]
     for name in sorted(settings.force - set(names)):
         raise StageError(f"--force names no step: {name!r}", limit=", ".join(names))
-    planned = resolve(steps, store, listener, settings.force)
+    devices = load_pools().devices_of_stages() if settings.launcher == "pool" else {}
+    planned = resolve(steps, store, listener, settings.force, devices)
     if settings.from_step is not None:
         again = check_start(planned, settings.from_step)
-        planned = resolve(steps, store, listener, settings.force | again)
+        planned = resolve(steps, store, listener, settings.force | again, devices)
     return planned
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from stages.adapters.connect import connect, default_store
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import StageError
 
-Launcher = Literal["process", "inline"]
+Launcher = Literal["process", "inline", "pool"]
+_POOL_JOBS = 16
+"""Steps that wait for their containers at once."""
+LOCAL_SHARDS = "threads:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,10 @@ class Settings:
         output: folder for copies of the final artifacts, None for none.
         from_step: make this step and all that read it again.
         force: names of steps to make again.
-        launcher: `process` runs each step in a child of its own, `inline` in this process.
+        launcher: `process` runs each step in a child of its own, `inline` in this process, `pool` in the containers
+            of Prefect's work pools.
+        shards: where the parts of a step that can be divided are computed at once: `threads:N` for N parts on this
+            machine, the address of a Dask scheduler, or empty for a step that does it all by itself.
     """
 
     store: str
@@ -36,6 +43,7 @@ class Settings:
     from_step: str | None = None
     force: frozenset[str] = field(default_factory=frozenset)
     launcher: Launcher = "process"
+    shards: str = ""
 
     def connect(self) -> Store:
         """Open the store."""
@@ -55,18 +63,20 @@ def settle(
     output: Path | None = None,
     from_step: str | None = None,
     force: Iterable[str] = (),
-    launcher: Launcher = "process",
+    launcher: str | None = None,
+    shards: str | None = None,
 ) -> Settings:
     """Settings from what was asked, the environment and this machine.
 
-    By default one step computes at a time, on all cores.
+    By default one step computes at a time, on all cores; with `pool`, where others compute, as many as wait.
 
     Raises:
-        StageError: a count below one.
+        StageError: a count below one, or a launcher or shards that are not there.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = 1 if jobs is None else jobs
-    threads = max(1, cores // max(1, jobs)) if threads is None else threads
+    launcher = _launcher(launcher or os.environ.get("ENGINERY_LAUNCHER") or "process")
+    jobs = (_POOL_JOBS if launcher == "pool" else 1) if jobs is None else jobs
+    if threads is None:
+        threads = _count("ENGINERY_THREADS") or (cores() if launcher == "pool" else max(1, cores() // max(1, jobs)))
     for name, count in (("--jobs", jobs), ("--threads", threads)):
         if count < 1:
             raise StageError(f"{name} is a count", measured=count, limit="1 or more")
@@ -78,7 +88,44 @@ def settle(
         from_step=from_step,
         force=frozenset(force),
         launcher=launcher,
+        shards=_shards(os.environ.get("ENGINERY_SHARDS", "") if shards is None else shards),
     )
+
+
+def cores() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _shards(where: str) -> str:
+    if where and not re.fullmatch(rf"{LOCAL_SHARDS}[1-9]\d*|(tcp|tls|ucx|wss?)://\S+", where):
+        raise StageError(
+            "parts of a step cannot be computed there",
+            measured=where,
+            limit=f"{LOCAL_SHARDS}N, the address of a Dask scheduler such as tcp://dask:8786, or empty",
+            remedy="Change $ENGINERY_SHARDS.",
+        )
+    return where
+
+
+def _launcher(name: str) -> Launcher:
+    for known in get_args(Launcher):
+        if name == known:
+            break
+    else:
+        raise StageError(f"there is no launcher {name!r}", limit=", ".join(get_args(Launcher)))
+    if name == "pool" and not os.environ.get("PREFECT_API_URL"):
+        raise StageError(
+            "the launcher `pool` needs a Prefect server", remedy="Set PREFECT_API_URL, or leave --launcher out."
+        )
+    return cast(Launcher, name)
+
+
+def _count(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    if text and not text.isdigit():
+        raise StageError(f"${variable} is a count", measured=text, limit="1 or more")
+    return int(text) if text else None
 
 
 def environment(scratch: Path) -> Mapping[str, str]:

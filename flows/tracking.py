@@ -85,9 +85,13 @@ class Tracking:
             self.client.set_terminated(parent.id, status)
 
     def link(self, run_id: str) -> str:
-        """Where a person sees a run: a page of the server, or the command that serves the embedded database."""
+        """Where a person sees a run: a page of the server, or the command that serves the embedded database.
+
+        $ENGINERY_MLFLOW_PAGES is the address for people where that is not the one for programs.
+        """
         if self.uri.startswith("http"):
-            return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+            pages = os.environ.get("ENGINERY_MLFLOW_PAGES") or self.uri
+            return f"{pages.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
         return f"mlflow ui --backend-store-uri {self.uri}"
 
 

@@ -1,7 +1,7 @@
 """The child that runs one stage: python -m stages NAME --work WORK.json --store URI.
 
-Events go to standard output as JSON lines; the last is `sealed` or `error`. The child ends when its standard input
-closes, so that no orphan goes on after its parent was killed.
+Events go to standard output as JSON lines; the last is `sealed` (`part` or `units` where that is asked for) or `error`.
+The child ends when its standard input closes, so that no orphan goes on after its parent was killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from stages import stage
 from stages.adapters.connect import connect
 from stages.runtime.contract import DoesNotFit, Interrupted, Params, Stage, StageError, Unavailable, Work
-from stages.runtime.execute import execute
+from stages.runtime.dividing import count_units, execute_part
+from stages.runtime.execute import Outcome, execute
 from stages.runtime.progress import JsonLines
 
 CODES = {DoesNotFit: 3, Interrupted: 130}
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="JSON: work, params, step, force")
     parser.add_argument("--store", required=True, help="folder or s3:// URI")
     parser.add_argument("--scratch", type=Path, help="folder for drafts and views; default: beside the store")
+    parser.add_argument("--part", type=_span, help="START:STOP: only these units of a stage whose work is divided")
+    parser.add_argument("--units", action="store_true", help="only count the units of a stage whose work is divided")
     parser.add_argument("--orphan", action="store_true", help="go on when standard input closes")
     asked = parser.parse_args(argv)
     with _claimed_stdout() as stream:
@@ -49,28 +52,35 @@ def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
         order = json.loads(asked.work.read_text(encoding="utf-8"))
         definition = stage(asked.name)
         params, work = _understood(definition, order)
-        outcome = execute(
-            definition,
-            params,
-            work,
-            connect(asked.store, asked.scratch),
-            events,
-            step=order.get("step", ""),
-            force=order.get("force", False),
-        )
+        store = connect(asked.store, asked.scratch)
+        if asked.units:
+            last: dict[str, Any] = {"event": "units", "count": count_units(definition, params, work, store)}
+        elif asked.part:
+            execute_part(definition, params, work, store, asked.part, events)
+            last = {"event": "part", "start": asked.part.start, "stop": asked.part.stop}
+        else:
+            step, force = order.get("step", ""), order.get("force", False)
+            last = _sealed(execute(definition, params, work, store, events, step=step, force=force))
     except KeyboardInterrupt:
         events.send(event="error", kind="Interrupted", what=f"{asked.name} was interrupted")
         return 130
     except StageError as error:
         events.send(event="error", **described(error))
         return CODES.get(type(error), 1)
-    events.send(
-        event="sealed",
-        identity=outcome.identity,
-        cached=outcome.cached,
-        changed=outcome.changed,
-    )
+    events.send(**last)
     return 0
+
+
+def _sealed(outcome: Outcome) -> dict[str, Any]:
+    return {"event": "sealed", "identity": outcome.identity, "cached": outcome.cached, "changed": outcome.changed}
+
+
+def _span(text: str) -> range:
+    start, _, stop = text.partition(":")
+    span = range(int(start), int(stop))
+    if not span or span.start < 0:
+        raise ValueError(text)
+    return span
 
 
 def _understood(definition: Stage[Any], order: dict[str, Any]) -> tuple[Params, Work]:

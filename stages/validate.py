@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
+from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 from stages.runtime.execute import device_name
+from stages.runtime.parts import FOLDER, gaps, keep, kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.measures.documents import Document
+
+KEPT_DOCUMENTS = 8
+"""A run that was killed computes at most so many documents again."""
 
 
 class ValidateParams(Params):
@@ -41,19 +50,96 @@ def executed_on(params: ValidateParams) -> dict[str, str]:
 
 
 def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
-    """Score every window and write `report.json`."""
-    from stages.measures.documents import Document, score_documents, summary
+    """Score every window that no part holds yet, and write `report.json`."""
+    from stages.measures.documents import summary
     from stages.measures.size import size_bytes
+
+    model = inputs["model"]
+    documents = _all_scores(params, inputs, output / FOLDER, progress)
+    files = {p.relative_to(model).as_posix(): p.stat().st_size for p in model.rglob("*") if p.is_file()}
+    measures = summary(documents) | {"size_bytes": float(size_bytes(files))}
+    report = {
+        "artifact_target": params.target,
+        "split": params.split,
+        "window_tokens": params.window_tokens,
+        "corpus": _corpus_digest(inputs["text"]),
+        "documents": documents,
+        "measures": measures,
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+    return measures | {"tokens": float(sum(document["tokens"] for document in documents))}
+
+
+def count_windows(params: ValidateParams, inputs: Mapping[str, Path]) -> int:
+    """How many windows are scored; each by itself, so that a score does not depend on what is scored beside it."""
+    return len(_windows(params, inputs))
+
+
+def score_part(params: ValidateParams, inputs: Mapping[str, Path], span: range, progress: Progress) -> bytes:
+    """The scores of some windows, as `validate` gathers them."""
+    ids_NT = _windows(params, inputs)
+    if span.stop > len(ids_NT):
+        raise StageError("the part ends behind the last window", measured=span.stop, limit=len(ids_NT))
+    documents = []
+    for document in _scorer(params, inputs)(ids_NT, span):
+        documents.append(document)
+        progress.advanced(len(documents), len(span))
+    return _written(documents)
+
+
+def _all_scores(params: ValidateParams, inputs: Mapping[str, Path], folder: Path, progress: Progress) -> list[Document]:
+    """Every window's scores: those of the parts in `folder`, and the others computed and kept there as they come."""
+    ids_NT = _windows(params, inputs)
+    count = len(ids_NT)
+    found = _kept_scores(params, ids_NT, folder, "baseline" in inputs, progress)
+    if found:
+        progress.note(f"{len(found)} of {count} documents are scored already")
+        progress.advanced(len(found), count)
+    missing = gaps(count, [range(index, index + 1) for index in found], KEPT_DOCUMENTS)
+    score = _scorer(params, inputs) if missing else None
+    for span in missing:
+        assert score is not None
+        for index, document in zip(span, score(ids_NT, span), strict=True):
+            found[index] = document
+            progress.advanced(len(found), count)
+        keep(folder, span, _written([found[index] for index in span]))
+    return [found[index] for index in range(count)]
+
+
+def _kept_scores(
+    params: ValidateParams, ids_NT: Tensor, folder: Path, paired: bool, progress: Progress
+) -> dict[int, Document]:
+    from stages.measures.documents import read_documents
+
+    found: dict[int, Document] = {}
+    for span, data in kept(folder):
+        ids = ids_NT[span.start : span.stop]
+        documents = read_documents(data, ids, params.split, first=span.start, paired=paired)
+        if documents is None or len(documents) != len(span):
+            progress.note(f"the scores of documents {span.start} to {span.stop - 1} are not of this corpus: made anew")
+        else:
+            found |= dict(zip(span, documents, strict=True))
+    return found
+
+
+def _windows(params: ValidateParams, inputs: Mapping[str, Path]) -> Tensor:
     from stages.models.loading import load_tokenizer
     from stages.models.windows import windows
-    from stages.serving.engine import open_engine
 
-    model, corpus, baseline = inputs["model"], inputs["text"], inputs.get("baseline")
+    model, baseline = inputs["model"], inputs.get("baseline")
     if baseline:
         _check_vocabulary(model, baseline)
     _check_length(model, params.window_tokens)
-    ids_NT = windows(corpus, params.split, load_tokenizer(model), params.window_tokens, most=params.windows)
-    judged = open_engine(model, verified=True)  # an input's every byte was hashed against its manifest
+    return windows(inputs["text"], params.split, load_tokenizer(model), params.window_tokens, most=params.windows)
+
+
+def _scorer(params: ValidateParams, inputs: Mapping[str, Path]) -> Callable[[Tensor, range], Iterator[Document]]:
+    """Load the model and its baseline; returns (all windows, range of them) -> their scores."""
+    from stages.measures.documents import score_documents
+    from stages.serving.engine import open_engine
+
+    baseline = inputs.get("baseline")
+    judged = open_engine(inputs["model"], verified=True)  # an input's every byte was hashed against its manifest
     if judged.target != params.target:
         raise StageError(
             "the artifact is executed on another target than the one asked for",
@@ -62,22 +148,16 @@ def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, p
             remedy=f"Set the step's parameter `target` to {judged.target}.",
         )
     dense = open_engine(baseline, verified=True).logits if baseline else None
-    documents: list[Document] = []
-    for document in score_documents(ids_NT, judged.logits, dense, params.split):
-        documents.append(document)
-        progress.advanced(len(documents), len(ids_NT))
-    files = {p.relative_to(model).as_posix(): p.stat().st_size for p in model.rglob("*") if p.is_file()}
-    measures = summary(documents) | {"size_bytes": float(size_bytes(files))}
-    report = {
-        "artifact_target": judged.target,
-        "split": params.split,
-        "window_tokens": params.window_tokens,
-        "corpus": _corpus_digest(corpus),
-        "documents": documents,
-        "measures": measures,
-    }
-    (output / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-    return measures | {"tokens": float(sum(document["tokens"] for document in documents))}
+
+    def score(ids_NT: Tensor, span: range) -> Iterator[Document]:
+        ids = ids_NT[span.start : span.stop]
+        return score_documents(ids, judged.logits, dense, params.split, first=span.start)
+
+    return score
+
+
+def _written(documents: list[Document]) -> bytes:
+    return json.dumps(documents, allow_nan=False).encode()
 
 
 def _check_vocabulary(model: Path, baseline: Path) -> None:
@@ -119,4 +199,5 @@ VALIDATE = Stage(
     image=Image.TORCH,
     run=validate,
     executed_on=executed_on,
+    divided=Divided(count=count_windows, part=score_part),
 )

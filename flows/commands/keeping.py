@@ -89,7 +89,8 @@ def sweep(
         found.remove(identity)
         typer.echo(f"took away artifact {identity[:12]}; its files go with a sweep after 24 hours")
     swept = found.sweep()
-    typer.echo(f"removed {swept.drafts} drafts and views and {swept.blobs} files, {size(swept.bytes)}")
+    uploads = f", {swept.uploads} uploads that nobody ended" if swept.uploads else ""
+    typer.echo(f"removed {swept.drafts} drafts and views and {swept.blobs} files, {size(swept.bytes)}{uploads}")
 
 
 def doctor(store: StoreOption = None) -> int:

@@ -60,6 +60,9 @@ def run(
     as_json: JsonOption = False,
     jobs: Annotated[int | None, typer.Option("--jobs", metavar="N", help="Steps that compute at once.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads a step may use.")] = None,
+    launcher: Annotated[
+        str | None, typer.Option("--launcher", metavar="HOW", help="process, inline, or pool: Prefect's work pools.")
+    ] = None,
 ) -> int:
     """Run a recipe; what is sealed is not made again."""
     from flows.recipe import load_recipe
@@ -68,7 +71,13 @@ def run(
     from flows.terminal import TerminalProgress
 
     settings = settle(
-        store=store, jobs=jobs, threads=threads, output=output, from_step=from_step, force=frozenset(force or ())
+        store=store,
+        jobs=jobs,
+        threads=threads,
+        output=output,
+        from_step=from_step,
+        force=frozenset(force or ()),
+        launcher=launcher,
     )
     loaded = load_recipe(recipe, sets or ())
     _check_steps(loaded, [*(force or ()), *([from_step] if from_step else [])])

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 from botocore.exceptions import ClientError
 
-from stages.adapters.s3_client import TRIES, client, fetch_object, listed, parse, spoken, status_of
+from stages.adapters import s3_multipart
+from stages.adapters.s3_client import client, fetch_object, listed, parse, spoken, status_of
 from stages.runtime.contract import StageError
-from stages.runtime.stores import ObjectStat
-
-PART_BYTES = 1 << 26
-"""Larger files go up in parts of this size, so that a failure repeats 64 MB and not 64 GB."""
-_PARTS_LIMIT = 10_000
+from stages.runtime.stores import Moved, ObjectStat, unheard
 
 
 class S3Objects:
     """Keyed bytes below a prefix of a bucket; put-if-absent is `IfNoneMatch: *`, settled by the server."""
+
+    remote = True
 
     def __init__(self, uri: str) -> None:
         self._bucket, prefix = parse(uri)
@@ -71,20 +68,26 @@ class S3Objects:
             with spoken(self._name(key)):
                 client().put_object(**where, Body=data)  # type: ignore[arg-type]
             return True
-        return self._if_absent(key, lambda: client().put_object(**where, Body=data, IfNoneMatch="*"))  # type: ignore[arg-type]
+        with spoken(self._name(key)):
+            return s3_multipart.if_absent(lambda: client().put_object(**where, Body=data, IfNoneMatch="*"))  # type: ignore[arg-type]
 
-    def put_file(self, key: str, path: Path) -> bool:
-        """See Objects."""
+    def put_file(self, key: str, path: Path, moved: Moved = unheard) -> bool:
+        """See Objects. A large file goes up in parts, and goes on with those that an interrupted upload left."""
         if self.stat(key):
             return False
         size = path.stat().st_size
-        if size > PART_BYTES:
-            return self._put_parts(key, path, size)
-        return self.put(key, path.read_bytes())
+        if size > s3_multipart.PART_BYTES:
+            with spoken(self._name(key)):
+                return s3_multipart.put_parts(
+                    self._bucket, self._prefix + key, path, lambda: self.stat(key) is not None, moved
+                )
+        placed = self.put(key, path.read_bytes())
+        moved(size)
+        return placed
 
-    def fetch(self, key: str, path: Path) -> None:
-        """See Objects. A connection that breaks is taken up again where it broke."""
-        fetch_object(self._bucket, self._prefix + key, path, lambda _: None)
+    def fetch(self, key: str, path: Path, moved: Moved = unheard) -> None:
+        """See Objects. A transfer that breaks is taken up again where it broke, by this process or the next."""
+        fetch_object(self._bucket, self._prefix + key, path, moved)
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         """See Objects."""
@@ -96,54 +99,10 @@ class S3Objects:
         with spoken(self._name(key)):
             client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
+    def sweep_uploads(self, prefix: str, *, older_than_s: float) -> tuple[int, int]:
+        """See Objects. They are uploads in parts that nobody completed."""
+        with spoken(self._name(prefix)):
+            return s3_multipart.sweep(self._bucket, self._prefix + prefix, older_than_s=older_than_s)
+
     def _name(self, key: str) -> str:
         return f"{self.uri}/{key}"
-
-    def _if_absent(self, key: str, put: Callable[[], object]) -> bool:
-        """Whether a conditional write took place. 409 says that another was under way: ask again."""
-        with spoken(self._name(key)):
-            for attempt in range(TRIES):
-                try:
-                    put()
-                    return True
-                except ClientError as error:
-                    if status_of(error) == 412:
-                        return False
-                    if status_of(error) != 409 or attempt == TRIES - 1:
-                        raise
-                    time.sleep(0.1 * 2**attempt)
-        raise AssertionError
-
-    def _put_parts(self, key: str, path: Path, size: int) -> bool:
-        length = max(PART_BYTES, -(-size // _PARTS_LIMIT))
-        full = self._prefix + key
-        with spoken(self._name(key)):
-            upload = client().create_multipart_upload(Bucket=self._bucket, Key=full)["UploadId"]
-
-        def send(number: int) -> dict[str, object]:
-            with path.open("rb") as stream:
-                stream.seek((number - 1) * length)
-                data = stream.read(length)
-            done = client().upload_part(Bucket=self._bucket, Key=full, UploadId=upload, PartNumber=number, Body=data)
-            return {"ETag": done["ETag"], "PartNumber": number}
-
-        try:
-            with spoken(self._name(key)), ThreadPoolExecutor(2) as pool:
-                parts = list(pool.map(send, range(1, -(-size // length) + 1)))
-            placed = self._if_absent(
-                key,
-                lambda: client().complete_multipart_upload(
-                    Bucket=self._bucket,
-                    Key=full,
-                    UploadId=upload,
-                    MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
-                    IfNoneMatch="*",
-                ),
-            )
-        except BaseException:
-            # Parts of an upload that nobody completes are billed for ever and listed nowhere.
-            client().abort_multipart_upload(Bucket=self._bucket, Key=full, UploadId=upload)
-            raise
-        if not placed:
-            client().abort_multipart_upload(Bucket=self._bucket, Key=full, UploadId=upload)
-        return placed

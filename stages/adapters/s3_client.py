@@ -105,6 +105,11 @@ def status_of(error: ClientError) -> int:
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
+def code_of(error: ClientError) -> str:
+    """The server's name for what went wrong."""
+    return error.response["Error"].get("Code", "")
+
+
 @contextmanager
 def spoken(name: str) -> Iterator[None]:
     """The server's errors as ours: what a person must mend, and what another try may mend."""
@@ -122,9 +127,11 @@ def spoken(name: str) -> Iterator[None]:
             remedy="Check the network and AWS_ENDPOINT_URL.",
         ) from error
     except ClientError as error:
-        status, code = status_of(error), error.response["Error"].get("Code", "")
+        status, code = status_of(error), code_of(error)
         if status >= 500 or status == 429:
             raise Unavailable(f"the server failed on {name}", measured=f"HTTP {status} {code}") from error
+        if status in (409, 412):
+            raise Unavailable(f"{name} was changed by another meanwhile", measured=code, remedy="Run again.") from error
         if status in (401, 403):
             raise StageError(
                 f"access to {name} is denied", measured=code, remedy="Check the credentials and the bucket's policy."

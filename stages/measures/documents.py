@@ -6,9 +6,10 @@ Shapes: N documents of one window each, T tokens, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -33,7 +34,9 @@ class Document(TypedDict):
     agree: NotRequired[int]
 
 
-def score_documents(ids_NT: Tensor, model: Predict, baseline: Predict | None, name: str) -> Iterator[Document]:
+def score_documents(
+    ids_NT: Tensor, model: Predict, baseline: Predict | None, name: str, *, first: int = 0
+) -> Iterator[Document]:
     """Score windows of tokens: the logits of one window at a time, of the model and of the baseline, and no more.
 
     Args:
@@ -42,18 +45,18 @@ def score_documents(ids_NT: Tensor, model: Predict, baseline: Predict | None, na
         baseline: what it is compared with.
         name: begins each document's id. The id ends in a digest of the tokens, so that scores of other text or of
             another tokenizer can never be paired with these.
+        first: number of the first document, where these are a part of more.
 
     Raises:
         StageError: logits that are no distribution, or a baseline with another vocabulary.
     """
-    for index, ids_T in enumerate(ids_NT):
-        digest = hashlib.sha256(ids_T.numpy().tobytes()).hexdigest()
+    for index, ids_T in enumerate(ids_NT, start=first):
         window = ids_T[None].numpy()
         # The last row predicts a token that nobody knows.
         logits_TV = torch.from_numpy(model(window)[0, :-1])
         nll_T = negative_log_likelihood(logits_TV, ids_T[1:])
         document: Document = {
-            "id": f"{name}-{index:05d}-{digest[:12]}",
+            "id": _id(name, index, ids_T),
             "tokens": len(nll_T),
             "nll": float(nll_T.sum()),
         }
@@ -66,6 +69,45 @@ def score_documents(ids_NT: Tensor, model: Predict, baseline: Predict | None, na
             document["agree"] = int(top1_agreement(baseline_TV, logits_TV).sum())
             _check_finite(document["kl"], document, "the model or its baseline")
         yield document
+
+
+def read_documents(data: bytes, ids_NT: Tensor, name: str, *, first: int, paired: bool) -> list[Document] | None:
+    """Scores that were written as JSON, None unless they are those of exactly these documents.
+
+    Args:
+        data: what `json.dumps` made of a list of documents.
+        ids_NT: the tokens that must have been scored.
+        name: begins each document's id.
+        first: number of the first document.
+        paired: whether there is a baseline.
+    """
+    try:
+        found = json.loads(data)
+        documents = [_typed(one, paired) for one in found]
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None
+    ids = [_id(name, index, ids_T) for index, ids_T in enumerate(ids_NT, start=first)]
+    tokens = ids_NT.shape[1] - 1
+    same = ids == [document["id"] for document in documents] and all(one["tokens"] == tokens for one in documents)
+    return documents if same and found == documents else None
+
+
+def _typed(found: dict[str, Any], paired: bool) -> Document:
+    # In this order: a report's bytes must not depend on where its documents were scored.
+    document: Document = {"id": str(found["id"]), "tokens": int(found["tokens"]), "nll": _finite(found["nll"])}
+    if paired:
+        document["kl"], document["agree"] = _finite(found["kl"]), int(found["agree"])
+    return document
+
+
+def _finite(score: float) -> float:
+    if not math.isfinite(score):
+        raise ValueError(score)
+    return float(score)
+
+
+def _id(name: str, index: int, ids_T: Tensor) -> str:
+    return f"{name}-{index:05d}-{hashlib.sha256(ids_T.numpy().tobytes()).hexdigest()[:12]}"
 
 
 def summary(documents: Sequence[Document]) -> Metrics:

@@ -8,18 +8,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.runtime.contract import PARTIAL, FileEntry, Manifest, StageError, Work
+from stages.runtime.contract import PARTIAL, FileEntry, Manifest, Progress, StageError, Work
 from stages.runtime.fingerprint import digest_file, fingerprint, first_difference
+from stages.runtime.parts import PARTS
 from stages.runtime.stores import Objects
+from stages.runtime.transfers import bar, bring, locked
 
 MANIFESTS = "artifacts/"
 BLOBS = "blobs/"
 KEPT_SECONDS = 24 * 3600
 """How old an unreferenced blob or a draft must be before `sweep` takes it: longer than any publication lasts."""
+_FINISHED = "finished.json"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Swept:
     drafts: int
     blobs: int
     bytes: int
+    uploads: int = 0
 
 
 class Store:
@@ -86,21 +90,34 @@ class Store:
             )
         return names[0]
 
-    def publish(self, draft: Path, manifest: Manifest, *, replace: bool = False) -> Manifest:
+    def publish(
+        self, draft: Path, manifest: Manifest, *, replace: bool = False, progress: Progress | None = None
+    ) -> Manifest:
         """Seal a draft: each file to its digest, then the manifest if absent. Returns the manifest that stands."""
         identity = fingerprint(manifest.work)
-        for name, entry in manifest.files.items():
-            self.objects.put_file(_blob(entry.sha256), draft / name)
+        sizes = {entry.sha256: entry.size for entry in manifest.files.values()}
+        absent = (size for digest, size in sizes.items() if not self.objects.stat(_blob(digest)))
+        moved = bar(progress, self.objects, "uploading {} to {}", absent)
+        stood = [
+            (entry, name)
+            for name, entry in manifest.files.items()
+            if not self.objects.put_file(_blob(entry.sha256), draft / name, moved)
+        ]
         data = manifest.model_dump_json(indent=1).encode()
         if self.objects.put(f"{MANIFESTS}{identity}.json", data, replace=replace):
+            for entry, name in stood:
+                # While the others travelled nothing named it, so `sweep` may have taken it.
+                self.objects.put_file(_blob(entry.sha256), draft / name)
             return manifest
         theirs = self.manifest(identity)
         if theirs is None:
             raise StageError(f"the manifest of {identity[:12]} vanished while it was published", remedy="Run again.")
         return theirs
 
-    def checkout(self, identity: str) -> Path:
+    def checkout(self, identity: str, progress: Progress | None = None) -> Path:
         """A read-only folder with the artifact's files, every byte hashed against the manifest.
+
+        What a killed checkout brought is kept and gone on with.
 
         Raises:
             StageError: not sealed, or a file's bytes differ from their digest.
@@ -111,18 +128,9 @@ class Store:
         view = self.scratch / "views" / identity
         if view.is_dir():
             os.utime(view)  # `sweep` takes views that nobody asked for lately.
+            self._verify(view, manifest, identity)
         else:
-            view.parent.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(dir=view.parent, prefix=".view-"))
-            for name, entry in manifest.files.items():
-                self.objects.fetch(_blob(entry.sha256), building / name)
-            try:
-                building.rename(view)
-            except OSError:
-                shutil.rmtree(building)
-                if not view.is_dir():
-                    raise
-        self._verify(view, manifest, identity)
+            self._build(view, manifest, identity, progress)
         return view
 
     def verify(self, identity: str) -> Manifest:
@@ -140,36 +148,50 @@ class Store:
             self.objects.fetch(_blob(entry.sha256), Path(folder) / "blob")
             return digest_file(Path(folder) / "blob") != entry.sha256
 
+    def _build(self, view: Path, manifest: Manifest, identity: str, progress: Progress | None) -> None:
+        """Bring an artifact's files into a folder of one name, so that another process can go on with it."""
+        building = view.with_name(f".view-{identity}")
+        view.parent.mkdir(parents=True, exist_ok=True)
+        with locked(building.with_name(f"{building.name}.lock")):
+            if view.is_dir():  # made by another while this one waited
+                return
+            building.mkdir(exist_ok=True)
+            sizes = (entry.size for entry in manifest.files.values())
+            moved = bar(progress, self.objects, "downloading {} from {}", sizes)
+            for name, entry in manifest.files.items():
+                found = bring(self.objects, _blob(entry.sha256), entry, building / name, moved)
+                if found != entry.sha256:
+                    raise _mismatch(identity, name, found, entry.sha256)
+            for path in sorted(building.rglob("*")):
+                if path.is_file() and path.relative_to(building).as_posix() not in manifest.files:
+                    path.unlink()
+            building.rename(view)
+
     def _verify(self, view: Path, manifest: Manifest, identity: str) -> None:
         for name, entry in manifest.files.items():
             found = digest_file(view / name) if (view / name).is_file() else "absent"
             if found != entry.sha256:
                 shutil.rmtree(view)
-                raise StageError(
-                    f"{name} of artifact {identity[:12]} does not match its digest",
-                    measured=found[:12],
-                    limit=entry.sha256[:12],
-                    remedy=f"Remove it with `enginery sweep --artifact {identity[:12]}` and run again.",
-                )
+                raise _mismatch(identity, name, found, entry.sha256)
 
     @contextmanager
     def draft(self, identity: str) -> Iterator[Path]:
         """The folder in which one process may make this artifact; what stands in its `PARTIAL` is kept.
 
         Yields:
-            An otherwise empty folder. It is removed after publication by the caller's `discard`.
+            A folder that is otherwise empty, unless it was finished and not published. It is removed after
+            publication by the caller's `discard`.
         """
         folder = self.scratch / "drafts" / identity
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f"{identity}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(folder.parent / f"{identity}.lock"):
             folder.mkdir(exist_ok=True)
-            _empty(folder)
+            _clear(folder)
             try:
                 yield folder
             finally:
                 # What a failed stage wrote is of no use; left here it would keep a full disk full.
-                _empty(folder)
+                _clear(folder)
 
     def discard(self, identity: str) -> None:
         """Remove a draft whose artifact is sealed."""
@@ -200,7 +222,7 @@ class Store:
         shutil.rmtree(self.scratch / "views" / identity, ignore_errors=True)
 
     def sweep(self, *, older_than_s: float = KEPT_SECONDS) -> Swept:
-        """Remove drafts, downloads and unreferenced blobs older than `older_than_s`."""
+        """Remove drafts, downloads, interrupted uploads, parts and unreferenced blobs older than `older_than_s`."""
         before = time.time() - older_than_s
         named = {entry.sha256 for _, manifest in self.manifests() for entry in manifest.files.values()}
         drafts = blobs = freed = 0
@@ -209,13 +231,18 @@ class Store:
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 if path.suffix != ".lock" and _newest(path) < before and not self._in_use(path):
                     drafts += 1
-                    freed += 0 if room == "views" else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+                    shared = room == "views" and not self.objects.remote  # links to the blobs themselves
+                    freed += 0 if shared else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for found in list(self.objects.list(BLOBS)):
+        uploads = 0
+        for prefix in (MANIFESTS, BLOBS):
+            count, size = self.objects.sweep_uploads(prefix, older_than_s=older_than_s)
+            uploads, freed = uploads + count, freed + size
+        for found in [*self.objects.list(BLOBS), *self.objects.list(PARTS)]:
             if found.key.rpartition("/")[2] not in named and found.modified < before:
                 self.objects.delete(found.key)
                 blobs, freed = blobs + 1, freed + found.size
-        return Swept(drafts, blobs, freed)
+        return Swept(drafts, blobs, freed, uploads)
 
     def _in_use(self, path: Path) -> bool:
         lock = path.parent / f"{path.name}.lock"
@@ -249,7 +276,39 @@ def entries(folder: Path) -> dict[str, FileEntry]:
     return found
 
 
-def _empty(draft: Path) -> None:
+def _mismatch(identity: str, name: str, found: str, wanted: str) -> StageError:
+    return StageError(
+        f"{name} of artifact {identity[:12]} does not match its digest",
+        measured=found[:12],
+        limit=wanted[:12],
+        remedy=f"Remove it with `enginery sweep --artifact {identity[:12]}` and run again.",
+    )
+
+
+def finished(draft: Path) -> Manifest | None:
+    """The manifest of a draft that was whole when its publication broke off, if its bytes are what they were."""
+    record = draft / PARTIAL / _FINISHED
+    if not record.is_file():
+        return None
+    with suppress(ValueError):  # a machine that lost power may leave a record without its bytes
+        manifest = Manifest.model_validate_json(record.read_bytes())
+        if entries(draft) == manifest.files:
+            return manifest
+    record.unlink()
+    _clear(draft)
+    return None
+
+
+def finish(draft: Path, manifest: Manifest) -> None:
+    """Keep a whole draft until it is published: a server that goes away must not cost the work that made it."""
+    whole = draft / PARTIAL / f".{_FINISHED}"
+    whole.write_text(manifest.model_dump_json(), encoding="utf-8")
+    whole.replace(draft / PARTIAL / _FINISHED)
+
+
+def _clear(draft: Path) -> None:
+    if (draft / PARTIAL / _FINISHED).is_file():
+        return
     for path in draft.iterdir() if draft.is_dir() else ():
         if path.name != PARTIAL:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

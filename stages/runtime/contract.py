@@ -177,6 +177,20 @@ P = TypeVar("P", bound=Params)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Divided(Generic[P]):
+    """Work of independent units, whose parts any number of workers may compute beside the stage's own run.
+
+    Attributes:
+        count: (params, role -> folder of the input artifact) -> how many units there are.
+        part: (params, inputs, range of units, progress) -> what the stage's run gathers: bytes that depend on the
+            params, the inputs and the range alone.
+    """
+
+    count: Callable[[P, Mapping[str, Path]], int]
+    part: Callable[[P, Mapping[str, Path], range, Progress], bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage(Generic[P]):
     """A definition: sealed artifacts and params in, one sealed artifact out.
 
@@ -186,6 +200,8 @@ class Stage(Generic[P]):
         pin: turns a source named in params into the digest of its content, before the work has an identity. Only
             `fetch` and `corpus` have one.
         executed_on: for a stage whose result is a fact about a machine: the executor for given params and inputs.
+        divided: for a stage whose work is a sum of independent parts. `run` uses those that it finds in its draft, see
+            `stages.runtime.parts`, and its bytes do not depend on how the work was divided.
     """
 
     name: str
@@ -196,3 +212,4 @@ class Stage(Generic[P]):
     run: Callable[[P, Mapping[str, Path], Path, Progress], Metrics]
     pin: Callable[[P, Pins, Progress], P] | None = None
     executed_on: Callable[[P], dict[str, str]] | None = None
+    divided: Divided[P] | None = None

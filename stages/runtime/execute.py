@@ -19,7 +19,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from stages.runtime.artifacts import Store, entries
+from stages.runtime import parts
+from stages.runtime.artifacts import Store, entries, finish, finished
 from stages.runtime.contract import (
     PARTIAL,
     DoesNotFit,
@@ -111,20 +112,35 @@ def execute(
     before = store.manifest(identity)
     if before and not force:
         return Outcome(identity, before, cached=True, changed=False)
-    _check(stage, work, store)
-    with _room(store), store.draft(identity) as draft:
+    check(stage, work, store)
+    check_executor(stage, params, work)
+    with room(store), store.draft(identity) as draft:
         raced = store.manifest(identity)
         if raced and not force:
             store.discard(identity)
             return Outcome(identity, raced, cached=True, changed=False)
         _claim_partial(draft, work, fresh=force)
-        manifest = _run(stage, params, work, store, progress, draft, step)
-        sealed = store.publish(draft, manifest, replace=force)
+        manifest = finished(draft)
+        if manifest is None:
+            if stage.divided:
+                parts.bring(store.objects, identity, draft, progress)
+            manifest = _run(stage, params, work, store, progress, draft, step)
+            if store.objects.remote:
+                finish(draft, manifest)
+        sealed = store.publish(draft, manifest, replace=force, progress=progress)
         store.discard(identity)
+        if stage.divided:
+            parts.drop(store.objects, identity)
     return Outcome(identity, sealed, cached=False, changed=before is None or before.files != sealed.files)
 
 
-def _check(stage: Stage[Any], work: Work, store: Store) -> None:
+def checked_out(work: Work, store: Store, progress: Progress | None = None) -> dict[str, Path]:
+    """Role -> folder of the input artifact."""
+    return {role: store.checkout(identity, progress) for role, identity in work.inputs.items()}
+
+
+def check(stage: Stage[Any], work: Work, store: Store) -> None:
+    """Raise StageError unless the inputs, the libraries and the code are those that the work names."""
     kinds: dict[str, Kind] = {}
     for role, identity in work.inputs.items():
         manifest = store.manifest(identity)
@@ -143,12 +159,25 @@ def _check(stage: Stage[Any], work: Work, store: Store) -> None:
         )
 
 
+def check_executor(stage: Stage[Any], params: Params, work: Work) -> None:
+    """Raise StageError where the result would be a fact about another machine than the one that was planned."""
+    here = stage.executed_on(params) if stage.executed_on else {}
+    for name in sorted(here.keys() | work.executor.keys()):
+        if here.get(name) != work.executor.get(name):
+            raise StageError(
+                f"{stage.name} was planned for another {name} than the one it runs on",
+                measured=here.get(name),
+                limit=work.executor.get(name),
+                remedy="Name this pool's device under `devices` in the pools' settings ($ENGINERY_POOLS).",
+            )
+
+
 def _claim_partial(draft: Path, work: Work, *, fresh: bool) -> None:
     """Write the work beside the partial state, or refuse state of another work by the field that differs."""
     partial = draft / PARTIAL
     record = partial / "work.json"
-    if fresh and partial.exists():
-        shutil.rmtree(partial)
+    if fresh:
+        shutil.rmtree(draft)
     if record.is_file():
         difference = first_difference(Work.model_validate_json(record.read_bytes()), work)
         if difference:
@@ -170,8 +199,7 @@ def _run(
 ) -> Manifest:
     _reset_peak_rss()
     started = time.monotonic()
-    inputs = {role: store.checkout(identity) for role, identity in work.inputs.items()}
-    metrics = stage.run(params, inputs, draft, progress)
+    metrics = stage.run(params, checked_out(work, store, progress), draft, progress)
     files = entries(draft)
     if not files:
         raise StageError(f"{stage.name} ended without writing a file")
@@ -194,7 +222,7 @@ def _run(
 
 
 @contextmanager
-def _room(store: Store) -> Iterator[None]:
+def room(store: Store) -> Iterator[None]:
     """Say that memory or disk ran out wherever it shows: in the draft, in the stage, while sealing."""
     try:
         yield

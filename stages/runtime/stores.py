@@ -6,13 +6,16 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from stages.runtime.contract import StageError
+
+_PUTTING = ".put-"
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,20 @@ class ObjectStat:
     modified: float
 
 
+Moved = Callable[[int], None]
+"""Told how many more bytes are where they go; bytes that an interrupted transfer left there count too."""
+
+
+def unheard(_count: int) -> None:
+    """Let bytes move without telling anybody."""
+
+
 class Objects(Protocol):
     """Keyed bytes with put-if-absent. A put object is durable and whole, or it is not there."""
 
     uri: str
+    remote: bool
+    """Whether bytes cross a network on their way."""
 
     def probe(self) -> None:
         """Raise StageError when one may not write here, or conditional put does not work."""
@@ -41,10 +54,10 @@ class Objects(Protocol):
     def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
         """Store bytes; False when the key stood already and `replace` is not asked."""
 
-    def put_file(self, key: str, path: Path) -> bool:
-        """Store a file's bytes if absent; False when the key stood already."""
+    def put_file(self, key: str, path: Path, moved: Moved = unheard) -> bool:
+        """Store a file's bytes if absent; False when the key stood already. The key must name the content."""
 
-    def fetch(self, key: str, path: Path) -> None:
+    def fetch(self, key: str, path: Path, moved: Moved = unheard) -> None:
         """Bring an object to a local path that does not exist yet; it must not be written to."""
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
@@ -53,9 +66,14 @@ class Objects(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object; absent is fine."""
 
+    def sweep_uploads(self, prefix: str, *, older_than_s: float) -> tuple[int, int]:
+        """Remove what interrupted puts left below `prefix`; returns how many, and their bytes."""
+
 
 class LocalObjects:
     """Objects as files below a folder. Publication is `os.link`, which fails if the name stands."""
+
+    remote = False
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -96,7 +114,7 @@ class LocalObjects:
         """See Objects."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".put-")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PUTTING)
         try:
             with os.fdopen(handle, "wb") as stream:
                 stream.write(data)
@@ -113,7 +131,7 @@ class LocalObjects:
                 Path(name).unlink(missing_ok=True)
             _sync_folder(path.parent)
 
-    def put_file(self, key: str, path: Path) -> bool:
+    def put_file(self, key: str, path: Path, moved: Moved = unheard) -> bool:
         """See Objects. The file becomes read-only and may share its blocks with the store."""
         target = self._path(key)
         if target.exists():
@@ -131,7 +149,7 @@ class LocalObjects:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
                 raise
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".put-")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=_PUTTING)
         try:
             with os.fdopen(handle, "wb") as out, path.open("rb") as stream:
                 shutil.copyfileobj(stream, out, 1 << 20)
@@ -142,7 +160,7 @@ class LocalObjects:
         finally:
             Path(name).unlink(missing_ok=True)
 
-    def fetch(self, key: str, path: Path) -> None:
+    def fetch(self, key: str, path: Path, moved: Moved = unheard) -> None:
         """See Objects. Links where the disk allows, else copies."""
         path.parent.mkdir(parents=True, exist_ok=True)
         source = self._path(key)
@@ -170,6 +188,15 @@ class LocalObjects:
     def delete(self, key: str) -> None:
         """See Objects."""
         self._path(key).unlink(missing_ok=True)
+
+    def sweep_uploads(self, prefix: str, *, older_than_s: float) -> tuple[int, int]:
+        """See Objects. They are the temporary files of processes that were killed."""
+        before, count, freed = time.time() - older_than_s, 0, 0
+        for found in list(self.list(prefix)):
+            if found.key.rpartition("/")[2].startswith(_PUTTING) and found.modified < before:
+                self.delete(found.key)
+                count, freed = count + 1, freed + found.size
+        return count, freed
 
     def _path(self, key: str) -> Path:
         return self.root / key

@@ -56,7 +56,7 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     identities = {"identities": [_identity("any", "Admin"), _identity("reader", "Read", "List")]}
     (folder / "identities.json").write_text(json.dumps(identities))
     command += [f"-s3.config={folder / 'identities.json'}"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=200", "-master.volumeSizeLimitMB=64"]
     with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
             endpoint = f"http://127.0.0.1:{port}"

@@ -1,15 +1,18 @@
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.runtime import transfers
 from stages.runtime.artifacts import Store, entries
 from stages.runtime.contract import PARTIAL, Kind, Manifest, Provenance, StageError, Work
 from stages.runtime.fingerprint import digest_bytes, fingerprint
-from stages.runtime.stores import LocalObjects
+from stages.runtime.progress import Silent
+from stages.runtime.stores import LocalObjects, unheard
 
 FILES = {"a.txt": b"alpha", "deep/b.bin": bytes(range(256)), "same.txt": b"alpha"}
 
@@ -94,9 +97,9 @@ def test_crash_anywhere_before_the_manifest_leaves_no_artifact_and_a_rerun_seals
                 raise Crash
             self.left -= 1
 
-        def put_file(self, key, path):
+        def put_file(self, key, path, moved=unheard):
             self._count()
-            return super().put_file(key, path)
+            return super().put_file(key, path, moved)
 
         def put(self, key, data, *, replace=False):
             assert key.startswith("artifacts/")
@@ -298,3 +301,87 @@ def test_nearest_names_the_first_field_that_differs_from_the_most_similar_of_the
     assert store.nearest(wanted, "one") == "params.m: 2 -> 3"
     assert store.nearest(wanted, "two") == "inputs.model: a -> b"
     assert store.nearest(work(stage="other"), "one") == "nothing like it is sealed yet"
+
+
+def test_checkout_goes_on_with_what_a_killed_one_left_and_keeps_nothing_foreign(store):
+    identity = sealed(store)
+    building = store.scratch / "views" / f".view-{identity}"
+    write(building, {"a.txt": b"cut s", "deep/b.bin": FILES["deep/b.bin"], "deep/b.bin.0123abcd.part": b"1", "x": b"y"})
+    blob(store, FILES["deep/b.bin"]).rename(store.scratch / "away")
+    store.manifest = lambda _: Manifest.model_validate_json(
+        (store.objects.root / "artifacts" / f"{identity}.json").read_bytes()
+    )
+    view = store.checkout(identity)
+    assert {p.relative_to(view).as_posix(): p.read_bytes() for p in view.rglob("*") if p.is_file()} == FILES
+    assert not building.exists()
+
+
+def test_checkouts_at_once_build_one_view(store):
+    identity = sealed(store)
+    gate = threading.Barrier(8)
+
+    def checkout(_):
+        gate.wait()
+        return store.checkout(identity)
+
+    with ThreadPoolExecutor(8) as pool:
+        views = set(pool.map(checkout, range(8)))
+    assert views == {store.scratch / "views" / identity}
+    assert [path for path in (store.scratch / "views").iterdir() if path.is_dir()] == [*views]
+
+
+def test_sweep_spares_a_view_that_is_being_built(store):
+    identity = sealed(store)
+    building = store.scratch / "views" / f".view-{identity}"
+
+    class Sweeping(LocalObjects):
+        def fetch(self, key, path, moved=unheard):
+            super().fetch(key, path, moved)
+            aged(building, *building.rglob("*"))
+            assert store.sweep().drafts == 0
+
+    Store(Sweeping(store.objects.root), store.scratch).checkout(identity)
+    write(building, {"a.txt": b"left by a kill"})
+    aged(building, *building.rglob("*"))
+    assert store.sweep().drafts >= 1
+    assert not building.exists()
+
+
+def test_a_blob_that_was_swept_while_the_others_travelled_is_put_again(store):
+    store.remove(sealed(store, {"a.txt": b"alpha"}))
+
+    class Swept(LocalObjects):
+        def put(self, key, data, *, replace=False):
+            blob(store, b"alpha").unlink()
+            return super().put(key, data, replace=replace)
+
+    identity = sealed(Store(Swept(store.objects.root), store.scratch), {"a.txt": b"alpha", "b.txt": b"beta"})
+    store.verify(identity)
+
+
+def test_temporary_files_of_killed_puts_are_swept_once_old(store):
+    identity = sealed(store)
+    left = {"artifacts/.put-old": b"1", "blobs/aa/.put-old": b"22", "blobs/aa/.put-young": b"333", "b/.put-old": b"4"}
+    write(store.objects.root, left)
+    aged(*(store.objects.root / name for name in left if name.endswith("old")))
+    swept = store.sweep()
+    assert (swept.uploads, swept.blobs, swept.bytes) == (2, 0, 3)
+    assert [name for name in left if (store.objects.root / name).exists()] == ["blobs/aa/.put-young", "b/.put-old"]
+    store.verify(identity)
+
+
+def test_a_local_store_says_nothing_of_its_transfers(store, monkeypatch):
+    class Loud(Silent):
+        def note(self, text):
+            raise AssertionError(text)
+
+        def advanced(self, done, total):
+            raise AssertionError(done)
+
+    monkeypatch.setattr(transfers, "TOLD_BYTES", 0)
+    with store.draft("a" * 64) as draft:
+        write(draft)
+        provenance = Provenance(step="one", host="h", device="d", created="now", seconds=1, peak_rss_bytes=1)
+        manifest = Manifest(work=work(), kind=Kind.CORPUS, files=entries(draft), metrics={}, provenance=provenance)
+        store.publish(draft, manifest, progress=Loud())
+    assert store.checkout(fingerprint(work()), Loud()).is_dir()

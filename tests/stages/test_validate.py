@@ -1,7 +1,10 @@
 import importlib.metadata
 import json
 import math
+import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -14,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.gates import judge
 from stages.models.windows import windows
-from stages.runtime.artifacts import entries
+from stages.runtime import parts
+from stages.runtime.artifacts import Store, entries
 from stages.runtime.contract import Kind, Manifest, Provenance, StageError, Work
+from stages.runtime.dividing import execute_part
 from stages.runtime.execute import device_name, execute, work_of
-from stages.runtime.fingerprint import fingerprint
+from stages.runtime.fingerprint import ROOT, fingerprint
 from stages.runtime.progress import Silent
 from stages.validate import VALIDATE, ValidateParams
 from tests.conftest import sealer
@@ -307,3 +312,161 @@ def test_split_too_short_for_one_window_is_refused(shared_store, judged, dense):
 def test_params_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         ValidateParams(**wrong)
+
+
+MANY = {"window_tokens": 64, "windows": 40}
+
+
+class Ear(Silent):
+    def __init__(self):
+        self.notes, self.done = [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def advanced(self, done, total):
+        self.done.append(done)
+
+
+@pytest.fixture
+def apart(shared_store, tmp_path):
+    """The shared objects with a scratch folder of its own, so that no partial state is shared."""
+    (tmp_path / "scratch").mkdir()
+    return Store(shared_store.objects, tmp_path / "scratch")
+
+
+@pytest.fixture(scope="module")
+def many(dense, topics):
+    """Params and work of 40 windows paired with a baseline."""
+    params = ValidateParams(**MANY)
+    return params, work_of(VALIDATE, params, {"model": dense, "text": topics, "baseline": dense})
+
+
+@pytest.fixture(scope="module")
+def undivided(shared_store, many, tmp_path_factory):
+    """The report of a run that finds no part."""
+    params, work = many
+    output = tmp_path_factory.mktemp("undivided")
+    inputs = {role: shared_store.checkout(identity) for role, identity in work.inputs.items()}
+    VALIDATE.run(params, inputs, output, Silent())
+    return (output / "report.json").read_bytes()
+
+
+def gathered(store, many):
+    """Make the report from what stands in the store; returns its bytes and what was heard."""
+    ear = Ear()
+    made = execute(VALIDATE, *many, store, ear, force=True)
+    return (store.checkout(made.identity) / "report.json").read_bytes(), ear
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_report_has_the_same_bytes_however_and_in_whatever_order_it_was_divided(apart, many, undivided, count):
+    spans = parts.gaps(40, [], math.ceil(40 / count))
+    assert len(spans) == count
+    random.Random(count).shuffle(spans)
+    threads = torch.get_num_threads()
+    for index, span in enumerate(spans):
+        torch.set_num_threads(1 + index % 2)
+        execute_part(VALIDATE, *many, apart, span, Silent())
+    torch.set_num_threads(threads)
+    report, ear = gathered(apart, many)
+    assert report == undivided
+    assert ear.done == [40], "nothing was scored again"
+    assert parts.standing(apart.objects, fingerprint(many[1])) == []
+
+
+def test_report_computes_only_what_no_part_holds(apart, many, undivided):
+    for span in (range(4, 20), range(10, 13), range(30, 40)):
+        execute_part(VALIDATE, *many, apart, span, Silent())
+    report, ear = gathered(apart, many)
+    assert report == undivided
+    assert ear.done == list(range(26, 41))
+
+
+@pytest.mark.parametrize(
+    "poison", ["other text", "short", "long", "shuffled", "baseline", "number", "fraction", "infinite", "text"]
+)
+def test_part_with_other_scores_than_its_name_says_is_not_used(apart, many, undivided, poison):
+    span, documents = range(8, 16), json.loads(undivided)["documents"]
+    chosen = [dict(one, nll=1.0) for one in documents[8:16]]
+    spoiled = {
+        "other text": [one | {"id": one["id"][:-1] + "x"} for one in chosen],
+        "short": chosen[:-1],
+        "long": [*chosen, documents[16]],
+        "shuffled": chosen[::-1],
+        "baseline": [{k: v for k, v in one.items() if k != "kl"} for one in chosen],
+        "number": [one | {"nll": "1.0"} for one in chosen],
+        "fraction": [one | {"agree": 3.5} for one in chosen],
+        "infinite": [one | {"nll": math.inf} for one in chosen],
+        "text": "scores",
+    }[poison]
+    parts.put(apart.objects, fingerprint(many[1]), span, json.dumps(spoiled).encode())
+    report, ear = gathered(apart, many)
+    assert report == undivided
+    assert ear.notes == ["the scores of documents 8 to 15 are not of this corpus: made anew"]
+    assert ear.done == list(range(1, 41))
+
+
+def test_part_whose_name_goes_beyond_the_last_window_is_not_used(apart, many, undivided):
+    last = json.dumps(json.loads(undivided)["documents"][32:]).encode()
+    parts.put(apart.objects, fingerprint(many[1]), range(32, 48), last)
+    report, ear = gathered(apart, many)
+    assert report == undivided
+    assert (len(ear.notes), ear.done) == (1, list(range(1, 41)))
+
+
+def test_part_behind_the_last_window_is_refused(apart, many):
+    with pytest.raises(StageError, match="behind the last window"):
+        execute_part(VALIDATE, *many, apart, range(32, 41), Silent())
+    assert parts.standing(apart.objects, fingerprint(many[1])) == []
+
+
+@pytest.fixture
+def child(apart, many, tmp_path):
+    """Start `python -m stages validate` on the 40 windows; returns the process."""
+    params, work = many
+    order = tmp_path / "order.json"
+    order.write_text(json.dumps({"work": work.model_dump(mode="json"), "params": params.model_dump(mode="json")}))
+    command = [sys.executable, "-m", "stages", "validate", "--work", order, "--store", apart.uri]
+    command += ["--scratch", apart.scratch, "--orphan"]
+
+    def start(*wanted):
+        return subprocess.Popen(
+            [*command, *wanted], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        )
+
+    return start
+
+
+def told(process):
+    out, err = process.communicate(timeout=60)
+    return [json.loads(line) for line in out.splitlines()], err.decode()
+
+
+def test_child_killed_in_the_middle_goes_on_and_seals_the_same_bytes(apart, many, undivided, child):
+    apart.remove(fingerprint(many[1]))
+    process, done = child(), 0
+    while done < 20:
+        event = json.loads(process.stdout.readline())
+        done = event.get("done", 0)
+    process.kill()
+    told(process)
+    assert apart.manifest(fingerprint(many[1])) is None
+    events, err = told(child())
+    assert events[-1]["event"] == "sealed", err
+    steps = [event["done"] for event in events if event["event"] == "advanced"]
+    assert 16 <= steps[0] < 40
+    assert steps == list(range(steps[0], 41)), "the first that is told stood already, each other was computed"
+    assert (apart.checkout(fingerprint(many[1])) / "report.json").read_bytes() == undivided
+
+
+def test_child_asked_for_units_or_a_part_says_so_and_seals_nothing(apart, many, child):
+    apart.remove(fingerprint(many[1]))
+    assert told(child("--units"))[0] == [{"event": "units", "count": 40}]
+    events, _ = told(child("--part", "36:40"))
+    assert [event.get("done") for event in events] == [1, 2, 3, 4, None]
+    assert events[-1] == {"event": "part", "start": 36, "stop": 40}
+    assert parts.standing(apart.objects, fingerprint(many[1])) == [range(36, 40)]
+    assert apart.manifest(fingerprint(many[1])) is None
+    assert "invalid _span value" in told(child("--part", "4:4"))[1]
+    parts.drop(apart.objects, fingerprint(many[1]))

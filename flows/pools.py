@@ -1,0 +1,110 @@
+"""Where each stage runs in production: its work pool, image, network and limits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError
+
+from stages import STAGES, stage
+from stages.runtime.contract import Frozen, StageError
+
+GB = 10**9
+
+
+class Place(Frozen):
+    """Where one stage runs.
+
+    Attributes:
+        pool: name of the work pool.
+        image: which of the images, by its short name; empty for the one that the stage asks for.
+        network: `inside`, which has no way out, or `outside` for stages that fetch.
+        memory_bytes: of its container; what goes beyond is killed and reported.
+        minutes: after so long the stage is ended; its partial state is kept.
+        one_at_a_time: a global concurrency limit that it holds while it computes; empty for none.
+    """
+
+    pool: str = "cpu"
+    image: str = ""
+    network: str = "inside"
+    memory_bytes: int = Field(8 * GB, gt=0)
+    minutes: float = Field(240, gt=0)
+    one_at_a_time: str = ""
+
+
+_DEFAULTS: Mapping[str, Place] = {
+    "fetch": Place(network="outside"),
+    # It may read what is installed (descriptions://constraints), which must be what the planner has.
+    "corpus": Place(network="outside", image="server"),
+    "compile": Place(pool="gpu", one_at_a_time="gpu"),
+    "validate": Place(pool="gpu", one_at_a_time="gpu"),
+}
+
+
+class Pools(Frozen):
+    """The settings of work pools: stage -> place, and what they share.
+
+    Attributes:
+        stages: places that differ from the defaults.
+        images: an image's full name, with `{image}` for its short name.
+        networks: the names that `inside` and `outside` have on the workers' side.
+        devices: pool -> the processor or GPU that its machines have, as `validate` records it. Without an entry a
+            pool's machines are taken to be like the one that plans.
+        no_worker_seconds: how long a step waits for a pool to have a live worker.
+        start_seconds: how long a submitted step may take to start before it is submitted again.
+        attempts: how often a step whose container was lost is started.
+    """
+
+    stages: Mapping[str, Place] = Field(default_factory=dict)
+    images: str = "enginery/{image}:0.1.0"
+    networks: Mapping[str, str] = Field(
+        default_factory=lambda: {"inside": "enginery-stages", "outside": "enginery-outside"}
+    )
+    devices: Mapping[str, str] = Field(default_factory=dict)
+    no_worker_seconds: float = Field(60, gt=0)
+    start_seconds: float = Field(600, gt=0)
+    attempts: int = Field(3, ge=1)
+
+    def place(self, name: str) -> Place:
+        """Where a stage runs."""
+        return self.stages.get(name) or _DEFAULTS.get(name) or Place()
+
+    def image(self, name: str) -> str:
+        """The full name of the image that a stage runs in."""
+        return self.images.format(image=self.place(name).image or stage(name).image.value)
+
+    def devices_of_stages(self) -> dict[str, str]:
+        """Stage -> the device of its pool, where the settings name one."""
+        return {name: self.devices[pool] for name in STAGES if (pool := self.place(name).pool) in self.devices}
+
+
+def load_pools(path: str | None = None) -> Pools:
+    """The settings in a YAML file, by default the one that $ENGINERY_POOLS names; defaults without one.
+
+    A stage's entry changes the fields that it names; the others keep their defaults.
+
+    Raises:
+        StageError: the file cannot be read, or says what is not understood.
+    """
+    path = path if path is not None else os.environ.get("ENGINERY_POOLS", "")
+    if not path:
+        return Pools()
+    try:
+        said = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        merged = {
+            name: {**(_DEFAULTS.get(name) or Place()).model_dump(), **(place or {})}
+            for name, place in (said.get("stages") or {}).items()
+        }
+        pools = Pools.model_validate({**said, "stages": merged})
+    except OSError as error:
+        raise StageError(f"the pools' settings {path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValidationError, AttributeError, TypeError) as error:
+        raise StageError(f"the pools' settings {path} are not understood: {error}") from error
+    if unknown := sorted(set(pools.stages) - set(STAGES)):
+        raise StageError(
+            f"{path} places stages that are not there", measured=", ".join(unknown), limit=", ".join(STAGES)
+        )
+    return pools

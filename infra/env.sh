@@ -1,0 +1,17 @@
+#!/bin/sh
+# Writes infra/.env from infra/.env.example with random secrets; leaves one that is there as it is.
+set -eu
+cd "$(dirname "$0")"
+[ -e .env ] && { echo "infra/.env is there already"; exit 0; }
+secret() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
+umask 077
+while IFS= read -r line; do
+  case $line in
+    PREFECT_AUTH=) echo "PREFECT_AUTH=enginery:$(secret)" ;;
+    DOCKER_GID=) echo "DOCKER_GID=$(stat -c %g /var/run/docker.sock)" ;;
+    *[A-Z]=) echo "$line$(secret)" ;;
+    *) echo "$line" ;;
+  esac
+done < .env.example > .env.new
+mv .env.new .env
+echo "wrote infra/.env with random secrets"

@@ -1,0 +1,1 @@
+"""Production for real: images, containers, services. Run by `make production-test`."""

@@ -1,0 +1,253 @@
+"""The README's production section on this machine: every stage in a container of its own, and what may go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.production import stack
+
+pytestmark = [pytest.mark.production, pytest.mark.timeout(1500)]
+
+RECIPE = "s3://enginery/recipes/arriving.yaml"
+NOT_REPRODUCIBLE = {"gpu": "TensorRT chooses its kernels by timing them"}
+"""Steps whose bytes may differ between two builds of the same work."""
+
+
+@pytest.fixture(scope="module")
+def stack_up():
+    if why := stack.why_not():
+        pytest.skip(why)
+    with stack.up():
+        yield
+
+
+@pytest.fixture(scope="module")
+def sources(stack_up, tiny, reference, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "reference.txt").write_text(reference, encoding="utf-8")
+    stack.upload(tiny, "models/tiny")
+    stack.upload(folder, "texts")
+    stack.bucket().upload_file(str(Path(__file__).with_name("recipe.yaml")), stack.BUCKET, "recipes/arriving.yaml")
+
+
+@pytest.fixture(scope="module")
+def first(sources):
+    """The flow run of the recipe, each stage in its container."""
+    flow_run = stack.start("optimize/scheduled", recipe=RECIPE)
+    ended = stack.await_end(flow_run, 900)
+    assert ended["type"] == "COMPLETED", f"{ended}\n{stack.logs(flow_run)}"
+    return flow_run
+
+
+@pytest.fixture
+def shell(monkeypatch, stack_up):
+    from stages.adapters import s3_client
+
+    for name, value in stack.environment().items():
+        monkeypatch.setenv(name, value)
+    s3_client.client.cache_clear()
+    yield
+    s3_client.client.cache_clear()
+
+
+@pytest.fixture
+def store(shell, tmp_path):
+    from stages.adapters.connect import connect
+
+    return connect(f"s3://{stack.BUCKET}/store", tmp_path / "scratch")
+
+
+def by_step(store):
+    return {manifest.provenance.step: (identity, manifest) for identity, manifest in store.manifests()}
+
+
+def test_recipe_in_containers_seals_each_step_in_a_container_of_its_own(first, store):
+    made = {name: manifest for name, (_, manifest) in by_step(store).items()}
+    assert len(made) == 11  # nine steps, and the two judgements of dense and cpu
+    hosts = [manifest.provenance.host for manifest in made.values()]
+    assert len(set(hosts)) == len(hosts)
+    assert {manifest.provenance.image for manifest in made.values()} == {"torch", "tensorrt", "server"}
+    assert made["gpu"].provenance.image == "tensorrt"
+
+
+def test_recipe_in_containers_leaves_its_metadata_in_postgresql_and_mlflow(first):
+    assert stack.database(f"select state_type from flow_run where id = '{first}'") == "COMPLETED"
+    assert int(stack.database("select count(*) from artifact where key like 'steps-%'")) >= 1
+    assert versions() == ["1"]
+
+
+def test_stages_of_the_gpu_pool_were_received_by_its_worker(first):
+    pools = {run["name"]: run["work_pool_name"] for run in stack.runs_of("run-stage")}
+    assert {name for name, pool in pools.items() if pool == "gpu"} == {
+        "gpu",
+        "cpu",
+        "validate-dense-text",
+        "validate-cpu-text",
+    }
+    assert {pool for pool in pools.values()} == {"cpu", "gpu"}
+
+
+def test_stage_container_is_bare_limited_and_without_a_way_out(stack_up):
+    said = stack.run(
+        *("docker", "run", "--rm", "--network", "enginery-stages", "--read-only", "--cap-drop", "ALL"),
+        *("enginery/torch:0.1.0", "python3", "-c"),
+        "import os, socket\n"
+        "print(os.getuid())\n"
+        "socket.create_connection(('s3', 8333), 5)\n"
+        "try: socket.create_connection(('postgres', 5432), 5); print('reaches postgres')\n"
+        "except OSError: pass\n"
+        "try: socket.create_connection(('1.1.1.1', 443), 5); print('reaches out')\n"
+        "except OSError: pass\n"
+        "try: open('/opt/enginery/x', 'w'); print('writes')\n"
+        "except OSError: pass\n",
+    )
+    assert said.split() == ["10001"]
+
+
+def test_same_recipe_embedded_has_the_same_fingerprints_and_bytes(first, store, tmp_path, monkeypatch):
+    from stages.adapters.connect import connect
+
+    containers = by_step(store)
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name)
+    recipe = Path(__file__).with_name("recipe.yaml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    stack.run(sys.executable, "-m", "flows.cli", "run", str(recipe), "--store", str(tmp_path / "store"))
+    embedded = by_step(connect(str(tmp_path / "store")))
+    assert {name: identity for name, (identity, _) in embedded.items()} == {
+        name: identity for name, (identity, _) in containers.items()
+    }
+    differing = {name for name in embedded if embedded[name][1].files != containers[name][1].files}
+    assert differing <= set(NOT_REPRODUCIBLE), differing
+
+
+def test_second_run_makes_nothing_again(first, store):
+    before = len(stack.runs_of("run-stage"))
+    flow_run = stack.start("optimize/scheduled", recipe=RECIPE)
+    assert stack.await_end(flow_run, 300)["type"] == "COMPLETED"
+    assert len(stack.runs_of("run-stage")) == before
+    assert versions() == ["1"]
+
+
+def test_arriving_checkpoint_starts_one_run_by_itself(first, tiny, tmp_path):
+    stack.run("make", "production-watch", f"ARRIVAL_RECIPE={RECIPE}")
+    copy = tmp_path / "changed"
+    shutil.copytree(tiny, copy)
+    other_weights(copy)
+    before = {run["id"] for run in stack.runs_of("optimize")}
+    stack.upload(copy, "checkpoints/mine")
+
+    def new():
+        return [run for run in stack.runs_of("optimize") if run["id"] not in before]
+
+    started = stack.until(new, 240, lambda: stack.run("docker", "logs", stack.container("watch")))
+    try:
+        await_stage("healed", started[0]["id"])
+        faults()
+    finally:
+        ended = stack.await_end(started[0]["id"], 900)
+    assert ended["type"] == "COMPLETED", f"{ended}\n{stack.logs(started[0]['id'])}"
+    assert len(new()) == 1
+    assert versions() == ["1", "2"]
+
+
+def await_stage(step: str, parent: str) -> None:
+    """Wait until a stage computes: its container has said something of its progress."""
+
+    def computing():
+        runs = [run for run in stack.runs_of("run-stage") if run["name"] == step]
+        return runs and runs[-1]["state"]["type"] == "RUNNING" and "%" in stack.logs(runs[-1]["id"])
+
+    stack.until(computing, 600, lambda: stack.logs(parent))
+
+
+def faults() -> None:
+    """Kill the worker and the container it watches, take S3 away for a minute, start PostgreSQL and MLflow again."""
+    stack.run("docker", "kill", stack.container("cpu-worker"))
+    inside = stack.run(
+        *("docker", "ps", "--quiet", "--filter", "volume=enginery-scratch", "--filter", "ancestor=enginery/torch:0.1.0")
+    ).split()
+    assert inside
+    stack.run("docker", "kill", inside[0])
+    stack.run("docker", "stop", "--time", "1", stack.container("s3"))
+    stack.run("docker", "restart", stack.container("postgres"))
+    stack.run("docker", "restart", stack.container("mlflow"))
+    time.sleep(50)
+    stack.run("docker", "start", stack.container("s3"), stack.container("cpu-worker"))
+
+
+def other_weights(folder: Path) -> None:
+    """Another checkpoint: the same tensors but one, a little larger."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if "norm" in name)
+    tensors[name] = tensors[name] * 1.01
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def versions() -> list[str]:
+    said = stack.secrets()
+    answer = httpx.get(
+        "http://127.0.0.1:5000/api/2.0/mlflow/model-versions/search",
+        params={"filter": "name='arriving'", "max_results": 100},
+        auth=("admin", said["MLFLOW_ADMIN_PASSWORD"]),
+        timeout=60,
+    ).raise_for_status()
+    return sorted(one["version"] for one in answer.json().get("model_versions", []))
+
+
+def test_gpu_job_that_would_start_carries_the_device_request(stack_up):
+    """The job that the worker would hand to Docker, made and not started: this needs no GPU."""
+    from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
+
+    import docker
+    from flows.deploying import template
+
+    asked = {"image": "enginery/tensorrt:0.1.0", "memory_bytes": 10**9, "network": "enginery-stages", "command": "true"}
+    job = asyncio.run(DockerWorkerJobConfiguration.from_template_and_values(template("gpu", "docker", 1), asked))
+    worker = DockerWorker(work_pool_name="gpu", test_mode=True)
+    client = docker.from_env()
+    made = worker._create_container(client, **worker._build_container_settings(client, job))
+    try:
+        host = client.api.inspect_container(made.id)["HostConfig"]
+    finally:
+        made.remove(force=True)
+        client.close()
+    assert host["DeviceRequests"][0]["Capabilities"] == [["gpu"]]
+    assert host["DeviceRequests"][0]["Driver"] == "nvidia"
+    assert host["ReadonlyRootfs"]
+    assert host["Memory"] == 10**9
+
+
+def test_stage_that_needs_more_memory_than_it_may_says_so(stack_up, shell, tmp_path):
+    pools = tmp_path / "pools.yaml"
+    pools.write_text("stages: {recover: {memory_bytes: 420000000}}\nattempts: 1\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "run", RECIPE, "--launcher", "pool", "--force", "healed"],
+        cwd=stack.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**__import__("os").environ, "ENGINERY_POOLS": str(pools), "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert re.search(r"memory ran out; measured peak 0\.4\d GB; limit 0\.42 GB", done.stderr), done.stderr
+
+
+def test_readme_commands_of_production_are_those_that_ran():
+    text = (stack.ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Production") :]
+    assert "make production-up" in section
+    assert json.dumps("make production-down") in json.dumps(section)
