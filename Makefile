@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check real-test service-test bench images schemas clean gpu-test \
-  production-env production-up production-watch production-down production-test
+  production-env production-up production-submit production-watch production-down production-test
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/' | expand -t 14
@@ -64,6 +64,9 @@ production-env:  ## write infra/.env with random secrets, unless it is there
 production-up: production-env images  ## start Prefect, MLflow, PostgreSQL, Redis, S3 and the workers in containers
 	@$(COMPOSE) up -d
 	@infra/await.sh
+
+production-submit: production-env  ## run RECIPE in production and follow it to its end
+	@$(COMPOSE) --profile submit run $(if $(shell test -t 0 && echo yes),,-T) --rm submit enginery run $(RECIPE) --launcher pool
 
 production-watch: production-env  ## start runs of ARRIVAL_RECIPE for checkpoints that arrive in the bucket
 	@$(COMPOSE) --profile watch up -d set-up watch

@@ -15,11 +15,12 @@ from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.arrivals import begin
+from flows.conclude import conclude
 from flows.pages import RunLog, show
 from flows.patience import patiently
 from flows.recipe import Recipe, load_recipe
 from flows.results import RunResult
-from flows.session import Session, Terminal, conclude, opened, plan, run_step
+from flows.session import Session, Terminal, opened, plan, run_step
 from flows.settings import Settings, settle
 from flows.terminal import TerminalProgress
 from stages.runtime.contract import Interrupted, StageError, Unavailable
@@ -69,7 +70,7 @@ _RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_worker
 
 def _named() -> str:
     recipe = flow_run.get_parameters()["recipe"]
-    return recipe.name if isinstance(recipe, Recipe) else str(recipe)
+    return recipe.name if isinstance(recipe, Recipe) else str(recipe).rpartition("/")[2].removesuffix(".yaml")
 
 
 @flow(name="optimize", flow_run_name=_named, task_runner=_RUNNER)

@@ -79,7 +79,8 @@ class Bar:
 
 def show(session: Session, result: RunResult) -> None:
     """The result on the flow run's page: the table of steps, the verdict, the links."""
-    key = "".join(c if c.isalnum() else "-" for c in result.run.lower())
+    # One key a recipe: Prefect keeps the versions of an artifact under its key, the last one first.
+    key = "".join(c if c.isalnum() else "-" for c in session.recipe.name.lower()).strip("-")
     rows = [_row(step) for step in result.steps]
     create_table_artifact(rows, key=f"steps-{key}", description=f"Steps of {session.recipe.name}")
     said = [f"- {gate.text}" for gate in result.gates]

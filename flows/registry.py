@@ -64,7 +64,9 @@ class Drift:
     found: str | None
 
 
-def release(registry: Registry, candidate: Candidate, engine: Path, alias: str, why: str = "") -> Release:
+def release(
+    registry: Registry, candidate: Candidate, engine: Path, alias: str, why: str = "", card: str = ""
+) -> Release:
     """Register a candidate, once for the same engines, and promote it unless a person rolled it back.
 
     Args:
@@ -73,6 +75,7 @@ def release(registry: Registry, candidate: Candidate, engine: Path, alias: str, 
         engine: verified folder of the executable it serves.
         alias: to move.
         why: for the journal.
+        card: what people read of the version, in Markdown.
 
     Raises:
         StageError: it did not pass, or what it serves was not judged; nothing is registered then.
@@ -80,7 +83,7 @@ def release(registry: Registry, candidate: Candidate, engine: Path, alias: str, 
     """
     candidate.check()
     with answered(registry.tracking.uri):
-        version, new = _register(registry, candidate, engine)
+        version, new = _register(registry, candidate, engine, card)
     return _promote(registry, version, alias, why, new=new, again=False)
 
 
@@ -193,7 +196,7 @@ def _why_not(entries: list[Promotion], version: Version, *, again: bool) -> str:
     )
 
 
-def _register(registry: Registry, candidate: Candidate, engine: Path) -> tuple[Version, bool]:
+def _register(registry: Registry, candidate: Candidate, engine: Path, card: str) -> tuple[Version, bool]:
     """The version of these engines, and whether it was made now.
 
     MLflow has no put-if-absent: of several versions of the same engines the lowest number stays, the rest go.
@@ -208,7 +211,7 @@ def _register(registry: Registry, candidate: Candidate, engine: Path) -> tuple[V
         carrier.artifact_location,  # not models:/ID, which MLflow looks up wherever its global URI points
         run_id=candidate.run,
         model_id=carrier.model_id,
-        description="; ".join(f"{target}: {status}" for target, status in candidate.targets.items()),
+        description=card or "; ".join(f"{target}: {status}" for target, status in candidate.targets.items()),
         tags={
             IDENTITY: candidate.identity,
             CANDIDATE: candidate.model_dump_json(),

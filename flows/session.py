@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from flows.dispatch import Dispatcher
-from flows.gates import CHAMPION, Verdict, judge
-from flows.journal import Candidate, Executable, head
 from flows.launch import Launcher, Order
 from flows.orphans import end_orphaned_servers
 from flows.patience import AWAY_S, patiently
 from flows.planning import Planned, check_start, needs, resolve
 from flows.pools import load_pools
-from flows.recipe import Recipe, executable_here
+from flows.recipe import Recipe
 from flows.records import Record, as_yaml, open_run
-from flows.registry import Registry, release
-from flows.report import curves_of, write_report
-from flows.results import GateResult, ModelResult, PlanLine, RunResult, StepResult
+from flows.results import PlanLine, StepResult
 from flows.settings import Settings, enter
 from flows.slots import Slots
 from flows.tracking import RecipeRun, StepRun, Tracking, open_tracking
@@ -201,36 +195,6 @@ def _scatter(session: Session, order: Order, progress: Progress) -> None:
         scatter(order, session.launcher, session.settings.shards, progress)
 
 
-def conclude(session: Session) -> RunResult:
-    """Judge, register, report and record what the steps made."""
-    verdict, reports = _judged(session)
-    engines = _engines(session)
-    passed = verdict.passed if verdict else True
-    folder = session.record.folder
-    report = folder / "report.html"
-    model = _registered(session, verdict, engines) if verdict and passed else None
-    result = RunResult(
-        run=session.record.name,
-        passed=passed,
-        seconds=round(time.monotonic() - session.started, 2),
-        report=str(report),
-        store=session.store.uri,
-        steps=[session.done[name] for name in session.planned],
-        gates=[_gate(one) for one in verdict.results] if verdict else [],
-        model=model,
-        executed=[f"{name} on {one.target}" for name, one in engines.items() if one.judged],
-        compiled=[f"{name} for {one.target}" for name, one in engines.items() if not one.judged],
-        outputs=_outputs(session, engines, report),
-    )
-    manifests = {name: _manifest(session, name) for name in session.planned}
-    command = session.record.facts.get("command", [])
-    curves = curves_of(session.store, manifests, session.record.events())
-    write_report(result, manifests, reports, session.record.recipe(), command, report, curves=curves)
-    _tell_mlflow(session, result, report)
-    session.record.finish(result)
-    return result
-
-
 def _launcher(store: Store, settings: Settings, record: Record) -> Launcher:
     launcher = Launcher(store, settings.launcher, settings.threads, record.folder / "steps")
     if settings.launcher == "pool":
@@ -286,7 +250,7 @@ def _done(session: Session, planned: Planned, outcome: Outcome, seconds: float, 
         cached=outcome.cached,
         seconds=round(seconds, 2),
         peak_rss_bytes=manifest.provenance.peak_rss_bytes,
-        metrics={"size_bytes": float(_size(manifest)), **manifest.metrics},
+        metrics={"size_bytes": float(model_size(manifest)), **manifest.metrics},
         why="" if outcome.cached else planned.why,
     )
     tracked.finished(manifest, outcome.identity, session.store.uri, outcome.cached, session.store)
@@ -298,148 +262,19 @@ def _done(session: Session, planned: Planned, outcome: Outcome, seconds: float, 
     return result
 
 
-def _manifest(session: Session, name: str) -> Manifest:
+def manifest_of(session: Session, name: str) -> Manifest:
+    """The manifest of a step that is done."""
     found = session.store.manifest(session.done[name].fingerprint)
     if found is None:
         raise StageError(f"the artifact of {name} was removed while the run went on", remedy="Run again.")
     return found
 
 
-def _judged(session: Session) -> tuple[Verdict | None, dict[tuple[str, str], dict[str, Any]]]:
-    """The verdict over all gates, and every report by (artifact, corpus)."""
-    recipe = session.recipe
-    reports: dict[tuple[str, str], dict[str, Any]] = {}
-    for step in recipe.expanded():
-        if step.measures:
-            folder = session.store.checkout(session.done[step.name].fingerprint)
-            reports[step.measures, step.corpus] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    if recipe.judge is None:
-        return None, reports
-    models = [step.name for step in recipe.steps if session.done[step.name].kind in _MODELS]
-    sizes = {name: _size(_manifest(session, name)) for name in models}
-    targets = {
-        name: next((r["artifact_target"] for (a, _), r in reports.items() if a == name), None)
-        for name in recipe.judge.artifacts
-    }
-    if any(gate.against == CHAMPION for gate in recipe.gates):
-        _add_champion(session, reports, sizes)
-    return judge(recipe.gates, reports, sizes, targets), reports
+MODELS = (Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE)
 
 
-def _add_champion(session: Session, reports: dict[tuple[str, str], dict[str, Any]], sizes: dict[str, int]) -> None:
-    """The reports of the version now served, found by its fingerprint among those on the same corpora."""
-    register, judged = session.recipe.register_as, session.recipe.judge
-    entry = head(session.store.objects, register.model, register.alias) if register else None
-    if entry is None or judged is None:
-        return
-    served = entry.candidate.executables[entry.candidate.serves].fingerprint
-    if manifest := session.store.manifest(served):
-        sizes[CHAMPION] = _size(manifest)
-    corpora = {session.done[name].fingerprint: name for name in judged.corpora}
-    for identity, manifest in session.store.manifests():
-        inputs = manifest.work.inputs
-        if manifest.kind is Kind.REPORT and inputs.get("model") == served and inputs.get("text") in corpora:
-            folder = session.store.checkout(identity)
-            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            reports[CHAMPION, corpora[inputs["text"]]] = report
-
-
-_MODELS = (Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE)
-
-
-def _size(manifest: Manifest) -> int:
+def model_size(manifest: Manifest) -> int:
     """Bytes of a model's own files; of all files where the artifact is no model."""
-    if manifest.kind not in _MODELS:
+    if manifest.kind not in MODELS:
         return manifest.size_bytes
     return size_bytes({name: entry.size for name, entry in manifest.files.items()})
-
-
-def _engines(session: Session) -> dict[str, Executable]:
-    """Every engine that is judged or asked to be, with what may be said of it."""
-    judged = session.recipe.judge
-    found: dict[str, Executable] = {}
-    for name in judged.artifacts if judged else ():
-        step = session.done[name]
-        if step.kind is Kind.ENGINE:
-            folder = session.store.checkout(step.fingerprint)
-            target = json.loads((folder / "engine.json").read_text(encoding="utf-8"))["target"]
-            executed = executable_here(session.recipe.step(name))
-            found[name] = Executable(fingerprint=step.fingerprint, target=target, judged=executed)
-    return found
-
-
-def _registered(session: Session, verdict: Verdict, engines: Mapping[str, Executable]) -> ModelResult | None:
-    register = session.recipe.register_as
-    if register is None:
-        return None
-    serves = next((name for name, engine in engines.items() if engine.judged), "")
-    said = {"passed": verdict.passed, "gates": [_gate(one).model_dump(mode="json") for one in verdict.results]}
-    candidate = Candidate(
-        model=register.model, serves=serves, executables=dict(engines), verdict=said, run=session.mlflow.id
-    )
-    candidate.check()
-    engine = session.store.checkout(engines[serves].fingerprint)
-    registry = Registry(session.store.objects, session.tracking)
-    made = release(registry, candidate, engine, register.alias, why=f"run {session.record.name} passed its gates")
-    if made.note:
-        session.terminal.line(made.note)
-    return ModelResult(
-        name=register.model,
-        version=made.version,
-        alias=register.alias,
-        targets=[target for target, status in candidate.targets.items() if status == "judged"],
-    )
-
-
-def _gate(one: Any) -> GateResult:
-    return GateResult(
-        measure=one.measure,
-        artifact=one.artifact,
-        target=one.target,
-        corpus=one.corpus,
-        measured=one.measured,
-        limit=one.limit,
-        passed=one.passed,
-        against=one.against,
-        low=one.low,
-        high=one.high,
-        text=one.text,
-    )
-
-
-def _outputs(session: Session, engines: Mapping[str, Executable], report: Path) -> dict[str, str]:
-    """What lies where; with --output, copies that one may move and change."""
-    found = {"report": str(report)}
-    into = session.settings.output
-    names = list(engines) or [session.recipe.steps[-1].name]
-    for name in names:
-        view = session.store.checkout(session.done[name].fingerprint)
-        found[name] = str(view)
-        if into is not None:
-            folder = into / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(view.rglob("*")):
-                if path.is_file():
-                    copy = folder / path.relative_to(view)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    copy.unlink(missing_ok=True)
-                    shutil.copyfile(path, copy)
-            found[name] = str(folder)
-    return found
-
-
-def _tell_mlflow(session: Session, result: RunResult, report: Path) -> None:
-    metrics = {"seconds": result.seconds}
-    for gate in result.gates:
-        if gate.measured is not None:
-            key = ".".join(filter(None, ["gate", gate.measure, gate.artifact, gate.corpus]))
-            metrics[key] = gate.measured
-    tags = {
-        "enginery.verdict": "passed" if result.passed else "failed",
-        "enginery.executed": ", ".join(result.executed),
-        "enginery.compiled": ", ".join(result.compiled),
-    }
-    if result.model:
-        tags["enginery.version"] = f"{result.model.name} {result.model.version}"
-    session.mlflow.summary(metrics, tags)
-    session.mlflow.artifact(report)

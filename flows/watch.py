@@ -58,23 +58,31 @@ def watch(
     looks = _looks(uri, recipe, store, settle_s, say)
     if not uri.startswith("models:"):
         on_source(recipe, uri)  # a recipe that can take nothing is refused before anything arrives
-    seen = looks()
+    seen, failed = looks(), False
     say(f"watching {uri} for recipe {recipe.name}")
     while True:
-        done = finished(store.objects, recipe.name)
-        for one in seen.arrivals:
-            if one.key not in done:
-                _act(one, recipe, settings, store, say)
-                done.add(one.key)
-        if once and not seen.waits:
-            return
-        time.sleep(max(settle_s, 0.1) if once else every_s)
         try:
-            seen = looks()
+            seen = looks() if failed else seen
+            _act_on_new(seen, recipe, settings, store, say)
+            if once and not seen.waits:
+                return
+            time.sleep(max(settle_s, 0.1) if once else every_s)
+            seen, failed = looks(), False
         except Unavailable as error:
             if once:
                 raise
-            say(f"the look failed, and is repeated: {error}")
+            if not failed:
+                say(f"a service is away, and the look is repeated: {error}")
+            failed = True
+            time.sleep(every_s)
+
+
+def _act_on_new(seen: Look, recipe: Recipe, settings: Settings, store: Store, say: Say) -> None:
+    done = finished(store.objects, recipe.name)
+    for one in seen.arrivals:
+        if one.key not in done:
+            _act(one, recipe, settings, store, say)
+            done.add(one.key)
 
 
 @flow(name="watch")

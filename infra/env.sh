@@ -9,6 +9,7 @@ while IFS= read -r line; do
   case $line in
     PREFECT_AUTH=) echo "PREFECT_AUTH=enginery:$(secret)" ;;
     DOCKER_GID=) echo "DOCKER_GID=$(stat -c %g /var/run/docker.sock)" ;;
+    SHARDS=) echo "$line" ;;
     *[A-Z]=) echo "$line$(secret)" ;;
     *) echo "$line" ;;
   esac

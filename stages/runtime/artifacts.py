@@ -42,6 +42,8 @@ class Store:
         self.objects = objects
         self.scratch = scratch
         self.uri = objects.uri
+        # A plan asks for every manifest once a step, and each is a request to a remote store.
+        self._read: dict[str, tuple[tuple[int, float], Manifest]] = {}
 
     def manifest(self, identity: str) -> Manifest | None:
         """The manifest of a fingerprint, None when it is not sealed. Sizes of its blobs are checked, bytes are not.
@@ -70,9 +72,13 @@ class Store:
             name = found.key.removeprefix(MANIFESTS)
             if not name.endswith(".json") or name.startswith("."):
                 continue
-            data = self.objects.read(found.key)
-            if data is not None:
-                yield name.removesuffix(".json"), self._parsed(name.removesuffix(".json"), data)
+            identity, state = name.removesuffix(".json"), (found.size, found.modified)
+            if self._read.get(identity, (None,))[0] != state:
+                data = self.objects.read(found.key)
+                if data is None:
+                    continue
+                self._read[identity] = (state, self._parsed(identity, data))
+            yield identity, self._read[identity][1]
 
     def resolve(self, prefix: str) -> str:
         """The one fingerprint that begins with `prefix`.

@@ -60,20 +60,28 @@ def secrets() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
+def readme_commands() -> list[str]:
+    """The commands of the README's production section, word for word: up, submit, watch, down."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Production") :]
+    block = section[section.index("```bash\n") + 8 : section.index("```\n\nPrefect")]
+    return [line.partition("#")[0].strip() for line in block.strip().splitlines()]
+
+
 @contextmanager
 def up() -> Iterator[None]:
-    """The stack, from `make production-up` to its volumes' end."""
+    """The stack, from the README's first command to its last, and its volumes' end."""
     if KEPT:
         yield
         return
     mine = not (ROOT / "infra" / ".env").exists()
     try:
-        run("make", "production-up")
+        run(*readme_commands()[0].split())
         yield
     finally:
         for container in run("docker", "ps", "--quiet", "--filter", "volume=enginery-scratch").split():
             run("docker", "kill", container)
-        run("make", "production-down", "VOLUMES=--volumes")
+        run(*readme_commands()[3].split(), env={"VOLUMES": "--volumes"})
         if mine:
             (ROOT / "infra" / ".env").unlink()
 
