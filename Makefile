@@ -75,7 +75,7 @@ production-down:  ## stop them; what they stored stays (VOLUMES=--volumes remove
 	@$(COMPOSE) --profile watch down $(VOLUMES)
 
 production-test: install  ## the whole of production from nothing, in containers, and take it down again
-	@$(BIN)/python -m pytest -m production tests/production
+	@$(BIN)/python -m pytest -m production -rs --durations 12 tests/production
 
 gpu-test: install  ## the tests that need a GPU; says so where there is none
 	@$(BIN)/python -m pytest -m gpu tests || test $$? -eq 5

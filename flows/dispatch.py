@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import httpx
+
 from flows.patience import patiently
 from flows.pools import Place, Pools
 from flows.relay import Receiver
@@ -20,7 +22,7 @@ from stages.__main__ import rebuilt
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Interrupted, Progress, StageError, Unavailable
 from stages.runtime.execute import Outcome
-from stages.runtime.fingerprint import fingerprint
+from stages.runtime.fingerprint import digest_bytes, fingerprint
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -62,10 +64,10 @@ class Dispatcher:
         """
         from prefect.client.orchestration import get_client
 
-        place, identity, lost = self.pools.place(order.stage), fingerprint(order.work), ""
+        place, lost = self.pools.place(order.stage), ""
         with get_client(sync_client=True) as client:
             for _ in range(self.pools.attempts):
-                flow_run, ours = patiently(lambda: self._begin(client, order, place, identity, progress))
+                flow_run, ours = patiently(lambda: self._begin(client, order, place, progress))
                 outcome, lost = self._followed(client, flow_run, order, place, progress, ours=ours)
                 if outcome is not None:
                     return outcome
@@ -90,13 +92,17 @@ class Dispatcher:
             for one in running:
                 client.set_flow_run_state(one, Cancelling(message="the run that needs it was stopped"))
 
-    def _begin(
-        self, client: SyncPrefectClient, order: Order, place: Place, identity: str, progress: Progress
-    ) -> tuple[FlowRun, bool]:
+    def key(self, order: Order) -> str:
+        """What names this work among the server's flow runs: the same work, in the same store, is done once."""
+        key = f"{fingerprint(order.work)}:{digest_bytes(self.store.uri.encode())[:8]}"
+        return f"{key}:{self.run}" if order.force else key
+
+    def _begin(self, client: SyncPrefectClient, order: Order, place: Place, progress: Progress) -> tuple[FlowRun, bool]:
         """The flow run that makes this artifact, and whether it is a new attempt or one that goes on already."""
         from prefect.deployments import run_deployment
+        from prefect.exceptions import ObjectNotFound
 
-        prefix = f"{identity}:{self.run}" if order.force else identity
+        prefix = self.key(order)
         known = _attempts(client, prefix)
         if known and not _final(known[-1]):
             progress.note(f"follows {known[-1].name} of pool {place.pool}, which makes the same artifact")
@@ -107,21 +113,24 @@ class Dispatcher:
             "memory_bytes": place.memory_bytes,
             "seconds": int(place.minutes * 60) + 120,
         }
-        flow_run = run_deployment(
-            f"{RUNNER}/{place.pool}",
-            parameters={
-                "order": order.as_json(),
-                "store": self.store.uri,
-                "threads": self.threads,
-                "minutes": place.minutes,
-                "one_at_a_time": place.one_at_a_time,
-            },
-            flow_run_name=order.step,
-            tags=[order.stage],
-            timeout=0,
-            idempotency_key=f"{prefix}:{len(known) + 1}",
-            job_variables=variables,
-        )
+        try:
+            flow_run = run_deployment(
+                f"{RUNNER}/{place.pool}",
+                parameters={
+                    "order": order.as_json(),
+                    "store": self.store.uri,
+                    "threads": self.threads,
+                    "minutes": place.minutes,
+                    "one_at_a_time": place.one_at_a_time,
+                },
+                flow_run_name=order.step,
+                tags=[order.stage],
+                timeout=0,
+                idempotency_key=f"{prefix}:{len(known) + 1}",
+                job_variables=variables,
+            )
+        except ObjectNotFound as error:
+            raise _not_deployed(place.pool) from error
         return flow_run, True  # type: ignore[return-value]
 
     def _followed(
@@ -176,7 +185,7 @@ class Dispatcher:
     ) -> Any:
         """Follow a run, telling what it says; None when it never started."""
         submitted = time.monotonic()
-        watch = _Workers(client, place.pool, self.pools.no_worker_seconds, progress)
+        watch = _Workers(client, flow_run.work_pool_name or place.pool, self.pools.no_worker_seconds, progress)
         while True:
             if self._stopped:
                 raise Interrupted(f"step {order.step} was stopped")
@@ -227,21 +236,26 @@ class _Workers:
 
 def _heartbeat_ages(client: SyncPrefectClient, pool: str) -> list[tuple[float, float]]:
     """(seconds since the last heartbeat, seconds after which a worker counts as gone) of each worker."""
-    from prefect.exceptions import ObjectNotFound
-
     try:
         # 3.8.8's server refuses the client's own defaults.
         found = client.read_workers_for_work_pool(pool, offset=0, limit=200)
-    except ObjectNotFound as error:
-        raise StageError(
-            f"there is no work pool {pool}", remedy="`enginery deploy` makes the pools; see infra/."
-        ) from error
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != 404:
+            raise
+        raise _not_deployed(pool) from error
     now = datetime.now(UTC)
     return [
         ((now - one.last_heartbeat_time).total_seconds(), 1.5 * (one.heartbeat_interval_seconds or 30))
         for one in found
         if one.last_heartbeat_time
     ]
+
+
+def _not_deployed(pool: str) -> StageError:
+    return StageError(
+        f"there is no work pool {pool} with a deployment {RUNNER}/{pool}",
+        remedy="`enginery deploy` makes both; see infra/.",
+    )
 
 
 def _attempts(client: SyncPrefectClient, prefix: str) -> list[FlowRun]:

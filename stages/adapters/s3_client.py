@@ -43,7 +43,7 @@ def client() -> S3Client:
             # Newer checksums are unknown to most servers that are not Amazon's.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            retries={"mode": "adaptive", "max_attempts": TRIES},
+            retries={"mode": "adaptive", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS") or TRIES)},
             connect_timeout=10,
             read_timeout=60,
             s3={"addressing_style": "path"} if own_endpoint else {},

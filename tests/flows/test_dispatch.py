@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextvars
 import os
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def pool(prefect_api):  # noqa: F811
                 name,
                 work_pool_name=name,
                 entrypoint=entrypoint,
-                path=str(ROOT),
+                pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
                 enforce_parameter_schema=False,
             )
         if worker:
@@ -68,9 +69,8 @@ def pool(prefect_api):  # noqa: F811
 def _start_worker(name):
     if name in _WORKERS:
         return
-    _WORKERS.add(name)
     ours = {"PYTHONPATH": str(ROOT), "PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_WORKER_HEARTBEAT_SECONDS": "5"}
-    worker = subprocess.Popen(
+    worker = _WORKERS[name] = subprocess.Popen(
         [Path(sys.executable).with_name("prefect"), "worker", "start", "--pool", name, "--type", "process"],
         env={**os.environ, **ours},
         stdout=subprocess.DEVNULL,
@@ -80,11 +80,22 @@ def _start_worker(name):
     atexit.register(lambda: (os.killpg(worker.pid, signal.SIGKILL), worker.wait()))
 
 
-_WORKERS: set[str] = set()
+_WORKERS: dict[str, subprocess.Popen[bytes]] = {}
 
 
 def dispatcher(store, pool, **pools):
     return Dispatcher(store, Pools(stages={"corpus": Place(pool=pool)}, **pools), 1, "a-run")
+
+
+def ours(deployment, key):
+    """Idempotency key -> flow run, of one work."""
+    found = runs_of(os.environ["PREFECT_API_URL"], deployment)
+    return {run["idempotency_key"]: run for run in found if run["idempotency_key"].startswith(key)}
+
+
+def thread(target):
+    """A thread with this test's settings of Prefect."""
+    return threading.Thread(target=contextvars.copy_context().run, args=(target,))
 
 
 def book(store, tmp_path):
@@ -116,25 +127,20 @@ def test_dispatch_stage_error_comes_back_whole_and_the_next_attempt_is_a_new_run
     with pytest.raises(StageError) as inline:
         Launcher(store, "inline", 1, tmp_path).run(one, Silent())
     assert str(said[0]) == str(said[1]) == str(inline.value)
-    keys = [run["idempotency_key"] for run in runs_of(os.environ["PREFECT_API_URL"], deployment)]
-    assert {f"{fingerprint(one.work)}:{n}" for n in (1, 2)} <= set(keys)
+    key = dispatcher(store, "plain").key(one)
+    assert sorted(ours(deployment, key)) == [f"{key}:1", f"{key}:2"]
 
 
 def test_dispatch_two_runs_of_one_work_follow_one_container(pool, store, tmp_path):
     deployment = pool("plain")
     one, outcomes, heard = book(store, tmp_path), [], [Heard(), Heard()]
-    runs = [
-        threading.Thread(target=lambda h=h: outcomes.append(dispatcher(store, "plain").launch(one, h))) for h in heard
-    ]
-    for thread in runs:
-        thread.start()
-    for thread in runs:
-        thread.join()
+    runs = [thread(lambda h=h: outcomes.append(dispatcher(store, "plain").launch(one, h))) for h in heard]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
     assert [made.identity for made in outcomes] == 2 * [fingerprint(one.work)]
-    ours = [
-        r for r in runs_of(os.environ["PREFECT_API_URL"], deployment) if fingerprint(one.work) in r["idempotency_key"]
-    ]
-    assert len(ours) == 1
+    assert len(ours(deployment, dispatcher(store, "plain").key(one))) == 1
 
 
 def test_dispatch_pool_without_a_live_worker_says_so_in_time(pool, store, tmp_path):
@@ -157,7 +163,6 @@ def test_dispatch_pool_that_is_not_there_is_refused(pool, store, tmp_path):
 def test_dispatch_lost_container_is_started_again(pool, store, tmp_path, monkeypatch):
     mark = tmp_path / "mark"
     monkeypatch.setenv("ENGINERY_TEST_MARK", str(mark))
-    _WORKERS.discard("lossy")
     pool("lossy", "tests.flows.lossy.run_stage")
     heard = Heard()
     made = dispatcher(store, "lossy").launch(book(store, tmp_path), heard)
@@ -177,12 +182,12 @@ def test_dispatch_stopped_run_cancels_what_it_started(pool, store, tmp_path):
         except Interrupted as error:
             told.append(error)
 
-    thread = threading.Thread(target=launch)
-    thread.start()
-    api = os.environ["PREFECT_API_URL"]
-    mine = lambda: [r for r in runs_of(api, deployment) if fingerprint(one.work) in r["idempotency_key"]]  # noqa: E731
-    assert eventually(mine)
+    waiting = thread(launch)
+    waiting.start()
+    key = running.key(one)
+    assert eventually(lambda: ours(deployment, key))
     running.stop()
-    thread.join(30)
+    waiting.join(30)
     assert told
-    assert mine()[-1]["state"]["type"] in ("CANCELLED", "CANCELLING")
+    (run,) = ours(deployment, key).values()
+    assert run["state"]["type"] in ("CANCELLED", "CANCELLING")
