@@ -62,7 +62,7 @@ production-env:  ## write infra/.env with random secrets, unless it is there
 	@infra/env.sh
 
 production-up: production-env images  ## start Prefect, MLflow, PostgreSQL, Redis, S3 and the workers in containers
-	@$(COMPOSE) up -d
+	@$(COMPOSE) up -d || { $(COMPOSE) logs --tail 20 set-up; exit 1; }
 	@infra/await.sh
 
 production-submit: production-env  ## run RECIPE in production and follow it to its end
@@ -72,7 +72,9 @@ production-watch: production-env  ## start runs of ARRIVAL_RECIPE for checkpoint
 	@$(COMPOSE) --profile watch up -d set-up watch
 
 production-down:  ## stop them; what they stored stays (VOLUMES=--volumes removes it)
-	@$(COMPOSE) --profile watch down $(VOLUMES)
+	@$(COMPOSE) stop flows-worker cpu-worker gpu-worker
+	@docker ps --quiet --filter volume=enginery-scratch --filter label=io.prefect.flow-run-id | xargs -r docker kill
+	@$(COMPOSE) --profile watch --profile dask --profile submit down $(VOLUMES)
 
 production-test: install  ## the whole of production from nothing, in containers, and take it down again
 	@$(BIN)/python -m pytest -m production -rs --durations 12 tests/production

@@ -24,10 +24,21 @@ _NOT_RUNNING = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspen
 """A flow run in any of these sends no heartbeat and is no zombie."""
 
 
-def on_arrival(recipe: str, deployment: UUID) -> AutomationCore:
-    """A checkpoint that arrived, or an alias that moved, for a recipe: run its deployment on it."""
+def arrival_name(recipe: str) -> str:
+    """What the automation of a recipe is called."""
+    return f"enginery: run {recipe} on arrival"
+
+
+def on_arrival(recipe: str, deployment: UUID, source: str = "") -> AutomationCore:
+    """A checkpoint that arrived, or an alias that moved, for a recipe: run a deployment on it.
+
+    Args:
+        recipe: its name.
+        deployment: what is run.
+        source: where the recipe is read, which the deployment is given; empty for the deployment's own.
+    """
     return AutomationCore(
-        name=f"enginery: run {recipe} on arrival",
+        name=arrival_name(recipe),
         description="One run for each checkpoint that `enginery watch` announces, and each version under an alias.",
         trigger=EventTrigger(
             expect={CHECKPOINT_CREATED, ALIAS_MOVED},
@@ -40,6 +51,7 @@ def on_arrival(recipe: str, deployment: UUID) -> AutomationCore:
             RunDeployment(
                 deployment_id=deployment,
                 parameters={
+                    **({"recipe": source} if source else {}),
                     "checkpoint": {"__prefect_kind": "jinja", "template": "{{ event.payload.checkpoint }}"},
                 },
             )
@@ -126,6 +138,7 @@ def standard(
     client: SyncPrefectClient,
     recipe: str,
     *,
+    source: str = "",
     deployment: str = "optimize/on-checkpoint",
     pools: Iterable[str] = ("flows", "cpu", "gpu"),
     block: UUID | None = None,
@@ -142,7 +155,7 @@ def standard(
             raise StageError(
                 f"the Prefect server has no deployment {deployment}", remedy="Deploy infra/prefect.yaml first."
             ) from error
-    return [on_arrival(recipe, found.id), zombies(), *(queue_alert(pool, block=block) for pool in pools)]
+    return [on_arrival(recipe, found.id, source), zombies(), *(queue_alert(pool, block=block) for pool in pools)]
 
 
 def apply(client: SyncPrefectClient, wanted: Iterable[AutomationCore]) -> list[str]:

@@ -56,10 +56,12 @@ def deploy(kind: Kind, gpus: int, say: Callable[[str], None]) -> None:
         client.upsert_global_concurrency_limit_by_name("gpu", max(1, gpus))
         say(f"concurrency limit gpu: {max(1, gpus)}")
         _deployments(client, say)
-        arriving = client.read_deployment_by_name(ON_ARRIVAL).parameters["recipe"]
-        for automation in (wanted := standard(client, load_recipe(arriving).name, deployment=ON_ARRIVAL, pools=POOLS)):
-            say(f"automation {automation.name}")
+        source = client.read_deployment_by_name(ON_ARRIVAL).parameters["recipe"]
+        name = load_recipe(source).name
+        wanted = standard(client, name, source=source, deployment=ON_ARRIVAL, pools=POOLS)
         apply(client, wanted)
+        for automation in wanted:
+            say(f"automation {automation.name}")
 
 
 def template(pool: str, kind: Kind, gpus: int) -> dict[str, Any]:

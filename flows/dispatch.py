@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from flows.pools import Place, Pools
 from flows.relay import Receiver
 from stages.__main__ import rebuilt
 from stages.runtime.artifacts import Store
-from stages.runtime.contract import Interrupted, Progress, StageError, Unavailable
+from stages.runtime.contract import Interrupted, Progress, StageError
 from stages.runtime.execute import Outcome
 from stages.runtime.fingerprint import digest_bytes, fingerprint
 
@@ -58,8 +59,8 @@ class Dispatcher:
         """Bring one step to its sealed artifact.
 
         Raises:
-            StageError: the stage's own error.
-            Unavailable: no live worker, or the container was lost on every attempt.
+            StageError: the stage's own error; no live worker; a container that was lost on every attempt.
+            Unavailable: Prefect or the store stayed away.
             Interrupted: the run was stopped.
         """
         from prefect.client.orchestration import get_client
@@ -72,7 +73,7 @@ class Dispatcher:
                 if outcome is not None:
                     return outcome
                 progress.note(f"{lost}; it is started again")
-        raise Unavailable(
+        raise StageError(
             f"step {order.step} was lost in pool {place.pool} {self.pools.attempts} times",
             measured=lost,
             remedy="Look at the worker's log and at the memory of its machine.",
@@ -90,7 +91,13 @@ class Dispatcher:
             return
         with get_client(sync_client=True) as client:
             for one in running:
-                client.set_flow_run_state(one, Cancelling(message="the run that needs it was stopped"))
+                # Whatever stopped the run is what is told; a server that is away cannot cancel anything.
+                with suppress(httpx.HTTPError):
+                    client.set_flow_run_state(one, Cancelling(message="the run that needs it was stopped"))
+
+    @property
+    def _tag(self) -> str:
+        return f"run:{self.run}"
 
     def key(self, order: Order) -> str:
         """What names this work among the server's flow runs: the same work, in the same store, is done once."""
@@ -106,7 +113,7 @@ class Dispatcher:
         known = _attempts(client, prefix)
         if known and not _final(known[-1]):
             progress.note(f"follows {known[-1].name} of pool {place.pool}, which makes the same artifact")
-            return known[-1], False
+            return known[-1], self._tag in known[-1].tags
         variables = {
             "image": self.pools.image(order.stage),
             "network": self.pools.networks[place.network],
@@ -124,14 +131,15 @@ class Dispatcher:
                     "one_at_a_time": place.one_at_a_time,
                 },
                 flow_run_name=order.step,
-                tags=[order.stage],
+                tags=[order.stage, self._tag],
                 timeout=0,
                 idempotency_key=f"{prefix}:{len(known) + 1}",
                 job_variables=variables,
             )
         except ObjectNotFound as error:
             raise _not_deployed(place.pool) from error
-        return flow_run, True  # type: ignore[return-value]
+        # The server gives back another run's where two begin at once.
+        return flow_run, self._tag in flow_run.tags  # type: ignore[return-value,union-attr]
 
     def _followed(
         self,
@@ -144,13 +152,22 @@ class Dispatcher:
         ours: bool,
     ) -> tuple[Outcome | None, str]:
         """The outcome, or None and how the container was lost."""
+        from prefect.states import Cancelled
+
         key = str(flow_run.id)
         if ours:  # what another run started is not this run's to cancel
             with self._guard:
                 self._following[key] = flow_run.id
+            if self._stopped:
+                self.stop()
         try:
             heard = Receiver(self.store.objects, key)
             state = self._final_state(client, flow_run, order, place, progress, heard)
+        except StageError:
+            if ours and not self._stopped:  # nobody waits for it any more
+                with suppress(httpx.HTTPError):
+                    client.set_flow_run_state(flow_run.id, Cancelled(message="the run that needs it gave up"))
+            raise
         finally:
             with self._guard:
                 self._following.pop(key, None)
@@ -193,7 +210,8 @@ class Dispatcher:
             patiently(lambda: heard.hear(progress))
             if state is not None and state.is_final():
                 patiently(lambda: heard.hear(progress))  # what it said between the last reading and its end
-                patiently(heard.forget)
+                if state.is_completed():  # an error stays for all who follow it; `sweep` takes it
+                    patiently(heard.forget)
                 return state
             if state is None or state.is_scheduled():
                 watch.check()
@@ -206,7 +224,7 @@ class Dispatcher:
 
 @dataclass
 class _Workers:
-    """Whether a pool has a worker that lives, asked while a step waits for one."""
+    """Whether a pool has a worker that lives, asked while a step waits for one. What waited in vain is cancelled."""
 
     client: SyncPrefectClient
     pool: str
@@ -215,7 +233,7 @@ class _Workers:
     _since: float | None = None
 
     def check(self) -> None:
-        """Raise Unavailable once no worker has lived for the patience."""
+        """Raise StageError once no worker has lived for the patience."""
         ages = patiently(lambda: _heartbeat_ages(self.client, self.pool))
         if any(age < limit for age, limit in ages):
             self._since = None
@@ -226,7 +244,7 @@ class _Workers:
             self.progress.note(f"pool {self.pool} has no live worker; waiting {self.patience_s:g} s for one")
         if now - self._since >= self.patience_s:
             seen = f"the last was heard {min(age for age, _ in ages):.0f} s ago" if ages else "none was ever seen"
-            raise Unavailable(
+            raise StageError(
                 f"work pool {self.pool} has no live worker",
                 measured=seen,
                 limit=f"{self.patience_s:g} s",

@@ -215,6 +215,7 @@ class Launcher:
     def _environment(self, name: str, most: int | None = None) -> dict[str, str]:
         prefixes = (*_STORE, *_OUTSIDE) if name in _REACH_OUTSIDE else _STORE
         kept = {k: v for k, v in os.environ.items() if k in _PASSED_ON or k.startswith(prefixes)}
+        kept.pop("ENGINERY_WEBHOOK_SECRET", None)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         threads = str(most or self.threads)
         offline = {} if name in _REACH_OUTSIDE else {"HF_HUB_OFFLINE": "1"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
 from pydantic import Field, ValidationError
@@ -51,8 +52,8 @@ class Pools(Frozen):
         stages: places that differ from the defaults.
         images: an image's full name, with `{image}` for its short name.
         networks: the names that `inside` and `outside` have on the workers' side.
-        devices: pool -> the processor or GPU that its machines have, as `validate` records it. Without an entry a
-            pool's machines are taken to be like the one that plans.
+        devices: pool -> the processor that its machines have, as a report's provenance names it: `validate` records it.
+            Without an entry a pool's machines are taken to be like the one that plans.
         no_worker_seconds: how long a step waits for a pool to have a live worker.
         start_seconds: how long a submitted step may take to start before it is submitted again.
         attempts: how often a step whose container was lost is started.
@@ -82,7 +83,7 @@ class Pools(Frozen):
 
 
 def load_pools(path: str | None = None) -> Pools:
-    """The settings in a YAML file, by default the one that $ENGINERY_POOLS names; defaults without one.
+    """The settings in a YAML file or s3:// URI, by default what $ENGINERY_POOLS names; defaults without one.
 
     A stage's entry changes the fields that it names; the others keep their defaults.
 
@@ -93,7 +94,7 @@ def load_pools(path: str | None = None) -> Pools:
     if not path:
         return Pools()
     try:
-        said = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        said = yaml.safe_load(_text(path)) or {}
         merged = {
             name: {**(_DEFAULTS.get(name) or Place()).model_dump(), **(place or {})}
             for name, place in (said.get("stages") or {}).items()
@@ -108,3 +109,13 @@ def load_pools(path: str | None = None) -> Pools:
             f"{path} places stages that are not there", measured=", ".join(unknown), limit=", ".join(STAGES)
         )
     return pools
+
+
+def _text(path: str) -> str:
+    if not path.startswith("s3://"):
+        return Path(path).read_text(encoding="utf-8")
+    from stages.adapters.s3_client import fetch_object, parse
+
+    with TemporaryDirectory() as folder:
+        fetch_object(*parse(path), Path(folder, "pools.yaml"), lambda _: None)
+        return Path(folder, "pools.yaml").read_text(encoding="utf-8")

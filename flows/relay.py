@@ -11,11 +11,11 @@ import threading
 from typing import Any
 
 from flows.patience import patiently
+from stages.runtime.artifacts import RELAYS
 from stages.runtime.contract import Progress, Unavailable
 from stages.runtime.progress import forward
 from stages.runtime.stores import Objects
 
-RELAYS = "relays/"
 FLUSH_S = 1.0
 
 

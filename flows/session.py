@@ -117,14 +117,14 @@ def plan(recipe: Recipe, settings: Settings, terminal: Terminal | None = None) -
 @contextmanager
 def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[Session]:
     """A session with the embedded lock held, the record and the MLflow run open; closed by how the block ends."""
-    scratch = enter(settings)
     pooled = settings.launcher == "pool"
+    away_s = AWAY_S if pooled else 0.0
+    scratch = patiently(lambda: enter(settings), away_s=away_s)
     with nullcontext() if pooled else _alone(scratch, terminal):
         end_orphaned_servers(os.environ["PREFECT_HOME"])
         record = open_run(scratch, recipe, sys.argv)
         try:
-            store = settings.connect()
-            away_s = AWAY_S if pooled else 0.0
+            store = patiently(settings.connect, away_s=away_s)
             planned = patiently(lambda: _planned(recipe, settings, store, terminal.for_step), away_s=away_s)
             tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
             tags = {"enginery.store": store.uri}

@@ -18,6 +18,7 @@ from prefect.states import Failed
 
 from flows.launch import Launcher, Order
 from flows.pages import Bar, RunLog
+from flows.patience import patiently
 from flows.relay import Sender
 from stages import stage
 from stages.__main__ import described
@@ -42,7 +43,7 @@ def run_stage(
     Returns:
         identity, cached and changed of the artifact. A stage's error is a failed state that bears its name and text.
     """
-    opened = connect(store)
+    opened = patiently(lambda: connect(store))
     launcher = Launcher(opened, "process", threads, opened.scratch / "logs" / str(flow_run.id), minutes)
     sender = Sender(opened.objects, str(flow_run.id))
     log = RunLog(get_run_logger())
@@ -77,6 +78,7 @@ def _turn(limit: str, log: RunLog) -> Iterator[None]:
         yield
         return
     log.note(f"waits for a slot of {limit!r}")
-    with concurrency(limit, occupy=1, strict=True):
+    # A server that is away for a moment must not end a build that goes well.
+    with concurrency(limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
         log.note(f"has a slot of {limit!r}")
         yield

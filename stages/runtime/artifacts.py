@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ from stages.runtime.transfers import bar, bring, locked
 
 MANIFESTS = "artifacts/"
 BLOBS = "blobs/"
+RELAYS = "relays/"
+"""What stages in containers say, until the run that waits for them has heard it."""
 KEPT_SECONDS = 24 * 3600
 """How old an unreferenced blob or a draft must be before `sweep` takes it: longer than any publication lasts."""
 _FINISHED = "finished.json"
@@ -228,11 +231,13 @@ class Store:
         shutil.rmtree(self.scratch / "views" / identity, ignore_errors=True)
 
     def sweep(self, *, older_than_s: float = KEPT_SECONDS) -> Swept:
-        """Remove drafts, downloads, interrupted uploads, parts and unreferenced blobs older than `older_than_s`."""
+        """Remove what is older than `older_than_s` and of no use: drafts, views, downloads and logs beside the store,
+        interrupted uploads, parts, relays and unreferenced blobs in it.
+        """
         before = time.time() - older_than_s
         named = {entry.sha256 for _, manifest in self.manifests() for entry in manifest.files.values()}
         drafts = blobs = freed = 0
-        for room in ("drafts", "views", "downloads"):
+        for room in ("drafts", "views", "downloads", "logs"):
             folder = self.scratch / room
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 if path.suffix != ".lock" and _newest(path) < before and not self._in_use(path):
@@ -244,7 +249,7 @@ class Store:
         for prefix in (MANIFESTS, BLOBS):
             count, size = self.objects.sweep_uploads(prefix, older_than_s=older_than_s)
             uploads, freed = uploads + count, freed + size
-        for found in [*self.objects.list(BLOBS), *self.objects.list(PARTS)]:
+        for found in [one for room in (BLOBS, PARTS, RELAYS) for one in self.objects.list(room)]:
             if found.key.rpartition("/")[2] not in named and found.modified < before:
                 self.objects.delete(found.key)
                 blobs, freed = blobs + 1, freed + found.size
@@ -325,7 +330,10 @@ def _blob(digest: str) -> str:
 
 
 def _newest(path: Path) -> float:
-    return max([path.stat().st_mtime, *(p.stat().st_mtime for p in path.rglob("*") if p.exists())])
+    try:
+        return max([path.stat().st_mtime, *(p.stat().st_mtime for p in path.rglob("*"))])
+    except FileNotFoundError:
+        return math.inf  # somebody works there
 
 
 def _differing(a: Work, b: Work) -> int:

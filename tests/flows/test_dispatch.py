@@ -17,8 +17,8 @@ import pytest
 from flows.dispatch import Dispatcher
 from flows.launch import Launcher
 from flows.pools import Place, Pools
-from flows.relay import RELAYS
-from stages.runtime.contract import Interrupted, StageError, Unavailable
+from stages.runtime.artifacts import RELAYS
+from stages.runtime.contract import Interrupted, StageError
 from stages.runtime.fingerprint import fingerprint
 from stages.runtime.progress import Silent
 from tests.flows.prefect_server import eventually, prefect_api, runs_of  # noqa: F401
@@ -147,7 +147,7 @@ def test_dispatch_pool_without_a_live_worker_says_so_in_time(pool, store, tmp_pa
     pool("idle", worker=False)
     began, heard = time.monotonic(), Heard()
     with pytest.raises(
-        Unavailable, match=r"work pool idle has no live worker.*none was ever seen.*worker start --pool idle"
+        StageError, match=r"work pool idle has no live worker.*none was ever seen.*worker start --pool idle"
     ):
         dispatcher(store, "idle", no_worker_seconds=3).launch(book(store, tmp_path), heard)
     assert time.monotonic() - began < 30

@@ -1,6 +1,7 @@
 """The images' files, read without a Docker engine."""
 
 import json
+import os
 import re
 import subprocess
 import tomllib
@@ -83,15 +84,24 @@ def test_example_environment_holds_no_usable_secret_and_env_script_fills_each(tm
     )
     (tmp_path / ".env.example").write_text(example)
     script = tmp_path / "env.sh"
-    script.write_text((ROOT / "infra" / "env.sh").read_text().replace("stat -c %g /var/run/docker.sock", "echo 7"))
+    script.write_text((ROOT / "infra" / "env.sh").read_text())
+    shell = {**os.environ, "DOCKER_SOCKET": str(tmp_path / "nowhere")}
+    refused = subprocess.run(["sh", script], capture_output=True, text=True, env=shell)
+    assert refused.returncode and "DOCKER_SOCKET" in refused.stderr and not (tmp_path / ".env").exists()
+    shell["DOCKER_SOCKET"] = str(script)
     for _ in range(2):
-        subprocess.run(["sh", script], check=True, capture_output=True)
+        subprocess.run(["sh", script], check=True, capture_output=True, env=shell)
     made = dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", (tmp_path / ".env").read_text(), re.MULTILINE))
     assert made.keys() == dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", example, re.MULTILINE)).keys()
-    secrets = [value for name, value in made.items() if name in empty and name not in ("DOCKER_GID", "SHARDS")]
+    secrets = [value for name, value in made.items() if name in empty and name not in ("DOCKER_GID", "SHARDS", "POOLS")]
     assert all(len(value) >= 40 for value in secrets) and len(set(secrets)) == len(secrets)
-    assert made["DOCKER_GID"] == "7"
+    assert made["DOCKER_GID"] == str(script.stat().st_gid)
     assert (tmp_path / ".env").stat().st_mode & 0o77 == 0
+
+
+def test_images_hold_no_secret_of_the_tree():
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {"infra/.env*", "infra/kubernetes/secrets/*.env"} <= set(ignored)
 
 
 @pytest.mark.parametrize("pool", ["flows", "cpu", "gpu"])
@@ -122,4 +132,5 @@ def test_deployments_of_prefect_yaml_can_all_be_loaded():
         "watch/checkpoints",
         "promote/promote",
         "rollback/rollback",
+        "sweep/weekly",
     }

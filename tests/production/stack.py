@@ -79,8 +79,6 @@ def up() -> Iterator[None]:
         run(*readme_commands()[0].split())
         yield
     finally:
-        for container in run("docker", "ps", "--quiet", "--filter", "volume=enginery-scratch").split():
-            run("docker", "kill", container)
         run(*readme_commands()[3].split(), env={"VOLUMES": "--volumes"})
         if mine:
             (ROOT / "infra" / ".env").unlink()

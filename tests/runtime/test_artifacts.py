@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.runtime import transfers
-from stages.runtime.artifacts import Store, entries
+from stages.runtime.artifacts import RELAYS, Store, entries
 from stages.runtime.contract import PARTIAL, Kind, Manifest, Provenance, StageError, Work
 from stages.runtime.fingerprint import digest_bytes, fingerprint
 from stages.runtime.progress import Silent
@@ -260,6 +260,20 @@ def test_sweep_takes_old_drafts_and_unreferenced_blobs_and_nothing_else(store):
     assert not blob(store, b"lost").exists()
     store.verify(identity)
     assert store.sweep().blobs == 0
+
+
+def test_sweep_takes_old_relays_and_logs_and_spares_young_ones(store):
+    for name in ("old", "young"):
+        store.objects.put(f"{RELAYS}{name}/000000.jsonl", b"{}")
+        log = store.scratch / "logs" / name / "step.stderr"
+        log.parent.mkdir(parents=True)
+        log.write_text("words")
+    relays, logs = store.objects.root / RELAYS, store.scratch / "logs"
+    aged(*(relays / "old").rglob("*"), *(logs / "old").rglob("*"), logs / "old")
+    swept = store.sweep()
+    assert (swept.drafts, swept.blobs, swept.bytes) == (1, 1, 7)
+    assert (relays / "young" / "000000.jsonl").exists() and not (relays / "old" / "000000.jsonl").exists()
+    assert (logs / "young").exists() and not (logs / "old").exists()
 
 
 def test_sweep_spares_young_blobs_that_no_manifest_names_yet(store):
