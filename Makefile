@@ -46,8 +46,8 @@ check: install  ## ruff, mypy --strict, import boundaries
 real-test: install  ## a slice on the real model: fetch to verdict, short texts
 	@$(BIN)/python -m pytest -m real tests/real
 
-service-test: install  ## gigabytes through a real S3 server
-	@$(BIN)/python -m pytest -m service tests/services
+service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered
+	@$(BIN)/python -m pytest -m service tests/services tests/flows
 
 bench: install  ## time and memory of the main job's stages, as ratios measured in one run
 	@$(BIN)/python -m tests.bench

@@ -34,6 +34,7 @@ SMALL_BYTES = 1_000_000
 READABLE = frozenset({".json", ".jsonl", ".txt", ".yaml", ".yml", ".csv", ".md", ".html"})
 FLUSH_S = 2.0
 NOISE = (
+    r"Type object <class 'prefect\.server\.",  # SQLAlchemy about Prefect's tables, when MLflow sets up all of a process
     r"The ``noload`` loader strategy is deprecated",  # SQLAlchemy about MLflow's own tables
     r".*Any type hint is inferred as AnyType",  # MLflow about a class of its own
     r".*An input example was not provided",  # the signature is stated, and an example would load the model

@@ -163,6 +163,8 @@ steps:
 """
 
 
+@pytest.mark.service
+@pytest.mark.timeout(600)
 def test_run_with_shards_on_threads_seals_what_a_run_without_seals(prefect, tiny, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("SOURCE", tiny.as_uri()))
