@@ -21,7 +21,7 @@ PLAIN = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
 KEPT = {k: v for k, v in os.environ.items() if k.startswith(("COVERAGE_", "COV_"))}
 
 
-def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=280):
+def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=560):
     """Run the command in a child; returns (JSON object or None, output, errors)."""
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", *map(str, arguments)],
