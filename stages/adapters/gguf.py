@@ -36,6 +36,7 @@ def dequantize(path: Path, output: Path, progress: Progress) -> None:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+    # What transformers raises for an architecture or a field of it that it does not know; its text is passed on.
     except (ValueError, KeyError, NotImplementedError) as error:
         raise StageError(f"{path} has an architecture that is not understood ({error})", remedy=_OTHER) from error
     plan = _plan(path, reader, model, config)
