@@ -10,7 +10,7 @@ COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check real-test service-test bench images schemas clean gpu-test \
+.PHONY: help install run test check real-test service-test bench bench-engine images schemas clean gpu-test \
   production-env production-up production-submit production-watch production-down production-test
 
 help:  ## list the targets
@@ -49,7 +49,10 @@ real-test: install  ## a slice on the real model: fetch to verdict, short texts
 service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered
 	@$(BIN)/python -m pytest -m service tests/services tests/flows
 
-bench: install  ## time and memory of the main job's stages, as ratios measured in one run
+bench: install  ## every compression technique: loss, seconds, memory, beside peers; ONLY=int4,w8a8 for some, ARGS=--help
+	@$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+bench-engine: install  ## the last main job's engine beside the dense model: prefill, generation, memory
 	@$(BIN)/python -m tests.bench
 
 schemas: install  ## write the JSON Schemas that ship with the package

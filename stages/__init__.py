@@ -10,8 +10,10 @@ from stages.runtime.contract import Stage, StageError
 STAGES = {
     "fetch": "stages.fetch:FETCH",
     "corpus": "stages.corpus:CORPUS",
+    "fuse": "stages.fuse:FUSE",
     "share": "stages.share:SHARE",
     "prune": "stages.prune:PRUNE",
+    "factorize": "stages.factorize:FACTORIZE",
     "recover": "stages.recover:RECOVER",
     "quantize": "stages.quantize:QUANTIZE",
     "export": "stages.export:EXPORT",

@@ -1,4 +1,4 @@
-"""prune: fewer feed-forward channels in every block, or fewer blocks."""
+"""prune: fewer channels, heads or blocks, or zeros in the weights."""
 
 from __future__ import annotations
 
@@ -7,55 +7,94 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
+from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+WEIGHTS = ("magnitude", "wanda", "sparsegpt", "gradient")
 
 
 class PruneParams(Params):
     """What goes.
 
     Attributes:
-        method: `channels` narrows every block's feed-forward part to one width; `blocks` takes whole blocks out.
-        keep: largest share of the blocks' parameters that stays.
+        method: `channels` narrows every block's feed-forward part to one width, `heads` takes key-value groups of
+            attention heads out of every block, `blocks` takes whole blocks out; `magnitude`, `wanda`, `gradient` and
+            `sparsegpt` put zeros into the blocks' maps, the last one mending the other weights.
+        keep: largest share of the blocks' parameters that stays; of zeros: of the maps' weights that are not zero.
+        pattern: zeros: so many of so many neighbours stay in every row, whatever `keep` says; without one each map has
+            as many zeros as the measured loss allows.
+        by: blocks: chosen by the measured loss without them, or by how little they change what passes through.
         multiple: channels: the width left is a multiple of this.
         windows: calibration windows.
         window_tokens: their length.
     """
 
-    method: Literal["channels", "blocks"] = "channels"
+    method: Literal["channels", "heads", "blocks", "magnitude", "wanda", "gradient", "sparsegpt"] = "channels"
     keep: float = Field(default=0.95, gt=0, lt=1)
+    pattern: Literal["2:4", "4:8"] | None = None
+    by: Literal["loss", "influence"] = "loss"
     multiple: int = Field(default=8, ge=1)
-    windows: int = Field(default=16, ge=1)
+    windows: int = Field(default=32, ge=1)
     window_tokens: int = Field(default=512, ge=8)
+
+    @model_validator(mode="after")
+    def _pattern_of_zeros(self) -> PruneParams:
+        if self.pattern and self.method not in WEIGHTS:
+            raise ValueError(f"{self.method} leaves no pattern of zeros; `pattern` goes with {', '.join(WEIGHTS)}")
+        return self
 
 
 def prune(params: PruneParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
-    """See PruneParams. `layers.json` says for each block what went and what that lost."""
-    from stages.models.anatomy import block_parameters
-    from stages.models.loading import load_model, load_tokenizer, save_model, stored_parameters
+    """See PruneParams. `layers.json` says what went where and what that lost; `masks.safetensors` where zeros stand."""
+    from stages.models.loading import load_model, load_tokenizer
     from stages.models.quantized import describe
     from stages.models.windows import windows
 
     model = load_model(inputs["model"])
     if describe(model) is not None:
         raise StageError("the checkpoint is quantized", remedy="Prune first, quantize afterwards.")
-    before = block_parameters(model)
     ids_NT = windows(
         inputs["text"], "calibrate", load_tokenizer(inputs["model"]), params.window_tokens, most=params.windows
     )
     if len(ids_NT) < params.windows:
         progress.note(f"the calibrate split gives {len(ids_NT)} of {params.windows} windows")
+    work = _zeros if params.method in WEIGHTS else _structure
+    return work(params, model, ids_NT, inputs["model"], output, progress)
+
+
+def _zeros(
+    params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, like: Path, output: Path, progress: Progress
+) -> Metrics:
+    from stages.models import sparsity
+    from stages.models.loading import load_model, save_model
+
+    how = sparsity.How(params.method, params.pattern, params.keep)
+    rows = sparsity.sparsified(model, ids_NT, how, output / PARTIAL, progress)
+    _write(params, rows, output)
+    save_model(model, output, like=like)
+    sparsity.save_masks(model, output)
+    found = sparsity.proven(load_model(output), how, output)
+    return {"zeros": float(found.zeros), "weights": float(found.weights), "sparsity": found.zeros / found.weights}
+
+
+def _structure(
+    params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, like: Path, output: Path, progress: Progress
+) -> Metrics:
+    from stages.models.anatomy import block_parameters
+    from stages.models.loading import load_model, save_model, stored_parameters
+    from stages.models.pruning import REMOVERS, Asked
+
+    before = block_parameters(model)
     limit = int(params.keep * before)
-    remove = _channels if params.method == "channels" else _blocks
-    rows = remove(params, model, ids_NT, before - limit, progress)
-    text = json.dumps({"method": params.method, "layers": rows}, indent=1) + "\n"
-    (output / "layers.json").write_text(text, encoding="utf-8")
-    save_model(model, output, like=inputs["model"])
+    asked = Asked(limit, params.multiple, params.by, output / PARTIAL)
+    rows = REMOVERS[params.method](model, ids_NT, asked, progress)
+    _write(params, rows, output)
+    save_model(model, output, like=like)
     after = block_parameters(load_model(output))
     if after > limit:
         raise StageError(
@@ -68,59 +107,15 @@ def prune(params: PruneParams, inputs: Mapping[str, Path], output: Path, progres
         "block_parameters": float(after),
         "block_parameters_before": float(before),
         "parameters": float(stored_parameters(output)),
-        "parameters_before": float(stored_parameters(inputs["model"])),
+        "parameters_before": float(stored_parameters(like)),
         "layers": float(model.config.num_hidden_layers),
         "channels": float(model.config.intermediate_size),
     }
 
 
-def _cannot(params: PruneParams, best: int, total: int) -> StageError:
-    return StageError(
-        f"pruning {params.method} cannot remove so much",
-        measured=f"keep {best / total:.4f} at best",
-        limit=f"keep {params.keep}",
-        remedy="Raise `keep`, or prune by the other method as well.",
-    )
-
-
-def _channels(
-    params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, target: int, progress: Progress
-) -> list[dict[str, Any]]:
-    from stages.models import structure
-    from stages.models.anatomy import block_parameters, blocks
-    from stages.models.pruning import channel_parameters, narrowed
-
-    structure.check_channels_free(model)
-    width, total = int(model.config.intermediate_size), block_parameters(model)
-    each = sum(channel_parameters(block) for block in blocks(model))
-    kept = (width - -(-target // each)) // params.multiple * params.multiple
-    if kept < 1:
-        raise _cannot(params, total - each * (width - params.multiple), total)
-    rows = narrowed(model, ids_NT, kept, progress.advanced)
-    model.config.intermediate_size = kept
-    return rows
-
-
-def _blocks(
-    params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, target: int, progress: Progress
-) -> list[dict[str, Any]]:
-    from stages.models import structure
-    from stages.models.anatomy import block_parameters
-    from stages.models.pruning import influences
-
-    before = block_parameters(model)
-    found = influences(model, ids_NT, progress.advanced)
-    order = sorted(range(len(found)), key=lambda index: (found[index], index))
-    dropped: list[int] = []
-    while before - block_parameters(model) < target:
-        if len(dropped) == len(order) - 1:
-            raise _cannot(params, block_parameters(model), before)
-        # Each removal renumbers the rest: count how many earlier ones went already.
-        now = order[len(dropped)]
-        structure.drop_blocks(model, [now - sum(index < now for index in dropped)])
-        dropped.append(now)
-    progress.note(f"blocks {', '.join(map(str, sorted(dropped)))} of {len(found)} went")
-    return [{"block": index, "influence": one, "kept": index not in dropped} for index, one in enumerate(found)]
+def _write(params: PruneParams, rows: list[dict[str, Any]], output: Path) -> None:
+    text = json.dumps({"method": params.method, "layers": rows}, indent=1) + "\n"
+    (output / "layers.json").write_text(text, encoding="utf-8")
 
 
 PRUNE = Stage(

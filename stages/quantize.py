@@ -1,138 +1,228 @@
-"""quantize: a checkpoint's weights, and if asked its activations, as small integers with explicit symmetric scales."""
+"""quantize: a checkpoint's weights, and if asked what they read, in few bits with explicit symmetric scales."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
+from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from stages.models.folding import Site
-    from stages.models.observing import Observed
-    from stages.models.precision import Decision, Precision
+    from stages.models.precision import Precision, Rounding
+
+Scheme = Literal["int8_w8a8", "int8_weight_only", "fp8_e4m3", "int4_weight_only", "nvfp4", "mxfp4", "auto"]
 
 
 class QuantizeParams(Params):
     """How weights and activations are rounded.
 
     Attributes:
-        scheme: INT8 weights and activations; INT8 weights; INT4 weights in blocks.
-        smoothing: strength of moving outliers from activations into weights, 0 to 1; None searches it for each layer.
-        block: INT4 only: inputs that share a scale.
+        scheme: INT8 or FP8 weights and activations, with static ranges; weights alone as INT8 rows, INT4 blocks, or
+            four-bit floats in NVFP4 or MXFP4 blocks; or `auto`: INT4 blocks where they lose least, INT8 rows elsewhere.
+        smoothing: int8_w8a8: strength of moving outliers from activations into weights, 0 to 1; None searches it for
+            each layer.
+        block: INT4: inputs that share a scale.
+        bits: auto: most bits a weight of the blocks on average, scales counted.
+        loss: auto: instead of `bits`, the largest predicted loss in nats a token, at the least size.
         embedding: INT8 rows for the token table and the head, or left as they are.
-        keep: largest share of the blocks' weights whose worst layers stay in higher precision.
+        keep: int8_w8a8: largest share of the blocks' weights whose worst layers keep float inputs.
         windows: calibration windows.
         window_tokens: their length.
-        search: `auto` tries clipped ranges and, unless given, smoothing strengths; `off` takes the plain ranges.
+        search: `auto` fits each map to the dense model's outputs, by columns, and searches scales, ranges and
+            smoothing; `off` rounds to nearest with the plain ranges of the format's definition.
+        layout: how the checkpoint is laid out: our own way, or as vLLM and transformers load it, which holds no
+            quantized table and no shared, factorized or unevenly pruned layers; vLLM wants q, k and v in one form, and
+            gate and up, which `auto` does not promise.
     """
 
-    scheme: Literal["int8_w8a8", "int8_weight_only", "int4_weight_only"] = "int8_w8a8"
+    scheme: Scheme = "int8_w8a8"
     smoothing: float | None = Field(default=None, ge=0, le=1)
     block: int = Field(default=64, ge=2)
+    bits: float | None = Field(default=None, gt=0)
+    loss: float | None = Field(default=None, ge=0)
     embedding: Literal["int8", "keep"] = "int8"
     keep: float = Field(default=0.07, ge=0, le=0.5)
-    windows: int = Field(default=16, ge=1)
+    windows: int = Field(default=32, ge=1)
     window_tokens: int = Field(default=512, ge=8)
     search: Literal["auto", "off"] = "auto"
+    layout: Literal["enginery", "compressed-tensors"] = "enginery"
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> QuantizeParams:
+        given = [name for name in ("bits", "loss") if getattr(self, name) is not None]
+        if self.scheme == "auto" and len(given) != 1:
+            raise ValueError("scheme auto needs one of `bits` and `loss`")
+        if self.scheme != "auto" and given:
+            raise ValueError(f"`{given[0]}` belongs to scheme auto")
+        if self.layout == "compressed-tensors" and self.embedding == "int8":
+            raise ValueError("layout compressed-tensors holds no INT8 table: set `embedding: keep`")
+        return self
 
 
-ROWS = 1024
+SMALL = ("I8", "U8", "F8_E4M3", "I32")
+ROWS = 512
 """Sampled rows of each layer's inputs on which strengths and ranges are judged."""
 
 
 def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
-    """See QuantizeParams. The function of the float model is kept exactly by every fold; only rounding changes it."""
-    from stages.models import anatomy, precision
-    from stages.models.folding import sites
+    """See QuantizeParams. `layers.json` says for each map how it was rounded and what that lost."""
+    from stages.models import anatomy, compressed_tensors, precision
     from stages.models.loading import load_model, save_model
     from stages.models.quantized import annotate, describe
 
     model = load_model(inputs["model"])
     if describe(model) is not None:
         raise StageError("the checkpoint is quantized already", remedy="Give the float checkpoint it was made from.")
-    found = sites(model)
-    if params.scheme == "int8_weight_only":
-        decisions = [precision.as_is(site) for site in found]
-    else:
-        asked = _precision(params, found)
-        observed = _observed(params, model, found, inputs, progress)
-        decisions = precision.spare(_decided(params, asked, found, observed, progress), params.keep)
     block_parameters = anatomy.block_parameters(model)
-    notes = precision.apply(model, decisions)
+    _check_block(params, model)
+    text_NT = _windows(params, inputs, progress)
+    rounding = precision.Rounding(_asked(params, model, text_NT, progress), search=params.search == "auto")
+    if params.scheme == "int8_w8a8":
+        _smoothed(params, model, text_NT, rounding, progress)
+    if text_NT is None:
+        rows = precision.plainly(model, rounding)
+    else:
+        from stages.models.twin import compress
+
+        rows = compress(model, text_NT, rounding, output / PARTIAL, progress.advanced, progress.note, progress.metric)
+    names = [row["layer"] for row in rows]
     tables = precision.quantize_tables(model) if params.embedding == "int8" else []
-    annotate(model, {"scheme": params.scheme}, notes)
-    save_model(model, output, like=inputs["model"])
-    kept = sum("kept" in note for note in notes.values())
-    progress.note(f"{len(notes)} maps and {len(tables)} tables quantized, {kept} maps kept in higher precision")
+    annotate(model, {"scheme": params.scheme}, rounding.notes)
+    save_model(model, output, like=inputs["model"], layout=params.layout)
+    if params.layout == compressed_tensors.METHOD and (unlike := compressed_tensors.unlike(model)):
+        progress.note(
+            f"vLLM needs one form for q, k and v, and for gate and up; {len(unlike)} modules mix: {unlike[0]}"
+        )
+    text = json.dumps({"scheme": params.scheme, "layers": rows}, indent=1) + "\n"
+    (output / "layers.json").write_text(text, encoding="utf-8")
+    kept = sum("kept" in note for note in rounding.notes.values())
+    progress.note(f"{len(rows)} maps and {len(tables)} tables quantized, {kept} maps kept in higher precision")
     return {
-        **_proven(inputs["model"], output, [*notes, *tables]),
-        "quantized_maps": float(len(notes)),
+        **_proven(inputs["model"], output, [*names, *tables]),
+        "quantized_maps": float(len(rows)),
         "kept_maps": float(kept),
         "block_parameters": float(block_parameters),
-        "largest_error_ratio": max((one.error for one in decisions), default=0.0),
+        "bits_per_weight": _bits(model),
+        "largest_error_ratio": max((row["error"] for row in rows), default=0.0),
     }
 
 
-def _precision(params: QuantizeParams, found: list[Site]) -> Precision:
+def _asked(
+    params: QuantizeParams, model: PreTrainedModel, ids_NT: Tensor | None, progress: Progress
+) -> dict[str, Precision]:
+    from stages.models import mixing
+    from stages.models.precision import Precision, names
+
+    if params.scheme != "auto":
+        return dict.fromkeys(names(model), _precision(params))
+    assert ids_NT is not None
+    forms = [Precision("int8"), Precision("int4", block=params.block)]
+    parts = mixing.measured(model, ids_NT[: max(2, len(ids_NT) // 2)], forms, lambda done, total: None)
+    if params.loss is not None:
+        return mixing.under_loss(parts, forms, params.loss)
+    assert params.bits is not None
+    return mixing.under_bits(parts, model, forms, params.bits)
+
+
+def _precision(params: QuantizeParams) -> Precision:
     from stages.models.precision import Precision
 
-    if params.scheme == "int8_w8a8":
-        return Precision(weight_bits=8, input_bits=8, block=None)
-    widths = {reader.in_features for site in found for reader in site.readers.values()}
-    if wrong := sorted(width for width in widths if width % params.block):
-        fits = [str(block) for block in range(2, min(widths) + 1, 2) if not any(width % block for width in widths)]
+    return {
+        "int8_w8a8": Precision("int8", input_form="int8"),
+        "int8_weight_only": Precision("int8"),
+        "fp8_e4m3": Precision("fp8_e4m3", input_form="fp8_e4m3"),
+        "int4_weight_only": Precision("int4", block=params.block),
+        "auto": Precision("int4", block=params.block),
+        "nvfp4": Precision("nvfp4", block=16),
+        "mxfp4": Precision("mxfp4", block=32),
+    }[params.scheme]
+
+
+def _check_block(params: QuantizeParams, model: PreTrainedModel) -> None:
+    from stages.models.precision import names
+
+    widths = {int(model.get_submodule(name).in_features) for name in names(model)}
+    block = _precision(params).block
+    if block and (wrong := sorted(width for width in widths if width % block)):
+        fits = [str(size) for size in range(2, min(widths) + 1, 2) if not any(width % size for width in widths)]
         raise StageError(
-            f"blocks of {params.block} do not divide every layer's inputs",
+            f"blocks of {block} do not divide every layer's inputs",
             measured=f"{', '.join(map(str, wrong))} inputs",
             limit=f"a common divisor: {', '.join(fits) or 'there is none'}",
-            remedy="Set `block` to one of these, or `scheme` to int8_weight_only.",
+            remedy="Set `scheme` to int4_weight_only and `block` to one of these, or `scheme` to int8_weight_only.",
         )
-    return Precision(weight_bits=4, input_bits=None, block=params.block)
 
 
-def _observed(
-    params: QuantizeParams, model: PreTrainedModel, found: list[Site], inputs: Mapping[str, Path], progress: Progress
-) -> dict[str, Observed]:
+def _windows(params: QuantizeParams, inputs: Mapping[str, Path], progress: Progress) -> Tensor | None:
     from stages.models.loading import load_tokenizer
-    from stages.models.observing import observe
     from stages.models.windows import windows
 
+    needs = params.scheme in ("int8_w8a8", "fp8_e4m3", "auto")
     if "text" not in inputs:
-        raise StageError(f"{params.scheme} needs an input 'text'", remedy="Give a corpus with a `calibrate` split.")
+        if needs or (params.search == "auto" and params.scheme != "int8_weight_only"):
+            remedy = "Give a corpus with a `calibrate` split" + ("." if needs else ", or set `search: off`.")
+            raise StageError(f"{params.scheme} needs an input 'text'", remedy=remedy)
+        return None
+    if not needs and (params.search == "off" or params.scheme == "int8_weight_only"):
+        return None
     ids_NT = windows(
         inputs["text"], "calibrate", load_tokenizer(inputs["model"]), params.window_tokens, most=params.windows
     )
     if len(ids_NT) < params.windows:
         progress.note(f"the calibrate split gives {len(ids_NT)} of {params.windows} windows")
+    return ids_NT
+
+
+def _smoothed(
+    params: QuantizeParams, model: PreTrainedModel, ids_NT: Tensor | None, rounding: Rounding, progress: Progress
+) -> None:
+    """Decide smoothing and ranges of every site, and fold what moves; what is kept in float inputs is noted."""
+    from stages.algorithms.smoothing import STRENGTHS
+    from stages.models.anatomy import check_type
+    from stages.models.folding import fold, sites
+    from stages.models.observing import observed
+    from stages.models.precision import decide, spare, take
+
+    assert ids_NT is not None
+    check_type(model.config.model_type)  # where factors may move is known for these blocks
+    found = sites(model)
     maps = {}
     for site in found:
         weights = {id(reader.weight) for reader in site.readers.values()}
         maps[site.name] = [one for one in model.modules() if id(getattr(one, "weight", None)) in weights]
-    # Reading a text and searching the sites take about equal time.
-    return observe(model, maps, ids_NT, rows=ROWS, advanced=lambda done: progress.advanced(done / len(ids_NT), 2))
-
-
-def _decided(
-    params: QuantizeParams, asked: Precision, found: list[Site], observed: dict[str, Observed], progress: Progress
-) -> list[Decision]:
-    from stages.algorithms.smoothing import STRENGTHS
-    from stages.models.precision import decide
-
+    by_name = {site.name: site for site in found}
     given = () if params.smoothing is None else (params.smoothing,)
     strengths = given or (STRENGTHS if params.search == "auto" else (0.0,))
-    decisions: list[Decision] = []
-    for done, site in enumerate(found, start=1):
-        decisions.append(decide(site, observed[site.name], asked, strengths, clip=params.search == "auto"))
-        progress.advanced(1 + done / len(found), 2)
-        if done == len(found) or found[done].block != site.block:
-            progress.metric("output_error_ratio", decisions[-1].error, site.block)
-    return decisions
+    decisions = [
+        decide(by_name[name], one, strengths, clip=params.search == "auto")
+        for name, one in observed(model, maps, ids_NT, rows=ROWS)
+    ]
+    decisions = spare(decisions, params.keep)
+    # A map that one site reads with is written by another (v, up, a basis): all factors first.
+    for one in decisions:
+        fold(one.site, one.factor_F)
+        take(rounding, one)
+
+
+def _bits(model: PreTrainedModel) -> float:
+    """Stored bits of the blocks' maps with their scales, a weight."""
+    from stages.models import anatomy
+    from stages.models.quantized import quantized_modules
+
+    stored = weights = 0
+    for block in anatomy.blocks(model):
+        for one in quantized_modules(block.module).values():
+            tensors = (one.weight, one.weight_scale)
+            stored += sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors)
+            weights += int(one.in_features) * int(one.out_features)  # type: ignore[arg-type]
+    return stored / max(1, weights)
 
 
 def _proven(before: Path, after: Path, names: list[str]) -> Metrics:
@@ -140,8 +230,8 @@ def _proven(before: Path, after: Path, names: list[str]) -> Metrics:
     from stages.models.quantized import stored_dtypes
 
     stored = stored_dtypes(after)
-    floats = [name for name in names if stored.get(f"{name}.weight", "I8") not in ("I8", "U8")]
-    integers = sum(dtype in ("I8", "U8") for dtype in stored.values())
+    floats = [name for name in names if stored.get(f"{name}.weight", "I8") not in SMALL]
+    integers = sum(dtype in SMALL and name.endswith((".weight", ".weight_packed")) for name, dtype in stored.items())
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (before, after)]
     if floats or not integers or sizes[1] >= sizes[0]:
         raise StageError(

@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
+
+    from stages.models.training import HeldOut, Learner
+
+MASKS = "masks.safetensors"
+"""What `prune` puts beside the weights where single ones went."""
+
+
+def tokens_of(budget: Any) -> Any:
+    """Tokens of a budget in minutes: "20 min at 800/s" -> 960000. Anything else is given back."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) min at (\d+)/s", budget) if isinstance(budget, str) else None
+    return round(float(found[1]) * 60 * int(found[2])) if found else budget
 
 
 class RecoverParams(Params):
-    """How long and how fast the student learns.
+    """How long, how fast and in which way the student learns.
 
     Attributes:
-        tokens: length of the training, in tokens read.
+        tokens: length of the training in tokens read, or minutes at a rate, "20 min at 800/s": a run tells its rate.
+        update: `full`: all weights but embedding and head; `lora`: every other matrix by a low-rank product, merged at
+            the end; `sparse`: like full, but zeros of matrices with many stay zeros.
+        rank: of `lora`'s products.
         window_tokens: tokens of one window.
         batch_windows: windows a step.
-        learning_rate: at its peak; 3e-4 made a lightly cut 135 M model worse (held-out KL 0.09 to 0.22), 5e-5 better.
+        accumulate: parts in which a step's windows are computed; more take less memory.
+        learning_rate: at its peak. Of a 135 M model, 5e-5 mended one that had lost little (held-out KL 0.09, which 3e-4
+            made 0.22), 4e-4 one without a fifth of its blocks (KL 0.9). Smaller models take more.
         kl_weight: share of the distance to the teacher in the loss; the rest is the next token's cross-entropy.
+        hidden_weight: how much the inputs of blocks before which others are missing should equal the teacher's, or of
+            three blocks where none is missing. Without effect where the widths differ.
+        written_windows: windows that the teacher writes itself, learned beside the text's for the sake of other texts;
+            the next token's cross-entropy leaves them out.
+        teacher_tokens: likeliest tokens of the teacher that are kept at each position.
         temperature: softens teacher and student.
         warmup_steps: steps until the peak rate.
         check_every_steps: how often the held-out texts are scored and the state is saved.
@@ -33,15 +57,21 @@ class RecoverParams(Params):
         seed: of the order of windows.
     """
 
-    tokens: int = Field(default=100_000, ge=1)
-    window_tokens: int = Field(default=512, ge=8)
-    batch_windows: int = Field(default=2, ge=1)
-    learning_rate: float = Field(default=5e-5, gt=0)
+    tokens: Annotated[int, BeforeValidator(tokens_of, json_schema_input_type=int | str)] = Field(default=100_000, ge=1)
+    update: Literal["full", "lora", "sparse"] = "full"
+    rank: int = Field(default=16, ge=1)
+    window_tokens: int = Field(default=256, ge=8)
+    batch_windows: int = Field(default=4, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
     kl_weight: float = Field(default=1.0, ge=0, le=1)
+    hidden_weight: float = Field(default=0.3, ge=0)
+    written_windows: int = Field(default=0, ge=0)
+    teacher_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=8, ge=0)
-    check_every_steps: int = Field(default=25, ge=1)
-    check_windows: int = Field(default=4, ge=1)
+    check_every_steps: int = Field(default=50, ge=1)
+    check_windows: int = Field(default=8, ge=1)
     patience: int = Field(default=3, ge=1)
     seed: int = 0
 
@@ -52,31 +82,25 @@ class RecoverParams(Params):
 
 
 def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
-    """See RecoverParams. Partial state is saved at every check; a resumed run ends in the same bytes."""
+    """See RecoverParams. Partial state is saved at every check; a resumed run ends in the same bytes.
+
+    `curve.json` holds every score, `layers.json` how far each tensor moved.
+    """
     from stages.models import training
     from stages.models.course import Plan, train
-    from stages.models.loading import load_model, load_tokenizer, save_model
-    from stages.models.windows import windows
+    from stages.models.loading import load_model, save_model
+    from stages.models.updates import begin
 
-    _check_same_tokens(inputs["model"], inputs["teacher"])
-    student, teacher = load_model(inputs["model"]), load_model(inputs["teacher"])
-    _check_float(student)
-    tokenizer, tokens = load_tokenizer(inputs["model"]), params.window_tokens
-    ids_NT = windows(inputs["text"], "train", tokenizer, tokens)
-    roles = [role for role in ("text", "other") if role in inputs]
-    judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
-    held = [training.held_out(teacher, role, judged[role]) for role in roles]
-    made = training.learner(student, teacher, kl_weight=params.kl_weight, temperature=params.temperature)
+    _check(params, inputs)
+    saved, partial = load_model(inputs["model"]), output / PARTIAL
+    made, held = _learner(params, inputs, saved, partial, progress)
     plan = Plan(**params.model_dump(include={field.name for field in fields(Plan)}), steps=params.steps)
-    record = train(
-        plan,
-        made,
-        ids_NT,
-        held,
-        lambda: dict(load_model(inputs["model"]).named_parameters()),
-        output / PARTIAL,
-        progress,
-    )
+
+    def start() -> Mapping[str, Tensor]:
+        fresh = dict(load_model(inputs["model"]).named_parameters())
+        return begin(params.update, {name: fresh[name] for name in made.updates.saved}, params.rank, params.seed)
+
+    record = train(plan, made, held, start, partial, progress)
     if record.best_step == 0:
         raise StageError(
             "recovery did not help",
@@ -84,12 +108,13 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
             limit="a lower held-out KL than before",
             remedy="Lower `learning_rate`, give more `tokens` or text nearer to the held-out one, or drop the step.",
         )
-    training.take_best(made, output / PARTIAL, record)
+    training.take_best(made, partial, record)
     after = training.score(made, held)
-    save_model(student, output, like=inputs["model"])
+    made.updates.finish()
+    save_model(saved, output, like=inputs["model"])
     (output / "curve.json").write_text(json.dumps(record.curve) + "\n", encoding="utf-8")
     return {
-        **_proven(inputs["model"], output),
+        **_proven(params, inputs["model"], output),
         **{f"kl_{role}_after": value for role, value in after.items()},
         "kl_before": record.kl_before,
         "kl_after": record.best_kl,
@@ -99,9 +124,60 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     }
 
 
-def _check_same_tokens(model: Path, teacher: Path) -> None:
-    from stages.models.loading import load_config, load_tokenizer
+def _learner(
+    params: RecoverParams, inputs: Mapping[str, Path], saved: PreTrainedModel, partial: Path, progress: Progress
+) -> tuple[Learner, list[HeldOut]]:
+    """Student and teacher side by side, the teacher's answers below `partial`, and what is judged by."""
+    import torch
 
+    from stages.models import training
+    from stages.models.apart import load_apart
+    from stages.models.lessons import Lessons
+    from stages.models.listening import listened
+    from stages.models.loading import load_tokenizer
+    from stages.models.updates import updates
+    from stages.models.windows import windows
+    from stages.models.writing import written
+
+    tokenizer, tokens = load_tokenizer(inputs["model"]), params.window_tokens
+    ids_NT = windows(inputs["text"], "train", tokenizer, tokens)
+    roles = [role for role in ("text", "other") if role in inputs]
+    judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
+    student, teacher = (load_apart(inputs[role], tokens) for role in ("model", "teacher"))
+    if params.written_windows:
+        own_NT = written(teacher, params.written_windows, tokens, params.seed, partial / "written.safetensors")
+        ids_NT = torch.cat([ids_NT, own_NT])
+    pairs = listened(student.model, teacher.model) if params.hidden_weight else []
+    if pairs and student.model.config.hidden_size != teacher.model.config.hidden_size:
+        progress.note("the teacher's hidden states are of another width: the student learns from its tokens alone")
+        pairs = []
+    lessons = Lessons(
+        teacher,
+        ids_NT,
+        partial / "teacher",
+        tokens_kept=params.teacher_tokens,
+        temperature=params.temperature,
+        listened={theirs.name: theirs.module for _, theirs in pairs},
+    )
+    made = training.learner(
+        student,
+        teacher,
+        ids_NT,
+        lessons,
+        updates(params.update, saved, student.model, rank=params.rank, seed=params.seed),
+        goal=training.Goal(params.kl_weight, params.temperature, params.hidden_weight),
+        at_once=-(-params.batch_windows // params.accumulate),
+        listened={mine.name: mine.module for mine, _ in pairs},
+        written=params.written_windows,
+    )
+    return made, [training.held_out(teacher, role, judged[role]) for role in roles]
+
+
+def _check(params: RecoverParams, inputs: Mapping[str, Path]) -> None:
+    """Raise StageError unless model and teacher speak the same tokens, and the model can learn in the way asked."""
+    from stages.models.loading import QUANTIZATION, load_config, load_tokenizer
+
+    model, teacher = inputs["model"], inputs["teacher"]
     sizes = [load_config(folder).vocab_size for folder in (model, teacher)]
     if sizes[0] != sizes[1] or load_tokenizer(model).get_vocab() != load_tokenizer(teacher).get_vocab():
         raise StageError(
@@ -110,30 +186,30 @@ def _check_same_tokens(model: Path, teacher: Path) -> None:
             limit=f"the model's own, {sizes[0]}",
             remedy="Give as teacher the checkpoint that the model was made from.",
         )
-
-
-def _check_float(model: PreTrainedModel) -> None:
-    from stages.models.quantized import describe
-
-    if describe(model) is not None:
-        raise StageError("a quantized checkpoint cannot learn", remedy="Put `recover` before `quantize`.")
-
-
-def _proven(before: Path, after: Path) -> Metrics:
-    """Count the tensors that differ between the two checkpoints as they lie on disk."""
-    import torch
-
-    from stages.models.loading import load_model, stored_parameters
-
-    old = dict(load_model(before).named_parameters())
-    new = dict(load_model(after).named_parameters())
-    changed = sum(not torch.equal(tensor, old[name]) for name, tensor in new.items() if name in old)
-    if new.keys() != old.keys() or not changed:
+    for role in ("model", "teacher"):
+        if (inputs[role] / QUANTIZATION).is_file():
+            raise StageError(
+                f"a quantized checkpoint cannot {'learn' if role == 'model' else 'teach'}",
+                remedy="Put `recover` before `quantize`.",
+            )
+    if (model / MASKS).is_file() and params.update != "sparse":
         raise StageError(
-            "recovery changed no tensor of the checkpoint, or its structure",
-            measured=f"{changed} of {len(old)} tensors differ, {len(new)} written",
-            limit="the same tensors with other values",
+            f"`update: {params.update}` would fill the zeros that {MASKS} keeps", remedy="Give `update: sparse`."
         )
+
+
+def _proven(params: RecoverParams, before: Path, after: Path) -> Metrics:
+    """Write what became of each tensor, and count those that changed between the two checkpoints on disk."""
+    from stages.models.loading import stored_parameters
+    from stages.models.recovered import changes
+
+    rows = changes(before, after, zeros_stay=params.update == "sparse")
+    if (before / MASKS).is_file():
+        shutil.copyfile(before / MASKS, after / MASKS)
+    (after / "layers.json").write_text(
+        json.dumps({"update": params.update, "layers": rows}, indent=1) + "\n", encoding="utf-8"
+    )
+    changed = sum(row["relative_change"] > 0 for row in rows)
     return {"changed_tensors": float(changed), "parameters": float(stored_parameters(after))}
 
 

@@ -1,4 +1,4 @@
-"""share: neighbouring blocks' maps on one common basis, or equal tensors stored once."""
+"""share: maps on common bases, the same weights for neighbouring blocks, or equal tensors stored once."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
+from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Projection = Literal["q+k", "q+k+v", "q", "k", "v", "o", "gate+up", "gate", "up", "down"]
+Method = Literal["basis", "recursive", "tie"]
 
 
 class ShareParams(Params):
     """What is shared.
 
     Attributes:
-        method: `basis` puts the maps of neighbouring blocks on one low-rank basis; `tie` stores equal tensors once.
-        keep: basis: largest share of the blocks' parameters that stays.
-        group: basis: neighbouring blocks on one basis.
-        projections: basis: what may share one; where is chosen by the measured loss. `down` cannot be pruned later.
-        windows: basis: calibration windows.
-        window_tokens: basis: their length.
+        method: `basis` puts maps on low-rank bases, of their own or common to neighbouring blocks; `recursive` gives
+            neighbouring blocks the same weights and each a difference of low rank; `tie` stores equal tensors once.
+        keep: largest share of the blocks' parameters that stays; not of `tie`.
+        group: basis: most neighbouring blocks on one basis; recursive: neighbouring blocks on the same weights.
+        projections: basis: what may share one; where, and whether at all, is chosen by the measured loss.
+        windows: calibration windows.
+        window_tokens: their length.
     """
 
-    method: Literal["basis", "tie"] = "basis"
+    method: Method = "basis"
     keep: float = Field(default=0.95, gt=0, lt=1)
     group: int = Field(default=2, ge=2)
     projections: tuple[Projection, ...] = Field(default=("q+k", "v", "o", "gate+up"), min_length=1)
@@ -56,14 +58,15 @@ def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progres
     if describe(model) is not None:
         raise StageError("the checkpoint is quantized", remedy="Share first, quantize afterwards.")
     before = {"parameters": stored_parameters(inputs["model"]), "block_parameters": block_parameters(model)}
-    predicted = _tie(model, progress) if params.method == "tie" else _basis(params, model, inputs, output, progress)
+    predicted = _tie(model, progress) if params.method == "tie" else _thinned(params, model, inputs, output, progress)
     save_model(model, output, like=inputs["model"])
     after = {
         "parameters": stored_parameters(output),
         "block_parameters": block_parameters(load_model(output)),
     }
-    limit = params.keep * before["block_parameters"] if params.method == "basis" else before["parameters"] - 1
-    measured = after["block_parameters"] if params.method == "basis" else after["parameters"]
+    tied = params.method == "tie"
+    limit = before["parameters"] - 1 if tied else params.keep * before["block_parameters"]
+    measured = after["parameters" if tied else "block_parameters"]
     if measured > limit:
         raise StageError(
             "the written checkpoint shares less than was asked",
@@ -100,39 +103,31 @@ def _tie(model: PreTrainedModel, progress: Progress) -> float:
     return 0.0
 
 
-def _basis(
+def _thinned(
     params: ShareParams, model: PreTrainedModel, inputs: Mapping[str, Path], output: Path, progress: Progress
 ) -> float:
-    from stages.algorithms.allocation import allocate
-    from stages.models import sharing
-    from stages.models.anatomy import block_parameters
     from stages.models.loading import load_tokenizer
+    from stages.models.low_rank import compressed
+    from stages.models.recursive import looped
     from stages.models.windows import windows
 
     if "text" not in inputs:
-        raise StageError("share by basis needs an input 'text'", remedy="Give a corpus with a `calibrate` split.")
+        raise StageError(
+            f"share by {params.method} needs an input 'text'", remedy="Give a corpus with a `calibrate` split."
+        )
     ids_NT = windows(
         inputs["text"], "calibrate", load_tokenizer(inputs["model"]), params.window_tokens, most=params.windows
     )
     if len(ids_NT) < params.windows:
         progress.note(f"the calibrate split gives {len(ids_NT)} of {params.windows} windows")
-    found = sharing.parts(model, ids_NT, params.projections, params.group, progress.advanced)
-    total = block_parameters(model)
-    best = sum(max((option.saved for option in part.options), default=0) for part in found)
-    target = total - int(params.keep * total)
-    if best < target:
-        raise StageError(
-            f"sharing {', '.join(params.projections)} in groups of {params.group} cannot save so much",
-            measured=f"keep {1 - best / total:.4f} at best",
-            limit=f"keep {params.keep}",
-            remedy="Raise `keep`, or allow larger groups or more projections.",
-        )
-    chosen = allocate([part.options for part in found], target)
-    rows = [sharing.share(model, part, one) for part, one in zip(found, chosen, strict=True) if one.rank]
-    text = json.dumps({"method": "basis", "layers": rows}, indent=1) + "\n"
+    state = output / PARTIAL
+    if params.method == "recursive":
+        done = looped(model, ids_NT, params.group, params.keep, state, progress)
+    else:
+        done = compressed(model, ids_NT, params.projections, params.group, params.keep, state, progress)
+    text = json.dumps({"method": params.method, "layers": done.rows}, indent=1) + "\n"
     (output / "layers.json").write_text(text, encoding="utf-8")
-    progress.note(f"{len(rows)} of {len(found)} groups share a basis")
-    return sum(one.damage for one in chosen)
+    return done.predicted
 
 
 SHARE = Stage(

@@ -1,4 +1,4 @@
-"""`make bench`: the engine of the last main job beside the dense model, as ratios measured in turn in one run.
+"""`make bench-engine`: the engine of the last main job beside the dense model, as ratios measured in turn in one run.
 
 Each figure comes from a child of its own, A B C A B C, so that a machine whose speed drifts slows all of them. The
 artifacts are those of the newest run in the store that passed; `make run` makes them.

@@ -105,11 +105,12 @@ def _peaks(model) -> Mapping[str, float]:
 def _quantized(linear: nn.Linear, name: str, peaks: Mapping[str, float]) -> QuantizedLinear:
     inputs, outputs = linear.in_features, linear.out_features
     if ".1." in name:
-        made = QuantizedLinear(inputs, outputs, bits=4, block=32)
+        made = QuantizedLinear(inputs, outputs, form="int4", block=32)
         q_OKB, made.weight_scale = rounded(linear.weight.data.unflatten(1, (-1, 32)), 7)
+        made.weight_scale = made.weight_scale.half()
         made.weight = quantized.pack_int4(q_OKB.flatten(1))
         return made
-    made = QuantizedLinear(inputs, outputs, input_int8=".0." in name and name.endswith(ROUNDED))
+    made = QuantizedLinear(inputs, outputs, input_form="int8" if ".0." in name and name.endswith(ROUNDED) else None)
     made.weight, made.weight_scale = rounded(linear.weight.data)
     if made.input_scale is not None:
         made.input_scale = torch.tensor(peaks[name] / 127)

@@ -13,7 +13,7 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
 }
 """Backend -> the architectures it builds for; onnxruntime is for the processor."""
 
-_SINCE = {"fp8": 89, "int4": 80}
+_SINCE = {"fp4": 100, "fp8": 89, "int4": 80}
 """Number format -> the first architecture that has it."""
 
 
@@ -23,7 +23,7 @@ def refuse_impossible(backend: str, architectures: Sequence[str], precisions: Co
     Args:
         backend: `tensorrt_rtx`, `tensorrt` or `onnxruntime`.
         architectures: as a recipe lists them.
-        precisions: number formats of the graph: `float32`, `float16`, `int8`, `int4`, `fp8`.
+        precisions: number formats of the graph: `float32`, `float16`, `int8`, `int4`, `fp8`, `fp4`.
 
     Raises:
         StageError: an unknown or missing architecture, or a format that one of them has not.
@@ -34,6 +34,13 @@ def refuse_impossible(backend: str, architectures: Sequence[str], precisions: Co
             f"{backend} is for the processor and takes no `architectures`",
             measured=", ".join(architectures),
             remedy="Remove them, or choose backend: tensorrt_rtx.",
+        )
+    if not allowed and "fp4" in precisions:
+        raise StageError(
+            f"{backend} multiplies no fp4",
+            measured="a graph with fp4 weights",
+            limit="tensorrt_rtx or tensorrt from sm_100 on",
+            remedy="Choose such a backend, or quantize by another scheme.",
         )
     if allowed and not architectures:
         raise StageError(f"{backend} needs `architectures`", measured="none", limit=", ".join(allowed))

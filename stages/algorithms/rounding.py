@@ -5,10 +5,14 @@ Shapes: O outputs, I inputs, G blocks along I, B block length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-RATIOS = (1.0, 7 / 8, *(1.08 - 0.02 * step for step in range(30)))
+from stages.algorithms.grids import Grid
+
+RATIOS = (1.0, 7 / 8, *(1.06 - 0.04 * step for step in range(14)))
 """Scales tried, as shares of the plain maximum's: clipping the largest weights often lowers the error of the rest.
 
 At 7/8 the largest weight of four bits, if negative, lands on -8.
@@ -35,51 +39,47 @@ def round_rows(w_OI: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return q_OI.to(torch.int8), scale_O
 
 
-def round_blocks(
-    w_OI: Tensor, bits: int, block: int, importance_I: Tensor | None = None, ratios: tuple[float, ...] = RATIOS
-) -> tuple[Tensor, Tensor]:
-    """Round blocks of inputs to signed integers, the scale of each block searched for the least weighted error.
+def search_scales(
+    w_OGB: Tensor,
+    grid: Grid,
+    importance_GB: Tensor | None = None,
+    *,
+    ratios: tuple[float, ...] = RATIOS,
+    plain: Callable[[Tensor], Tensor] | None = None,
+    storable: Callable[[Tensor], Tensor] = lambda scale: scale,
+) -> Tensor:
+    """The scale of each block with the least weighted squared error of rounding to nearest.
 
     Args:
-        w_OI: weights, float, shape [O, I].
-        bits: integer width, 2 to 8.
-        block: B, weights of a row that share a scale; divides I.
-        importance_I: weight of each input's squared error, e.g. the mean square of what it reads; None for equal.
-        ratios: scales tried, as shares of the one that reaches the largest weight.
+        w_OGB: blocks of weights, float32.
+        grid: what is rounded to.
+        importance_GB: weight of each input's squared error; None for equal.
+        ratios: scales tried, as shares of the plain one; the first of equals is taken.
+        plain: peak_OG -> scale_OG by the format's own rule; None for the one that reaches the peak.
+        storable: the nearest scale that the format can store.
 
     Returns:
-        q_OI (int8, [O, I]) and scale_OG (float32, [O, I/B], strictly positive).
-
-    Raises:
-        ValueError: a NaN or an infinity, bits out of range, or B does not divide I.
+        scale_OG, strictly positive.
     """
-    top = _top(bits)
-    _check_finite(w_OI)
-    if w_OI.shape[1] % block:
-        raise ValueError(f"{w_OI.shape[1]} inputs cannot be cut into blocks of {block}")
-    w_OGB = w_OI.float().unflatten(1, (-1, block))
-    weight_GB = None if importance_I is None else importance_I.float().view(-1, block)
     peak_OG = w_OGB.abs().amax(2)
-    best_OG = torch.full_like(peak_OG, torch.inf)
-    scale_OG = _positive(peak_OG / top)
+    plain_OG = peak_OG / grid.top if plain is None else plain(peak_OG)
+    best_OG = plain_OG
+    least_OG: Tensor | None = None
     for ratio in ratios:
-        tried_OG = _positive(peak_OG * (ratio / top))
-        error_OGB = (_rounded(w_OGB, tried_OG, top) * tried_OG[..., None] - w_OGB).square()
-        error_OG = error_OGB.sum(2) if weight_GB is None else (error_OGB * weight_GB).sum(2)
-        better = error_OG < best_OG
-        best_OG = torch.where(better, error_OG, best_OG)
-        scale_OG = torch.where(better, tried_OG, scale_OG)
-    return _rounded(w_OGB, scale_OG, top).to(torch.int8).flatten(1), scale_OG
+        tried_OG = _positive(storable(plain_OG * ratio))
+        scale_OG1 = tried_OG[..., None]
+        error_OGB = grid.nearest(w_OGB / scale_OG1).mul_(scale_OG1).sub_(w_OGB).square_()
+        error_OG = error_OGB.sum(2) if importance_GB is None else (error_OGB * importance_GB).sum(2)
+        better_OG = torch.ones_like(error_OG, dtype=torch.bool) if least_OG is None else error_OG < least_OG
+        least_OG = error_OG if least_OG is None else torch.where(better_OG, error_OG, least_OG)
+        best_OG = torch.where(better_OG, tried_OG, best_OG)
+    return best_OG
 
 
 def fake_round(x: Tensor, scale: Tensor | float, bits: int = 8) -> Tensor:
     """Round to the nearest multiple of `scale`, half to even, saturating at both ends, as QuantizeLinear does."""
     top = _top(bits)
     return torch.clamp(torch.round(x / scale), -top - 1, top) * scale
-
-
-def _rounded(w_OGB: Tensor, scale_OG: Tensor, top: int) -> Tensor:
-    return torch.clamp(torch.round(w_OGB / scale_OG[..., None]), -top - 1, top)
 
 
 def _positive(scale: Tensor) -> Tensor:

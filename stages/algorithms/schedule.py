@@ -26,9 +26,9 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 def batch(step: int, size: int, count: int, seed: int) -> list[int]:
     """Which of `count` windows a step takes: each once an epoch, in an order drawn anew for every epoch."""
-    taken = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        taken.append(int(order[place]))
-    return taken
+    positions = range(step * size, (step + 1) * size)
+    orders = {
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for epoch in {position // count for position in positions}
+    }
+    return [int(orders[position // count][position % count]) for position in positions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,6 @@ class Plan:
 def train(
     plan: Plan,
     made: Learner,
-    ids_NT: Tensor,
     held: Sequence[HeldOut],
     start: Callable[[], Mapping[str, Tensor]],
     partial: Path,
@@ -44,10 +44,9 @@ def train(
 
     Args:
         plan: how long and how fast.
-        made: student, teacher, optimizer.
-        ids_NT: windows to learn from.
+        made: student, lessons, optimizer.
         held: windows to judge by.
-        start: gives the weights that the student came with, if a step must be taken back before the first save.
+        start: gives the tensors that the student began with, if a step must be taken back before the first save.
         partial: where state is kept; a state saved there is gone on from.
         progress: told of every step.
 
@@ -62,21 +61,27 @@ def train(
         record = _fresh(made, held, progress)
     else:
         progress.note(f"goes on from step {record.step} of {plan.steps}, saved before it was cut off")
+    began, first = time.monotonic(), record.step
     while record.step < plan.steps and record.checks_since_best < plan.patience:
         share = cosine(record.step, plan.steps, plan.warmup_steps)
-        chosen = batch(record.step, plan.batch_windows, len(ids_NT), plan.seed)
-        loss = training.learn(made, ids_NT[chosen], plan.learning_rate * record.rate_factor * share)
+        chosen = batch(record.step, plan.batch_windows, len(made.ids_NT), plan.seed)
+        loss = training.learn(made, chosen, plan.learning_rate * record.rate_factor * share)
         if jumped(loss, record.losses):
             record = _rolled_back(made, start, partial, progress, record, loss)
             continue
         record.step += 1
         record.losses = [*record.losses, loss][-REMEMBERED:]
+        made.updates.check_one(record.step)
         record.point("kl", loss, record.step)
         progress.metric("kl", loss, record.step)
         progress.advanced(record.step, plan.steps)
         if record.step % plan.check_every_steps == 0 or record.step == plan.steps:
             _check(made, held, record, progress)
             training.save(made, partial, record)
+    if record.step > first:
+        _tell_rate(
+            (record.step - first) * plan.batch_windows * made.ids_NT.shape[1], time.monotonic() - began, progress
+        )
     return record
 
 
@@ -86,6 +91,11 @@ def jumped(loss: float, losses: Sequence[float]) -> bool:
     if not loss < float("inf"):
         return True
     return len(losses) >= REMEMBERED // 2 and loss > LARGEST_JUMP * sorted(losses)[len(losses) // 2]
+
+
+def _tell_rate(tokens: int, seconds: float, progress: Progress) -> None:
+    rate = max(1, round(tokens / seconds))
+    progress.note(f"read {rate} tokens a second here; `tokens: 20 min at {rate}/s` is a budget of twenty minutes")
 
 
 def _fresh(made: Learner, held: Sequence[HeldOut], progress: Progress) -> Record:

@@ -1,4 +1,4 @@
-"""Proof from the written bytes that a graph is the checkpoint's model: its integers, its tensors, its numbers.
+"""Proof from the written bytes that a graph is the checkpoint's model: its few bits, its tensors, its numbers.
 
 Shapes: N windows, T tokens, V vocabulary.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from stages.models import graph
 from stages.models.anatomy import named_tensors
 from stages.models.graph import Held
 from stages.models.parity import parity, require_parity
-from stages.models.quantized import QuantizedLinear, quantized_modules
+from stages.models.quantized import QuantizedEmbedding, QuantizedLinear, quantized_modules
 from stages.runtime.contract import StageError
 
 SLACK_BYTES = 1 << 20
@@ -35,7 +35,7 @@ class Expected:
     Attributes:
         quantized: (bits, values) of each distinct quantized weight -> how many are like it.
         rounding: weight -> the scale by which its activations are rounded, for those that are.
-        size_bytes: of all tensors, each distinct one once.
+        size_bytes: of all tensors, each distinct one once, block scales as the graph holds them.
         logits_NTV: on the parity windows, without the rounding of activations.
     """
 
@@ -66,7 +66,7 @@ def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64]) -> Expected:
     return Expected(
         Counter((bits, values * 8 // bits if bits == 4 else values) for values, bits in weights.values()),
         {name: frozenset({float(scale)}) for name, scale in scales.items() if scale is not None},
-        sum(tensor.numel() * tensor.element_size() for tensor in distinct.values()),
+        sum(tensor.numel() * tensor.element_size() for tensor in distinct.values()) + _wider_scales(modules),
         logits_NTV,
     )
 
@@ -111,8 +111,9 @@ def require_numbers(path: Path, ids_NT: NDArray[np.int64], logits_NTV: NDArray[n
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".parity-") as folder:
         model = graph.load(path)
-        twin = Path(folder) / path.name if graph.drop_rounding(model) else path
-        if twin != path:
+        changed = graph.drop_rounding(model) + graph.widen_fp4(model)
+        twin = Path(folder) / path.name if changed else path
+        if changed:
             graph.save(model, twin)
         session = open_session(twin, literal=True)
     whole = parity(ids_NT, logits_NTV, session.logits(ids_NT))
@@ -124,6 +125,16 @@ def require_numbers(path: Path, ids_NT: NDArray[np.int64], logits_NTV: NDArray[n
     padded = parity(ids_NT[:1, :half], logits_NTV[:1, :half], session.logits(ids_1T, mask_1T)[:, pad:])
     require_parity(padded, "the padded graph and the torch model")
     return max(whole.logit_difference, padded.logit_difference)
+
+
+def _wider_scales(modules: Iterable[QuantizedLinear | QuantizedEmbedding]) -> int:
+    """Bytes that scales take more in a graph, where those of a single level are float32."""
+    scales = {
+        id(module.weight_scale): module.weight_scale
+        for module in modules
+        if not (isinstance(module, QuantizedLinear) and module.form.two_level)
+    }
+    return sum(scale.numel() * (4 - scale.element_size()) for scale in scales.values())
 
 
 def _first_difference(written: Mapping[str, frozenset[float]], wanted: Mapping[str, frozenset[float]]) -> str:

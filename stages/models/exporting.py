@@ -23,6 +23,8 @@ from stages.runtime.contract import StageError
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
 FUSED_ATTENTION = 23
 """The first opset with operators for attention, rotary embedding and RMS norm."""
+FOUR_BIT_FLOATS = 23
+"""The first opset that dequantizes E2M1."""
 
 
 class Causal(nn.Module):
@@ -71,9 +73,11 @@ def to_onnx(model: PreTrainedModel, opset: int) -> ir.Model:
         opset: version of the ONNX operators, at least 21.
 
     Raises:
-        StageError: attention reads a sliding window, or the exporter refuses, with its own text.
+        StageError: attention reads a sliding window, the opset has no four-bit floats, or the exporter refuses, with
+            its own text.
     """
     _refuse_sliding_window(model)
+    _refuse_fp4(model, opset)
     first_names = _first_names(model)
     lay_out(model)
     fused = opset >= FUSED_ATTENTION
@@ -141,6 +145,21 @@ def _first_names(model: PreTrainedModel) -> dict[str, str]:
     """Every name of every tensor -> the first name of the same tensor, under which checkpoints store it."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in anatomy.named_tensors(model)}
+
+
+def _refuse_fp4(model: PreTrainedModel, opset: int) -> None:
+    floats = [
+        name
+        for name, module in quantized.quantized_modules(model).items()
+        if isinstance(module, quantized.QuantizedLinear) and module.form.name in ("nvfp4", "mxfp4")
+    ]
+    if floats and opset < FOUR_BIT_FLOATS:
+        raise StageError(
+            f"opset {opset} has no four-bit floats",
+            measured=f"{len(floats)} maps like {floats[0]}",
+            limit=f"opset {FOUR_BIT_FLOATS}",
+            remedy=f"Set `opset: {FOUR_BIT_FLOATS}`.",
+        )
 
 
 def _refuse_sliding_window(model: PreTrainedModel) -> None:

@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from stages.runtime.contract import StageError
 
@@ -16,7 +18,11 @@ EXTERNAL_BYTES = 1_500_000_000
 _PRECISIONS = {
     ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.INT8: "int8", ir.DataType.UINT8: "int8", ir.DataType.INT4: "int4", ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.FLOAT4E2M1: "fp4",
 }  # fmt: skip
+
+
+_DEQUANTIZED, _AS_SCALE = ("DequantizeLinear", 0), ("DequantizeLinear", 1)
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,9 @@ class Held:
     """The constants of a graph.
 
     Attributes:
-        quantized: (bits, values) of each integer tensor behind a DequantizeLinear -> how many are like it.
+        quantized: (bits, values) of each weight of few bits behind a DequantizeLinear -> how many are like it.
         precisions: number formats that weights and activations have.
-        rounding: weight -> the scales by which the activations that it multiplies are rounded to INT8.
+        rounding: weight -> the scales by which the activations that it multiplies are rounded to INT8 or FP8.
         size_bytes: of all constants, each counted once.
         nodes: operations.
     """
@@ -72,8 +78,10 @@ def held(model: ir.Model) -> Held:
         if tensor is None or tensor.dtype not in _PRECISIONS:
             continue
         precisions.add(_PRECISIONS[tensor.dtype])
-        kinds = {(user.op_type, place) for user, place in value.uses()}
-        if ("DequantizeLinear", 0) in kinds:
+        readers = [user for user, place in value.uses() if (user.op_type, place) == _DEQUANTIZED]
+        uses = [(user.op_type, place) for reader in readers for user, place in reader.outputs[0].uses()]
+        # Scales of NVFP4 blocks are themselves of few bits.
+        if any(use != _AS_SCALE for use in uses):
             quantized[tensor.dtype.bitwidth, tensor.size] += 1
     return Held(quantized, frozenset(precisions), _rounding(model), size_bytes(model), len(model.graph))
 
@@ -96,6 +104,35 @@ def drop_rounding(model: ir.Model) -> int:
         if node.op_type == "QuantizeLinear" and not node.outputs[0].uses():
             model.graph.remove(node, safe=True)
     return dropped
+
+
+def widen_fp4(model: ir.Model) -> int:
+    """Put the values that four-bit floats stand for in their places, for runtimes that have none. Returns how many."""
+    widened = 0
+    for node in list(model.graph):
+        q = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if q is None or q.const_value is None or q.const_value.dtype != ir.DataType.FLOAT4E2M1:
+            continue
+        q_IO, scale_GO = q.const_value.numpy().astype(np.float32), _scales(node.inputs[1])
+        w_IO = q_IO * scale_GO.repeat(len(q_IO) // len(scale_GO), axis=0)
+        name = f"{q.name}.wide"
+        tensor = ir.tensor(w_IO, name=name)
+        wide = ir.Value(name=name, const_value=tensor, shape=ir.Shape(w_IO.shape), type=ir.TensorType(tensor.dtype))
+        model.graph.register_initializer(wide)
+        ir.convenience.replace_all_uses_with(node.outputs[0], wide)
+        model.graph.remove(node, safe=True)
+        widened += 1
+    return widened
+
+
+def _scales(value: ir.Value | None) -> NDArray[np.float32]:
+    assert value is not None
+    if value.const_value is not None:
+        found: NDArray[np.float32] = value.const_value.numpy().astype(np.float32)
+        return found
+    node = value.producer()
+    assert node is not None
+    return _scales(node.inputs[0]) * _scales(node.inputs[1])
 
 
 def _rounding(model: ir.Model) -> dict[str, frozenset[float]]:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -24,64 +19,63 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from stages.models import anatomy, quantized, shared
+from stages.models import anatomy, architecture, compressed_tensors, mapped, quantized, shared, sizes, tensors
+from stages.models.tensors import INDEX, WEIGHTS, read_json, stored_parameters
 from stages.runtime.contract import StageError
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+__all__ = ["INDEX", "WEIGHTS", "load_config", "load_model", "load_tokenizer", "save_model", "stored_parameters"]
+
+CONFIG = "config.json"
 STRUCTURE, QUANTIZATION, GENERATION = "structure.json", "quantization.json", "generation_config.json"
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "source.spm", "target.spm", "chat_template.jinja",
 )  # fmt: skip
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-_DERIVED = "rotary_emb.inv_freq"
-"""A table that old checkpoints store and every model computes from its configuration."""
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A checkpoint as a model in eval mode, with its surgery and its quantized layers.
 
-    The files are mapped, not copied: at `dtype` equal to the stored one, a weight takes memory when it is read. Nothing
-    that the model does to its weights reaches the file.
+    The class is the one that the configuration names. The files are mapped, not copied: at `dtype` equal to the stored
+    one, a weight takes memory when it is read, and `mapped.release` gives it back. Nothing that the model does to its
+    weights reaches the file. Every linear map is an nn.Linear, whatever way its architecture lays the file out.
 
     Args:
-        folder: a CHECKPOINT artifact, or any folder in Hugging Face layout.
+        folder: a CHECKPOINT artifact, or any folder in Hugging Face layout; compressed-tensors is understood.
         dtype: of the parameters; quantized layers keep their stored types.
 
     Raises:
         StageError: a file is missing, cut short or a pickle, the architecture is not understood, tensors are missing,
             left over, misshapen or not finite.
     """
-    config = load_config(folder)
-    stored = _tensors(folder)
+    read = read_json(folder / CONFIG)
+    foreign = read.get("quantization_config", {})
+    compressed = read.pop("quantization_config") if foreign.get("quant_method") == compressed_tensors.METHOD else None
+    config = architecture.configuration(read, folder.name)
+    stored = tensors.read(folder)
+    model = architecture.empty(config, dtype)
     with no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        if config.tie_word_embeddings:
-            model.tie_weights()
-        if structure := _json(folder / STRUCTURE, optional=True):
+        if structure := read_json(folder / STRUCTURE, optional=True):
+            sizes.install(model, structure.get("sizes", {}))
             shared.install(model, structure)
-        if quantization := _json(folder / QUANTIZATION, optional=True):
+        if quantization := read_json(folder / QUANTIZATION, optional=True):
             quantized.install(model, quantization)
+        elif compressed:
+            stored = compressed_tensors.install(model, compressed, stored)
     _fill(model, stored, dtype)
     if (folder / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_dict(_json(folder / GENERATION))
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
     return model.eval()
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint.
+    """The configuration of a checkpoint that is float or quantized by us.
 
     Raises:
         StageError: it is missing, no JSON, of an architecture that is not understood, or of a foreign quantization.
     """
-    read = _json(folder / CONFIG)
-    anatomy.check_type(str(read.get("model_type", "")))
-    if "quantization_config" in read:
-        raise StageError(
-            f"{folder.name} is quantized by {read['quantization_config'].get('quant_method', 'another tool')}",
-            remedy="Give the checkpoint it was made from.",
-        )
-    config: PreTrainedConfig = CONFIG_MAPPING[read["model_type"]].from_dict(read)
+    config = architecture.configuration(read_json(folder / CONFIG), folder.name)
+    architecture.model_class(config)
     return config
 
 
@@ -104,23 +98,33 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_model(model: PreTrainedModel, folder: Path, *, like: Path) -> None:
+def save_model(model: PreTrainedModel, folder: Path, *, like: Path, layout: str = "enginery") -> None:
     """Write a checkpoint: weights, configuration, structure, quantization; the same model gives the same bytes.
+
+    Weights are written one by one. Those that are still views of a mapped file are given back to it.
 
     Args:
         model: as from `load_model`; each distinct tensor is stored once.
         folder: where to; made if absent.
         like: the checkpoint whose tokenizer and generation files are copied.
+        layout: `compressed-tensors` writes quantized layers as other engines read them.
+
+    Raises:
+        StageError: the layout cannot hold the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    once = {names[0]: tensor for names, tensor in _distinct(model)}
-    save_file({name: tensor.detach().contiguous() for name, tensor in once.items()}, folder / WEIGHTS, {"format": "pt"})
-    config = model.config.to_diff_dict()
-    config.pop("_name_or_path", None)
-    config["architectures"] = [type(model).__name__]
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
-    _write_json(folder / CONFIG, config)
-    for name, spec in ((STRUCTURE, shared.describe(model)), (QUANTIZATION, quantized.describe(model))):
+    reference = architecture.plain(model)
+    config, structure = _configured(model), _structure(model, reference)
+    quantization = quantized.describe(model)
+    turned = architecture.transposed(model, reference)
+    once = {names[0]: tensor.detach() for names, tensor in _distinct(model)}
+    once = {name: tensor for name, tensor in once.items() if not architecture.left_out(model, name, tensor)}
+    if layout == compressed_tensors.METHOD:
+        once, config["quantization_config"] = compressed_tensors.write(model, once, structure)
+        quantization = None
+    called = architecture.file_names(model, once)
+    tensors.write(folder / WEIGHTS, {called[name]: w.t() if name in turned else w for name, w in once.items()})
+    for name, spec in ((CONFIG, config), (STRUCTURE, structure), (QUANTIZATION, quantization)):
         if spec:
             _write_json(folder / name, spec)
     for name in (*TOKENIZER, GENERATION):
@@ -128,13 +132,16 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path) -> None:
             shutil.copyfile(like / name, folder / name)
 
 
-def stored_parameters(folder: Path) -> int:
-    """Numbers that a float checkpoint stores, read from the headers alone."""
-    count = 0
-    for file in _weight_files(folder):
-        with _opened(file) as opened:
-            count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
-    return count
+def _configured(model: PreTrainedModel) -> dict[str, Any]:
+    config: dict[str, Any] = model.config.to_diff_dict()
+    config.pop("_name_or_path", None)
+    return config | {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _structure(model: PreTrainedModel, reference: PreTrainedModel) -> dict[str, Any]:
+    structure = shared.describe(model) or {}
+    resized = sizes.describe(model, reference)
+    return structure | ({"sizes": resized} if resized else {})
 
 
 def _distinct(model: PreTrainedModel) -> Iterator[tuple[list[str], Tensor]]:
@@ -145,97 +152,56 @@ def _distinct(model: PreTrainedModel) -> Iterator[tuple[list[str], Tensor]]:
     yield from named.values()
 
 
-def _fill(model: PreTrainedModel, stored: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _fill(model: PreTrainedModel, found: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Put every stored tensor in its place, and assert that none is missing and none is left over."""
+    stored = {new: found[old] for old, new in architecture.named_as(model, found).items()}
+    turned = architecture.transposed(model, architecture.plain(model))
     new: dict[int, Tensor] = {}
     missing: list[str] = []
     for names, old in list(_distinct(model)):
-        found = [stored.pop(name) for name in names if name in stored]
-        if not found:
+        one = _one(names, [stored.pop(name) for name in names if name in stored])
+        if one is None:
+            one = architecture.computed(model, names[0])
+        if one is None:
             missing.append(names[0])
             continue
-        if any(not torch.equal(found[0], other) for other in found[1:]):
-            raise StageError(
-                f"{' and '.join(names)} are tied by the configuration but differ in the file",
-                remedy='Set "tie_word_embeddings": false in config.json.',
-            )
-        if found[0].shape != old.shape:
-            raise StageError(f"{names[0]} is misshapen", measured=tuple(found[0].shape), limit=tuple(old.shape))
-        new[id(old)] = _as(found[0], old, dtype, names[0])
-    left = sorted(stored)
-    if missing or left:
+        if names[0] in turned and one.dim() == 2:
+            one = one.t()
+        if one.shape != old.shape:
+            raise StageError(f"{names[0]} is misshapen", measured=tuple(one.shape), limit=tuple(old.shape))
+        new[id(old)] = _as(one, old, dtype, names[0])
+    if missing or stored:
+        left = sorted(stored)
         raise StageError(
             "weights and configuration do not belong together",
             measured=f"{len(missing)} missing {missing[:3]}, {len(left)} unexpected {left[:3]}",
             limit="0 missing, 0 unexpected",
+            remedy="Save it by the class it is used as: AutoModelFor...from_pretrained(...).save_pretrained(...).",
         )
     for module in model.modules():
         for own in (module._parameters, module._buffers):
             own |= {name: new[id(old)] for name, old in own.items() if id(old) in new}
 
 
-def _as(found: Tensor, old: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if found.is_floating_point() and not torch.stack(torch.aminmax(found)).isfinite().all():
-        raise StageError(f"{name} holds a NaN or an infinity", remedy="Give a checkpoint whose weights are finite.")
-    if isinstance(old, nn.Parameter):
-        return nn.Parameter(found.to(dtype))
-    return found
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        with _opened(file) as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_DERIVED)}
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
+def _one(names: list[str], found: list[Tensor]) -> Tensor | None:
+    """The tensor that stands under one or several names, None where it stands under none."""
+    if any(not torch.equal(found[0], other) for other in found[1:]):
         raise StageError(
-            f"{file.name} is damaged or cut short",
-            measured=f"{file.stat().st_size} bytes, {error}",
-            remedy="Fetch the checkpoint again.",
-        ) from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        names = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise StageError(f"{INDEX} names a file outside the checkpoint")
-        files = [folder / name for name in names]
-        if lost := [file.name for file in files if not file.is_file()]:
-            raise StageError(f"{folder.name} lacks {lost[0]}", measured=f"{len(lost)} of {len(files)} shards missing")
-        return files
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise StageError(
-            f"{pickles[0]} is a pickle, which can run code when it is loaded",
-            limit=WEIGHTS,
-            remedy="Convert it where you trust it: model.save_pretrained(folder, safe_serialization=True).",
+            f"{' and '.join(names)} are tied by the configuration but differ in the file",
+            remedy='Set "tie_word_embeddings": false in config.json.',
         )
-    raise StageError(f"{folder.name} has no {WEIGHTS}", remedy="Give a checkpoint in Hugging Face layout.")
+    return found[0] if found else None
 
 
-def _json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.is_file():
-        return {}
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StageError(
-            f"{path.parent.name} has no {path.name}", remedy="Give a checkpoint in Hugging Face layout."
-        ) from error
-    except ValueError as error:
-        raise StageError(f"{path.name} is not JSON", measured=str(error)) from error
-    if not isinstance(read, dict):
-        raise StageError(f"{path.name} is no JSON object", measured=type(read).__name__)
-    return read
+def _as(found: Tensor, old: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if found.is_floating_point() and found.numel():
+        # A NaN or an infinity shows in the extremes; float8 has no kernel for them.
+        wide = found.float() if found.element_size() == 1 else found
+        if not torch.stack(torch.aminmax(wide)).isfinite().all():
+            raise StageError(f"{name} holds a NaN or an infinity", remedy="Give a checkpoint whose weights are finite.")
+    made: Tensor = nn.Parameter(found.to(dtype).contiguous()) if isinstance(old, nn.Parameter) else found
+    mapped.forget(found)
+    return made
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ Shapes: N windows or rows, T tokens, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.smoothing import Sample
-from stages.models.anatomy import decoder
+from stages.models import anatomy
+from stages.models.anatomy import Block
+from stages.models.mapped import release
+from stages.models.streaming import arguments, embedded, output
 from stages.runtime.contract import StageError
 
+Maps = Mapping[str, Iterable[nn.Module]]
 TAILS = 8
 """Rows of each window that pass the peaks seen before by most, kept beside the sampled ones: ranges are about them."""
 
@@ -48,26 +52,23 @@ class _Running:
     weights: list[Tensor] = field(default_factory=list)
 
 
+def observe(model: PreTrainedModel, maps: Maps, ids_NT: Tensor, *, rows: int) -> dict[str, Observed]:
+    """All of `observed` at once."""
+    return dict(observed(model, maps, ids_NT, rows=rows))
+
+
 @torch.no_grad()
-def observe(
-    model: PreTrainedModel,
-    maps: Mapping[str, Iterable[nn.Module]],
-    ids_NT: Tensor,
-    *,
-    rows: int,
-    advanced: Callable[[int], None] = lambda done: None,
-) -> dict[str, Observed]:
-    """Run a text through the decoder and keep what each map reads.
+def observed(model: PreTrainedModel, maps: Maps, ids_NT: Tensor, *, rows: int) -> Iterator[tuple[str, Observed]]:
+    """Run a text through the blocks and keep what each map reads, one block's samples at a time.
 
     Args:
         model: a float model; the head is not run.
         maps: name -> modules observed together: the maps that read one tensor, at every place where they stand.
         ids_NT: token windows, at least two.
         rows: about how many rows of each map's inputs to keep.
-        advanced: told the number of windows done.
 
-    Returns:
-        name -> its inputs.
+    Yields:
+        A name and its inputs, as soon as the last block where it stands has run.
 
     Raises:
         StageError: fewer than two windows, or a map reads a NaN, an infinity, or nothing at all.
@@ -80,20 +81,32 @@ def observe(
             limit="2 windows",
             remedy="Give the corpus a larger `calibrate` split, or shorten `window_tokens`.",
         )
-    running = {name: _Running(every=max(1, ids_NT[half:].numel() // rows)) for name in maps}
-    handles = [
-        module.register_forward_pre_hook(_hook(name, running[name])) for name, some in maps.items() for module in some
-    ]
-    try:
-        for done, ids_1T in enumerate(ids_NT.split(1)):
-            for one in running.values():
-                one.last, one.first_half = None, done < half
-            decoder(model)(input_ids=ids_1T, use_cache=False)
-            advanced(done + 1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: _finished(name, found) for name, found in running.items()}
+    every = max(1, ids_NT[half:].numel() // rows)
+    running = {name: _Running(every) for name in maps}
+    blocks, calls, x_NTH = anatomy.blocks(model), arguments(model, ids_NT.shape[1]), embedded(model, ids_NT)
+    last = {name: max((_block_of(blocks, one) for one in some), default=-1) for name, some in maps.items()}
+    if strange := [name for name, index in last.items() if index < 0]:
+        raise StageError(f"{strange[0]} read nothing on the calibration text: it takes no part in the model's answer")
+    for block, kwargs in zip(blocks, calls, strict=True):
+        inside = {id(module) for module in block.module.modules()}
+        here = [(name, one) for name, some in maps.items() for one in some if id(one) in inside]
+        handles = [one.register_forward_pre_hook(_hook(name, running[name])) for name, one in here]
+        try:
+            for done, x_1TH in enumerate(x_NTH.split(1)):
+                for name, _ in here:
+                    running[name].last, running[name].first_half = None, done < half
+                x_1TH.copy_(output(block.module(x_1TH, **kwargs)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        release(block.module)
+        for name in [name for name, index in last.items() if index == block.index]:
+            yield name, _finished(running.pop(name))
+
+
+def _block_of(blocks: Sequence[Block], module: nn.Module) -> int:
+    """Index of the last block in which a module stands, -1 for none."""
+    return max((block.index for block in blocks if any(one is module for one in block.module.modules())), default=-1)
 
 
 def _hook(name: str, into: _Running) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -130,8 +143,6 @@ def _measure(name: str, into: _Running, x_TI: Tensor) -> None:
     into.weights.append(weight_T[weight_T > 0])
 
 
-def _finished(name: str, found: _Running) -> Observed:
-    if not found.tokens:
-        raise StageError(f"{name} read nothing on the calibration text: it takes no part in the model's answer")
+def _finished(found: _Running) -> Observed:
     sample = Sample(found.half_peak_I, torch.cat(found.rows), torch.cat(found.weights))
     return Observed(found.peak_I, found.square_I / found.tokens, sample)

@@ -1,33 +1,188 @@
-"""What pruning measures of a decoder, block by block, while earlier blocks are pruned already.
+"""What pruning takes out of a decoder, block by block, while the blocks before are pruned already.
 
-Shapes: N windows, T tokens, M = N T, H hidden, F feed-forward channels, K kept ones, O outputs of down.
+Shapes: N windows, T tokens, F channels or outputs of all heads, K kept ones, O outputs of the map that they feed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.block_influence import influence
 from stages.algorithms.channels import least_important, output_error, reconstructed
-from stages.models import anatomy
+from stages.models import anatomy, structure, twin
 from stages.models.anatomy import Block
+from stages.models.depth import drop_blocks
+from stages.models.dropping import bridged, greedy, least_influential
+from stages.models.on_weights import OnWeights, mended, put
 from stages.models.shared import SharedLinear
-from stages.models.streaming import arguments, embedded, run, watched
-from stages.models.structure import narrow
+from stages.models.twin import Compressed, Seen
+from stages.runtime.contract import Progress, StageError
 
-Advanced = Callable[[float, float], None]
+FEW_WINDOWS = 2
+"""Windows by whose loss blocks are chosen: blocks differ by far more than two windows' noise."""
+Rows = list[dict[str, Any]]
 
 
-def channel_parameters(block: Block) -> int:
-    """Parameters that one feed-forward channel takes in this block: rows of gate and up, a column of down."""
+@dataclass(frozen=True)
+class Asked:
+    """How little may stay: parameters in blocks, what widths are multiples of, what blocks are chosen by, state."""
+
+    limit: int
+    multiple: int
+    by: str
+    partial: Path
+
+
+def channels(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progress) -> Rows:
+    """Narrow every block's feed-forward part to one width; the map that reads the channels is fitted again.
+
+    Raises:
+        StageError: so much cannot go, channels cannot go alone, or an activation is not finite.
+    """
+    anatomy.check_type(model.config.model_type)
+    structure.check_channels_free(model)
+    width, total = int(model.config.intermediate_size), anatomy.block_parameters(model)
+    each = sum(output_parameters(block, ("gate", "up"), "down") for block in anatomy.blocks(model))
+    kept = (width - -(-(total - asked.limit) // each)) // asked.multiple * asked.multiple
+    if kept < 1:
+        raise cannot("channels", total - each * (width - asked.multiple), total, asked)
+    rows = twin.compress(
+        model,
+        ids_NT,
+        OnWeights(Narrow("down", kept, 1)),
+        asked.partial,
+        progress.advanced,
+        progress.note,
+        progress.metric,
+    )
+    model.config.intermediate_size = kept
+    return rows
+
+
+def heads(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progress) -> Rows:
+    """Take the same number of key-value groups out of every block, each with the query heads that read it.
+
+    Raises:
+        StageError: so much cannot go, heads cannot go alone, or an activation is not finite.
+    """
+    anatomy.check_type(model.config.model_type)
+    structure.check_heads_free(model)
+    config, total = model.config, anatomy.block_parameters(model)
+    groups, readers = int(config.num_key_value_heads), int(config.num_attention_heads) // config.num_key_value_heads
+    dim = anatomy.projections(anatomy.blocks(model)[0])["k"].out_features // groups  # type: ignore[operator]
+    each = 0
+    for block in anatomy.blocks(model):
+        each += readers * dim * output_parameters(block, ("q",), "o") + dim * output_parameters(block, ("k", "v"), None)
+    kept = groups - -(-(total - asked.limit) // each)
+    if kept < 1:
+        raise cannot("heads", total - each * (groups - 1), total, asked)
+    technique = OnWeights(Narrow("o", kept * readers * dim, readers * dim))
+    rows = twin.compress(model, ids_NT, technique, asked.partial, progress.advanced, progress.note, progress.metric)
+    config.num_key_value_heads, config.num_attention_heads, config.head_dim = kept, kept * readers, dim
+    return rows
+
+
+def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progress) -> Rows:
+    """Take blocks out, those without which the model's predictions change least; the others' outputs are fitted again.
+
+    Raises:
+        StageError: so much cannot go, or an activation is not finite.
+    """
+    found, total = anatomy.blocks(model), anatomy.block_parameters(model)
+    if any(block.stack != "decoder" for block in found):
+        raise StageError(
+            f"{type(model).__name__} has an encoder: what it predicts next cannot choose its blocks",
+            remedy="Prune its weights by `magnitude`, or give a causal language model.",
+        )
+    choose, few_NT = (greedy, ids_NT[:FEW_WINDOWS]) if asked.by == "loss" else (least_influential, ids_NT)
+    gone = choose(
+        model,
+        few_NT,
+        lambda chosen: structure.parameters_without(model, chosen) <= asked.limit,
+        lambda done: progress.advanced(done / len(found), 2),
+    )
+    left = structure.parameters_without(model, [one.block for one in gone])
+    if left > asked.limit:
+        raise cannot("blocks", left, total, asked)
+    dropped = sorted(one.block for one in gone)
+    fitted = bridged(model, ids_NT, dropped, lambda done, all_: progress.advanced(1 + done / all_, 2))
+    drop_blocks(model, dropped)
+    progress.note(f"blocks {', '.join(map(str, dropped))} of {len(found)} went")
+    cost = {one.block: one.cost for one in gone}
+    name = "kl_without" if asked.by == "loss" else "influence"
+    rows: Rows = []
+    for block in found:
+        row: dict[str, Any] = {"block": block.index, "kept": block.index not in cost}
+        if block.index in cost:
+            row[name] = cost[block.index]
+        if block.index in fitted:
+            row["stream_error_ratio_cut"], row["stream_error_ratio"] = fitted[block.index]
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Fewer inputs of the map `reader` (`down` or `o`), `width` in all, gone in groups of `size`, the rest fitted."""
+
+    reader: str
+    width: int
+    size: int
+
+    def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
+        """See Technique."""
+        path = anatomy.path(self.reader)
+        made = mended(maps, seen, but=path)
+        if path in maps:
+            w_OF = seen.target(path, maps[path].weight.detach())
+            stays_F = torch.ones(w_OF.shape[1], dtype=torch.bool)
+            stays_F[least_important(w_OF, seen.moment_II, w_OF.shape[1] - self.width, size=self.size)] = False
+            kept_K = stays_F.nonzero().flatten()
+            w_OK = reconstructed(w_OF, seen.moment_II, kept_K)
+            made[path] = Compressed(
+                {"weight": w_OK.float().contiguous(), "kept": kept_K},
+                {
+                    "inputs_before": w_OF.shape[1],
+                    "inputs": self.width,
+                    "output_error_ratio_cut": output_error(w_OF, seen.moment_II, kept_K, w_OF[:, kept_K]),
+                    "output_error_ratio": output_error(w_OF, seen.moment_II, kept_K, w_OK),
+                },
+            )
+        return made
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """See Technique. The second time the outputs that went are gone already."""
+        if "kept" not in tensors or model.get_submodule(path).in_features == self.width:
+            put(model, path, tensors["weight"])
+            return
+        block = next(one for one in anatomy.blocks(model) if path == f"{one.name}.{anatomy.path(self.reader)}")
+        if self.reader == "down":
+            structure.narrow(block, tensors["kept"], tensors["weight"])
+        else:
+            structure.drop_heads(block, tensors["kept"], tensors["weight"], self.size)
+
+
+def cannot(what: str, best: int, total: int, asked: Asked) -> StageError:
+    """The error of a target that cannot be met."""
+    return StageError(
+        f"pruning {what} cannot remove so much",
+        measured=f"keep {best / total:.4f} at best",
+        limit=f"keep {asked.limit / total:.4f}",
+        remedy="Raise `keep`, or prune by another method as well.",
+    )
+
+
+def output_parameters(block: Block, outputs: tuple[str, ...], reader: str | None) -> int:
+    """Parameters of one output of these maps, and of the input of `reader` that it is."""
     maps = anatomy.projections(block)
-    count = int(maps["down"].out_features)  # type: ignore[arg-type]
-    for role in ("gate", "up"):
+    count = int(maps[reader].out_features) if reader else 0  # type: ignore[arg-type]
+    for role in outputs:
         one = maps[role]
         own = one.coefficient if isinstance(one, SharedLinear) else one
         assert isinstance(own, nn.Linear)
@@ -35,69 +190,4 @@ def channel_parameters(block: Block) -> int:
     return count
 
 
-def narrowed(model: PreTrainedModel, ids_NT: Tensor, width: int, advanced: Advanced) -> list[dict[str, Any]]:
-    """Narrow every block to `width` channels, those that cost least gone and `down` fitted again.
-
-    Each block is calibrated on what the narrowed blocks before it give: that is what it will read.
-
-    Returns:
-        A row a block: channels before and after, output error of down with its old columns and with the fitted ones.
-
-    Raises:
-        StageError: an activation is not finite.
-    """
-    calls, x_NTH, rows = arguments(model, ids_NT.shape[1]), embedded(model, ids_NT), []
-    found = anatomy.blocks(model)
-    for block, kwargs in zip(found, calls, strict=True):
-        y_NTH, a_NTF = activations(block, x_NTH, kwargs)
-        a_MF = a_NTF.flatten(0, 1)
-        moment_FF = a_MF.T @ a_MF / len(a_MF)
-        down = anatomy.projections(block)["down"]
-        assert isinstance(down, nn.Linear)
-        w_OF = down.weight.detach()
-        stays_F = torch.ones(w_OF.shape[1], dtype=torch.bool)
-        stays_F[least_important(w_OF, moment_FF, w_OF.shape[1] - width)] = False
-        kept_K = stays_F.nonzero().flatten()
-        w_OK = reconstructed(w_OF, moment_FF, kept_K)
-        rows.append(
-            {
-                "block": block.index,
-                "channels_before": w_OF.shape[1],
-                "channels": width,
-                "output_error_ratio_cut": output_error(w_OF, moment_FF, kept_K, w_OF[:, kept_K]),
-                "output_error_ratio": output_error(w_OF, moment_FF, kept_K, w_OK),
-            }
-        )
-        narrow(block, kept_K, w_OK)
-        # The block adds down's output to its own input, so only down's part of the sum changes.
-        x_NTH = y_NTH + (a_NTF[..., kept_K] @ w_OK.to(w_OF.dtype).T - a_NTF @ w_OF.T)
-        advanced(block.index + 1, len(found))
-    return rows
-
-
-def activations(block: Block, x_NTH: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The block's output y_NTH and its feed-forward channels a_NTF.
-
-    Raises:
-        StageError: one of them is not finite.
-    """
-    seen: list[Tensor] = []
-    with watched({"down": anatomy.projections(block)["down"]}, lambda _name, a_1TF, _out: seen.append(a_1TF)):
-        y_NTH = run(block, x_NTH, kwargs)
-    return y_NTH, torch.cat(seen)
-
-
-def influences(model: PreTrainedModel, ids_NT: Tensor, advanced: Advanced) -> list[float]:
-    """Each block's influence on what passes through it.
-
-    Raises:
-        StageError: an activation is not finite.
-    """
-    calls, x_NTH, found = arguments(model, ids_NT.shape[1]), embedded(model, ids_NT), []
-    blocks = anatomy.blocks(model)
-    for block, kwargs in zip(blocks, calls, strict=True):
-        y_NTH = run(block, x_NTH, kwargs)
-        found.append(influence(x_NTH.flatten(0, 1), y_NTH.flatten(0, 1)))
-        x_NTH = y_NTH
-        advanced(block.index + 1, len(blocks))
-    return found
+REMOVERS = {"channels": channels, "heads": heads, "blocks": blocks}

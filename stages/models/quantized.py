@@ -1,4 +1,4 @@
-"""Quantized layers: integer weights and their scales, computed the way an engine computes them.
+"""Quantized layers: weights of few bits and their scales, computed the way an engine computes them.
 
 In torch `forward` is fake quantization in float: what an engine gives that multiplies the dequantized values. Under
 `torch.export` it writes QuantizeLinear and DequantizeLinear nodes instead; call `for_export` on the model first.
@@ -9,6 +9,7 @@ Shapes: O outputs, I inputs, B block length along I, V vocabulary, H hidden, ...
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.onnx import ops
 
+from stages.algorithms.grids import decode_e2m1, nearest_e4m3, power_of_two
 from stages.algorithms.rounding import fake_round
 
 _NOTES = "quantization_notes"
@@ -37,67 +39,147 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer on integer weights.
+@dataclass(frozen=True)
+class Form:
+    """How a linear map's weights are stored.
 
     Attributes:
-        bits: 8 or 4.
+        name: as in `quantization.json`.
+        bits: of a weight; two of four bits lie in a byte, the first in the low half.
+        dtype: of the stored weights.
+        scale: type of the scales.
+        block: inputs that share a scale where the format fixes it.
+        two_level: block scales are themselves multiples of one scale of the whole map.
+    """
+
+    name: str
+    bits: int
+    dtype: torch.dtype
+    scale: torch.dtype
+    block: int | None = None
+    two_level: bool = False
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("int8", 8, torch.int8, torch.float32),
+        Form("int4", 4, torch.uint8, torch.float16),
+        Form("fp8_e4m3", 8, torch.float8_e4m3fn, torch.float32),
+        Form("nvfp4", 4, torch.uint8, torch.float8_e4m3fn, block=16, two_level=True),
+        Form("mxfp4", 4, torch.uint8, torch.uint8, block=32),
+    )
+}
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer on weights of few bits.
+
+    Attributes:
+        form: the weights' format.
         block: inputs that share a scale; None for one scale an output row.
-        weight: int8 [O, I], or uint8 [O, I/2] with two 4-bit values a byte.
-        weight_scale: float [O] or [O, I/B].
-        input_scale: float scalar: the input is rounded to INT8 with it; None: the input stays as it is.
-        transposed: laid out by `for_export` as int8 [I, O] and [I/B, O].
+        input_form: `int8` or `fp8_e4m3`: the input is rounded with `input_scale`; None: the input stays as it is.
+        weight: [O, I], or uint8 [O, I/2] with two 4-bit codes a byte.
+        weight_scale: [O] or [O, I/B]; for mxfp4 the exponents of powers of two with a bias of 127.
+        weight_scale_2: nvfp4: scalar by which `weight_scale` is multiplied.
+        input_scale: scalar.
+        transposed: laid out by `for_export` as [I, O] and [I/B, O].
+        held: the dequantized weight, while many calls follow each other; None: it is computed at each call.
     """
 
     weight: Tensor
     weight_scale: Tensor
+    weight_scale_2: Tensor | None
     input_scale: Tensor | None
     bias: Tensor | None
+    held: Tensor | None
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
         *,
-        bits: int = 8,
+        form: str = "int8",
         block: int | None = None,
-        input_int8: bool = False,
+        input_form: str | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.bits, self.block = inputs, outputs, bits, block
-        self.transposed = False
-        stored = (outputs, inputs) if bits == 8 else (outputs, inputs // 2)
-        self.register_buffer("weight", torch.zeros(stored, dtype=torch.int8 if bits == 8 else torch.uint8))
-        self.register_buffer("weight_scale", torch.ones((outputs, inputs // block) if block else (outputs,)))
-        self.register_buffer("input_scale", torch.ones(()) if input_int8 else None)
+        self.in_features, self.out_features = inputs, outputs
+        self.form, self.block, self.input_form = FORMS[form], block or FORMS[form].block, input_form
+        self.transposed, self.held = False, None
+        stored = (outputs, inputs * self.form.bits // 8)
+        scales = (outputs, inputs // self.block) if self.block else (outputs,)
+        self.register_buffer("weight", torch.zeros(stored, dtype=self.form.dtype))
+        self.register_buffer("weight_scale", torch.ones(scales).to(self.form.scale))
+        self.register_buffer("weight_scale_2", torch.ones(()) if self.form.two_level else None)
+        self.register_buffer("input_scale", torch.ones(()) if input_form else None)
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
+
+    def hold(self) -> None:
+        """Keep the dequantized weight, as bfloat16, until `put`: many calls in that type will follow each other."""
+        self.held = self.dequantized().bfloat16()
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors by name; the dequantized weight is held no longer."""
+        self.held = None
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    @property
+    def bits(self) -> int:
+        """Of a stored weight."""
+        return self.form.bits
+
+    def values(self) -> Tensor:
+        """The weights at scale 1, float32 [O, I]."""
+        if self.form.name == "int4":
+            return unpack_int4(self.weight).float()
+        if self.form.bits == 4:
+            low, high = self.weight & 0x0F, self.weight >> 4
+            return decode_e2m1(torch.stack((low, high), dim=-1).flatten(-2))
+        return self.weight.float()
+
+    def scales(self) -> Tensor:
+        """What the values are multiplied by, float32 [O] or [O, I/B]."""
+        if self.form.name == "mxfp4":
+            return power_of_two(self.weight_scale)
+        scale = self.weight_scale.float()
+        return scale if self.weight_scale_2 is None else scale * self.weight_scale_2
 
     def dequantized(self) -> Tensor:
         """w_OI as float."""
-        q_OI = self.weight if self.bits == 8 else unpack_int4(self.weight)
         if self.block is None:
-            return q_OI * self.weight_scale[:, None]
-        return (q_OI.unflatten(1, (-1, self.block)) * self.weight_scale[:, :, None]).flatten(1)
+            return self.values() * self.scales()[:, None]
+        return (self.values().unflatten(1, (-1, self.block)) * self.scales()[:, :, None]).flatten(1)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The input as the map reads it."""
+        if self.input_scale is None:
+            return x
+        if self.input_form == "int8":
+            return fake_round(x, self.input_scale)
+        return nearest_e4m3(x.float() / self.input_scale) * self.input_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         if torch.compiler.is_exporting():
             return self._exported(x)
-        if self.input_scale is not None:
-            x = fake_round(x, self.input_scale)
-        w_OI = self.dequantized()
-        return functional.linear(x.to(w_OI.dtype), w_OI, self.bias)
+        w_OI = self.dequantized() if self.held is None else self.held
+        return functional.linear(self.rounded(x).to(w_OI.dtype), w_OI, self.bias)
 
     def _exported(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
-            q = _quantize_node(x, self.input_scale)
+            q = _quantize_node(x, self.input_scale, torch.int8 if self.input_form == "int8" else torch.float8_e4m3fn)
             x = _dequantize_node(q, self.input_scale, {})
         if not self.transposed:
             # The table that it shares with the embedding lies as rows: one initializer, transposed after the scales.
             return functional.linear(x, _dequantize_node(self.weight, self.weight_scale, {"axis": 0}), self.bias)
         attributes = {"axis": 1} if self.block is None else {"axis": 0, "block_size": self.block}
-        y = torch.matmul(x, _dequantize_node(self.weight, self.weight_scale, attributes))
+        scale = self.weight_scale
+        if self.weight_scale_2 is not None:
+            scale = _dequantize_node(scale, self.weight_scale_2, {})
+        y = torch.matmul(x, _dequantize_node(self.weight, scale, attributes))
         return y if self.bias is None else y + self.bias
 
 
@@ -126,9 +208,9 @@ class QuantizedEmbedding(nn.Module):
         return functional.embedding(ids, self.weight) * self.weight_scale[ids].unsqueeze(-1)
 
 
-def _quantize_node(x: Tensor, scale: Tensor) -> Tensor:
-    zero = torch.zeros((), dtype=torch.int8)
-    return ops.symbolic("QuantizeLinear", (x, scale, zero), {}, dtype=torch.int8, shape=x.shape)
+def _quantize_node(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), dtype=dtype)
+    return ops.symbolic("QuantizeLinear", (x, scale, zero), {}, dtype=dtype, shape=x.shape)
 
 
 def _dequantize_node(q: Tensor, scale: Tensor, attributes: dict[str, Any]) -> Tensor:
@@ -207,9 +289,9 @@ def _empty(old: nn.Module, entry: Mapping[str, Any]) -> QuantizedLinear | Quanti
     return QuantizedLinear(
         inputs,
         outputs,
-        bits=entry["bits"],
+        form=entry["format"],
         block=entry["block"],
-        input_int8=entry["input"] == "int8",
+        input_form=None if entry["input"] == "float" else entry["input"],
         bias=getattr(old, "bias", None) is not None,
     )
 
@@ -217,15 +299,16 @@ def _empty(old: nn.Module, entry: Mapping[str, Any]) -> QuantizedLinear | Quanti
 def _entry(module: QuantizedLinear | QuantizedEmbedding) -> dict[str, Any]:
     if isinstance(module, QuantizedEmbedding):
         shape = [module.num_embeddings, module.embedding_dim]
-        return {"kind": "embedding", "shape": shape, "bits": 8, "granularity": "row"}
+        return {"kind": "embedding", "shape": shape, "format": "int8", "bits": 8, "granularity": "row"}
     return {
         "kind": "linear",
         "shape": [module.out_features, module.in_features],
+        "format": module.form.name,
         "bits": module.bits,
         "granularity": "channel" if module.block is None else "block",
         "block": module.block,
         "scales": list(module.weight_scale.shape),
-        "input": "float" if module.input_scale is None else "int8",
+        "input": module.input_form or "float",
     }
 
 
@@ -241,35 +324,51 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
 def for_export(model: nn.Module) -> None:
     """Lay weights out as [I, O] in place, the order in which MatMul takes them without a Transpose.
 
-    INT4 is unpacked to int8, since torch has no tensor of INT4; `pack_initializers` packs it in the exported graph.
-    Tensors that several modules share stay rows.
+    Four-bit weights are unpacked to a byte each (INT4 to int8, codes of floats to uint8), since torch has no tensor of
+    them; `pack_initializers` packs them in the exported graph. What the embedding shares stays rows.
     """
     modules = quantized_modules(model)
-    uses: dict[int, int] = {}
+    tables = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}
+    # Maps that are tied stay so; the old tensors are held since a freed one's id may come again.
+    laid: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
     for module in modules.values():
-        uses[id(module.weight)] = uses.get(id(module.weight), 0) + 1
-    for module in modules.values():
-        if isinstance(module, QuantizedLinear) and uses[id(module.weight)] == 1 and not module.transposed:
-            q_OI = module.weight if module.bits == 8 else unpack_int4(module.weight)
-            module.weight = q_OI.t().contiguous()
-            if module.block is not None:
-                module.weight_scale = module.weight_scale.t().contiguous()
-            module.transposed = True
+        if isinstance(module, QuantizedEmbedding) or id(module.weight) in tables or module.transposed:
+            continue
+        key = id(module.weight)
+        if key not in laid:
+            laid[key] = module.weight, _laid_out(module)
+        module.put(laid[key][1])
+        module.transposed = True
+
+
+def _laid_out(module: QuantizedLinear) -> dict[str, Tensor]:
+    q_OI, scale = module.weight, module.weight_scale
+    if module.form.name == "int4":
+        q_OI = unpack_int4(q_OI)
+    elif module.form.bits == 4:
+        q_OI = torch.stack((q_OI & 0x0F, q_OI >> 4), dim=-1).flatten(-2)
+    if module.block is None:
+        return {"weight": q_OI.t().contiguous()}
+    scale = scale if module.form.two_level else module.scales()
+    return {"weight": q_OI.t().contiguous(), "weight_scale": scale.t().contiguous()}
 
 
 def pack_initializers(graph: onnx_ir.Graph) -> int:
-    """Turn the int8 weights of block-wise DequantizeLinear nodes into INT4, two a byte. Returns how many."""
+    """Pack the weights of block-wise DequantizeLinear nodes two a byte: int8 to INT4, uint8 codes to FLOAT4E2M1.
+
+    Returns:
+        How many there are.
+    """
     packed: set[str] = set()
     for node in graph:
         weight = node.inputs[0] if node.op_type == "DequantizeLinear" and "block_size" in node.attributes else None
         if weight is None or weight.const_value is None or weight.name in packed:
             continue
-        q_IO = weight.const_value.numpy().astype(np.int8)
-        nibbles = (q_IO.reshape(-1) & 0x0F).view(np.uint8)
+        q_IO = weight.const_value.numpy()
+        kind = onnx_ir.DataType.FLOAT4E2M1 if q_IO.dtype == np.uint8 else onnx_ir.DataType.INT4
+        nibbles = q_IO.reshape(-1).view(np.uint8) & 0x0F
         bytes_ = nibbles[0::2] | (nibbles[1::2] << 4)
-        weight.const_value = onnx_ir.PackedTensor(
-            bytes_, dtype=onnx_ir.DataType.INT4, shape=q_IO.shape, name=weight.name
-        )
-        weight.dtype = onnx_ir.DataType.INT4
+        weight.const_value = onnx_ir.PackedTensor(bytes_, dtype=kind, shape=q_IO.shape, name=weight.name)
+        weight.dtype = kind
         packed.add(str(weight.name))
     return len(packed)

@@ -1,5 +1,7 @@
 """Surgery that shares: linear maps on a common basis, and tensors stored once. `structure.json` describes it.
 
+A map may also be the sum of a dense one, whose weight other blocks may share, and one of low rank of its own.
+
 Shapes: I inputs, O outputs, r rank of the basis.
 """
 
@@ -37,16 +39,44 @@ class SharedLinear(nn.Module):
         return self.coefficient(self.basis(x))
 
 
+class ResidualLinear(nn.Module):
+    """y = dense(x) + low(x): `low` is a map on a basis, `dense` may hold zeros or a weight that is tied to others."""
+
+    def __init__(self, dense: nn.Module, low: nn.Module) -> None:
+        super().__init__()
+        self.dense = dense
+        self.low = low
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return int(self.dense.in_features)  # type: ignore[arg-type]
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return int(self.dense.out_features)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map's output."""
+        return self.dense(x) + self.low(x)
+
+
 def install(model: PreTrainedModel, spec: Mapping[str, Any]) -> None:
     """Give a dense model the structure that `spec` describes; the new maps hold no values yet.
 
     Args:
         model: a model in whose place `nn.Linear` modules stand.
-        spec: {"shared": [{"modules": [path, ...], "rank": r}, ...], "tied": [[tensor name, ...], ...]}.
+        spec: {"residual": [path, ...], "shared": [{"modules": [path, ...], "rank": r}, ...],
+            "tied": [[tensor name, ...], ...]}; what is added to a residual map's dense part is shared as `<path>.low`.
 
     Raises:
         StageError: a module is not there or is no linear map.
     """
+    for path in spec.get("residual", []):
+        dense = _linear(model, path)
+        low = nn.Linear(dense.in_features, dense.out_features, bias=False)
+        model.set_submodule(path, ResidualLinear(dense, low))
     for group in spec.get("shared", []):
         found = [(path, _linear(model, path)) for path in group["modules"]]
         basis = nn.Linear(found[0][1].in_features, group["rank"], bias=False)
@@ -77,13 +107,18 @@ def describe(model: PreTrainedModel) -> dict[str, Any] | None:
     """The spec from which `install` makes this structure again; None for a model without surgery."""
     groups: dict[int, dict[str, Any]] = {}
     inside: set[str] = set()
+    residual: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SharedLinear):
             group = groups.setdefault(id(module.basis), {"modules": [], "rank": int(module.basis.out_features)})  # type: ignore[arg-type]
             group["modules"].append(path)
             inside.add(f"{path}.basis.")
+        elif isinstance(module, ResidualLinear):
+            residual.append(path)
     tied = [names for names in _tied(model) if not any(names[0].startswith(path) for path in inside)]
     spec: dict[str, Any] = {}
+    if residual:
+        spec["residual"] = residual
     if groups:
         spec["shared"] = list(groups.values())
     if tied:
@@ -92,10 +127,10 @@ def describe(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def _tied(model: PreTrainedModel) -> list[list[str]]:
-    table = model.get_input_embeddings().weight if model.config.tie_word_embeddings else None
+    by_configuration = model.get_expanded_tied_weights_keys(all_submodels=True)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter is not table:  # the configuration says already that the head is the embedding
+        if name not in by_configuration:
             names.setdefault(id(parameter), []).append(name)
     return [together for together in names.values() if len(together) > 1]
 

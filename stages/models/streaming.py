@@ -6,7 +6,7 @@ Shapes: N windows, T tokens, H hidden, I inputs and O outputs of a linear map.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from stages.models import anatomy
 from stages.models.anatomy import Block
+from stages.models.mapped import release
 from stages.runtime.contract import StageError
 
 SITES = {"q": "attention", "k": "attention", "v": "attention", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
@@ -41,22 +42,53 @@ def arguments(model: PreTrainedModel, tokens: int) -> list[dict[str, Any]]:
     """The keyword arguments with which the model calls each block for one window of `tokens` tokens."""
     caught: list[dict[str, Any]] = []
     hooks = [
-        block.module.register_forward_pre_hook(lambda _m, _a, kwargs: caught.append(kwargs), with_kwargs=True)
+        block.module.register_forward_pre_hook(lambda _m, _a, kwargs: caught.append(_lasting(kwargs)), with_kwargs=True)
         for block in anatomy.blocks(model)
     ]
+    # Each block's weights are read once here: they need not stay in memory until its turn comes.
+    hooks += [block.module.register_forward_hook(_put_away) for block in anatomy.blocks(model)]
     try:
         with torch.no_grad():
-            anatomy.decoder(model)(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+            anatomy.decoder(model)(input_ids=torch.zeros(1, tokens, dtype=torch.int64), **_without_cache(model))
     finally:
         for hook in hooks:
             hook.remove()
     return caught
 
 
+def _put_away(module: nn.Module, _args: Any, _out: Any) -> None:
+    release(module)
+
+
+class _Entered(Exception):
+    """Ends a run at the first block."""
+
+
 def embedded(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
     """x_NTH that enters the first block."""
-    with torch.no_grad():
-        return anatomy.embedding(model)(ids_NT)
+    entered: list[Tensor] = []
+
+    def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+        raise _Entered
+
+    inner, first = anatomy.decoder(model), anatomy.blocks(model)[0].module
+    hook = first.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        for ids_1T in ids_NT.split(1):
+            with suppress(_Entered), torch.no_grad():
+                inner(input_ids=ids_1T, **_without_cache(model))
+    finally:
+        hook.remove()
+    return torch.cat(entered)
+
+
+def _without_cache(model: PreTrainedModel) -> dict[str, Any]:
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+
+def _lasting(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -66,7 +98,7 @@ def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         StageError: an activation is not finite.
     """
     with torch.no_grad():
-        y_NTH = torch.cat([_output(block.module(x_1TH, **kwargs)) for x_1TH in x_NTH.split(1)])
+        y_NTH = torch.cat([output(block.module(x_1TH, **kwargs)) for x_1TH in x_NTH.split(1)])
     check_finite(block.name, y_NTH)
     return y_NTH
 
@@ -170,7 +202,7 @@ def _backward(
         outputs: dict[str, Tensor] = {}
         x_1TH = x_TH[None].detach().requires_grad_()
         with watched(maps, partial(_keep, outputs)):
-            y_1TH = _output(block.module(x_1TH, **kwargs))
+            y_1TH = output(block.module(x_1TH, **kwargs))
         asked = [outputs[role] for role in maps]
         g_1TH, *g_outputs = torch.autograd.grad(y_1TH, [x_1TH, *asked], g_TH[None])
         outgoing.append(g_1TH[0])
@@ -187,5 +219,6 @@ def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
     sums[key] = sums[key] + value if key in sums else value
 
 
-def _output(returned: Any) -> Tensor:
+def output(returned: Any) -> Tensor:
+    """The hidden states of what a block returns."""
     return returned[0] if isinstance(returned, tuple) else returned

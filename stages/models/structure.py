@@ -1,10 +1,13 @@
-"""Surgery that removes: feed-forward channels and whole blocks. Configuration and modules stay in step.
+"""Surgery that removes: feed-forward channels, heads and whole blocks. Configuration and modules stay in step.
 
 Shapes: F feed-forward channels, K kept, O outputs, H hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,31 +18,44 @@ from stages.runtime.contract import StageError
 
 
 def check_channels_free(model: PreTrainedModel) -> None:
-    """Raise StageError where a block's channels cannot go alone.
+    """Raise StageError where a block's feed-forward channels cannot go alone.
 
     Raises:
         StageError: `down` stands on a shared basis, whose columns are other blocks' channels too, or a feed-forward
             tensor is tied to another.
     """
+    _check_free(model, anatomy.FEED_FORWARD, "down", "channels")
+
+
+def check_heads_free(model: PreTrainedModel) -> None:
+    """Raise StageError where a block's heads cannot go alone; as `check_channels_free`."""
+    _check_free(model, anatomy.ATTENTION, "o", "heads")
+
+
+def _check_free(model: PreTrainedModel, roles: tuple[str, ...], reader: str, what: str) -> None:
     owners: dict[int, str] = {}
     for block in anatomy.blocks(model):
         maps = anatomy.projections(block)
-        for role in anatomy.FEED_FORWARD:
+        for role in roles:
             name = f"{block.name}.{anatomy.path(role)}"
             one = maps[role]
-            if role == "down" and isinstance(one, SharedLinear):
+            if role == reader and isinstance(one, SharedLinear):
                 raise StageError(
-                    f"{name} stands on a basis whose inputs are the channels of several blocks",
-                    remedy="Leave `down` out of share's projections, or prune before sharing it.",
+                    f"{name} stands on a basis whose inputs are the {what} of several blocks",
+                    remedy=f"Leave `{reader}` out of share's projections, or prune before sharing it.",
                 )
             own = one.coefficient if isinstance(one, SharedLinear) else one
             if not isinstance(own, nn.Linear):
-                raise StageError(f"{name} is quantized", remedy="Prune first, quantize afterwards.")
+                raise StageError(f"{name} is no dense map", remedy="Prune first, quantize and share afterwards.")
             twin = owners.setdefault(id(own.weight), name)
             if twin != name:
-                raise StageError(
-                    f"{name} is tied to {twin}; its channels cannot go alone", remedy="Prune before tying."
-                )
+                raise StageError(f"{name} is tied to {twin}; its {what} cannot go alone", remedy="Prune before tying.")
+
+
+def parameters_without(model: PreTrainedModel, dropped: Sequence[int]) -> int:
+    """Parameters in the blocks that are left when these are gone, each distinct tensor counted once."""
+    left = [block for block in anatomy.blocks(model) if block.index not in dropped]
+    return sum({id(one): one.numel() for block in left for one in block.module.parameters()}.values())
 
 
 def narrow(block: Block, kept_K: Tensor, down_OK: Tensor) -> None:
@@ -50,35 +66,43 @@ def narrow(block: Block, kept_K: Tensor, down_OK: Tensor) -> None:
         kept_K: ascending indices of the channels that stay.
         down_OK: the new weight of down.
     """
-    maps = anatomy.projections(block)
     for role in ("gate", "up"):
-        one = maps[role]
-        own = one.coefficient if isinstance(one, SharedLinear) else one
-        assert isinstance(own, nn.Linear)
-        own.weight = nn.Parameter(own.weight.detach()[kept_K].contiguous())
-        own.out_features = len(kept_K)
-        if own.bias is not None:
-            own.bias = nn.Parameter(own.bias.detach()[kept_K].contiguous())
-    down = maps["down"]
-    assert isinstance(down, nn.Linear)
-    down.weight = nn.Parameter(down_OK.to(down.weight.dtype).contiguous())
-    down.in_features = len(kept_K)
+        _keep_outputs(block, role, kept_K)
+    _replace_inputs(block, "down", down_OK)
 
 
-def drop_blocks(model: PreTrainedModel, dropped: list[int]) -> None:
-    """Take blocks out; the rest is numbered anew, and per-block lists of the configuration follow."""
-    layers = anatomy.decoder(model).get_submodule("layers")
-    assert isinstance(layers, nn.ModuleList)
-    before = len(layers)
-    kept = [index for index in range(before) if index not in dropped]
-    config = model.config
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == before:
-            setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
-    remaining = nn.ModuleList(layers[index] for index in kept)
-    anatomy.replace(model, layers, remaining)
-    for index, block in enumerate(remaining):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # type: ignore[assignment]
+def drop_heads(block: Block, kept_K: Tensor, o_OK: Tensor, size: int) -> None:
+    """Keep only some groups of heads.
+
+    Args:
+        block: its q, k, v and o lose rows or columns; a shared basis is not touched.
+        kept_K: ascending indices of the heads' outputs that stay, whole key-value groups.
+        o_OK: the new weight of o.
+        size: outputs of the query heads of one key-value group.
+    """
+    keys = anatomy.projections(block)["k"]
+    groups = int(anatomy.projections(block)["o"].in_features) // size  # type: ignore[arg-type]
+    dim = int(keys.out_features) // groups  # type: ignore[arg-type]
+    rows_gd = torch.arange(groups * dim).view(groups, dim)
+    kept_g = kept_K[::size] // size
+    _keep_outputs(block, "q", kept_K)
+    for role in ("k", "v"):
+        _keep_outputs(block, role, rows_gd[kept_g].flatten())
+    _replace_inputs(block, "o", o_OK)
+
+
+def _keep_outputs(block: Block, role: str, kept_K: Tensor) -> None:
+    one = anatomy.projections(block)[role]
+    own = one.coefficient if isinstance(one, SharedLinear) else one
+    assert isinstance(own, nn.Linear)
+    own.weight = nn.Parameter(own.weight.detach()[kept_K].contiguous())
+    own.out_features = len(kept_K)
+    if own.bias is not None:
+        own.bias = nn.Parameter(own.bias.detach()[kept_K].contiguous())
+
+
+def _replace_inputs(block: Block, role: str, w_OK: Tensor) -> None:
+    reader = anatomy.projections(block)[role]
+    assert isinstance(reader, nn.Linear)
+    reader.weight = nn.Parameter(w_OK.to(reader.weight.dtype).contiguous())
+    reader.in_features = w_OK.shape[1]

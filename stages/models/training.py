@@ -7,19 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.checkpoint import checkpoint
 
-from stages.algorithms.distillation import Heads, distill, divergence
+from stages.algorithms.distillation import distill, divergence
 from stages.models import anatomy
+from stages.models.apart import Apart
+from stages.models.lessons import Lessons
+from stages.models.listening import inputs_of
 from stages.models.resuming import read_record, restore, save_state
+from stages.models.updates import Updates, listen
+from stages.runtime.contract import StageError
 
 LARGEST_GRADIENT = 1.0
 """Gradients are scaled down to this norm."""
+ACTIVATION_BYTES = 60
+"""A block keeps about this many bytes for its backward pass, a token and hidden unit."""
+MOST_ACTIVATIONS = 4 * 2**30
+"""Blocks that would keep more bytes than this are computed again in the backward pass: a third more time."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +42,35 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Learner:
-    """Student, teacher and optimizer. The embedding and the head stay as they are; blocks and norms learn.
+class Goal:
+    """The loss: shares of divergence and cross-entropy, and how much the inputs of listened-to blocks count."""
 
-    The tied table is a fifth of a small model: leaving it alone saves its gradient and two moments.
-    """
-
-    student: PreTrainedModel
-    teacher: PreTrainedModel
-    heads: Heads
-    weights: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
     kl_weight: float
     temperature: float
+    hidden_weight: float
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Student, lessons, optimizer.
+
+    Attributes:
+        ids_NT: windows to learn from.
+        labels_NT: the next token of each position, -1 where it counts for nothing.
+        at_once: windows of one forward pass; a step of more accumulates gradients.
+        listened: the student's blocks whose inputs count, in the lessons' order.
+    """
+
+    student: Apart
+    teacher: Apart
+    ids_NT: Tensor
+    labels_NT: Tensor
+    lessons: Lessons
+    updates: Updates
+    optimizer: torch.optim.AdamW
+    goal: Goal
+    at_once: int
+    listened: Mapping[str, nn.Module]
 
 
 @dataclass
@@ -69,20 +95,57 @@ class Record:
         self.curve.setdefault(name, []).append([step, value])
 
 
-def learner(student: PreTrainedModel, teacher: PreTrainedModel, *, kl_weight: float, temperature: float) -> Learner:
-    """Freeze what stays, and give the rest an optimizer."""
-    frozen = {id(anatomy.embedding(student).weight), id(anatomy.head(student).weight)}
-    weights = {name: tensor for name, tensor in student.named_parameters() if id(tensor) not in frozen}
-    for tensor in student.parameters():
-        tensor.requires_grad_(id(tensor) not in frozen)
-    heads = Heads(_table(student), _table(teacher))
-    optimizer = torch.optim.AdamW(list(weights.values()), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return Learner(student, teacher, heads, weights, optimizer, kl_weight, temperature)
+def learner(
+    student: Apart,
+    teacher: Apart,
+    ids_NT: Tensor,
+    lessons: Lessons,
+    updates: Updates,
+    *,
+    goal: Goal,
+    at_once: int,
+    listened: Mapping[str, nn.Module],
+    written: int = 0,
+) -> Learner:
+    """Give what is moved an optimizer, and compute blocks again where their activations would not fit.
+
+    Args:
+        student: what learns.
+        teacher: whose head judges.
+        ids_NT: windows to learn from.
+        lessons: the teacher's answers on them.
+        updates: how the student's weights learn.
+        goal: the loss.
+        at_once: windows of one forward pass.
+        listened: the student's blocks whose inputs count.
+        written: how many windows at the end the teacher wrote itself; their tokens are no truth to predict.
+
+    Raises:
+        StageError: an encoder, which sees the next token, is to predict it.
+    """
+    blocks = anatomy.blocks(student.model)
+    if goal.kl_weight < 1 and any(block.stack == "encoder" for block in blocks):
+        raise StageError(
+            f"{type(student.model).__name__} sees the next token, so that predicting it teaches nothing",
+            measured=f"kl_weight {goal.kl_weight}",
+            limit="kl_weight 1",
+        )
+    listen(updates)
+    hidden = student.head.weight_VH.shape[1]
+    if at_once * ids_NT.shape[1] * hidden * len(blocks) * ACTIVATION_BYTES > MOST_ACTIVATIONS:
+        for block in blocks:
+            block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
+    moved = list(updates.moved.values())
+    optimizer = torch.optim.AdamW(moved, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    labels_NT = torch.cat([ids_NT[:, 1:], torch.full_like(ids_NT[:, :1], -1)], dim=1)
+    labels_NT[len(ids_NT) - written :] = -1
+    return Learner(student, teacher, ids_NT, labels_NT, lessons, updates, optimizer, goal, at_once, listened)
 
 
-def held_out(teacher: PreTrainedModel, name: str, ids_NT: Tensor) -> HeldOut:
+@torch.no_grad()
+def held_out(teacher: Apart, name: str, ids_NT: Tensor) -> HeldOut:
     """Run the teacher once over the windows; its hidden states are a hundredth of its logits."""
-    return HeldOut(name, ids_NT, torch.cat([_hidden(teacher, ids_1T) for ids_1T in ids_NT.split(1)]))
+    return HeldOut(name, ids_NT, torch.cat([teacher.hidden(ids_1T) for ids_1T in ids_NT.split(1)]))
 
 
 @torch.no_grad()
@@ -92,43 +155,69 @@ def score(made: Learner, held: Sequence[HeldOut]) -> dict[str, float]:
     for one in held:
         total = 0.0
         for ids_1T, teacher_TH in zip(one.ids_NT.split(1), one.teacher_NTH, strict=True):
-            total += float(divergence(made.heads, _hidden(made.student, ids_1T)[0], teacher_TH).sum())
+            student_TH = made.student.hidden(ids_1T)[0]
+            total += float(divergence(made.student.head, made.teacher.head, student_TH, teacher_TH).sum())
         means[one.name] = total / one.ids_NT.numel()
     return means
 
 
-def learn(made: Learner, ids_NT: Tensor, rate: float) -> float:
+def learn(made: Learner, chosen: Sequence[int], rate: float) -> float:
     """One step of the optimizer on some windows; returns the loss. A loss that is not finite changes nothing."""
-    teacher_H = _hidden(made.teacher, ids_NT).flatten(0, 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        student_H = anatomy.decoder(made.student)(input_ids=ids_NT, use_cache=False).last_hidden_state.flatten(0, 1)
-    labels_NT = torch.cat([ids_NT[:, 1:], torch.full_like(ids_NT[:, :1], -1)], dim=1)
-    loss = distill(
-        made.heads,
-        student_H,
-        teacher_H,
-        labels_NT.flatten(),
-        kl_weight=made.kl_weight,
-        temperature=made.temperature,
-    )
-    if torch.isfinite(loss):
+    total = 0.0
+    for first in range(0, len(chosen), made.at_once):
+        part = list(chosen[first : first + made.at_once])
+        loss = _loss(made, part) * (len(part) / len(chosen))
+        total += float(loss.detach())
+        if not torch.isfinite(loss):
+            break
         loss.backward()
-        nn.utils.clip_grad_norm_(list(made.weights.values()), LARGEST_GRADIENT)
-        for group in made.optimizer.param_groups:
-            group["lr"] = rate
-        made.optimizer.step()
+    else:
+        _step(made, rate)
     made.optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
+    return total
+
+
+def _loss(made: Learner, chosen: list[int]) -> Tensor:
+    lesson = made.lessons.of(chosen)
+    with inputs_of(made.listened) as heard:
+        student_H = made.student.hidden(made.ids_NT[chosen]).flatten(0, 1)
+    loss = distill(
+        made.student.head,
+        student_H,
+        lesson.targets,
+        made.labels_NT[chosen].flatten(),
+        kl_weight=made.goal.kl_weight,
+        temperature=made.goal.temperature,
+    )
+    for name, target_NTH in zip(made.listened, lesson.states, strict=True):
+        gap_NT = (heard[name].float() - target_NTH.float()).square().mean(-1)
+        # A few tokens carry states a thousand times as large as the others': each counts relative to its own.
+        loss = loss + made.goal.hidden_weight * (gap_NT / target_NTH.float().square().mean(-1)).mean()
+    return loss
+
+
+def _step(made: Learner, rate: float) -> None:
+    nn.utils.clip_grad_norm_(list(made.updates.moved.values()), LARGEST_GRADIENT)
+    for group in made.optimizer.param_groups:
+        group["lr"] = rate
+    made.optimizer.step()
+    made.updates.put()
 
 
 def save(made: Learner, folder: Path, record: Record) -> None:
-    """Write state to go on from; the best weights are kept in a file of their own."""
-    state = {f"weight.{name}": tensor for name, tensor in made.weights.items()}
-    for name, tensor in made.weights.items():
+    """Write state to go on from; the best weights are kept in a file of their own.
+
+    Raises:
+        StageError: a weight stands where a sparse update has to leave a zero.
+    """
+    moved = made.updates.moved
+    made.updates.check(list(made.updates.masks))
+    state = {f"weight.{name}": tensor for name, tensor in moved.items()}
+    for name, tensor in moved.items():
         moments = made.optimizer.state[tensor]
         state[f"mean.{name}"], state[f"square.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
     if record.best_step == record.step:
-        save_state(_best(folder, record.step), dict(made.weights), {})
+        save_state(_best(folder, record.step), moved, {})
     save_state(folder / "state.safetensors", state, vars(record))
     for stale in folder.glob("best-*.safetensors"):
         if stale != _best(folder, record.best_step):
@@ -137,45 +226,36 @@ def save(made: Learner, folder: Path, record: Record) -> None:
 
 def resume(made: Learner, folder: Path) -> Record | None:
     """Put the last saved state into the learner; None when none was saved."""
-    path = folder / "state.safetensors"
+    path, moved = folder / "state.safetensors", made.updates.moved
     read = read_record(path)
     if read is None:
         return None
     record = Record(**read)
     moments: dict[str, Tensor] = {}
-    for name, tensor in made.weights.items():
+    for name, tensor in moved.items():
         mean, square = torch.empty_like(tensor), torch.empty_like(tensor)
         made.optimizer.state[tensor] = {"step": torch.tensor(float(record.step)), "exp_avg": mean, "exp_avg_sq": square}
         moments |= {f"mean.{name}": mean, f"square.{name}": square}
-    restore(path, {f"weight.{name}": tensor for name, tensor in made.weights.items()} | moments)
+    restore(path, {f"weight.{name}": tensor for name, tensor in moved.items()} | moments)
+    made.updates.put()
     return record
 
 
 def take(made: Learner, tensors: Mapping[str, Any]) -> None:
-    """Give the student these weights and a fresh optimizer."""
+    """Give the student these tensors and a fresh optimizer."""
     with torch.no_grad():
-        for name, tensor in made.weights.items():
+        for name, tensor in made.updates.moved.items():
             tensor.copy_(tensors[name])
     made.optimizer.state.clear()
+    made.updates.put()
 
 
 def take_best(made: Learner, folder: Path, record: Record) -> None:
-    """Put the weights with the lowest held-out KL into the student."""
+    """Put the tensors with the lowest held-out KL into the student."""
     if record.best_step != record.step:
-        restore(_best(folder, record.best_step), made.weights)
+        restore(_best(folder, record.best_step), made.updates.moved)
+        made.updates.put()
 
 
 def _best(folder: Path, step: int) -> Path:
     return folder / f"best-{step}.safetensors"
-
-
-@torch.no_grad()
-def _hidden(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden: Tensor = anatomy.decoder(model)(input_ids=ids_NT, use_cache=False).last_hidden_state
-    return hidden
-
-
-def _table(model: PreTrainedModel) -> Tensor:
-    table: Tensor = anatomy.head(model).weight.detach().bfloat16()  # type: ignore[operator]
-    return table

@@ -100,3 +100,20 @@ def test_refusals():
             least_important(w, moment, count)
     with pytest.raises(ValueError, match="not finite"):
         least_important(w, moment * torch.nan, 1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_least_important_group_is_the_best_of_all_groups(seed):
+    w, _, moment = problem(3, 8, seed)
+    groups = torch.arange(8).view(4, 2)
+    errors = [fitted_error(w, moment, kept_after(8, one.tolist())) for one in groups]
+    assert least_important(w, moment, 2, size=2).tolist() == groups[errors.index(min(errors))].tolist()
+    first, second = least_important(w, moment, 4, size=2, rounds=2).view(2, 2).tolist()
+    rest = [one.tolist() for one in groups if one.tolist() != first]
+    assert second == min(rest, key=lambda one: fitted_error(w, moment, kept_after(8, [*first, *one])))
+
+
+def test_least_important_groups_that_do_not_divide_are_refused():
+    w, _, moment = problem(3, 8, 0)
+    with pytest.raises(ValueError, match="3 of 8 channels cannot go in groups of 2"):
+        least_important(w, moment, 3, size=2)

@@ -76,7 +76,7 @@ def test_recipe_written_again_reads_the_same(tmp_path):
         ("name: small", "name: small\ncolour: red", 3, "colour", "steps, judge, gates, register"),
         ("recipe: 1", "recipe: 2", 1, "recipe", "1"),
         ("name: small", "name: 4", 2, "name", "valid string"),
-        ("stage: share,", "stage: shear,", 7, "steps.shared.stage", "fetch, corpus, share"),
+        ("stage: share,", "stage: shear,", 7, "steps.shared.stage", "fetch, corpus, fuse, share"),
         ("name: shared, stage", "name: Shared!, stage", 7, "steps.Shared!.name", "pattern"),
         ("params: {keep: 0.9}", "params: {kept: 0.9}", 7, "steps.shared.params.kept", "method, keep"),
         ("params: {keep: 0.9}", "params: {keep: 1.9}", 7, "steps.shared.params.keep", "less than or equal to 1"),

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel
 
 from stages.models import anatomy, shared
+from stages.models.heads import attentions
 from stages.models.loading import load_model
 from stages.runtime.contract import StageError
+from tests.models.families import family
 
 
 @pytest.fixture
@@ -69,13 +70,77 @@ def test_embedding_head_and_last_norm_make_logits(model):
 
 
 def test_unknown_architectures_and_blocks_are_refused_by_name(model):
-    bert = BertLMHeadModel(
-        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, is_decoder=True)
-    )
-    with pytest.raises(StageError, match="'bert' is not understood"):
-        anatomy.blocks(bert)
-    del model.model.layers[1].mlp.up_proj
-    with pytest.raises(StageError, match=r"model\.layers\.1 has no mlp\.up_proj"):
-        anatomy.projections(anatomy.blocks(model)[1])
+    with pytest.raises(StageError, match="'bert' is not understood here; limit llama"):
+        anatomy.check_type("bert")
+    anatomy.check_type("qwen3")
     with pytest.raises(StageError, match="LlamaModel has no output head"):
         anatomy.head(model.model)
+    block = anatomy.blocks(model)[1]
+    with pytest.raises(
+        StageError, match=r"model\.layers\.1 has no map for 'qkv'; measured LlamaDecoderLayer with q, k"
+    ):
+        anatomy.projections(block)["qkv"]
+    block.module.mlp.extra = nn.Linear(4, 4)
+    with pytest.raises(StageError, match=r"model\.layers\.1\.mlp\.extra is not understood"):
+        anatomy.projections(block)
+    del block.module.mlp.extra
+    block.module.mlp.fc1 = nn.Linear(4, 4)
+    with pytest.raises(StageError, match=r"model\.layers\.1\.mlp\.fc1 is not understood; measured up"):
+        anatomy.projections(block)
+    del block.module.mlp.fc1
+    del block.module.mlp.up_proj
+    with pytest.raises(StageError, match=r"model\.layers\.1 has no up: this block is not understood"):
+        anatomy.projections(block)
+    block.module.mlp.experts = nn.Parameter(torch.ones(3, 4, 4))
+    with pytest.raises(StageError, match=r"model\.layers\.1\.mlp\.experts belongs to no linear map; measured LlamaMLP"):
+        anatomy.maps(block)
+    with pytest.raises(StageError, match="not of one kind; measured LlamaDecoderLayer, LlamaMLP"):
+        model.model.layers[0] = model.model.layers[0].mlp
+        anatomy.blocks(model)
+    with pytest.raises(StageError, match="LlamaModel has no stack of blocks"):
+        model.model.layers = nn.ModuleList()
+        anatomy.blocks(model.model)
+
+
+def test_parts_that_only_one_stack_has_are_refused_for_two(tmp_path):
+    both = load_model(family("bart", tmp_path))
+    with pytest.raises(StageError, match="BartForConditionalGeneration has two stacks"):
+        anatomy.decoder(both)
+    with pytest.raises(StageError, match="BertForMaskedLM has no norm after its last block"):
+        anatomy.last_norm(load_model(family("bert_masked", tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "opt"])
+def test_last_norm_feeds_the_head_of_every_decoder(name, tmp_path):
+    model = load_model(family(name, tmp_path))
+    seen = []
+    anatomy.last_norm(model).register_forward_hook(lambda _m, _a, out: seen.append(out))
+    logits = model(input_ids=torch.tensor([[3, 5]])).logits
+    assert torch.equal(anatomy.head(model)(seen[0]), logits)
+
+
+def test_norms_that_scale_by_more_than_their_weight_are_refused(model):
+    class OnePlus(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(64))
+
+        def forward(self, x):
+            return x * (1 + self.weight)
+
+    block = anatomy.blocks(model)[0]
+    block.module.input_layernorm = OnePlus()
+    with pytest.raises(StageError, match=r"the norms of model\.layers\.0 are not understood"):
+        anatomy.norms(block)
+
+
+def test_heads_that_do_not_fit_their_maps_are_refused(model):
+    block = anatomy.blocks(model)[0]
+    block.module.self_attn.head_dim = 24
+    with pytest.raises(StageError, match=r"the heads of model\.layers\.0\.self_attn are not understood"):
+        attentions(block)
+    block.module.self_attn.head_dim = 64
+    with pytest.raises(
+        StageError, match=r"the heads of model\.layers\.0\.self_attn are not understood; measured 1 heads"
+    ):
+        attentions(block)

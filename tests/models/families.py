@@ -1,0 +1,96 @@
+"""Tiny random checkpoints of many architectures, saved by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCABULARY, WIDTH, INNER, HEADS, BLOCKS = 96, 32, 48, 4, 3
+_ENCODER = {
+    "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+_DECODER = {**_ENCODER, "bos_token_id": 0, "eos_token_id": 1}
+_BOTH = {
+    "d_model": WIDTH, "encoder_layers": BLOCKS, "decoder_layers": BLOCKS, "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS, "encoder_ffn_dim": INNER, "decoder_ffn_dim": INNER, "bos_token_id": 0,
+    "max_position_embeddings": 64, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}  # fmt: skip
+_GROUPED = {**_DECODER, "num_key_value_heads": 2, "head_dim": 8}
+_T5 = {
+    "d_model": WIDTH, "d_kv": 6, "d_ff": INNER, "num_layers": BLOCKS, "num_decoder_layers": 2, "num_heads": HEADS,
+    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _GROUPED | {"tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", _GROUPED),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _GROUPED),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": WIDTH, "n_inner": INNER, "n_layer": BLOCKS, "n_head": HEADS, "n_positions": 64, "bos_token_id": 0,
+         "eos_token_id": 1},
+    ),
+    "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _DECODER),
+    "opt": ("OPTForCausalLM", "OPTConfig", {"hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": INNER,
+            "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "max_position_embeddings": 64}),
+    "bert_masked": ("BertForMaskedLM", "BertConfig", _ENCODER),
+    "bert_classes": ("BertForSequenceClassification", "BertConfig", _ENCODER | {"num_labels": 3}),
+    "bert_tokens": ("BertForTokenClassification", "BertConfig", _ENCODER | {"num_labels": 5}),
+    "bert_answers": ("BertForQuestionAnswering", "BertConfig", _ENCODER),
+    "bert_bare": ("BertModel", "BertConfig", _ENCODER),
+    "bert_untied": ("BertForMaskedLM", "BertConfig", _ENCODER | {"tie_word_embeddings": False}),
+    "bert_decoder": (
+        "BertLMHeadModel", "BertConfig", _ENCODER | {"is_decoder": True, "add_cross_attention": True},
+    ),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", _ENCODER),
+    "distilbert": ("DistilBertForMaskedLM", "DistilBertConfig", {"dim": WIDTH, "hidden_dim": INNER, "n_layers": BLOCKS,
+                   "n_heads": HEADS, "max_position_embeddings": 64}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", _T5 | {"feed_forward_proj": "gated-gelu"}),
+    "t5_plain": ("T5ForConditionalGeneration", "T5Config", _T5 | {"tie_word_embeddings": False}),
+    "bart": ("BartForConditionalGeneration", "BartConfig", _BOTH),
+    "marian": ("MarianMTModel", "MarianConfig", _BOTH),
+}  # fmt: skip
+"""Name -> class, configuration class, and the settings that make it tiny."""
+
+
+def family(name: str, root: Path) -> Path:
+    """The checkpoint of a family below `root`, made at first use."""
+    folder = root / name
+    if not folder.is_dir():
+        made, config, settings = FAMILIES[name]
+        torch.manual_seed(len(name))
+        model = getattr(transformers, made)(getattr(transformers, config)(vocab_size=VOCABULARY, **settings))
+        with torch.no_grad():
+            for parameter in model.parameters():  # biases and norms that are not trivial
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(folder)
+    return folder
+
+
+def library(name: str, folder: Path) -> PreTrainedModel:
+    """The checkpoint as transformers loads it, with no key missing or left over."""
+    model, info = getattr(transformers, FAMILIES[name][0]).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel) -> torch.Tensor:
+    """What the model answers to two short texts."""
+    ids_NT = 3 + torch.arange(20).view(2, 10) * 7 % (VOCABULARY - 3)
+    given = {"input_ids": ids_NT, "attention_mask": torch.ones_like(ids_NT)}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids_NT.flip(1)[:, :6]
+    out = model(**given, return_dict=True)
+    return torch.cat([one.flatten() for one in out.values() if isinstance(one, torch.Tensor)])

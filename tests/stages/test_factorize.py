@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import torch
+
+from stages.factorize import FACTORIZE, FactorizeParams
+from stages.models import loading
+from stages.models.anatomy import block_parameters, blocks, projections
+from stages.models.loading import load_model
+from stages.models.shared import SharedLinear
+from stages.runtime.contract import StageError
+from tests.conftest import sealer
+from tests.stages.test_share import Notes, ids, perplexity
+
+PARAMS = {"keep": 0.7, "windows": 32, "window_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def factorized(shared_store, dense, topics):
+    """The tiny model in thin factors, sealed once."""
+    return sealer(shared_store)("factorize", PARAMS, model=dense, text=topics)
+
+
+def test_factorize_leaves_what_was_asked_and_loads_to_the_same_function(shared_store, dense, factorized):
+    folder = shared_store.checkout(factorized.identity)
+    model = load_model(folder)
+    before = block_parameters(load_model(shared_store.checkout(dense)))
+    assert 0.69 * before < block_parameters(model) <= 0.7 * before
+    rows = {row["layer"]: row for row in json.loads((folder / "layers.json").read_text())["layers"]}
+    for path, row in rows.items():
+        one = model.get_submodule(path)
+        assert isinstance(one, SharedLinear)
+        assert one.basis.out_features == row["rank"] < min(one.in_features, one.out_features)
+        assert row["shares_with"] == []
+        assert 0 < row["output_error_ratio"] < 1
+    assert len({row["rank"] for row in rows.values()}) > 2
+    x = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = model(input_ids=x).logits
+        assert torch.equal(load_model(folder)(input_ids=x).logits, logits)
+        dense_again = load_model(shared_store.checkout(dense))
+        for path in rows:
+            one = model.get_submodule(path)
+            dense_again.get_submodule(path).weight.copy_(one.coefficient.weight @ one.basis.weight)
+        for mine, theirs in zip(blocks(model), blocks(dense_again), strict=True):
+            for role, one in projections(mine).items():
+                if not isinstance(one, SharedLinear):
+                    projections(theirs)[role].weight.copy_(one.weight)
+        torch.testing.assert_close(dense_again(input_ids=x).logits, logits, rtol=1e-3, atol=1e-3)
+
+
+def test_factorize_loses_far_less_than_plain_svd_at_one_rank_a_shape(shared_store, dense, topics, factorized):
+    test = ids(shared_store, topics, dense, "test")
+    base, naive = (load_model(shared_store.checkout(dense)) for _ in range(2))
+    with torch.no_grad():
+        for block in blocks(naive):
+            for one in projections(block).values():
+                u, s, vt = torch.linalg.svd(one.weight)
+                rank = int(0.7 * one.weight.numel() / sum(one.weight.shape))
+                one.weight.copy_(u[:, :rank] * s[:rank] @ vt[:rank])
+    ours = perplexity(load_model(shared_store.checkout(factorized.identity)), test) / perplexity(base, test)
+    plain = perplexity(naive, test) / perplexity(base, test)
+    assert ours - 1 < 0.2 * (plain - 1)
+    assert ours < 1.05
+
+
+def test_factorize_is_deterministic_and_idempotent(shared_store, dense, topics, factorized, tmp_path):
+    assert sealer(shared_store)("factorize", PARAMS, model=dense, text=topics).cached
+    given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
+    notes = Notes()
+    FACTORIZE.run(FactorizeParams(**PARAMS), given, tmp_path, notes)
+    assert notes.told == sorted(notes.told)
+    assert notes.told[-1] == 1
+    for name in ("model.safetensors", "structure.json", "config.json"):
+        assert (tmp_path / name).read_bytes() == (shared_store.checkout(factorized.identity) / name).read_bytes()
+
+
+def test_factorize_again_takes_only_maps_that_are_still_dense(shared_store, topics, factorized):
+    again = sealer(shared_store)("factorize", PARAMS | {"keep": 0.95}, model=factorized.identity, text=topics)
+    first, both = (
+        json.loads((shared_store.checkout(one.identity) / "structure.json").read_text())["shared"]
+        for one in (factorized, again)
+    )
+    assert len(both) > len(first)
+
+
+def test_factorize_that_cannot_save_so_much_names_the_best_and_seals_nothing(shared_store, dense, topics):
+    before = len(list(shared_store.manifests()))
+    with pytest.raises(StageError, match=r"cannot save so much; measured keep 0\.\d+ at best; limit keep 0\.01"):
+        sealer(shared_store)("factorize", PARAMS | {"keep": 0.01}, model=dense, text=topics)
+    assert len(list(shared_store.manifests())) == before
+
+
+def test_factorize_of_a_quantized_checkpoint_is_refused(shared_store, dense, topics):
+    made = sealer(shared_store)("quantize", {"scheme": "int8_weight_only"}, model=dense)
+    with pytest.raises(StageError, match="Factorize first, quantize afterwards"):
+        sealer(shared_store)("factorize", PARAMS, model=made.identity, text=topics)
+
+
+def test_factorize_that_wrote_its_input_is_caught(shared_store, dense, topics, tmp_path, monkeypatch):
+    given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
+    untouched = load_model(given["model"])
+    real = loading.save_model
+    monkeypatch.setattr(loading, "save_model", lambda _model, folder, *, like: real(untouched, folder, like=like))
+    how = FactorizeParams(keep=0.9, windows=9999, window_tokens=512)
+    notes = Notes()
+    with pytest.raises(StageError, match="lost less than was asked"):
+        FACTORIZE.run(how, given, tmp_path, notes)
+    assert any("of 9999 windows" in text for text in notes.notes)
