@@ -5,13 +5,15 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 DAMPING = 0.01
 """Share of the mean squared input added to every direction: directions that the text hardly shows stay as they were."""
 STRENGTH = 0.5
-"""How far the target goes towards the least-squares solution; the whole way fits the calibration text too closely."""
+"""How far the target goes towards the least-squares solution where nothing says how far is right."""
 
 
 def inverted(moment_II: Tensor, damping: float = DAMPING) -> Tensor:
@@ -61,3 +63,32 @@ def corrected(
     if not gap_OI.isfinite().all():
         raise ValueError("a moment of the inputs is not finite")
     return w_OI.float() + strength * (gap_OI @ inverse_II.float())
+
+
+def agreement(
+    w_OI: Tensor, moments: Sequence[Tensor], drifts: Sequence[Tensor], residuals: Sequence[Tensor | None]
+) -> float:
+    """The strength that helps on the half of the text that a fit has not seen, 0 to 1; both halves take turns.
+
+    A fit G = (W D + R) (M + damping)^-1 on one half changes the squared error on the other by
+    s^2 tr(G M' G^T) - 2 s tr((W D' + R') G^T), which is least at the ratio of the two. Where rounding loses little the
+    fit is mostly noise, and the ratio is near 0; where it loses much, near 1.
+
+    Args:
+        w_OI: the dense map.
+        moments: M of each half; both scaled alike, so are the others.
+        drifts: D of each half.
+        residuals: R of each half, or None.
+    """
+    w, gained, spent = w_OI.float(), 0.0, 0.0
+    gaps = [w @ d if r is None else w @ d + r for d, r in zip(drifts, residuals, strict=True)]
+    for fitted, judged in ((0, 1), (1, 0)):
+        moment = moments[fitted].float().clone()
+        moment.diagonal().add_(DAMPING * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+        factor_II, failed = torch.linalg.cholesky_ex(moment)
+        if failed:
+            continue  # too ill-conditioned for float32: this half has no say
+        step_OI = torch.cholesky_solve(gaps[fitted].T, factor_II).T
+        gained += float((gaps[judged] * step_OI).sum())
+        spent += float(((step_OI @ moments[judged].float()) * step_OI).sum())
+    return min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.correction import corrected, inverted
+from stages.algorithms.correction import STRENGTH, agreement, corrected, inverted
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import forget, release, trim
@@ -40,13 +40,13 @@ SAVE_EVERY_S = 5.0
 
 
 @dataclass
-class Seen:
-    """What the maps of one site read over the calibration text, as means over tokens.
+class Moments:
+    """What the maps of one site read over a part of the calibration text, as sums over its tokens.
 
     Attributes:
-        moment_II: E[z z^T] of the compressed model's inputs.
-        drift_II: E[(x - z) z^T], the dense model's inputs less the compressed one's.
-        residual_OI: by path, E[(r - s) z^T] for a map whose output is added to the stream: r what the dense model adds
+        moment_II: z z^T of the compressed model's inputs.
+        drift_II: (x - z) z^T, the dense model's inputs less the compressed one's.
+        residual_OI: by path, (r - s) z^T for a map whose output is added to the stream: r what the dense model adds
             it to, s what the compressed one does.
     """
 
@@ -54,9 +54,28 @@ class Seen:
     drift_II: Tensor
     residual_OI: dict[str, Tensor] = field(default_factory=dict)
 
+
+@dataclass
+class Seen(Moments):
+    """The whole text, the sums divided by its tokens.
+
+    Attributes:
+        halves: of every few windows the first tokens and the last.
+    """
+
+    halves: tuple[Moments, Moments] | None = None
+
     def target(self, path: str, w_OI: Tensor) -> Tensor:
         """W*, float32: the map to compress instead of `w_OI`."""
-        return corrected(w_OI, self.inverse_II, self.drift_II, self.residual_OI.get(path))
+        strength = STRENGTH
+        if self.halves is not None:
+            strength = agreement(
+                w_OI,
+                [half.moment_II for half in self.halves],
+                [half.drift_II for half in self.halves],
+                [half.residual_OI.get(path) for half in self.halves],
+            )
+        return corrected(w_OI, self.inverse_II, self.drift_II, self.residual_OI.get(path), strength=strength)
 
     @cached_property
     def inverse_II(self) -> Tensor:
@@ -223,8 +242,7 @@ def _seen(
     adding = {path: added[path] for path in site if path in added}
     first = site[0]
     width = int(block.module.get_submodule(first).in_features)  # type: ignore[arg-type]
-    seen = Seen(torch.zeros(width, width), torch.zeros(width, width))
-    tokens = z_NTH.shape[0] * z_NTH.shape[1]
+    halves = tuple(Moments(torch.zeros(width, width), torch.zeros(width, width)) for _ in range(2))
     for index, batch in enumerate(z_NTH.split(AT_ONCE)):
         y_NTH = None
         with listening(block, [first], adding, stop=True) as heard:
@@ -233,18 +251,31 @@ def _seen(
             except Reached:
                 pass
         z_MI = read(heard.inputs[first].flatten(0, -2).float())
-        x_MI = kept.inputs[first][index].flatten(0, -2).to(z_MI.dtype)
-        scaled_MI = z_MI / tokens
-        seen.moment_II += z_MI.T @ scaled_MI
-        # The drift is small beside the inputs: eight bits of mantissa are enough for it, and twice as fast.
-        halved_MI = scaled_MI.bfloat16()
-        seen.drift_II += (x_MI - z_MI).bfloat16().T @ halved_MI
-        for path in adding:
-            gap_MO = (kept.residuals[path][index] - heard.residual(path, y_NTH)).flatten(0, -2)
-            sum_OI = (gap_MO.bfloat16().T @ halved_MI).float()
-            seen.residual_OI[path] = seen.residual_OI[path] + sum_OI if path in seen.residual_OI else sum_OI
-    for moment in (seen.moment_II, seen.drift_II, *seen.residual_OI.values()):
-        _finite(f"{block.name}.{first}", moment)
+        x_MI = kept.inputs[first][index].flatten(0, -2)
+        gaps = {path: (kept.residuals[path][index] - heard.residual(path, y_NTH)).flatten(0, -2) for path in adding}
+        middle = len(z_MI) // 2
+        for half, rows in zip(halves, (slice(0, middle), slice(middle, None)), strict=True):
+            _add(half, x_MI[rows], z_MI[rows], {path: gap_MO[rows] for path, gap_MO in gaps.items()})
+    return _whole(f"{block.name}.{first}", halves[0], halves[1], z_NTH.shape[0] * z_NTH.shape[1])
+
+
+def _add(half: Moments, x_MI: Tensor, z_MI: Tensor, gaps: Mapping[str, Tensor]) -> None:
+    half.moment_II += z_MI.T @ z_MI
+    # The drift is small beside the inputs: eight bits of mantissa are enough for it, and twice as fast.
+    short_MI = z_MI.bfloat16()
+    half.drift_II += (x_MI.float() - z_MI).bfloat16().T @ short_MI
+    for path, gap_MO in gaps.items():
+        sum_OI = (gap_MO.bfloat16().T @ short_MI).float()
+        half.residual_OI[path] = half.residual_OI[path] + sum_OI if path in half.residual_OI else sum_OI
+
+
+def _whole(name: str, one: Moments, other: Moments, tokens: int) -> Seen:
+    residual = {path: (sum_OI + other.residual_OI[path]) / tokens for path, sum_OI in one.residual_OI.items()}
+    seen = Seen(
+        (one.moment_II + other.moment_II) / tokens, (one.drift_II + other.drift_II) / tokens, residual, (one, other)
+    )
+    for moment in (seen.moment_II, seen.drift_II, *residual.values()):
+        _finite(name, moment)
     return seen
 
 

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from stages.algorithms.correction import corrected, inverted
+from stages.algorithms.correction import agreement, corrected, inverted
 from stages.algorithms.gptq import gptq
 from stages.algorithms.grids import GRIDS, INT4
 
@@ -150,3 +150,43 @@ def test_corrected_map_of_a_nan_moment_is_refused():
         inverted(torch.full_like(moment_II, torch.inf))
     with pytest.raises(ValueError, match="not finite"):
         corrected(w_OI, inverted(moment_II), torch.full_like(moment_II, torch.nan))
+
+
+def halves(noise, drift, seed=0, tokens=400):
+    """Moments of two halves whose inputs differ by a constant map and by noise."""
+    made = torch.Generator().manual_seed(seed)
+    away_II = drift * torch.randn(16, 16, generator=made) / 4
+    moments, drifts = [], []
+    for _ in range(2):
+        z_NI = torch.randn(tokens, 16, generator=made)
+        x_NI = z_NI + z_NI @ away_II + noise * torch.randn(tokens, 16, generator=made)
+        moments.append(z_NI.T @ z_NI)
+        drifts.append((x_NI - z_NI).T @ z_NI)
+    return torch.randn(4, 16, generator=made), moments, drifts, [None, None]
+
+
+def test_agreement_is_full_where_both_halves_drift_alike_and_none_where_it_is_noise():
+    assert agreement(*halves(noise=0.0, drift=0.3)) > 0.95
+    assert agreement(*halves(noise=0.1, drift=0.3)) > 0.9
+    assert sorted(agreement(*halves(noise=0.3, drift=0.0, seed=seed)) for seed in range(9))[4] < 0.3
+
+
+def test_agreement_is_the_best_strength_by_brute_force_on_the_other_half():
+    w_OI, moments, drifts, none = halves(noise=1.0, drift=0.3, tokens=60)
+    told = agreement(w_OI, moments, drifts, none)
+
+    def error(strength):
+        total = 0.0
+        for fit, judge in ((0, 1), (1, 0)):
+            step = corrected(w_OI, inverted(moments[fit]), drifts[fit], strength=strength) - w_OI
+            total += float(((step @ moments[judge]) * step).sum() - 2 * ((w_OI @ drifts[judge]) * step).sum())
+        return total
+
+    best = min((error(s / 200), s / 200) for s in range(201))[1]
+    assert told == pytest.approx(best, abs=0.02)
+    assert 0.02 < told < 0.98
+
+
+def test_agreement_of_moments_that_cannot_be_factored_is_none():
+    w_OI, moments, drifts, none = halves(noise=0.0, drift=0.3)
+    assert agreement(w_OI, [-one for one in moments], drifts, none) == 0.0

@@ -162,7 +162,7 @@ def test_compress_fitted_to_the_dense_outputs_loses_less_than_without(folders, t
 def with_strength(strength):
     from stages.algorithms.correction import corrected
 
-    return lambda *args: corrected(*args, strength=strength)
+    return lambda *args, **_: corrected(*args, strength=strength)
 
 
 def test_compress_of_a_map_that_never_runs_is_refused_by_name(folders, tmp_path):
