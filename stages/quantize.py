@@ -33,7 +33,7 @@ class QuantizeParams(Params):
         loss: auto: instead of `bits`, the largest predicted loss in nats a token, at the least size.
         embedding: INT8 rows for the token table and the head, or left as they are.
         keep: int8_w8a8: largest share of the blocks' weights whose worst layers keep float inputs.
-        windows: calibration windows.
+        windows: calibration windows; None takes 8, or 16 where inputs are rounded. More lose less and take longer.
         window_tokens: their length.
         search: `auto` fits each map to the dense model's outputs, by columns, and searches scales, ranges and
             smoothing; `off` rounds to nearest with the plain ranges of the format's definition.
@@ -49,7 +49,7 @@ class QuantizeParams(Params):
     loss: float | None = Field(default=None, ge=0)
     embedding: Literal["int8", "keep"] = "int8"
     keep: float = Field(default=0.07, ge=0, le=0.5)
-    windows: int = Field(default=32, ge=1)
+    windows: int | None = Field(default=None, ge=1)
     window_tokens: int = Field(default=512, ge=8)
     search: Literal["auto", "off"] = "auto"
     layout: Literal["enginery", "compressed-tensors"] = "enginery"
@@ -66,6 +66,7 @@ class QuantizeParams(Params):
         return self
 
 
+ROUNDED_INPUTS = ("int8_w8a8", "fp8_e4m3")
 SMALL = ("I8", "U8", "F8_E4M3", "I32")
 ROWS = 512
 """Sampled rows of each layer's inputs on which strengths and ranges are judged."""
@@ -164,7 +165,7 @@ def _windows(params: QuantizeParams, inputs: Mapping[str, Path], progress: Progr
     from stages.models.loading import load_tokenizer
     from stages.models.windows import windows
 
-    needs = params.scheme in ("int8_w8a8", "fp8_e4m3", "auto")
+    needs = params.scheme in (*ROUNDED_INPUTS, "auto")
     if "text" not in inputs:
         if needs or (params.search == "auto" and params.scheme != "int8_weight_only"):
             remedy = "Give a corpus with a `calibrate` split" + ("." if needs else ", or set `search: off`.")
@@ -172,11 +173,10 @@ def _windows(params: QuantizeParams, inputs: Mapping[str, Path], progress: Progr
         return None
     if not needs and (params.search == "off" or params.scheme == "int8_weight_only"):
         return None
-    ids_NT = windows(
-        inputs["text"], "calibrate", load_tokenizer(inputs["model"]), params.window_tokens, most=params.windows
-    )
-    if len(ids_NT) < params.windows:
-        progress.note(f"the calibrate split gives {len(ids_NT)} of {params.windows} windows")
+    most = params.windows or (16 if params.scheme in ROUNDED_INPUTS else 8)
+    ids_NT = windows(inputs["text"], "calibrate", load_tokenizer(inputs["model"]), params.window_tokens, most=most)
+    if len(ids_NT) < most:
+        progress.note(f"the calibrate split gives {len(ids_NT)} of {most} windows")
     return ids_NT
 
 

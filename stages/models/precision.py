@@ -187,9 +187,8 @@ class Rounding:
         for path in found:
             alike.setdefault(self.precision[f"{block.name}.{path}"], []).append(path)
         for asked, paths in alike.items():
-            targets = [found[path].weight.detach() for path in paths]
-            if self.search:
-                targets = [seen.target(path, w_OI) for path, w_OI in zip(paths, targets, strict=True)]
+            weights = {path: found[path].weight.detach() for path in paths}
+            targets = list((seen.targets(weights) if self.search else weights).values())
             inverse_II = seen.inverse_II if self.search else None
             tensors = rounded(torch.cat(targets), asked.form, asked.block, inverse_II, search=self.search)
             sizes = [len(target_OI) for target_OI in targets]

@@ -67,20 +67,30 @@ class Seen(Moments):
 
     def target(self, path: str, w_OI: Tensor) -> Tensor:
         """W*, float32: the map to compress instead of `w_OI`."""
+        return self.targets({path: w_OI})[path]
+
+    def targets(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same for several maps of the site at once, which takes less time."""
+        w_OI, sizes = torch.cat(list(maps.values())).float(), [len(one) for one in maps.values()]
         strength = STRENGTH
         if self.halves is not None:
-            strength = agreement(
-                w_OI,
-                [half.moment_II for half in self.halves],
-                [half.drift_II for half in self.halves],
-                [half.residual_OI.get(path) for half in self.halves],
-            )
-        return corrected(w_OI, self.inverse_II, self.drift_II, self.residual_OI.get(path), strength=strength)
+            parts = self.halves
+            residuals = [_stacked(part, maps) for part in parts]
+            strength = agreement(w_OI, [p.moment_II for p in parts], [p.drift_II for p in parts], residuals)
+        new_OI = corrected(w_OI, self.inverse_II, self.drift_II, _stacked(self, maps), strength=strength)
+        return dict(zip(maps, new_OI.split(sizes), strict=True))
 
     @cached_property
     def inverse_II(self) -> Tensor:
         """Of the moment, damped, float64."""
         return inverted(self.moment_II)
+
+
+def _stacked(part: Moments, maps: Mapping[str, Tensor]) -> Tensor | None:
+    if not part.residual_OI.keys() & maps.keys():
+        return None
+    none = {path: torch.zeros(len(w_OI), w_OI.shape[1]) for path, w_OI in maps.items()}
+    return torch.cat([part.residual_OI.get(path, none[path]) for path in maps])
 
 
 @dataclass(frozen=True)
