@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from stages.models.training import HeldOut, Learner
 
+LITTLE = 0.1
+"""Held-out KL, nats: a cut that costs no more may leave nothing that so short a training can mend."""
 MASKS = "masks.safetensors"
 """What `prune` puts beside the weights where single ones went."""
 
@@ -101,20 +103,28 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
         return begin(params.update, {name: fresh[name] for name in made.updates.saved}, params.rank, params.seed)
 
     record = train(plan, made, held, start, partial, progress)
-    if record.best_step == 0:
+    mended = record.best_step > 0
+    if not mended and record.best_kl > LITTLE:
         raise StageError(
             "recovery did not help",
             measured=f"held-out KL {record.best_kl:.4f} before, none lower in {record.step} steps",
             limit="a lower held-out KL than before",
             remedy="Lower `learning_rate`, give more `tokens` or text nearer to the held-out one, or drop the step.",
         )
-    training.take_best(made, partial, record)
+    if mended:
+        training.take_best(made, partial, record)
+    else:
+        training.take(made, start())
+        progress.note(
+            f"little was lost and nothing mended: held-out KL {record.best_kl:.4f} before, none lower in {record.step} "
+            "steps; the weights stay as they came"
+        )
     after = training.score(made, held)
     made.updates.finish()
     save_model(saved, output, like=inputs["model"])
     (output / "curve.json").write_text(json.dumps(record.curve) + "\n", encoding="utf-8")
     return {
-        **_proven(params, inputs["model"], output),
+        **_proven(params, inputs["model"], output, mended),
         **{f"kl_{role}_after": value for role, value in after.items()},
         "kl_before": record.kl_before,
         "kl_after": record.best_kl,
@@ -198,12 +208,12 @@ def _check(params: RecoverParams, inputs: Mapping[str, Path]) -> None:
         )
 
 
-def _proven(params: RecoverParams, before: Path, after: Path) -> Metrics:
+def _proven(params: RecoverParams, before: Path, after: Path, mended: bool) -> Metrics:
     """Write what became of each tensor, and count those that changed between the two checkpoints on disk."""
     from stages.models.loading import stored_parameters
     from stages.models.recovered import changes
 
-    rows = changes(before, after, zeros_stay=params.update == "sparse")
+    rows = changes(before, after, zeros_stay=params.update == "sparse", mended=mended)
     if (before / MASKS).is_file():
         shutil.copyfile(before / MASKS, after / MASKS)
     (after / "layers.json").write_text(

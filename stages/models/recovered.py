@@ -13,8 +13,14 @@ from stages.models.updates import is_sparse
 from stages.runtime.contract import StageError
 
 
-def changes(before: Path, after: Path, *, zeros_stay: bool) -> list[dict[str, Any]]:
+def changes(before: Path, after: Path, *, zeros_stay: bool, mended: bool = True) -> list[dict[str, Any]]:
     """A row a tensor: how far it moved relative to its norm, and its share of zeros.
+
+    Args:
+        before: the checkpoint that came.
+        after: the one that was written.
+        zeros_stay: whether the zeros of sparse matrices had to.
+        mended: whether training found anything better than what came.
 
     Raises:
         StageError: no tensor changed, the structure did, or a zero that had to stay is none.
@@ -22,9 +28,9 @@ def changes(before: Path, after: Path, *, zeros_stay: bool) -> list[dict[str, An
     old, new = (dict(load_model(folder).named_parameters()) for folder in (before, after))
     rows = [_row(name, old[name].detach(), new[name].detach()) for name in old if name in new]
     changed = sum(row["relative_change"] > 0 for row in rows)
-    if new.keys() != old.keys() or not changed:
+    if new.keys() != old.keys() or bool(changed) != mended:
         raise StageError(
-            "recovery changed no tensor of the checkpoint, or its structure",
+            "recovery changed no tensor of the checkpoint, or its structure, or what it meant to leave",
             measured=f"{changed} of {len(old)} tensors differ, {len(new)} written",
             limit="the same tensors with other values",
         )

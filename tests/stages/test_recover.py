@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stages.models import anatomy
 from stages.models.loading import load_model, load_tokenizer, save_model
@@ -193,7 +194,28 @@ def test_recover_keeps_the_best_state_and_stops_when_it_gets_no_better(folders, 
     assert metrics["kl_text_after"] == metrics["kl_after"]
 
 
-def test_recover_that_does_not_help_is_refused(folders, tmp_path):
+@pytest.mark.parametrize("update", ["full", "lora"])
+def test_recover_of_what_lost_next_to_nothing_leaves_the_weights_and_says_so(folders, tmp_path, update):
+    model = load_model(folders["teacher"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 1.001
+    save_model(model, tmp_path / "near", like=folders["teacher"])
+    heard = Heard()
+    params = RecoverParams(
+        **SHORT | {"learning_rate": 0.3, "warmup_steps": 0, "tokens": 4 * 256, "check_every_steps": 2, "update": update}
+    )
+    metrics = recover(params, folders | {"model": tmp_path / "near"}, tmp_path / "out", heard)
+    assert metrics["changed_tensors"] == metrics["best_step"] == 0
+    assert metrics["kl_after"] == metrics["kl_before"] == pytest.approx(metrics["kl_text_after"], rel=1e-3)
+    assert any("the weights stay as they came" in note for note in heard.notes)
+    new, old = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tmp_path / "near"))
+    assert all(torch.equal(new[name], old[name]) for name in old)
+
+
+def test_recover_that_does_not_help_is_refused(folders, tmp_path, monkeypatch):
+    import stages.recover
+
+    monkeypatch.setattr(stages.recover, "LITTLE", 0.0)
     params = RecoverParams(
         **SHORT | {"learning_rate": 0.3, "warmup_steps": 0, "tokens": 4 * 256, "check_every_steps": 2}
     )
