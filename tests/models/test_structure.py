@@ -6,7 +6,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from stages.algorithms.channels import reconstructed
-from stages.models import anatomy, depth, dropping, pruning, quantized, shared, streaming, structure
+from stages.models import anatomy, depth, dropping, pruning, quantized, shared, streaming, structure, twin
 from stages.models.loading import load_model, save_model
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
@@ -106,7 +106,11 @@ def streams(model, ids, index):
     return seen["residual"].flatten(0, 1), seen["read"].flatten(0, 1)
 
 
-def test_channels_fit_each_down_to_the_dense_stream_on_what_the_narrowed_blocks_before_give(tiny, tmp_path):
+def test_channels_fit_each_down_to_the_dense_stream_on_what_the_narrowed_blocks_before_give(
+    tiny, tmp_path, monkeypatch
+):
+    # Tokens at random leave nothing that both halves agree on: here the fit itself is looked at.
+    monkeypatch.setattr(twin, "agreement", lambda *args: 0.5)
     ids = torch.randint(0, 768, (8, 64), generator=torch.Generator().manual_seed(1))
     dense, narrowed = load_model(tiny), load_model(tiny)
     asked = pruning.Asked(int(0.9 * anatomy.block_parameters(dense)), 8, "loss", tmp_path)
