@@ -20,8 +20,10 @@ JOB, CUT = Path(__file__).with_name("job.yaml"), Path(__file__).with_name("cut.y
 PLAIN = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
 KEPT = {k: v for k, v in os.environ.items() if k.startswith(("COVERAGE_", "COV_"))}
 
+pytestmark = pytest.mark.timeout(1200)  # a whole run of every stage, beside other tests
 
-def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=560):
+
+def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=1100):
     """Run the command in a child; returns (JSON object or None, output, errors)."""
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", *map(str, arguments)],
