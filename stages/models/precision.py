@@ -37,7 +37,6 @@ class Precision:
 
 HEADROOM = 2.0
 """FP8 ranges reach so many times the largest value seen: a float is as precise there, and nothing saturates."""
-SPARED = Precision("int8")
 
 
 @dataclass(frozen=True)
