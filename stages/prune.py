@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
+from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +29,8 @@ class PruneParams(Params):
             as many zeros as the measured loss allows.
         by: blocks: chosen by the measured loss without them, or by how little they change what passes through.
         multiple: channels: the width left is a multiple of this.
+        layers: zeros: paths of the maps that get them, with `*` for anything; every map of the blocks by default.
+        skip: zeros: paths of maps that get none; `keep` is the share of the others.
         windows: calibration windows.
         window_tokens: their length.
     """
@@ -39,6 +40,8 @@ class PruneParams(Params):
     pattern: Literal["2:4", "4:8"] | None = None
     by: Literal["loss", "influence"] = "loss"
     multiple: int = Field(default=8, ge=1)
+    layers: tuple[str, ...] = Field(default=("*",), min_length=1)
+    skip: tuple[str, ...] = ()
     windows: int = Field(default=32, ge=1)
     window_tokens: int = Field(default=512, ge=8)
 
@@ -46,23 +49,19 @@ class PruneParams(Params):
     def _pattern_of_zeros(self) -> PruneParams:
         if self.pattern and self.method not in WEIGHTS:
             raise ValueError(f"{self.method} leaves no pattern of zeros; `pattern` goes with {', '.join(WEIGHTS)}")
+        if (self.skip or self.layers != ("*",)) and self.method not in WEIGHTS:
+            raise ValueError(
+                f"{self.method} takes from all blocks alike; `layers` and `skip` go with {', '.join(WEIGHTS)}"
+            )
         return self
 
 
 def prune(params: PruneParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See PruneParams. `layers.json` says what went where and what that lost; `masks.safetensors` where zeros stand."""
-    from stages.models.loading import load_model, load_tokenizer
-    from stages.models.quantized import describe
-    from stages.models.windows import windows
+    from stages.models import surgery
 
-    model = load_model(inputs["model"])
-    if describe(model) is not None:
-        raise StageError("the checkpoint is quantized", remedy="Prune first, quantize afterwards.")
-    ids_NT = windows(
-        inputs["text"], "calibrate", load_tokenizer(inputs["model"]), params.window_tokens, most=params.windows
-    )
-    if len(ids_NT) < params.windows:
-        progress.note(f"the calibrate split gives {len(ids_NT)} of {params.windows} windows")
+    model = surgery.opened(inputs["model"], "prune")
+    ids_NT = surgery.calibration(inputs, params.window_tokens, params.windows, progress)
     work = _zeros if params.method in WEIGHTS else _structure
     return work(params, model, ids_NT, inputs["model"], output, progress)
 
@@ -70,14 +69,15 @@ def prune(params: PruneParams, inputs: Mapping[str, Path], output: Path, progres
 def _zeros(
     params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, like: Path, output: Path, progress: Progress
 ) -> Metrics:
-    from stages.models import sparsity
+    from stages.models import sparsity, surgery
     from stages.models.loading import load_model, save_model
 
-    how = sparsity.How(params.method, params.pattern, params.keep)
+    names = surgery.matching(list(sparsity.linears(model)), params.layers, params.skip)
+    how = sparsity.How(params.method, params.pattern, params.keep, names)
     rows = sparsity.sparsified(model, ids_NT, how, output / PARTIAL, progress)
-    _write(params, rows, output)
+    surgery.write_table(output, rows, method=params.method)
     save_model(model, output, like=like)
-    sparsity.save_masks(model, output)
+    sparsity.save_masks(model, names, output)
     found = sparsity.proven(load_model(output), how, output)
     return {"zeros": float(found.zeros), "weights": float(found.weights), "sparsity": found.zeros / found.weights}
 
@@ -85,37 +85,22 @@ def _zeros(
 def _structure(
     params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, like: Path, output: Path, progress: Progress
 ) -> Metrics:
+    from stages.models import surgery
     from stages.models.anatomy import block_parameters
-    from stages.models.loading import load_model, save_model, stored_parameters
+    from stages.models.loading import save_model
     from stages.models.pruning import REMOVERS, Asked
 
     before = block_parameters(model)
     limit = int(params.keep * before)
     asked = Asked(limit, params.multiple, params.by, output / PARTIAL)
     rows = REMOVERS[params.method](model, ids_NT, asked, progress)
-    _write(params, rows, output)
+    surgery.write_table(output, rows, method=params.method)
     save_model(model, output, like=like)
-    after = block_parameters(load_model(output))
-    if after > limit:
-        raise StageError(
-            "the written checkpoint lost less than was asked",
-            measured=f"{after} parameters in blocks",
-            limit=limit,
-            remedy="This is a defect: please report it with the recipe.",
-        )
     return {
-        "block_parameters": float(after),
-        "block_parameters_before": float(before),
-        "parameters": float(stored_parameters(output)),
-        "parameters_before": float(stored_parameters(like)),
+        **surgery.proven(like, before, output, limit),
         "layers": float(model.config.num_hidden_layers),
         "channels": float(model.config.intermediate_size),
     }
-
-
-def _write(params: PruneParams, rows: list[dict[str, Any]], output: Path) -> None:
-    text = json.dumps({"method": params.method, "layers": rows}, indent=1) + "\n"
-    (output / "layers.json").write_text(text, encoding="utf-8")
 
 
 PRUNE = Stage(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from stages.models.precision import Precision, Rounding
+    from stages.models.precision import Precision
+    from stages.models.ranges import Decision
 
 Scheme = Literal["int8_w8a8", "int8_weight_only", "fp8_e4m3", "int4_weight_only", "nvfp4", "mxfp4", "auto"]
 
@@ -32,8 +32,12 @@ class QuantizeParams(Params):
         bits: auto: most bits a weight of the blocks on average, scales counted.
         loss: auto: instead of `bits`, the largest predicted loss in nats a token, at the least size.
         embedding: INT8 rows for the token table and the head, or left as they are.
-        keep: int8_w8a8: largest share of the blocks' weights whose worst layers keep float inputs.
-        windows: calibration windows; None takes 8, or 16 where inputs are rounded. More lose less and take longer.
+        observer: int8_w8a8: how the range of inputs is chosen: `search` for the least error of the outputs, or
+            `minmax`, `percentile`, `mse`, `entropy` of the inputs.
+        keep: int8_w8a8, fp8_e4m3: largest share of the blocks' weights whose inputs stay float, where that saves most.
+        layers: paths of the maps that are quantized, with `*` for anything; every map of the blocks by default.
+        skip: paths of maps that stay float: `*.down_proj`.
+        windows: calibration windows; None takes 8. More lose less and take longer.
         window_tokens: their length.
         search: `auto` fits each map to the dense model's outputs, by columns, and searches scales, ranges and
             smoothing; `off` rounds to nearest with the plain ranges of the format's definition.
@@ -49,6 +53,9 @@ class QuantizeParams(Params):
     loss: float | None = Field(default=None, ge=0)
     embedding: Literal["int8", "keep"] = "int8"
     keep: float = Field(default=0.07, ge=0, le=0.5)
+    observer: Literal["search", "minmax", "percentile", "mse", "entropy"] = "search"
+    layers: tuple[str, ...] = Field(default=("*",), min_length=1)
+    skip: tuple[str, ...] = ()
     windows: int | None = Field(default=None, ge=1)
     window_tokens: int = Field(default=512, ge=8)
     search: Literal["auto", "off"] = "auto"
@@ -68,13 +75,11 @@ class QuantizeParams(Params):
 
 ROUNDED_INPUTS = ("int8_w8a8", "fp8_e4m3")
 SMALL = ("I8", "U8", "F8_E4M3", "I32")
-ROWS = 512
-"""Sampled rows of each layer's inputs on which strengths and ranges are judged."""
 
 
 def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See QuantizeParams. `layers.json` says for each map how it was rounded and what that lost."""
-    from stages.models import anatomy, compressed_tensors, precision
+    from stages.models import anatomy, compressed_tensors, precision, surgery
     from stages.models.loading import load_model, save_model
     from stages.models.quantized import annotate, describe
 
@@ -82,11 +87,13 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
     if describe(model) is not None:
         raise StageError("the checkpoint is quantized already", remedy="Give the float checkpoint it was made from.")
     block_parameters = anatomy.block_parameters(model)
-    _check_block(params, model)
+    asked_for = surgery.matching(precision.names(model), params.layers, params.skip)
+    _check_block(params, model, asked_for)
     text_NT = _windows(params, inputs, progress)
-    rounding = precision.Rounding(_asked(params, model, text_NT, progress), search=params.search == "auto")
-    if params.scheme == "int8_w8a8":
-        _smoothed(params, model, text_NT, rounding, progress)
+    rounding = precision.Rounding(_asked(params, model, asked_for, text_NT), search=params.search == "auto")
+    if params.scheme in ROUNDED_INPUTS:
+        assert text_NT is not None
+        rounding.take(_ranges(params, model, asked_for, text_NT))
     if text_NT is None:
         rows = precision.plainly(model, rounding)
     else:
@@ -101,8 +108,7 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
         progress.note(
             f"vLLM needs one form for q, k and v, and for gate and up; {len(unlike)} modules mix: {unlike[0]}"
         )
-    text = json.dumps({"scheme": params.scheme, "layers": rows}, indent=1) + "\n"
-    (output / "layers.json").write_text(text, encoding="utf-8")
+    surgery.write_table(output, rows, scheme=params.scheme)
     kept = sum("kept" in note for note in rounding.notes.values())
     progress.note(f"{len(rows)} maps and {len(tables)} tables quantized, {kept} maps kept in higher precision")
     return {
@@ -116,16 +122,17 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
 
 
 def _asked(
-    params: QuantizeParams, model: PreTrainedModel, ids_NT: Tensor | None, progress: Progress
+    params: QuantizeParams, model: PreTrainedModel, names: list[str], ids_NT: Tensor | None
 ) -> dict[str, Precision]:
     from stages.models import mixing
-    from stages.models.precision import Precision, names
+    from stages.models.precision import Precision
 
     if params.scheme != "auto":
-        return dict.fromkeys(names(model), _precision(params))
+        return dict.fromkeys(names, _precision(params))
     assert ids_NT is not None
     forms = [Precision("int8"), Precision("int4", block=params.block)]
-    parts = mixing.measured(model, ids_NT[: max(2, len(ids_NT) // 2)], forms, lambda done, total: None)
+    found = mixing.measured(model, ids_NT[: max(2, len(ids_NT) // 2)], forms, lambda done, total: None)
+    parts = {name: options for name, options in found.items() if name in names}
     if params.loss is not None:
         return mixing.under_loss(parts, forms, params.loss)
     assert params.bits is not None
@@ -146,10 +153,8 @@ def _precision(params: QuantizeParams) -> Precision:
     }[params.scheme]
 
 
-def _check_block(params: QuantizeParams, model: PreTrainedModel) -> None:
-    from stages.models.precision import names
-
-    widths = {int(model.get_submodule(name).in_features) for name in names(model)}
+def _check_block(params: QuantizeParams, model: PreTrainedModel, names: list[str]) -> None:
+    widths = {int(model.get_submodule(name).in_features) for name in names}
     block = _precision(params).block
     if block and (wrong := sorted(width for width in widths if width % block)):
         fits = [str(size) for size in range(2, min(widths) + 1, 2) if not any(width % size for width in widths)]
@@ -162,53 +167,33 @@ def _check_block(params: QuantizeParams, model: PreTrainedModel) -> None:
 
 
 def _windows(params: QuantizeParams, inputs: Mapping[str, Path], progress: Progress) -> Tensor | None:
-    from stages.models.loading import load_tokenizer
-    from stages.models.windows import windows
+    from stages.models.surgery import calibration
 
     needs = params.scheme in (*ROUNDED_INPUTS, "auto")
-    if "text" not in inputs:
-        if needs or (params.search == "auto" and params.scheme != "int8_weight_only"):
-            remedy = "Give a corpus with a `calibrate` split" + ("." if needs else ", or set `search: off`.")
-            raise StageError(f"{params.scheme} needs an input 'text'", remedy=remedy)
+    if "text" not in inputs and (needs or (params.search == "auto" and params.scheme != "int8_weight_only")):
+        remedy = "Give a corpus with a `calibrate` split" + ("." if needs else ", or set `search: off`.")
+        raise StageError(f"{params.scheme} needs an input 'text'", remedy=remedy)
+    if not needs and ("text" not in inputs or params.search == "off" or params.scheme == "int8_weight_only"):
         return None
-    if not needs and (params.search == "off" or params.scheme == "int8_weight_only"):
-        return None
-    most = params.windows or (16 if params.scheme in ROUNDED_INPUTS else 8)
-    ids_NT = windows(inputs["text"], "calibrate", load_tokenizer(inputs["model"]), params.window_tokens, most=most)
-    if len(ids_NT) < most:
-        progress.note(f"the calibrate split gives {len(ids_NT)} of {most} windows")
-    return ids_NT
+    most = params.windows or 8
+    return calibration(inputs, params.window_tokens, most, progress)
 
 
-def _smoothed(
-    params: QuantizeParams, model: PreTrainedModel, ids_NT: Tensor | None, rounding: Rounding, progress: Progress
-) -> None:
-    """Decide smoothing and ranges of every site, and fold what moves; what is kept in float inputs is noted."""
-    from stages.algorithms.smoothing import STRENGTHS
-    from stages.models.anatomy import check_type
-    from stages.models.folding import fold, sites
-    from stages.models.observing import observed
-    from stages.models.precision import decide, spare, take
+def _ranges(params: QuantizeParams, model: PreTrainedModel, names: list[str], ids_NT: Tensor) -> list[Decision]:
+    """Smoothing, ranges and float inputs of every site, where it is known between which maps factors may move."""
+    from stages.models.anatomy import LLAMA_TYPE, check_type
+    from stages.models.ranges import How, decided
 
-    assert ids_NT is not None
-    check_type(model.config.model_type)  # where factors may move is known for these blocks
-    found = sites(model)
-    maps = {}
-    for site in found:
-        weights = {id(reader.weight) for reader in site.readers.values()}
-        maps[site.name] = [one for one in model.modules() if id(getattr(one, "weight", None)) in weights]
-    by_name = {site.name: site for site in found}
-    given = () if params.smoothing is None else (params.smoothing,)
-    strengths = given or (STRENGTHS if params.search == "auto" else (0.0,))
-    decisions = [
-        decide(by_name[name], one, strengths, clip=params.search == "auto")
-        for name, one in observed(model, maps, ids_NT, rows=ROWS)
-    ]
-    decisions = spare(decisions, params.keep)
-    # A map that one site reads with is written by another (v, up, a basis): all factors first.
-    for one in decisions:
-        fold(one.site, one.factor_F)
-        take(rounding, one)
+    if params.scheme == "int8_w8a8":
+        check_type(model.config.model_type)
+    elif model.config.model_type not in LLAMA_TYPE:
+        return []
+    searched = params.search == "auto"
+    strengths = None if searched else (0.0,)
+    strengths = strengths if params.smoothing is None else (params.smoothing,)
+    observer = params.observer if searched else "minmax"
+    how = How(str(_precision(params).input_form), observer, strengths, params.keep)
+    return decided(model, names, ids_NT, how)
 
 
 def _bits(model: PreTrainedModel) -> float:

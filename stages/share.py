@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,35 +49,18 @@ class ShareParams(Params):
 
 def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See ShareParams. The written checkpoint's `structure.json` says what shares, `layers.json` what it lost."""
+    from stages.models import surgery
     from stages.models.anatomy import block_parameters
-    from stages.models.loading import load_model, save_model, stored_parameters
-    from stages.models.quantized import describe
+    from stages.models.loading import save_model
 
-    model = load_model(inputs["model"])
-    if describe(model) is not None:
-        raise StageError("the checkpoint is quantized", remedy="Share first, quantize afterwards.")
-    before = {"parameters": stored_parameters(inputs["model"]), "block_parameters": block_parameters(model)}
-    predicted = _tie(model, progress) if params.method == "tie" else _thinned(params, model, inputs, output, progress)
+    model = surgery.opened(inputs["model"], "share")
+    before, tied = block_parameters(model), params.method == "tie"
+    predicted = _tie(model, progress) if tied else _thinned(params, model, inputs, output, progress)
     save_model(model, output, like=inputs["model"])
-    after = {
-        "parameters": stored_parameters(output),
-        "block_parameters": block_parameters(load_model(output)),
-    }
-    tied = params.method == "tie"
-    limit = before["parameters"] - 1 if tied else params.keep * before["block_parameters"]
-    measured = after["parameters" if tied else "block_parameters"]
-    if measured > limit:
-        raise StageError(
-            "the written checkpoint shares less than was asked",
-            measured=f"{measured} parameters",
-            limit=f"{limit:.0f}",
-            remedy="This is a defect: please report it with the recipe.",
-        )
-    return {
-        **{name: float(value) for name, value in after.items()},
-        **{f"{name}_before": float(value) for name, value in before.items()},
-        "predicted_loss_nats": predicted,
-    }
+    found = surgery.proven(inputs["model"], before, output, before if tied else params.keep * before)
+    if tied:
+        surgery.refuse_above(int(found["parameters"]), found["parameters_before"] - 1, "parameters")
+    return {**found, "predicted_loss_nats": predicted}
 
 
 def _tie(model: PreTrainedModel, progress: Progress) -> float:
@@ -106,27 +88,17 @@ def _tie(model: PreTrainedModel, progress: Progress) -> float:
 def _thinned(
     params: ShareParams, model: PreTrainedModel, inputs: Mapping[str, Path], output: Path, progress: Progress
 ) -> float:
-    from stages.models.loading import load_tokenizer
+    from stages.models import surgery
     from stages.models.low_rank import compressed
     from stages.models.recursive import looped
-    from stages.models.windows import windows
 
-    if "text" not in inputs:
-        raise StageError(
-            f"share by {params.method} needs an input 'text'", remedy="Give a corpus with a `calibrate` split."
-        )
-    ids_NT = windows(
-        inputs["text"], "calibrate", load_tokenizer(inputs["model"]), params.window_tokens, most=params.windows
-    )
-    if len(ids_NT) < params.windows:
-        progress.note(f"the calibrate split gives {len(ids_NT)} of {params.windows} windows")
+    ids_NT = surgery.calibration(inputs, params.window_tokens, params.windows, progress)
     state = output / PARTIAL
     if params.method == "recursive":
         done = looped(model, ids_NT, params.group, params.keep, state, progress)
     else:
         done = compressed(model, ids_NT, params.projections, params.group, params.keep, state, progress)
-    text = json.dumps({"method": params.method, "layers": done.rows}, indent=1) + "\n"
-    (output / "layers.json").write_text(text, encoding="utf-8")
+    surgery.write_table(output, done.rows, method=params.method)
     return done.predicted
 
 

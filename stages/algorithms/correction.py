@@ -12,6 +12,8 @@ from torch import Tensor
 
 DAMPING = 0.01
 """Share of the mean squared input added to every direction: directions that the text hardly shows stay as they were."""
+PROBES = 128
+"""Combinations of outputs on which the strength is judged."""
 STRENGTH = 0.5
 """How far the target goes towards the least-squares solution where nothing says how far is right."""
 
@@ -26,7 +28,8 @@ def inverted(moment_II: Tensor, damping: float = DAMPING) -> Tensor:
         raise ValueError("a moment of the inputs is not finite")
     moment = moment_II.to(torch.float64, copy=True)
     moment.diagonal().add_(damping * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
-    return torch.cholesky_inverse(torch.linalg.cholesky(moment))
+    torch.linalg.cholesky(moment, out=moment)
+    return torch.cholesky_inverse(moment, out=moment)
 
 
 def corrected(
@@ -80,8 +83,10 @@ def agreement(
         drifts: D of each half.
         residuals: R of each half, or None.
     """
-    w, gained, spent = w_OI.float(), 0.0, 0.0
-    gaps = [w @ d if r is None else w @ d + r for d, r in zip(drifts, residuals, strict=True)]
+    # Both are sums over outputs: of many, random combinations estimate them (Hutchinson) to a few hundredths.
+    mix_PO = _signs(len(w_OI))
+    w, gained, spent = mix_PO @ w_OI.float(), 0.0, 0.0
+    gaps = [w @ d if r is None else w @ d + mix_PO @ r for d, r in zip(drifts, residuals, strict=True)]
     for fitted, judged in ((0, 1), (1, 0)):
         moment = moments[fitted].float().clone()
         moment.diagonal().add_(DAMPING * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
@@ -92,3 +97,9 @@ def agreement(
         gained += float((gaps[judged] * step_OI).sum())
         spent += float(((step_OI @ moments[judged].float()) * step_OI).sum())
     return min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0
+
+
+def _signs(outputs: int) -> Tensor:
+    if outputs <= PROBES:
+        return torch.eye(outputs)
+    return torch.randint(0, 2, (PROBES, outputs), generator=torch.Generator().manual_seed(0)).float() * 2 - 1

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.algorithms.grids import E4M3_TOP, nearest_e4m3
 from stages.algorithms.rounding import fake_round
 
 STRENGTHS = (0.0, 0.5, 0.7, 0.8, 0.9)
+PHASES = tuple(2.0 ** (1 - step / 8) for step in range(8))
 RANGES = ((1.15, 1.3, 1.5, 1.75, 2.0), (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2))
 """Input scales tried upwards and downwards, as shares of the scale that reaches the largest value seen."""
 
@@ -39,13 +41,18 @@ class Found:
 
     Attributes:
         strength: how much of the range moved into the weights, 0 to 1.
-        reach: the INT8 range as a share of the largest value seen; None where inputs stay float.
-        error: relative squared error of the outputs, mean over tokens and maps.
+        reach: the range as a share of the largest value seen; None where inputs stay float.
+        errors: relative squared error of each map's outputs, mean over tokens.
     """
 
     strength: float
     reach: float | None
-    error: float
+    errors: tuple[float, ...]
+
+    @property
+    def error(self) -> float:
+        """Mean over the maps."""
+        return sum(self.errors) / len(self.errors)
 
 
 def factors(peak_I: Tensor, weight_peak_I: Tensor, strength: float) -> Tensor:
@@ -79,7 +86,7 @@ def search(
     maps_OI: Sequence[Tensor],
     sample: Sample,
     candidates: Sequence[tuple[float, Tensor]],
-    round_weights: Callable[[Tensor], Tensor],
+    round_weights: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
     ranges: Sequence[Sequence[float]] | None = RANGES,
 ) -> Found:
@@ -92,25 +99,51 @@ def search(
         maps_OI: weights of the maps that read one input.
         sample: that input.
         candidates: (strength, factor_I) to try; the first is kept among equals.
-        round_weights: w_OI -> w_OI rounded and back in float.
+        round_weights: w_OI -> integers q_OI and their scale_O.
         ranges: each a row of shares to try until one is no better; None leaves inputs float.
 
     Returns:
         The best found.
     """
-    targets = [(w_OI, sample.x_NI @ w_OI.t()) for w_OI in maps_OI]
+    w_OI = torch.cat(list(maps_OI))
+    judge = _Judge.of(w_OI, [len(one) for one in maps_OI], sample)
     reach = None if ranges is None else 1.0
-    measured = [
-        (Found(strength, reach, _error(targets, sample, factor_I, reach, round_weights)), factor_I)
-        for strength, factor_I in candidates
-    ]
-    best, factor_I = min(measured, key=lambda one: one[0].error)
+    measured = []
+    for strength, factor_I in candidates:
+        q_OI, scale_O = round_weights(w_OI * factor_I)
+        smoothed = _Smoothed(factor_I, q_OI.bfloat16(), scale_O, sample.x_NI / factor_I)
+        measured.append((Found(strength, reach, judge.errors(smoothed, reach)), smoothed))
+        measured = [min(measured, key=lambda one: one[0].error)]
+    [(best, smoothed)] = measured
     for reaches in ranges or ():
         for tried in reaches:
-            error = _error(targets, sample, factor_I, tried, round_weights)
-            if error >= best.error:
+            found = Found(best.strength, tried, judge.errors(smoothed, tried))
+            if found.error >= best.error:
                 break
-            best = Found(best.strength, tried, error)
+            best = found
+    return best
+
+
+def phase(maps_OI: Sequence[Tensor], sample: Sample) -> Found:
+    """The FP8 range of inputs within an octave above the largest value whose rounding comes closest on the sample.
+
+    A float is as precise in any range, but its neighbours are twice as far apart above a power of two as below: where
+    a few channels carry most of the energy it matters on which side they fall. Weights are not rounded here.
+
+    Args:
+        maps_OI: weights of the maps that read one input.
+        sample: that input.
+    """
+    w_OI = torch.cat(list(maps_OI))
+    judge = _Judge.of(w_OI, [len(one) for one in maps_OI], sample)
+    short_OI, top = w_OI.bfloat16().t(), float(sample.peak_I.max()) or 1.0
+    best: Found | None = None
+    for reach in PHASES:
+        step = top * reach / E4M3_TOP
+        y_NO = (nearest_e4m3(sample.x_NI / step).bfloat16() @ short_OI).float().mul_(step)
+        found = Found(0.0, reach, judge.missed(y_NO))
+        best = found if best is None or found.error < best.error else best
+    assert best is not None
     return best
 
 
@@ -119,20 +152,46 @@ def input_scale(peak_I: Tensor, factor_I: Tensor, reach: float) -> float:
     return float((peak_I / factor_I).max()) * reach / 127 or 1.0
 
 
-def _error(
-    targets: Sequence[tuple[Tensor, Tensor]],
-    sample: Sample,
-    factor_I: Tensor,
-    reach: float | None,
-    round_weights: Callable[[Tensor], Tensor],
-) -> float:
-    x_NI = sample.x_NI / factor_I
-    if reach is not None:
-        x_NI = fake_round(x_NI, input_scale(sample.peak_I, factor_I, reach))
-    total = 0.0
-    for w_OI, y_NO in targets:
-        missed_N = (x_NI @ round_weights(w_OI * factor_I).t() - y_NO).square().sum(1)
-        size_N = y_NO.square().sum(1)
-        ratio_N = missed_N / (size_N + size_N.median())
-        total += float((ratio_N * sample.weight_N).sum() / sample.weight_N.sum())
-    return total / len(targets)
+@dataclass(frozen=True)
+class _Smoothed:
+    """What one choice of factors makes of a site: its rounded weights, integers in bfloat16, and the sample."""
+
+    factor_I: Tensor
+    q_OI: Tensor
+    scale_O: Tensor
+    x_NI: Tensor
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The outputs of a site's float maps, and how an error in them counts."""
+
+    sample: Sample
+    y_NO: Tensor
+    sizes: list[int]
+    scale_NM: Tensor
+
+    @classmethod
+    def of(cls, w_OI: Tensor, sizes: list[int], sample: Sample) -> _Judge:
+        y_NO = sample.x_NI @ w_OI.t()
+        size_NM = _of_maps(y_NO.square(), sizes)
+        return cls(sample, y_NO, sizes, sample.weight_N[:, None] / (size_NM + size_NM.median(0).values))
+
+    def errors(self, smoothed: _Smoothed, reach: float | None) -> tuple[float, ...]:
+        """See `missed`, of rounded inputs and weights."""
+        if reach is None:
+            y_NO = smoothed.x_NI @ smoothed.q_OI.float().t() * smoothed.scale_O
+        else:
+            step = input_scale(self.sample.peak_I, smoothed.factor_I, reach)
+            q_NI = fake_round(smoothed.x_NI / step, 1.0).bfloat16()
+            y_NO = (q_NI @ smoothed.q_OI.t()).float().mul_(smoothed.scale_O * step)
+        return self.missed(y_NO)
+
+    def missed(self, y_NO: Tensor) -> tuple[float, ...]:
+        """For each map the mean over tokens of the squared error against a token's own output. `y_NO` is used up."""
+        square_NM = _of_maps(y_NO.sub_(self.y_NO).square_(), self.sizes)
+        return tuple(((square_NM * self.scale_NM).sum(0) / self.sample.weight_N.sum()).tolist())
+
+
+def _of_maps(square_NO: Tensor, sizes: list[int]) -> Tensor:
+    return torch.stack([part.sum(1) for part in square_NO.split(sizes, dim=1)], dim=1)

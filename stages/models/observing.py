@@ -16,12 +16,14 @@ from stages.algorithms.smoothing import Sample
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import release
-from stages.models.streaming import arguments, embedded, output
+from stages.models.streaming import arguments, embedded, in_short, output
 from stages.runtime.contract import StageError
 
 Maps = Mapping[str, Iterable[nn.Module]]
+AT_ONCE = 2
+"""Windows in one call of a block: weights are turned to bfloat16 once a call."""
 TAILS = 8
-"""Rows of each window that pass the peaks seen before by most, kept beside the sampled ones: ranges are about them."""
+"""Rows of each call that pass the peaks seen before by most, kept beside the sampled ones: ranges are about them."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,12 @@ def observed(model: PreTrainedModel, maps: Maps, ids_NT: Tensor, *, rows: int) -
         here = [(name, one) for name, some in maps.items() for one in some if id(one) in inside]
         handles = [one.register_forward_pre_hook(_hook(name, running[name])) for name, one in here]
         try:
-            for done, x_1TH in enumerate(x_NTH.split(1)):
-                for name, _ in here:
-                    running[name].last, running[name].first_half = None, done < half
-                x_1TH.copy_(output(block.module(x_1TH, **kwargs)))
+            for part_NTH, first_half in ((x_NTH[:half], True), (x_NTH[half:], False)):
+                for batch in part_NTH.split(AT_ONCE):
+                    for name, _ in here:
+                        running[name].last, running[name].first_half = None, first_half
+                    with in_short():
+                        batch.copy_(output(block.module(batch, **kwargs)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -114,7 +118,7 @@ def _hook(name: str, into: _Running) -> Callable[[nn.Module, tuple[Tensor, ...]]
         # q, k and v read one tensor: it is measured once.
         if args[0] is not into.last:
             into.last = args[0]
-            _measure(name, into, args[0].flatten(0, -2))
+            _measure(name, into, args[0].flatten(0, -2).float())
 
     return note
 

@@ -32,6 +32,9 @@ class OnWeights:
 
     change: Change
 
+    def enter(self, block: Block) -> None:
+        """See Technique."""
+
     def begin(self, names: Sequence[str], peak: float) -> None:
         """See Technique."""
 

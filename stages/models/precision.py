@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs, F factors of a site, M tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 
 from stages.algorithms.grids import E4M3_TOP, nearest_e4m3
 from stages.algorithms.rounding import fake_round, round_rows
-from stages.algorithms.smoothing import RANGES, factors, input_scale, search
 from stages.models import anatomy, quantized
 from stages.models.anatomy import Block
 from stages.models.encoding import rounded
-from stages.models.folding import Site
-from stages.models.observing import Observed
+from stages.models.folding import Site, fold
 from stages.models.probing import maps
 from stages.models.quantized import QuantizedEmbedding, QuantizedLinear
+from stages.models.ranges import Decision
 from stages.models.twin import Compressed, Seen
 
 
@@ -35,59 +34,9 @@ class Precision:
     input_form: str | None = None
 
 
+_TINY = torch.finfo(torch.float32).tiny
 HEADROOM = 2.0
 """FP8 ranges reach so many times the largest value seen: a float is as precise there, and nothing saturates."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """How one site's inputs are rounded, and the error measured for it."""
-
-    site: Site
-    error: float
-    factor_F: Tensor
-    input_scale: float | None
-    note: Mapping[str, str | float]
-
-
-def decide(site: Site, observed: Observed, strengths: Sequence[float], clip: bool) -> Decision:
-    """Search smoothing strength and INT8 input scale of one site on what its maps were seen to read."""
-    maps_OI = [reader.weight.detach() for reader in site.readers.values()]
-    weight_I = torch.stack([w_OI.abs().amax(0) for w_OI in maps_OI]).amax(0)
-    tried = {strength: _factors(site, observed.sample.peak_I, weight_I, strength) for strength in strengths}
-    candidates = [(strength, factor_F[site.index_I]) for strength, factor_F in tried.items()]
-    found = search(maps_OI, observed.sample, candidates, _rows, ranges=RANGES if clip else ())
-    assert found.reach is not None
-    # The strength was judged on ranges of half the text; now the whole text sets them.
-    factor_F = _factors(site, observed.peak_I, weight_I, found.strength)
-    scale = input_scale(observed.peak_I, factor_F[site.index_I], found.reach)
-    note = {"input_error": round(found.error, 8), "smoothing": found.strength, "range": found.reach}
-    return Decision(site, found.error, factor_F, scale, note)
-
-
-def _factors(site: Site, size_I: Tensor, weight_I: Tensor, strength: float) -> Tensor:
-    count = int(site.index_I.max()) + 1
-    return factors(_largest(size_I, site.index_I, count), _largest(weight_I, site.index_I, count), strength)
-
-
-def _rows(w_OI: Tensor) -> Tensor:
-    q_OI, scale_O = round_rows(w_OI)
-    return q_OI * scale_O[:, None]
-
-
-def spare(decisions: Sequence[Decision], share: float) -> list[Decision]:
-    """Leave the sites with the largest errors in higher precision, as long as they hold at most `share` of the weights.
-
-    Their maps get float inputs and no smoothing.
-    """
-    total = sum(_weights(one) for one in decisions)
-    left = share * total
-    kept: set[str] = set()
-    for one in sorted(decisions, key=lambda one: -one.error):
-        if _weights(one) <= left:
-            kept.add(one.site.name)
-            left -= _weights(one)
-    return [_spared(one) if one.site.name in kept else one for one in decisions]
 
 
 def quantize_tables(model: PreTrainedModel) -> list[str]:
@@ -108,31 +57,9 @@ def quantize_tables(model: PreTrainedModel) -> list[str]:
     return [names[id(embedding)], names[id(head)]]
 
 
-def _spared(one: Decision) -> Decision:
-    why = "its outputs lost most with rounded inputs, so its inputs stay float"
-    note: dict[str, str | float] = {"kept": why, "input_error": one.note["input_error"]}
-    return replace(one, factor_F=torch.ones_like(one.factor_F), input_scale=None, note=note)
-
-
-def _weights(one: Decision) -> int:
-    return sum(reader.weight.numel() for reader in one.site.readers.values())
-
-
-def _largest(value_I: Tensor, index_I: Tensor, count: int) -> Tensor:
-    return torch.zeros(count).scatter_reduce_(0, index_I, value_I, "amax")
-
-
 def names(model: PreTrainedModel) -> list[str]:
     """Paths in the model of every float map of its blocks, each under every name it has there."""
     return [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in maps(block)]
-
-
-def take(rounding: Rounding, decision: Decision) -> None:
-    """Let a rounding follow what was decided for a site."""
-    for name in decision.site.readers:
-        rounding.notes[name] = decision.note
-        if decision.input_scale is not None:
-            rounding.input_scales[name] = decision.input_scale
 
 
 def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
@@ -141,6 +68,8 @@ def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
     for block in anatomy.blocks(model):
         for path, one in maps(block).items():
             name = f"{block.name}.{path}"
+            if name not in rounding.precision:
+                continue
             w_OI, asked = one.weight.detach(), rounding.precision[name]
             rounding.apply(model, name, rounded(w_OI, asked.form, asked.block, None, search=rounding.search))
             new = model.get_submodule(name)
@@ -157,7 +86,7 @@ class Rounding:
     Attributes:
         precision: by path in the model.
         search: scales are searched; otherwise the format's own.
-        input_scales: by path; FP8 scales are found on the way.
+        input_scales: by path; FP8 scales that nobody decided are found on the way.
         notes: by path, what the table and `quantization.json` say of a map.
     """
 
@@ -165,18 +94,40 @@ class Rounding:
     search: bool = True
     input_scales: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _speaks: dict[str, str] = field(default_factory=dict)
+    _factors: list[tuple[Site, Tensor]] = field(default_factory=list)
+
+    def take(self, decisions: Sequence[Decision]) -> None:
+        """Follow what was decided for sites; their factors are folded when their block's turn comes."""
+        for one in decisions:
+            self._factors.append((one.site, one.factor_F))
+            for name in one.site.readers.keys() & self.precision.keys():
+                self.notes[name] = one.note
+                if one.input_scale is not None:
+                    self.input_scales[name] = one.input_scale
+
+    def enter(self, block: Block) -> None:
+        """See `twin.Technique`. A map that one site reads with is written by another (v, up, a basis)."""
+        for site, factor_F in self._factors:
+            if site.block == block.index and not bool((factor_F == 1).all()):
+                fold(site, factor_F)
 
     def begin(self, names: Sequence[str], peak: float) -> None:
         """Take the range of FP8 inputs from the dense model's."""
-        for name in names:
-            if self.precision[name].input_form == "fp8_e4m3":
+        here = [name for name in names if name in self.precision]
+        # What the site reads is asked by its first map, which may be one that stays as it is.
+        self._speaks = {names[0]: here[0]} if here else {}
+        for name in here:
+            if self.precision[name].input_form == "fp8_e4m3" and name not in self.notes:
                 self.input_scales[name] = HEADROOM * peak / E4M3_TOP or 1.0
 
     def read(self, name: str, z_MI: Tensor) -> Tensor:
         """The inputs as the map will read them."""
-        scale, form = self.input_scales.get(name), self.precision[name].input_form
-        if scale is None or form is None:
+        speaks = self._speaks.get(name, "")
+        scale = self.input_scales.get(speaks)
+        if scale is None:
             return z_MI
+        form = self.precision[speaks].input_form
         return fake_round(z_MI, scale) if form == "int8" else nearest_e4m3(z_MI / scale) * scale
 
     def compress(self, block: Block, found: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
@@ -184,7 +135,8 @@ class Rounding:
         made: dict[str, Compressed] = {}
         alike: dict[Precision, list[str]] = {}
         for path in found:
-            alike.setdefault(self.precision[f"{block.name}.{path}"], []).append(path)
+            if asked := self.precision.get(f"{block.name}.{path}"):
+                alike.setdefault(asked, []).append(path)
         for asked, paths in alike.items():
             weights = {path: found[path].weight.detach() for path in paths}
             targets = list((seen.targets(weights) if self.search else weights).values())
@@ -202,12 +154,8 @@ class Rounding:
         if (scale := self.input_scales.get(name)) is not None:
             tensors["input_scale"] = torch.tensor(scale)
         new, asked = self._module(old, name, tensors), self.precision[name]
-        row = {
-            "format": asked.form,
-            "error_nearest": _error(target_OI, _nearest(old.weight.detach(), asked), seen.moment_II),
-            "error": _error(target_OI, new.dequantized(), seen.moment_II),
-        }
-        return Compressed(tensors, row)
+        plain, ours = errors(target_OI, [_nearest(old.weight.detach(), asked), new.dequantized()], seen.moment_II)
+        return Compressed(tensors, {"format": asked.form, "error_nearest": plain, "error": ours})
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
         """See `twin.Technique`."""
@@ -243,8 +191,12 @@ def _nearest(w_OI: Tensor, asked: Precision) -> Tensor:
     return made.dequantized()
 
 
-def _error(target_OI: Tensor, new_OI: Tensor, moment_II: Tensor) -> float:
-    """E||(target - new) z||^2 / E||target z||^2."""
-    away_OI = target_OI - new_OI
-    size = ((target_OI @ moment_II) * target_OI).sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return float(((away_OI @ moment_II) * away_OI).sum() / size)
+def errors(target_OI: Tensor, made: Sequence[Tensor], moment_II: Tensor) -> list[float]:
+    """E||(target - new) z||^2 / E||target z||^2 of each, to three digits."""
+    short_II = moment_II.bfloat16()  # averages over many products: a few digits are exact, in a third of the time
+    size = _quadratic(target_OI, short_II) or _TINY
+    return [_quadratic(target_OI - new_OI, short_II) / size for new_OI in made]
+
+
+def _quadratic(w_OI: Tensor, short_II: Tensor) -> float:
+    return float(((w_OI.bfloat16() @ short_II).float() * w_OI).sum())

@@ -93,10 +93,17 @@ def added_to(block: Block, paths: Iterable[str], x_1TH: Tensor, kwargs: Mapping[
 
 
 @contextmanager
-def listening(block: Block, inputs: Sequence[str], added: Mapping[str, str], *, stop: bool = False) -> Iterator[Heard]:
+def listening(
+    block: Block,
+    inputs: Sequence[str],
+    added: Mapping[str, str],
+    *,
+    stop: bool = False,
+    reached: Callable[[], None] = lambda: None,
+) -> Iterator[Heard]:
     """Hear inputs of some maps, outputs of those in `added`, and the sums, during the calls in the context.
 
-    With `stop`, the call ends by `Reached` as soon as all of it was heard.
+    `reached` is called when one of the inputs is. With `stop`, the call ends by `Reached` as soon as all was heard.
     """
     heard = Heard(added)
     norms = {where for where in added.values() if where != OUTPUT}
@@ -107,10 +114,14 @@ def listening(block: Block, inputs: Sequence[str], added: Mapping[str, str], *, 
         if stop and len(heard.inputs) + len(heard.outputs) + len(heard.sums) == wanted:
             raise Reached
 
+    def hear(path: str, value: Tensor) -> None:
+        reached()
+        put(heard.inputs, path, value)
+
     def at(path: str) -> nn.Module:
         return block.module.get_submodule(path)
 
-    before = [(at(path), lambda _m, args, p=path: put(heard.inputs, p, args[0])) for path in inputs]
+    before = [(at(path), lambda _m, args, p=path: hear(p, args[0])) for path in inputs]
     before += [(at(path), lambda _m, args, p=path: put(heard.sums, p, args[0])) for path in norms]
     after = [(at(path), lambda _m, _a, out, p=path: put(heard.outputs, p, out)) for path in added]
     with _hooked(before), _hooked(after, before=False):

@@ -5,7 +5,8 @@ Shapes: N windows, T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,12 @@ COLUMNS = 64
 
 @dataclass(frozen=True)
 class How:
-    """How weights are chosen: `method`, an N:M `pattern` or the share of all weights to `keep`."""
+    """How weights are chosen: `method`, an N:M `pattern` or the share to `keep`, and `names`, the maps' paths."""
 
     method: str
     pattern: str | None
     keep: float
+    names: Collection[str]
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,17 @@ def sparsified(
         StageError: an activation is not finite, a map is not dense, or so many zeros cannot be had.
     """
     passes = _Passes(progress, 1 + (how.pattern is None))
-    shares = budgets(model, ids_NT, how.keep, passes.next()) if how.pattern is None else {}
-    kept = keepers(model, how.pattern, shares)
+    shares = budgets(model, ids_NT, how, passes.next()) if how.pattern is None else {}
+    kept = keepers(model, how, shares)
     if how.method in ("wanda", "sparsegpt"):
         technique = OnWeights(Masked(kept, mend=how.method == "sparsegpt"))
         return twin.compress(model, ids_NT, technique, partial, passes.next(), progress.note, progress.metric)
     if how.method == "gradient":
         found = gradients(model, ids_NT, passes.next())
-        scores = {
-            path: g_OI * linears(model)[path].weight.detach().abs() for block in found for path, g_OI in block.items()
-        }
+        gradient = {path: g_OI for block in found for path, g_OI in block.items() if path in kept}
+        scores = {path: g_OI * model.get_submodule(path).weight.detach().abs() for path, g_OI in gradient.items()}
     else:
-        scores = {path: one.weight.detach().abs() for path, one in linears(model).items()}
+        scores = {path: model.get_submodule(path).weight.detach().abs() for path in kept}
     rows = []
     for path in kept:
         mask_OI = kept[path][0](scores[path])
@@ -111,20 +112,20 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return found
 
 
-def keepers(model: PreTrainedModel, pattern: str | None, shares: Mapping[str, float]) -> dict[str, tuple[Keep, int]]:
+def keepers(model: PreTrainedModel, how: How, shares: Mapping[str, float]) -> dict[str, tuple[Keep, int]]:
     """Path -> how a mask is chosen there, and how many columns are decided together.
 
     Raises:
         StageError: a pattern's group does not divide a map's inputs.
     """
-    maps = linears(model)
-    if pattern is None:
+    maps = {path: one for path, one in linears(model).items() if path in how.names}
+    if how.pattern is None:
         return {path: (largest(share), _divisor(maps[path].in_features)) for path, share in shares.items()}
-    kept, group = PATTERNS[pattern]
+    kept, group = PATTERNS[how.pattern]
     for path, one in maps.items():
         if one.in_features % group:
             raise StageError(
-                f"{pattern} does not divide the inputs of {path}",
+                f"{how.pattern} does not divide the inputs of {path}",
                 measured=f"{one.in_features} inputs",
                 limit=f"a multiple of {group}",
                 remedy="Give no `pattern`, or one that divides.",
@@ -137,19 +138,21 @@ def _divisor(inputs: int) -> int:
 
 
 def budgets(
-    model: PreTrainedModel, ids_NT: Tensor, keep: float, advanced: Callable[[float, float], None]
+    model: PreTrainedModel, ids_NT: Tensor, how: How, advanced: Callable[[float, float], None]
 ) -> dict[str, float]:
-    """Path -> share of weights that stays, `keep` over all, least where the measured loss is least.
+    """Path -> share of weights that stays, `how.keep` over all, least where the measured loss is least.
 
     Raises:
         StageError: `keep` is below the least share of every map, or an activation is not finite.
     """
-    maps = linears(model)
-    options = {}
+    maps = {path: one for path, one in linears(model).items() if path in how.names}
+    keep, options = how.keep, {}
     for block, statistics in sensitivities(model, ids_NT, anatomy.ROLES, advanced):
         for role in anatomy.projections(block):
             moment_II, importance_O = statistics.moments[SITES[role]], statistics.gradients[role]
             path = f"{block.name}.{anatomy.path(role)}"
+            if path not in maps:
+                continue
             options[path] = prices(maps[path].weight.detach(), moment_II, importance_O, SHARES)
     total = sum(one.weight.numel() for one in maps.values())
     best = sum(max(option.saved for option in found) for found in options.values())
@@ -180,7 +183,9 @@ class Masked:
         """See Technique."""
         made = {}
         for inner, linear in maps.items():
-            keep, group = self.keepers[f"{block.name}.{inner}"]
+            if (own := self.keepers.get(f"{block.name}.{inner}")) is None:
+                continue
+            keep, group = own
             w_OI = linear.weight.detach().float()
             target_OI = seen.target(inner, w_OI) if self.mend else w_OI
             new_OI = (
@@ -208,11 +213,17 @@ def _mended(target_OI: Tensor, moment_II: Tensor, keep: Keep, group: int) -> Ten
     return refit(w_OI, target_OI, damped(moment_II, DAMPING).float(), w_OI != 0)
 
 
-def save_masks(model: PreTrainedModel, output: Path) -> None:
-    """Write which weights of every block's maps are not zero: a bit each, and the number of columns."""
-    maps = {f"{path}.weight": one for path, one in linears(model).items()}
+def save_masks(model: PreTrainedModel, names: Collection[str], output: Path) -> None:
+    """Write which weights are not zero: a bit each, and the number of columns.
+
+    Of the maps in `names`, and of those that had zeros before.
+    """
+    found = {path: one for path, one in linears(model).items() if path in names or bool((one.weight == 0).any())}
+    maps = {f"{path}.weight": one for path, one in found.items()}
     bits = {name: packed(one.weight != 0) for name, one in maps.items()}
-    save_file(bits, output / MASKS, {name: str(one.in_features) for name, one in maps.items()})
+    # One entry alone: of several the file format leaves the order open.
+    columns = json.dumps({name: one.in_features for name, one in maps.items()})
+    save_file(bits, output / MASKS, {"columns": columns})
 
 
 def proven(model: PreTrainedModel, how: How, output: Path) -> Found:
@@ -223,8 +234,8 @@ def proven(model: PreTrainedModel, how: How, output: Path) -> Found:
     """
     zeros = weights = 0
     bits = load_file(output / MASKS)
-    for path, one in linears(model).items():
-        w_OI = one.weight.detach()
+    for path in how.names:
+        w_OI = model.get_submodule(path).weight.detach()
         stands_OI = w_OI != 0
         wrong = int((stands_OI & ~unpacked(bits[f"{path}.weight"], w_OI.shape[1])).sum())
         if how.pattern:

@@ -38,26 +38,56 @@ class Statistics:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
+PROBE = 8
+"""Tokens that suffice where only what a block does matters, not what comes out."""
+
+
 def arguments(model: PreTrainedModel, tokens: int) -> list[dict[str, Any]]:
     """The keyword arguments with which the model calls each block for one window of `tokens` tokens."""
+    short, returned = _arguments(model, min(tokens, PROBE))
+    if tokens <= PROBE:
+        return short
+    # Blocks that return nothing but hidden states need not run: they hand on what came.
+    plain = all(isinstance(one, Tensor) or len(one) == 1 for one in returned)
+    return _arguments(model, tokens, returned if plain else [])[0]
+
+
+def _arguments(
+    model: PreTrainedModel, tokens: int, instead: Sequence[Any] = ()
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Keyword arguments and return value of each block; `instead`: the kinds of value that blocks are to hand on."""
     caught: list[dict[str, Any]] = []
+    returned: list[Any] = []
+    modules = [block.module for block in anatomy.blocks(model)]
+
+    def leave(module: nn.Module, _args: Any, out: Any) -> None:
+        returned.append(out)
+        release(module)  # its turn comes later
+
     hooks = [
-        block.module.register_forward_pre_hook(lambda _m, _a, kwargs: caught.append(_lasting(kwargs)), with_kwargs=True)
-        for block in anatomy.blocks(model)
+        one.register_forward_pre_hook(lambda _m, _a, kwargs: caught.append(_lasting(kwargs)), with_kwargs=True)
+        for one in modules
     ]
-    # Each block's weights are read once here: they need not stay in memory until its turn comes.
-    hooks += [block.module.register_forward_hook(_put_away) for block in anatomy.blocks(model)]
+    hooks += [one.register_forward_hook(leave) for one in modules]
+    for one, kind in zip(modules, instead, strict=False):
+        one.forward = _handing_on(tuple if isinstance(kind, tuple) else None)
     try:
         with torch.no_grad():
             anatomy.decoder(model)(input_ids=torch.zeros(1, tokens, dtype=torch.int64), **_without_cache(model))
     finally:
         for hook in hooks:
             hook.remove()
-    return caught
+        for one in modules:
+            one.__dict__.pop("forward", None)
+    return caught, returned
 
 
-def _put_away(module: nn.Module, _args: Any, _out: Any) -> None:
-    release(module)
+def _handing_on(kind: type[tuple[Any, ...]] | None) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x_NTH = args[0] if args else kwargs["hidden_states"]
+        return x_NTH if kind is None else (x_NTH,)
+
+    return forward
 
 
 class _Entered(Exception):
@@ -92,15 +122,20 @@ def _lasting(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """The block's output, window by window.
+    """The block's output, window by window, its products in bfloat16.
 
     Raises:
         StageError: an activation is not finite.
     """
-    with torch.no_grad():
-        y_NTH = torch.cat([output(block.module(x_1TH, **kwargs)) for x_1TH in x_NTH.split(1)])
+    with torch.no_grad(), in_short():
+        y_NTH = torch.cat([output(block.module(x_1TH, **kwargs)).float() for x_1TH in x_NTH.split(1)])
     check_finite(block.name, y_NTH)
     return y_NTH
+
+
+def in_short() -> torch.autocast:
+    """Products in bfloat16: statistics of a text vary more from passage to passage than this changes them."""
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 def check_finite(name: str, x: Tensor) -> None:
@@ -170,8 +205,9 @@ def _forward(
     one_a_site = {SITES[role]: maps[role] for role in roles}
 
     def see(site: str, x: Tensor, _y: Tensor) -> None:
-        x_TI = x.detach().flatten(0, -2)
-        _add(moments, site, x_TI.T @ x_TI / (x_NTH.shape[0] * x_NTH.shape[1]))
+        x_TI = x.detach().flatten(0, -2).float()
+        with torch.autocast("cpu", enabled=False):
+            _add(moments, site, x_TI.T @ x_TI / (x_NTH.shape[0] * x_NTH.shape[1]))
 
     with watched(one_a_site, see):
         y_NTH = run(block, x_NTH, kwargs)
@@ -191,24 +227,71 @@ def _drawn_gradient(model: PreTrainedModel, x_NTH: Tensor) -> Tensor:
     return torch.stack(gradients)
 
 
+def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:
+    """Path of each projection -> nats a token that are lost if its outputs are wrong by as much as they are large.
+
+    To second order, half the mean square of the gradient times that of the output of a usual token: a few tokens whose
+    outputs are huge do not count for more than the others.
+
+    Args:
+        model: a float model; its parameters' gradients are turned off.
+        ids_NT: windows; one is enough.
+    """
+    model.requires_grad_(False)
+    blocks, calls, x_NTH = anatomy.blocks(model), arguments(model, ids_NT.shape[1]), embedded(model, ids_NT)
+    inputs, found = list[Tensor](), dict[str, float]()
+    for block, kwargs in zip(blocks, calls, strict=True):
+        inputs.append(x_NTH)
+        x_NTH = run(block, x_NTH, kwargs)
+        release(block.module)
+    g_NTH = _drawn_gradient(model, x_NTH)
+    for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
+
+        def see(role: str, y: Tensor, g: Tensor, block: Block = block) -> None:
+            size_T = y.flatten(0, -2).float().square().sum(1)
+            path = f"{block.name}.{anatomy.path(role, block)}"
+            found[path] = found.get(path, 0.0) + float(g.float().square().mean() * size_T.median()) / 2 / len(ids_NT)
+
+        g_NTH = _graded(block, inputs.pop(), g_NTH, kwargs, list(anatomy.projections(block)), see)
+        release(block.module)
+    return found
+
+
 def _backward(
     block: Block, x_NTH: Tensor, g_NTH: Tensor, kwargs: Mapping[str, Any], roles: Sequence[str]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Mean squares of the gradients at the projections' outputs, and the gradient at the block's input."""
     squares: dict[str, Tensor] = {}
+    tokens = x_NTH.shape[0] * x_NTH.shape[1]
+
+    def see(role: str, _y: Tensor, g: Tensor) -> None:
+        _add(squares, role, g.float().square().sum((0, 1)) / tokens)
+
+    return squares, _graded(block, x_NTH, g_NTH, kwargs, roles, see)
+
+
+def _graded(
+    block: Block,
+    x_NTH: Tensor,
+    g_NTH: Tensor,
+    kwargs: Mapping[str, Any],
+    roles: Sequence[str],
+    see: Callable[[str, Tensor, Tensor], None],
+) -> Tensor:
+    """Call see(role, output, gradient) for each window, and return the gradient at the block's input."""
     maps = {role: one for role, one in anatomy.projections(block).items() if role in roles}
     outgoing = []
     for x_TH, g_TH in zip(x_NTH, g_NTH, strict=True):
         outputs: dict[str, Tensor] = {}
         x_1TH = x_TH[None].detach().requires_grad_()
-        with watched(maps, partial(_keep, outputs)):
-            y_1TH = output(block.module(x_1TH, **kwargs))
+        with watched(maps, partial(_keep, outputs)), in_short():
+            y_1TH = output(block.module(x_1TH, **kwargs)).float()
         asked = [outputs[role] for role in maps]
         g_1TH, *g_outputs = torch.autograd.grad(y_1TH, [x_1TH, *asked], g_TH[None])
         outgoing.append(g_1TH[0])
-        for role, g in zip(maps, g_outputs, strict=True):
-            _add(squares, role, g.square().sum((0, 1)) / (x_NTH.shape[0] * x_NTH.shape[1]))
-    return squares, torch.stack(outgoing)
+        for role, y, g in zip(maps, asked, g_outputs, strict=True):
+            see(role, y.detach(), g)
+    return torch.stack(outgoing)
 
 
 def _keep(outputs: dict[str, Tensor], role: str, _x: Tensor, y: Tensor) -> None:

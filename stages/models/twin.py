@@ -30,11 +30,14 @@ from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import forget, release, trim
 from stages.models.probing import Reached, added_to, listening, sites
+from stages.models.replaying import Replay
 from stages.models.resuming import read_record, save_state
-from stages.models.streaming import arguments, check_finite, embedded
+from stages.models.streaming import PROBE, arguments, check_finite, embedded, in_short
 
-AT_ONCE = 4
+AT_ONCE = 2
 """Windows in one call of a block: weights are turned to bfloat16 once a call."""
+WIDE = 1024
+"""Inputs from which half a moment's products are worth leaving out."""
 SAVE_EVERY_S = 5.0
 """Both streams of a text are large beside a small model's block: they are written after the block that ends next."""
 
@@ -104,6 +107,9 @@ class Compressed:
 class Technique(Protocol):
     """How one site's maps are compressed. Names are paths in the model."""
 
+    def enter(self, block: Block) -> None:
+        """Told of each block in order, dense still, before it runs; what changes there must leave its outputs."""
+
     def begin(self, names: Sequence[str], peak: float) -> None:
         """Told the largest magnitude that a site's maps read in the dense model, before anything else of the site."""
 
@@ -147,14 +153,16 @@ def compress(
     """
     model.requires_grad_(False)
     blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
+    short = arguments(model, min(PROBE, ids_NT.shape[1]))
     done, rows, streams = _resumed(model, technique, state)
     if done:
         note(f"goes on after block {done} of {len(blocks)}, saved before it was cut off")
     x_NTH, z_NTH = streams or _entering(model, ids_NT)
     saved = time.monotonic()
-    for block, kwargs in list(zip(blocks, calls, strict=True))[done:]:
+    for block, kwargs, probe in list(zip(blocks, calls, short, strict=True))[done:]:
         began, dense = time.monotonic(), list(block.module.parameters())
-        new, of_block = _block(model, block, kwargs, (x_NTH, z_NTH), technique)
+        technique.enter(block)
+        new, of_block = _block(model, block, (kwargs, probe), (x_NTH, z_NTH), technique)
         rows += of_block
         save_state(state / _file(block.index), new, {"rows": of_block})
         _apply(model, technique, state / _file(block.index))
@@ -183,27 +191,42 @@ class _Kept:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     residuals: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    def drop(self, site: Sequence[str]) -> None:
+        """Forget what was kept for a site."""
+        self.inputs.pop(site[0])
+        for path in site:
+            self.residuals.pop(path, None)
+
 
 def _block(
     model: PreTrainedModel,
     block: Block,
-    kwargs: Mapping[str, Any],
+    calls: tuple[Mapping[str, Any], Mapping[str, Any]],
     streams: tuple[Tensor, Tensor],
     technique: Technique,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """New tensors and rows of one block; both streams are what comes out of it afterwards."""
-    x_NTH, z_NTH = streams
-    found = sites(block, x_NTH[:1], kwargs)
-    added = added_to(block, [path for site in found for path in site], x_NTH[:1], kwargs)
+    """New tensors and rows of one block; both streams are what comes out of it afterwards.
+
+    `calls` are its arguments for a window, and for the first few tokens of one.
+    """
+    (x_NTH, z_NTH), (kwargs, probe) = streams, calls
+    few_1TH = x_NTH[:1, :PROBE]
+    found = sites(block, few_1TH, probe)
+    added = added_to(block, [path for site in found for path in site], few_1TH, probe)
     kept = _Kept()
     _dense(block, found, added, x_NTH, kwargs, kept)
     new: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
+    runs = [Replay() for _ in z_NTH.split(AT_ONCE)]
     for site in found:
         maps = {path: block.module.get_submodule(path) for path in site}
         technique.begin([f"{block.name}.{path}" for path in site], _peak(kept.inputs[site[0]]))
-        seen = _seen(block, site, added, kept, z_NTH, kwargs, partial(technique.read, f"{block.name}.{site[0]}"))
+        reads = partial(technique.read, f"{block.name}.{site[0]}")
+        seen = _seen(block, site, added, kept, z_NTH, kwargs, reads, runs)
+        kept.drop(site)
+        trim()  # what the runs left lies between what is still used: here the most memory is taken
         made = technique.compress(block, maps, seen)  # type: ignore[arg-type]
+        del seen
         for path, one in made.items():
             technique.apply(model, f"{block.name}.{path}", one.tensors)
             if hold := getattr(block.module.get_submodule(path), "hold", None):
@@ -212,8 +235,10 @@ def _block(
             name = f"{block.name}.{path}"
             new |= {f"{name}:{tensor}": value for tensor, value in one.tensors.items()}
             rows.append({"layer": name, "block": block.index, **one.row})
-    for batch in z_NTH.split(AT_ONCE):
-        batch.copy_(_call(block, batch, kwargs))
+    for batch, run in zip(z_NTH.split(AT_ONCE), runs, strict=True):
+        with run:
+            y_NTH = _call(block, batch, kwargs)
+        batch.copy_(y_NTH)
     _finite(block.name, z_NTH)
     return new, rows
 
@@ -247,15 +272,16 @@ def _seen(
     z_NTH: Tensor,
     kwargs: Mapping[str, Any],
     read: Callable[[Tensor], Tensor],
+    runs: Sequence[Replay],
 ) -> Seen:
     """Moments of one site, from a run of the compressed block that ends there."""
     adding = {path: added[path] for path in site if path in added}
     first = site[0]
     width = int(block.module.get_submodule(first).in_features)  # type: ignore[arg-type]
     halves = tuple(Moments(torch.zeros(width, width), torch.zeros(width, width)) for _ in range(2))
-    for index, batch in enumerate(z_NTH.split(AT_ONCE)):
+    for index, (batch, run) in enumerate(zip(z_NTH.split(AT_ONCE), runs, strict=True)):
         y_NTH = None
-        with listening(block, [first], adding, stop=True) as heard:
+        with run, listening(block, [first], adding, stop=True, reached=run.mark) as heard:
             try:
                 y_NTH = _call(block, batch, kwargs)
             except Reached:
@@ -270,13 +296,23 @@ def _seen(
 
 
 def _add(half: Moments, x_MI: Tensor, z_MI: Tensor, gaps: Mapping[str, Tensor]) -> None:
-    half.moment_II += z_MI.T @ z_MI
+    _add_square(half.moment_II, z_MI)
     # The drift is small beside the inputs: eight bits of mantissa are enough for it, and twice as fast.
     short_MI = z_MI.bfloat16()
     half.drift_II += (x_MI.float() - z_MI).bfloat16().T @ short_MI
     for path, gap_MO in gaps.items():
         sum_OI = (gap_MO.bfloat16().T @ short_MI).float()
         half.residual_OI[path] = half.residual_OI[path] + sum_OI if path in half.residual_OI else sum_OI
+
+
+def _add_square(moment_II: Tensor, z_MI: Tensor) -> None:
+    """Add z^T z; of wide inputs only the blocks on and above the diagonal are computed."""
+    width = z_MI.shape[1]
+    size = width if width < WIDE else -(-width // 4)
+    for first in range(0, width, size):
+        part_BI = z_MI[:, first : first + size].T @ z_MI[:, first:]
+        moment_II[first : first + size, first:] += part_BI
+        moment_II[first + size :, first : first + size] += part_BI[:, size:].T
 
 
 def _whole(name: str, one: Moments, other: Moments, tokens: int) -> Seen:
@@ -295,7 +331,7 @@ def _peak(inputs: Sequence[Tensor]) -> float:
 
 def _call(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     # Both streams are rounded alike, and the moments' errors stay far below what compression does.
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), in_short():
         returned = block.module(x_NTH, **kwargs)
     y_NTH: Tensor = returned[0] if isinstance(returned, tuple) else returned
     return y_NTH.float()
@@ -327,9 +363,10 @@ def _resumed(
         return 0, [], None
     rows: list[dict[str, Any]] = []
     done = int(found[-1].stem.rpartition("-")[2]) + 1
-    for index in range(done):
+    for index, block in enumerate(anatomy.blocks(model)[:done]):
         record = read_record(state / _file(index))
         assert record is not None  # written before the streams
+        technique.enter(block)
         _apply(model, technique, state / _file(index))
         rows += record["rows"]
     streams = load_file(found[-1])

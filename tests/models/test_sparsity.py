@@ -8,6 +8,11 @@ from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.models.families import VOCABULARY, answers, family, library
 
+
+def asked(method, model):
+    return sparsity.How(method, "2:4", 0.5, tuple(sparsity.linears(model)))
+
+
 IDS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -20,17 +25,17 @@ def root(tmp_path_factory):
 def test_sparsegpt_halves_every_map_of_a_family_and_the_library_answers_the_same(root, tmp_path, name):
     dense = family(name, root)
     model = load_model(dense)
-    how = sparsity.How("sparsegpt", "2:4", 0.5)
+    how = asked("sparsegpt", model)
     rows = sparsity.sparsified(model, IDS, how, tmp_path / "state", Silent())
     save_model(model, tmp_path, like=dense)
-    sparsity.save_masks(model, tmp_path)
+    sparsity.save_masks(model, how.names, tmp_path)
     found = sparsity.proven(load_model(tmp_path), how, tmp_path)
     assert found.zeros == found.weights // 2 == sum(one.weight.numel() for one in sparsity.linears(model).values()) // 2
     assert {row["layer"] for row in rows} == set(sparsity.linears(model))
     assert len(load_file(tmp_path / sparsity.MASKS)) == len(rows)
     torch.testing.assert_close(answers(library(name, tmp_path)), answers(load_model(tmp_path)))
     masked = load_model(dense)
-    sparsity.sparsified(masked, IDS, sparsity.How("magnitude", "2:4", 0.5), tmp_path / "none", Silent())
+    sparsity.sparsified(masked, IDS, asked("magnitude", masked), tmp_path / "none", Silent())
     whole, ours, naive = (logits(one) for one in (load_model(dense), model, masked))
     assert (ours - whole).square().mean() < 0.7 * (naive - whole).square().mean()
 
@@ -42,7 +47,7 @@ def logits(model):
 
 def test_magnitude_halves_both_stacks_and_one_pass_over_two_is_refused(root, tmp_path):
     model = load_model(family("t5", root))
-    sparsity.sparsified(model, IDS, sparsity.How("magnitude", "2:4", 0.5), tmp_path, Silent())
+    sparsity.sparsified(model, IDS, asked("magnitude", model), tmp_path, Silent())
     assert all((one.weight == 0).float().mean() == 0.5 for one in sparsity.linears(model).values())
     with pytest.raises(StageError, match="has two stacks"):
-        sparsity.sparsified(model, IDS, sparsity.How("sparsegpt", "2:4", 0.5), tmp_path, Silent())
+        sparsity.sparsified(model, IDS, asked("sparsegpt", model), tmp_path, Silent())

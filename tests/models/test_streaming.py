@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -6,6 +8,12 @@ from stages.models.loading import load_model
 from stages.runtime.contract import StageError
 
 IDS = (torch.arange(3 * 20).view(3, 20) * 13) % 768
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Products as they are, not in bfloat16: then sums must agree to the last digits."""
+    monkeypatch.setattr(streaming, "in_short", nullcontext)
 
 
 @pytest.fixture
@@ -61,3 +69,36 @@ def test_run_activation_that_overflows_is_refused_by_block(model):
         model.model.layers[3].mlp.down_proj.weight.fill_(3e38)
     with pytest.raises(StageError, match=r"after model\.layers\.3 hold a NaN or an infinity"):
         list(streaming.sensitivities(model, IDS, ("q",), lambda *_: None))
+
+
+def test_bfloat16_products_change_statistics_by_little(model, monkeypatch):
+    def statistics():
+        return {b.index: s for b, s in streaming.sensitivities(model, IDS, anatomy.ROLES, lambda *_: None)}
+
+    exact = statistics()
+    monkeypatch.setattr(streaming, "in_short", lambda: torch.autocast("cpu", torch.bfloat16))
+    short = statistics()
+    for index, one in exact.items():
+        for site, moment in one.moments.items():
+            assert (short[index].moments[site] - moment).norm() < 0.01 * moment.norm()
+
+
+def test_worth_is_half_the_gradients_energy_times_a_usual_outputs(model):
+    found = streaming.worth(model, IDS[:1])
+    assert set(found) == {f"{b.name}.{anatomy.path(r, b)}" for b in anatomy.blocks(model) for r in anatomy.ROLES}
+    outputs = {}
+    for block in anatomy.blocks(model):
+        for role, one in anatomy.projections(block).items():
+
+            def see(_m, _a, out, block=block, role=role):
+                path = f"{block.name}.{anatomy.path(role, block)}"
+                out.requires_grad_().retain_grad()
+                outputs[path] = out
+
+            one.register_forward_hook(see)
+    log_p = model(input_ids=IDS[:1]).logits[0].log_softmax(-1)
+    labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+    log_p.gather(1, labels).sum().backward()
+    for path, y in outputs.items():
+        usual = y.detach().square().sum(-1).median()
+        assert found[path] == pytest.approx(float(y.grad.square().mean() * usual) / 2, rel=1e-3)

@@ -19,6 +19,9 @@ class Halved:
     def __init__(self):
         self.seen, self.order = {}, []
 
+    def enter(self, block):
+        pass
+
     def begin(self, names, peak):
         assert peak > 0
 

@@ -250,7 +250,7 @@ def test_prune_pattern_that_does_not_divide_names_the_map(tiny):
     model = load_model(tiny)
     model.model.layers[1].mlp.down_proj = torch.nn.Linear(190, 64, bias=False)
     with pytest.raises(StageError, match=r"2:4 does not divide the inputs of model.layers.1.mlp.down_proj"):
-        sparsity.keepers(model, "2:4", {})
+        sparsity.keepers(model, sparsity.How("wanda", "2:4", 0.5, tuple(sparsity.linears(model))), {})
 
 
 def test_prune_params_refuse_a_pattern_of_blocks():
@@ -320,3 +320,24 @@ def test_prune_text_shorter_than_asked_is_told(shared_store, dense, topics, tmp_
     notes = Notes()
     PRUNE.run(PruneParams(keep=0.97, windows=9999, window_tokens=512), given, tmp_path, notes)
     assert any("of 9999 windows" in text for text in notes.notes)
+
+
+def test_prune_zeros_only_in_the_layers_that_a_pattern_names(shared_store, dense, topics):
+    how = ZEROS | {"method": "wanda", "pattern": "2:4", "layers": ("*.mlp.*",), "skip": ("*.5.*",)}
+    folder = shared_store.checkout(sealer(shared_store)("prune", how, model=dense, text=topics).identity)
+    weights, masks = load_file(folder / "model.safetensors"), load_file(folder / "masks.safetensors")
+    chosen = {name for name in weights if ".mlp." in name and ".5." not in name}
+    assert set(masks) == chosen
+    for name, w_OI in weights.items():
+        assert (float((w_OI == 0).float().mean()) == 0.5) == (name in chosen)
+
+
+def test_prune_pattern_that_matches_no_layer_is_refused(shared_store, dense, topics):
+    with pytest.raises(StageError, match=r"'\*\.ffn' of `skip` matches no layer"):
+        how = ZEROS | {"method": "magnitude", "pattern": "2:4", "skip": ("*.ffn",)}
+        sealer(shared_store)("prune", how, model=dense, text=topics)
+
+
+def test_prune_params_refuse_layers_of_channels():
+    with pytest.raises(ValidationError, match="channels takes from all blocks alike"):
+        PruneParams(method="channels", skip=("*.0.*",))

@@ -157,7 +157,7 @@ def test_share_that_wrote_its_input_is_caught(shared_store, dense, topics, tmp_p
     untouched = load_model(given["model"])
     real = loading.save_model
     monkeypatch.setattr(loading, "save_model", lambda _model, folder, *, like: real(untouched, folder, like=like))
-    with pytest.raises(StageError, match="shares less than was asked"):
+    with pytest.raises(StageError, match="lost less than was asked"):
         SHARE.run(ShareParams(**PARAMS), given, tmp_path, Notes())
 
 
@@ -266,7 +266,7 @@ def test_share_tie_that_wrote_its_input_is_caught(twins, tmp_path, monkeypatch):
     untouched = load_model(twins)
     real = loading.save_model
     monkeypatch.setattr(loading, "save_model", lambda _model, folder, *, like: real(untouched, folder, like=like))
-    with pytest.raises(StageError, match="shares less than was asked"):
+    with pytest.raises(StageError, match="lost less than was asked"):
         SHARE.run(ShareParams(method="tie"), {"model": twins}, tmp_path, Notes())
 
 

@@ -1,0 +1,145 @@
+"""Static ranges of what maps read: smoothing and scale of each site, and which sites are better left in float.
+
+Shapes: O outputs, I inputs, F factors of a site, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stages.algorithms.grids import E4M3_TOP
+from stages.algorithms.observers import OBSERVERS
+from stages.algorithms.rounding import round_rows
+from stages.algorithms.smoothing import RANGES, STRENGTHS, factors, input_scale, phase, search
+from stages.models.folding import Site, sites
+from stages.models.observing import Observed, observed
+from stages.models.streaming import worth
+
+ROWS = 256
+"""Sampled rows of each site's inputs on which strengths and ranges are judged."""
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class How:
+    """How ranges are chosen.
+
+    Attributes:
+        form: `int8` or `fp8_e4m3`.
+        observer: `search` for the least error of the outputs, or a name of `OBSERVERS` for INT8.
+        smoothing: INT8: strengths tried; None for the usual ones.
+        keep: largest share of the maps' weights whose inputs stay float.
+    """
+
+    form: str
+    observer: str = "search"
+    smoothing: tuple[float, ...] | None = None
+    keep: float = 0.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one site's inputs are rounded, and what that loses.
+
+    Attributes:
+        site: whose maps read them.
+        loss: nats a token, to second order.
+        factor_F: divides what is written, multiplies what reads it.
+        input_scale: of the rounded inputs; None where they stay float.
+        note: for `quantization.json`.
+    """
+
+    site: Site
+    loss: float
+    factor_F: Tensor
+    input_scale: float | None
+    note: Mapping[str, str | float]
+
+
+def decided(model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor, how: How) -> list[Decision]:
+    """A decision for every site with one of these maps; nothing is folded yet.
+
+    Raises:
+        StageError: fewer than two windows, or an activation is not finite.
+    """
+    found = {site.name: site for site in sites(model) if any(name in names for name in site.readers)}
+    places: dict[int, list[torch.nn.Module]] = {}
+    for one in model.modules():
+        places.setdefault(id(getattr(one, "weight", None)), []).append(one)
+    maps = {
+        site.name: [one for reader in site.readers.values() for one in places[id(reader.weight)]]
+        for site in found.values()
+    }
+    worths = worth(model, ids_NT[:1])
+    made = [_decide(found[name], one, how, worths) for name, one in observed(model, maps, ids_NT, rows=ROWS)]
+    return _spare(made, how.keep)
+
+
+def _decide(site: Site, seen: Observed, how: How, worths: Mapping[str, float]) -> Decision:
+    maps_OI = [reader.weight.detach() for reader in site.readers.values()]
+    none_F = torch.ones(int(site.index_I.max()) + 1)
+    if how.form == "fp8_e4m3":
+        found = phase(maps_OI, seen.sample)
+        assert found.reach is not None
+        scale = float(seen.peak_I.max()) * found.reach / E4M3_TOP or 1.0
+        loss = _loss(site, found.errors, worths)
+        note = {"input_loss_nats": round(loss, 8), "range": round(found.reach, 6)}
+        return Decision(site, loss, none_F, scale, note)
+    weight_I = torch.stack([w_OI.abs().amax(0) for w_OI in maps_OI]).amax(0)
+    tried = {s: _factors(site, seen.sample.peak_I, weight_I, s) for s in how.smoothing or STRENGTHS}
+    candidates = [(strength, factor_F[site.index_I]) for strength, factor_F in tried.items()]
+    searched = how.observer == "search"
+    found = search(maps_OI, seen.sample, candidates, round_rows, ranges=RANGES if searched else ())
+    assert found.reach is not None
+    # The strength was judged on ranges of half the text; now the whole text sets them.
+    factor_F, reach = _factors(site, seen.peak_I, weight_I, found.strength), found.reach
+    factor_I = factor_F[site.index_I]
+    if not searched:
+        size_NI = (seen.sample.x_NI / factor_I).abs()
+        reach = OBSERVERS[how.observer](size_NI, seen.sample.weight_N) / max(float(size_NI.max()), _TINY) or 1.0
+    loss = _loss(site, found.errors, worths)
+    note = {"input_loss_nats": round(loss, 8), "smoothing": found.strength, "range": round(reach, 6)}
+    return Decision(site, loss, factor_F, input_scale(seen.peak_I, factor_I, reach), note)
+
+
+def _loss(site: Site, errors: Sequence[float], worths: Mapping[str, float]) -> float:
+    """Relative errors of a site's outputs as nats a token: each times what the whole output is worth."""
+    return sum(
+        error * sum(value for path, value in worths.items() if name == path or name.startswith(f"{path}."))
+        for name, error in zip(site.readers, errors, strict=True)
+    )
+
+
+def _factors(site: Site, size_I: Tensor, weight_I: Tensor, strength: float) -> Tensor:
+    count = int(site.index_I.max()) + 1
+    return factors(_largest(size_I, site.index_I, count), _largest(weight_I, site.index_I, count), strength)
+
+
+def _largest(value_I: Tensor, index_I: Tensor, count: int) -> Tensor:
+    return torch.zeros(count).scatter_reduce_(0, index_I, value_I, "amax")
+
+
+def _spare(decisions: Sequence[Decision], share: float) -> list[Decision]:
+    """Leave float inputs to the sites that lose most for their size, as long as they hold at most that share."""
+    left = share * sum(_weights(one) for one in decisions)
+    kept: set[str] = set()
+    for one in sorted(decisions, key=lambda one: -one.loss / _weights(one)):
+        if _weights(one) <= left:
+            kept.add(one.site.name)
+            left -= _weights(one)
+    return [_spared(one) if one.site.name in kept else one for one in decisions]
+
+
+def _spared(one: Decision) -> Decision:
+    why = "for its size it loses most with rounded inputs, so its inputs stay float"
+    note: dict[str, str | float] = {"kept": why, "input_loss_nats": round(one.loss, 8)}
+    return replace(one, factor_F=torch.ones_like(one.factor_F), input_scale=None, note=note)
+
+
+def _weights(one: Decision) -> int:
+    return sum(reader.weight.numel() for reader in one.site.readers.values())
