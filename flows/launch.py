@@ -224,9 +224,10 @@ class Launcher:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false",
-            # The C library keeps freed blocks for reuse; above this size they go back to the system at once, which
-            # holds the peak down by hundreds of MB where tensors of many sizes come and go.
-            "MALLOC_MMAP_THRESHOLD_": "1048576",
+            # Tensors of a few MB come and go all the time: freed blocks are kept for the next one, since memory from the
+            # system costs more time than the products that fill it. Larger ones go back at once.
+            "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+            "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
         }  # fmt: skip
 
 

@@ -38,6 +38,8 @@ class Statistics:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
+HEAD_TOKENS = 128
+"""Tokens whose logits are held at once: a vocabulary is a hundred times as wide as a small model."""
 PROBE = 8
 """Tokens that suffice where only what a block does matters, not what comes out."""
 
@@ -219,12 +221,13 @@ def _drawn_gradient(model: PreTrainedModel, x_NTH: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     norm, head = anatomy.last_norm(model), anatomy.head(model)
     gradients = []
-    for x_TH in x_NTH:
+    for x_TH in x_NTH.flatten(0, 1).split(HEAD_TOKENS):
         x = x_TH.detach().requires_grad_()
         log_TV = head(norm(x)).log_softmax(-1)
         labels_T1 = torch.multinomial(log_TV.detach().exp(), 1, generator=generator)
         gradients.append(torch.autograd.grad(log_TV.gather(1, labels_T1).sum(), x)[0])
-    return torch.stack(gradients)
+    release(head)
+    return torch.cat(gradients).view_as(x_NTH)
 
 
 def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:

@@ -191,8 +191,9 @@ def _loss(made: Learner, chosen: list[int]) -> Tensor:
     )
     for name, target_NTH in zip(made.listened, lesson.states, strict=True):
         gap_NT = (heard[name].float() - target_NTH.float()).square().mean(-1)
-        # A few tokens carry states a thousand times as large as the others': each counts relative to its own.
-        loss = loss + made.goal.hidden_weight * (gap_NT / target_NTH.float().square().mean(-1)).mean()
+        # A few tokens carry states a thousand times as large as the others', in one model or in both: each counts
+        # relative to its own, and one that only the student makes huge by the logarithm of how much.
+        loss = loss + made.goal.hidden_weight * torch.log1p(gap_NT / target_NTH.float().square().mean(-1)).mean()
     return loss
 
 
