@@ -224,8 +224,8 @@ class Launcher:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false",
-            # Tensors of a few MB come and go all the time: freed blocks are kept for the next one, since memory from the
-            # system costs more time than the products that fill it. Larger ones go back at once.
+            # Tensors of a few MB come and go all the time: freed blocks are kept for the next one, since memory from
+            # the system costs more time than the products that fill it. Larger ones go back at once.
             "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
             "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
         }  # fmt: skip
