@@ -69,7 +69,11 @@ def corrected(
 
 
 def agreement(
-    w_OI: Tensor, moments: Sequence[Tensor], drifts: Sequence[Tensor], residuals: Sequence[Tensor | None]
+    w_OI: Tensor,
+    moments: Sequence[Tensor],
+    drifts: Sequence[Tensor],
+    residuals: Sequence[Tensor | None],
+    damping: float = DAMPING,
 ) -> float:
     """The strength that helps on the half of the text that a fit has not seen, 0 to 1; both halves take turns.
 
@@ -82,6 +86,7 @@ def agreement(
         moments: M of each half; both scaled alike, so are the others.
         drifts: D of each half.
         residuals: R of each half, or None.
+        damping: of the fit.
     """
     # Both are sums over outputs: of many, random combinations estimate them (Hutchinson) to a few hundredths.
     mix_PO = _signs(len(w_OI))
@@ -89,7 +94,7 @@ def agreement(
     gaps = [w @ d if r is None else w @ d + mix_PO @ r for d, r in zip(drifts, residuals, strict=True)]
     for fitted, judged in ((0, 1), (1, 0)):
         moment = moments[fitted].float().clone()
-        moment.diagonal().add_(DAMPING * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+        moment.diagonal().add_(damping * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
         factor_II, failed = torch.linalg.cholesky_ex(moment)
         if failed:
             continue  # too ill-conditioned for float32: this half has no say

@@ -7,30 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.algorithms.basis import damped
 from stages.algorithms.block_influence import influence
 from stages.models import anatomy
 from stages.models.anatomy import Block
-from stages.models.streaming import arguments, check_finite, embedded, watched
+from stages.models.streaming import arguments, check_finite, embedded
 
 CANDIDATES = 10
 """Blocks tried in a round: those that cost least in the round before. All of them take three times as long and the
 choice is the same on the models that were measured."""
-DAMPING = 0.1
-"""Of the fit over a gap, a share of the mean squared input. Perplexity of a 135 M model without 6 of 30 blocks,
-relative to the whole one, on the calibration's source and on other text: without a fit 2.18 and 2.62; fitted on 16
-windows of 512 tokens at 0.01 1.52 and 3.15, at 0.1 1.49 and 2.47, at 1 1.57 and 2.29; on 48 windows at 0.1 1.44 and
-2.15."""
-AT_ONCE = 4
-"""Windows in one call of a block: weights are turned to bfloat16 once a call."""
-
 
 Enough = Callable[[Sequence[int]], bool]
 """Whether it is enough that these blocks go."""
@@ -122,77 +113,6 @@ def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Cal
             candidates = [index for index in order[1:] if index in left][:CANDIDATES] or left
             advanced(len(gone))
     return gone
-
-
-def bridged(
-    model: PreTrainedModel, ids_NT: Tensor, dropped: Sequence[int], advanced: Callable[[int, int], None]
-) -> dict[int, tuple[float, float]]:
-    """Fit the last map before each gap so that the stream after it comes back to what the dropped blocks made of it.
-
-    Args:
-        model: `down` of the block before each gap is changed; its blocks are all there still. A gap at the start has
-            none before it.
-        ids_NT: calibration windows.
-        dropped: indices of the blocks that will go, in order.
-        advanced: told (blocks done, blocks).
-
-    Returns:
-        Block -> mean squared error of the stream after its gap, relative to the stream, before and after the fit.
-
-    Raises:
-        StageError: an activation is not finite.
-
-    Source: normal equations of least squares, damped; the idea is Chen et al., Streamlining redundant layers (2024).
-    """
-    blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
-    x_NTH = z_NTH = embedded(model, ids_NT)
-    fitted: dict[int, tuple[float, float]] = {}
-    for block, kwargs in zip(blocks, calls, strict=True):
-        if block.index in dropped:
-            advanced(block.index + 1, len(blocks))
-            continue
-        gap = list(takewhile(lambda other: other.index in dropped, blocks[block.index + 1 :]))
-        same = z_NTH is x_NTH
-        x_NTH, _ = _through(block, kwargs, x_NTH, watch=False)
-        for other in gap:
-            x_NTH, _ = _through(other, calls[other.index], x_NTH, watch=False)
-        if same and not gap:
-            z_NTH = x_NTH
-        else:
-            z_NTH, a_NTF = _through(block, kwargs, z_NTH, watch=bool(gap))
-            if gap:
-                z_NTH, fitted[block.index] = _fitted(block, x_NTH, z_NTH, a_NTF)
-        advanced(block.index + 1, len(blocks))
-    return fitted
-
-
-def _fitted(block: Block, x_NTH: Tensor, z_NTH: Tensor, a_NTF: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """Change `down` so that z comes close to x; z as it is then, and the relative error before and after."""
-    down = anatomy.projections(block)["down"]
-    assert isinstance(down, nn.Linear)
-    a_MF, gap_MO = a_NTF.flatten(0, 1), (x_NTH - z_NTH).flatten(0, 1)
-    more_OF = torch.linalg.solve(damped(a_MF.T @ a_MF, DAMPING), (a_MF.T @ gap_MO).double()).T.float()
-    down.weight = nn.Parameter((down.weight + more_OF).detach(), requires_grad=False)
-    made_NTH = z_NTH + a_NTF @ more_OF.T
-    size = float(x_NTH.square().sum())
-    errors = (float(gap_MO.square().sum()) / size, float((x_NTH - made_NTH).square().sum()) / size)
-    return made_NTH, errors
-
-
-def _through(block: Block, kwargs: Mapping[str, Any], x_NTH: Tensor, *, watch: bool) -> tuple[Tensor, Tensor]:
-    """The block's output, and if asked what its `down` read."""
-    read: list[Tensor] = []
-    modules = {"down": anatomy.projections(block)["down"]} if watch else {}
-    made = []
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        # Some architectures join windows and tokens before their feed-forward part.
-        with watched(modules, lambda _name, a, _y: read.append(a.float().view(-1, x_NTH.shape[1], a.shape[-1]))):
-            for batch in x_NTH.split(AT_ONCE):
-                returned = block.module(batch, **kwargs)
-                made.append((returned[0] if isinstance(returned, tuple) else returned).float())
-    y_NTH = torch.cat(made)
-    check_finite(block.name, y_NTH)
-    return y_NTH, torch.cat(read) if read else y_NTH
 
 
 def _states(

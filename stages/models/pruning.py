@@ -18,14 +18,17 @@ from stages.algorithms.channels import least_important, output_error, reconstruc
 from stages.models import anatomy, structure, twin
 from stages.models.anatomy import Block
 from stages.models.depth import drop_blocks
-from stages.models.dropping import bridged, greedy, least_influential
+from stages.models.dropping import Dropped, greedy, least_influential
 from stages.models.on_weights import OnWeights, mended, put
+from stages.models.resuming import read_record, save_state
 from stages.models.shared import SharedLinear
 from stages.models.twin import Compressed, Seen
 from stages.runtime.contract import Progress, StageError
 
 FEW_WINDOWS = 2
 """Windows by whose loss blocks are chosen: blocks differ by far more than two windows' noise."""
+GAP_DAMPING = 0.1
+"""Of the fit after gaps: what a gap leaves out is large, and a fit that is too close suits this text alone."""
 Rows = list[dict[str, Any]]
 
 
@@ -100,31 +103,69 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
             f"{type(model).__name__} has an encoder: what it predicts next cannot choose its blocks",
             remedy="Prune its weights by `magnitude`, or give a causal language model.",
         )
+    gone = _chosen(model, ids_NT, asked, progress)
+    left = structure.parameters_without(model, [one.block for one in gone])
+    if left > asked.limit:
+        raise cannot("blocks", left, total, asked)
+    dropped = sorted(one.block for one in gone)
+    rows: Rows = twin.compress(
+        model,
+        ids_NT,
+        OnWeights(Mended(dropped[0])),
+        asked.partial,
+        lambda done, all_: progress.advanced(1 + done / all_, 2),
+        progress.note,
+        progress.metric,
+        gone=dropped,
+    )
+    drop_blocks(model, dropped)
+    progress.note(f"blocks {', '.join(map(str, dropped))} of {len(found)} went")
+    name = "kl_without" if asked.by == "loss" else "influence"
+    return [{"block": one.block, "kept": False, name: one.cost} for one in gone] + rows
+
+
+def _chosen(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progress) -> list[Dropped]:
+    """Which blocks go; the choice is kept beside the state of the fit."""
+    kept, blocks = asked.partial / "chosen.safetensors", len(anatomy.blocks(model))
+    if (record := read_record(kept)) is not None:
+        return [Dropped(block, cost) for block, cost in record["gone"]]
     choose, few_NT = (greedy, ids_NT[:FEW_WINDOWS]) if asked.by == "loss" else (least_influential, ids_NT)
     gone = choose(
         model,
         few_NT,
         lambda chosen: structure.parameters_without(model, chosen) <= asked.limit,
-        lambda done: progress.advanced(done / len(found), 2),
+        lambda done: progress.advanced(done / blocks, 2),
     )
-    left = structure.parameters_without(model, [one.block for one in gone])
-    if left > asked.limit:
-        raise cannot("blocks", left, total, asked)
-    dropped = sorted(one.block for one in gone)
-    fitted = bridged(model, ids_NT, dropped, lambda done, all_: progress.advanced(1 + done / all_, 2))
-    drop_blocks(model, dropped)
-    progress.note(f"blocks {', '.join(map(str, dropped))} of {len(found)} went")
-    cost = {one.block: one.cost for one in gone}
-    name = "kl_without" if asked.by == "loss" else "influence"
-    rows: Rows = []
-    for block in found:
-        row: dict[str, Any] = {"block": block.index, "kept": block.index not in cost}
-        if block.index in cost:
-            row[name] = cost[block.index]
-        if block.index in fitted:
-            row["stream_error_ratio_cut"], row["stream_error_ratio"] = fitted[block.index]
-        rows.append(row)
-    return rows
+    save_state(kept, {}, {"gone": [(one.block, one.cost) for one in gone]})
+    return gone
+
+
+@dataclass(frozen=True)
+class Mended:
+    """Maps that write to the stream, from the last block before the `first` gap on, fitted to what the gaps leave out.
+
+    Source: normal equations of least squares, damped; the idea is Chen et al., Streamlining redundant layers (2024),
+    which fits one map a gap.
+    """
+
+    first: int
+
+    def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
+        """See Technique."""
+        if block.index < self.first - 1:
+            return {}
+        seen.damping = GAP_DAMPING
+        made = mended(maps, seen)
+        return {path: Compressed(one.tensors, _change(maps[path], one)) for path, one in made.items()}
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """See Technique."""
+        put(model, path, tensors["weight"])
+
+
+def _change(old: nn.Linear, new: Compressed) -> dict[str, Any]:
+    change = (new.tensors["weight"] - old.weight).norm() / old.weight.norm()
+    return {"kept": True, "relative_change": float(change)}
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ drift of the residual stream is added here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.correction import STRENGTH, agreement, corrected, inverted
+from stages.algorithms.correction import DAMPING, STRENGTH, agreement, corrected, inverted
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import forget, release, trim
@@ -64,9 +65,11 @@ class Seen(Moments):
 
     Attributes:
         halves: of every few windows the first tokens and the last.
+        damping: of a fit, a share of the mean squared input.
     """
 
     halves: tuple[Moments, Moments] | None = None
+    damping: float = DAMPING
 
     def target(self, path: str, w_OI: Tensor) -> Tensor:
         """W*, float32: the map to compress instead of `w_OI`."""
@@ -79,14 +82,16 @@ class Seen(Moments):
         if self.halves is not None:
             parts = self.halves
             residuals = [_stacked(part, maps) for part in parts]
-            strength = agreement(w_OI, [p.moment_II for p in parts], [p.drift_II for p in parts], residuals)
+            strength = agreement(
+                w_OI, [p.moment_II for p in parts], [p.drift_II for p in parts], residuals, self.damping
+            )
         new_OI = corrected(w_OI, self.inverse_II, self.drift_II, _stacked(self, maps), strength=strength)
         return dict(zip(maps, new_OI.split(sizes), strict=True))
 
     @cached_property
     def inverse_II(self) -> Tensor:
         """Of the moment, damped, float64."""
-        return inverted(self.moment_II)
+        return inverted(self.moment_II, self.damping)
 
 
 def _stacked(part: Moments, maps: Mapping[str, Tensor]) -> Tensor | None:
@@ -131,8 +136,12 @@ def compress(
     advanced: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
     timed: Callable[[str, float, int], None] = lambda name, seconds, block: None,
+    gone: Collection[int] = (),
 ) -> list[dict[str, Any]]:
     """Compress the maps of every block in the order in which they run, each on what the ones before it give.
+
+    The compressed model runs without the blocks that are `gone`; what is added to the stream last before such a gap is
+    fitted to the dense stream after it.
 
     After each block its new tensors and both streams lie in `state`; a later call goes on after the last such block.
 
@@ -143,6 +152,7 @@ def compress(
         state: folder that keeps it.
         advanced: told (blocks done, blocks).
         note: told of a resume.
+        gone: indices of blocks that the compressed model has not; the caller takes them out.
         timed: told ("block_seconds", seconds, block): clocks stay out of the rows, since the same work makes the same.
 
     Returns:
@@ -158,11 +168,17 @@ def compress(
     if done:
         note(f"goes on after block {done} of {len(blocks)}, saved before it was cut off")
     x_NTH, z_NTH = streams or _entering(model, ids_NT)
+    if not done:
+        _through(_gap(blocks, calls, 0, gone), x_NTH)
     saved = time.monotonic()
     for block, kwargs, probe in list(zip(blocks, calls, short, strict=True))[done:]:
+        if block.index in gone:
+            advanced(block.index + 1, len(blocks))
+            continue
         began, dense = time.monotonic(), list(block.module.parameters())
         technique.enter(block)
-        new, of_block = _block(model, block, (kwargs, probe), (x_NTH, z_NTH), technique)
+        gap = _gap(blocks, calls, block.index + 1, gone)
+        new, of_block = _block(model, block, (kwargs, probe), (x_NTH, z_NTH), technique, gap)
         rows += of_block
         save_state(state / _file(block.index), new, {"rows": of_block})
         _apply(model, technique, state / _file(block.index))
@@ -182,6 +198,22 @@ def compress(
 def _entering(model: PreTrainedModel, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
     x_NTH = embedded(model, ids_NT)
     return x_NTH, x_NTH.clone()
+
+
+Gap = Sequence[tuple[Block, Mapping[str, Any]]]
+"""Blocks of the dense model alone, each with its arguments."""
+
+
+def _gap(blocks: Sequence[Block], calls: Sequence[Mapping[str, Any]], start: int, gone: Collection[int]) -> Gap:
+    return list(takewhile(lambda one: one[0].index in gone, list(zip(blocks, calls, strict=True))[start:]))
+
+
+def _through(gap: Gap, x_NTH: Tensor) -> None:
+    """Run the dense stream through a gap, in place."""
+    for block, kwargs in gap:
+        for batch in x_NTH.split(AT_ONCE):
+            batch.copy_(_call(block, batch, kwargs))
+        release(block.module)
 
 
 @dataclass
@@ -204,17 +236,19 @@ def _block(
     calls: tuple[Mapping[str, Any], Mapping[str, Any]],
     streams: tuple[Tensor, Tensor],
     technique: Technique,
+    gap: Gap,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """New tensors and rows of one block; both streams are what comes out of it afterwards.
 
-    `calls` are its arguments for a window, and for the first few tokens of one.
+    `calls` are its arguments for a window, and for the first few tokens of one; `gap` the dense blocks after it that
+    are gone.
     """
     (x_NTH, z_NTH), (kwargs, probe) = streams, calls
     few_1TH = x_NTH[:1, :PROBE]
     found = sites(block, few_1TH, probe)
     added = added_to(block, [path for site in found for path in site], few_1TH, probe)
     kept = _Kept()
-    _dense(block, found, added, x_NTH, kwargs, kept)
+    _dense(block, found, added, x_NTH, kwargs, kept, gap)
     new: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     runs = [Replay() for _ in z_NTH.split(AT_ONCE)]
@@ -250,11 +284,13 @@ def _dense(
     x_NTH: Tensor,
     kwargs: Mapping[str, Any],
     kept: _Kept,
+    gap: Gap,
 ) -> None:
-    """Run the block while it is dense still; inputs are kept as bfloat16, what is added to as it is."""
+    """Run the dense block and the gap after it; inputs are kept as bfloat16, what is added to as it is."""
     for batch in x_NTH.split(AT_ONCE):
         with listening(block, [site[0] for site in found], added) as heard:
             y_NTH = _call(block, batch, kwargs)
+        _through(gap, y_NTH)
         for site in found:
             kept.inputs.setdefault(site[0], []).append(heard.inputs[site[0]].bfloat16())
         for path in added:
@@ -365,7 +401,8 @@ def _resumed(
     done = int(found[-1].stem.rpartition("-")[2]) + 1
     for index, block in enumerate(anatomy.blocks(model)[:done]):
         record = read_record(state / _file(index))
-        assert record is not None  # written before the streams
+        if record is None:
+            continue  # this block is gone: every other one's file is written before the streams
         technique.enter(block)
         _apply(model, technique, state / _file(index))
         rows += record["rows"]
