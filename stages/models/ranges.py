@@ -20,7 +20,7 @@ from stages.models.folding import Site, sites
 from stages.models.observing import Observed, observed
 from stages.models.streaming import worth
 
-ROWS = 256
+ROWS = 384
 """Sampled rows of each site's inputs on which strengths and ranges are judged."""
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -48,7 +48,10 @@ class Decision:
 
     Attributes:
         site: whose maps read them.
-        loss: nats a token, to second order.
+        loss: nats a token, to second order, of a usual token.
+        need: how much the site is in need of float inputs. INT8: the relative error of its outputs: ranges that cut off
+            the few huge tokens harm short prompts, and what that costs does not show in a usual token. FP8 cuts off
+            nothing: the loss for its size.
         factor_F: divides what is written, multiplies what reads it.
         input_scale: of the rounded inputs; None where they stay float.
         note: for `quantization.json`.
@@ -56,6 +59,7 @@ class Decision:
 
     site: Site
     loss: float
+    need: float
     factor_F: Tensor
     input_scale: float | None
     note: Mapping[str, str | float]
@@ -89,7 +93,7 @@ def _decide(site: Site, seen: Observed, how: How, worths: Mapping[str, float]) -
         scale = float(seen.peak_I.max()) * found.reach / E4M3_TOP or 1.0
         loss = _loss(site, found.errors, worths)
         note = {"input_loss_nats": round(loss, 8), "range": round(found.reach, 6)}
-        return Decision(site, loss, none_F, scale, note)
+        return Decision(site, loss, loss / _weights(site), none_F, scale, note)
     weight_I = torch.stack([w_OI.abs().amax(0) for w_OI in maps_OI]).amax(0)
     tried = {s: _factors(site, seen.sample.peak_I, weight_I, s) for s in how.smoothing or STRENGTHS}
     candidates = [(strength, factor_F[site.index_I]) for strength, factor_F in tried.items()]
@@ -103,8 +107,13 @@ def _decide(site: Site, seen: Observed, how: How, worths: Mapping[str, float]) -
         size_NI = (seen.sample.x_NI / factor_I).abs()
         reach = OBSERVERS[how.observer](size_NI, seen.sample.weight_N) / max(float(size_NI.max()), _TINY) or 1.0
     loss = _loss(site, found.errors, worths)
-    note = {"input_loss_nats": round(loss, 8), "smoothing": found.strength, "range": round(reach, 6)}
-    return Decision(site, loss, factor_F, input_scale(seen.peak_I, factor_I, reach), note)
+    note = {
+        "input_error": round(found.error, 8),
+        "input_loss_nats": round(loss, 8),
+        "smoothing": found.strength,
+        "range": round(reach, 6),
+    }
+    return Decision(site, loss, found.error, factor_F, input_scale(seen.peak_I, factor_I, reach), note)
 
 
 def _loss(site: Site, errors: Sequence[float], worths: Mapping[str, float]) -> float:
@@ -125,21 +134,21 @@ def _largest(value_I: Tensor, index_I: Tensor, count: int) -> Tensor:
 
 
 def _spare(decisions: Sequence[Decision], share: float) -> list[Decision]:
-    """Leave float inputs to the sites that lose most for their size, as long as they hold at most that share."""
-    left = share * sum(_weights(one) for one in decisions)
+    """Leave float inputs to the sites that need them most, as long as they hold at most that share of the weights."""
+    left = share * sum(_weights(one.site) for one in decisions)
     kept: set[str] = set()
-    for one in sorted(decisions, key=lambda one: -one.loss / _weights(one)):
-        if _weights(one) <= left:
+    for one in sorted(decisions, key=lambda one: -one.need):
+        if _weights(one.site) <= left:
             kept.add(one.site.name)
-            left -= _weights(one)
+            left -= _weights(one.site)
     return [_spared(one) if one.site.name in kept else one for one in decisions]
 
 
 def _spared(one: Decision) -> Decision:
-    why = "for its size it loses most with rounded inputs, so its inputs stay float"
-    note: dict[str, str | float] = {"kept": why, "input_loss_nats": round(one.loss, 8)}
+    why = "it is among those that lose most with rounded inputs, so its inputs stay float"
+    note = {"kept": why} | {name: value for name, value in one.note.items() if name.startswith("input_")}
     return replace(one, factor_F=torch.ones_like(one.factor_F), input_scale=None, note=note)
 
 
-def _weights(one: Decision) -> int:
-    return sum(reader.weight.numel() for reader in one.site.readers.values())
+def _weights(site: Site) -> int:
+    return sum(reader.weight.numel() for reader in site.readers.values())
