@@ -23,7 +23,7 @@ KEPT = {k: v for k, v in os.environ.items() if k.startswith(("COVERAGE_", "COV_"
 pytestmark = pytest.mark.timeout(1200)  # a whole run of every stage, beside other tests
 
 
-def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=1100):
+def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=560):
     """Run the command in a child; returns (JSON object or None, output, errors)."""
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", *map(str, arguments)],

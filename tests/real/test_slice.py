@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 
 
 def test_slice_real_model_is_judged_registered_and_answers(tmp_path):
     store = tmp_path / "store"
     command = [sys.executable, "-m", "flows.cli", "run", ROOT / "tests/real/slice.yaml", "--store", store, "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1700)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     result = json.loads(done.stdout[done.stdout.find("{") :])
     assert result["model"]["targets"] == ["onnxruntime:cpu"]
@@ -30,6 +30,6 @@ def test_slice_real_model_is_judged_registered_and_answers(tmp_path):
     )
     env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{store}/state/mlflow.db"}
     answer = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
     )
     assert "Paris" in answer.stdout, answer.stdout + answer.stderr[-2000:]
