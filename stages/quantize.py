@@ -37,7 +37,7 @@ class QuantizeParams(Params):
         keep: int8_w8a8, fp8_e4m3: largest share of the blocks' weights whose inputs stay float, where that saves most.
         layers: paths of the maps that are quantized, with `*` for anything; every map of the blocks by default.
         skip: paths of maps that stay float: `*.down_proj`.
-        windows: calibration windows; None takes 8. More lose less and take longer.
+        windows: calibration windows; None takes 8, or 16 where inputs are rounded. More lose less and take longer.
         window_tokens: their length.
         search: `auto` fits each map to the dense model's outputs, by columns, and searches scales, ranges and
             smoothing; `off` rounds to nearest with the plain ranges of the format's definition.
@@ -175,7 +175,7 @@ def _windows(params: QuantizeParams, inputs: Mapping[str, Path], progress: Progr
         raise StageError(f"{params.scheme} needs an input 'text'", remedy=remedy)
     if not needs and ("text" not in inputs or params.search == "off" or params.scheme == "int8_weight_only"):
         return None
-    most = params.windows or 8
+    most = params.windows or (16 if params.scheme in ROUNDED_INPUTS else 8)
     return calibration(inputs, params.window_tokens, most, progress)
 
 

@@ -22,7 +22,7 @@ def test_slice_real_model_is_judged_registered_and_answers(tmp_path):
     assert result["compiled"] == ["gpu for tensorrt_rtx:sm_89"]
     steps = {step["name"]: step for step in result["steps"]}
     assert (
-        steps["pruned"]["metrics"]["block_parameters"] <= 0.99 * steps["pruned"]["metrics"]["block_parameters_before"]
+        steps["pruned"]["metrics"]["block_parameters"] <= 0.95 * steps["pruned"]["metrics"]["block_parameters_before"]
     )
     code = (
         "import mlflow; model = mlflow.pyfunc.load_model('models:/slice@champion')\n"
