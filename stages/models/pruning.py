@@ -5,7 +5,8 @@ Shapes: N windows, T tokens, F channels or outputs of all heads, K kept ones, O 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
     rows: Rows = twin.compress(
         model,
         ids_NT,
-        OnWeights(Mended(dropped[0])),
+        OnWeights(Mended(dropped[0], _tied(model))),
         asked.partial,
         lambda done, all_: progress.advanced(1 + done / all_, 2),
         progress.note,
@@ -144,23 +145,36 @@ def _chosen(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Prog
 class Mended:
     """Maps that write to the stream, from the last block before the `first` gap on, fitted to what the gaps leave out.
 
+    Weights that stand at several places are left alone: a fit to one of them would untie it.
+
     Source: normal equations of least squares, damped; the idea is Chen et al., Streamlining redundant layers (2024),
     which fits one map a gap.
     """
 
     first: int
+    tied: Collection[str] = ()
 
     def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
         """See Technique."""
         if block.index < self.first - 1:
             return {}
         seen.damping = GAP_DAMPING
-        made = mended(maps, seen)
+        free = {path: one for path, one in maps.items() if f"{block.name}.{path}" not in self.tied}
+        made = mended(free, seen)
         return {path: Compressed(one.tensors, _change(maps[path], one)) for path, one in made.items()}
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
         """See Technique."""
         put(model, path, tensors["weight"])
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Paths of the linear maps whose weight stands at other paths, too."""
+    places = {
+        path: id(one.weight) for path, one in model.named_modules(remove_duplicate=False) if isinstance(one, nn.Linear)
+    }
+    counts = Counter(places.values())
+    return {path for path, weight in places.items() if counts[weight] > 1}
 
 
 def _change(old: nn.Linear, new: Compressed) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_search_reports_the_error_that_rounding_really_makes(outliers):
     rounded = fake_round(x_NI / factor_I, scale) @ rows(w_OI * factor_I).t()
     size_N = exact_NO.square().sum(1)
     ratio_N = (rounded - exact_NO).square().sum(1) / (size_N + size_N.median())
-    assert found.error == pytest.approx(float((ratio_N * weight_N).sum() / weight_N.sum()), rel=0.03)
+    assert found.error == pytest.approx(float((ratio_N * weight_N).sum() / weight_N.sum()), rel=1e-3)
 
 
 def test_search_with_one_huge_value_narrows_the_range():

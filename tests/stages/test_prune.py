@@ -341,3 +341,12 @@ def test_prune_pattern_that_matches_no_layer_is_refused(shared_store, dense, top
 def test_prune_params_refuse_layers_of_channels():
     with pytest.raises(ValidationError, match="channels takes from all blocks alike"):
         PruneParams(method="channels", skip=("*.0.*",))
+
+
+def test_prune_blocks_after_sharing_leaves_shared_weights_shared(shared_store, dense, topics):
+    seal = sealer(shared_store)
+    short = {"windows": 4, "window_tokens": 64}
+    first = seal("share", {"method": "recursive", "keep": 0.8} | short, model=dense, text=topics)
+    done = seal("prune", {"method": "blocks", "keep": 0.7} | short, model=first.identity, text=topics)
+    metrics = done.manifest.metrics
+    assert metrics["block_parameters"] <= 0.7 * metrics["block_parameters_before"]
