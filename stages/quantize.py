@@ -184,11 +184,11 @@ def _ranges(params: QuantizeParams, model: PreTrainedModel, names: list[str], id
     from stages.models.anatomy import LLAMA_TYPE, check_type
     from stages.models.ranges import How, decided
 
+    searched = params.search == "auto"
     if params.scheme == "int8_w8a8":
         check_type(model.config.model_type)
-    elif model.config.model_type not in LLAMA_TYPE:
-        return []
-    searched = params.search == "auto"
+    elif not searched or model.config.model_type not in LLAMA_TYPE:
+        return []  # plain ranges are found on the way
     strengths = None if searched else (0.0,)
     strengths = strengths if params.smoothing is None else (params.smoothing,)
     observer = params.observer if searched else "minmax"

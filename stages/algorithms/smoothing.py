@@ -41,12 +41,12 @@ class Found:
 
     Attributes:
         strength: how much of the range moved into the weights, 0 to 1.
-        reach: the range as a share of the largest value seen; None where inputs stay float.
+        reach: the range as a share of the largest value seen.
         errors: relative squared error of each map's outputs, mean over tokens.
     """
 
     strength: float
-    reach: float | None
+    reach: float
     errors: tuple[float, ...]
 
     @property
@@ -88,7 +88,7 @@ def search(
     candidates: Sequence[tuple[float, Tensor]],
     round_weights: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
-    ranges: Sequence[Sequence[float]] | None = RANGES,
+    ranges: Sequence[Sequence[float]] = RANGES,
 ) -> Found:
     """The candidate whose rounded maps come closest to the float maps on the sample.
 
@@ -100,22 +100,21 @@ def search(
         sample: that input.
         candidates: (strength, factor_I) to try; the first is kept among equals.
         round_weights: w_OI -> integers q_OI and their scale_O.
-        ranges: each a row of shares to try until one is no better; None leaves inputs float.
+        ranges: each a row of shares to try until one is no better.
 
     Returns:
         The best found.
     """
     w_OI = torch.cat(list(maps_OI))
     judge = _Judge.of(w_OI, [len(one) for one in maps_OI], sample)
-    reach = None if ranges is None else 1.0
     measured = []
     for strength, factor_I in candidates:
         q_OI, scale_O = round_weights(w_OI * factor_I)
         smoothed = _Smoothed(factor_I, q_OI.bfloat16(), scale_O, sample.x_NI / factor_I)
-        measured.append((Found(strength, reach, judge.errors(smoothed, reach)), smoothed))
+        measured.append((Found(strength, 1.0, judge.errors(smoothed, 1.0)), smoothed))
         measured = [min(measured, key=lambda one: one[0].error)]
     [(best, smoothed)] = measured
-    for reaches in ranges or ():
+    for reaches in ranges:
         for tried in reaches:
             found = Found(best.strength, tried, judge.errors(smoothed, tried))
             if found.error >= best.error:
@@ -177,15 +176,12 @@ class _Judge:
         size_NM = _of_maps(y_NO.square(), sizes)
         return cls(sample, y_NO, sizes, sample.weight_N[:, None] / (size_NM + size_NM.median(0).values))
 
-    def errors(self, smoothed: _Smoothed, reach: float | None, *, exact: bool = False) -> tuple[float, ...]:
+    def errors(self, smoothed: _Smoothed, reach: float, *, exact: bool = False) -> tuple[float, ...]:
         """See `missed`, of rounded inputs and weights; if not `exact`, to about three hundredths and in less time."""
-        if reach is None:
-            y_NO = smoothed.x_NI @ smoothed.q_OI.float().t() * smoothed.scale_O
-        else:
-            step = input_scale(self.sample.peak_I, smoothed.factor_I, reach)
-            q_NI, q_OI = fake_round(smoothed.x_NI / step, 1.0), smoothed.q_OI
-            y_NO = q_NI @ q_OI.float().t() if exact else (q_NI.bfloat16() @ q_OI.t()).float()
-            y_NO.mul_(smoothed.scale_O * step)
+        step = input_scale(self.sample.peak_I, smoothed.factor_I, reach)
+        q_NI, q_OI = fake_round(smoothed.x_NI / step, 1.0), smoothed.q_OI
+        y_NO = q_NI @ q_OI.float().t() if exact else (q_NI.bfloat16() @ q_OI.t()).float()
+        y_NO.mul_(smoothed.scale_O * step)
         return self.missed(y_NO)
 
     def missed(self, y_NO: Tensor) -> tuple[float, ...]:

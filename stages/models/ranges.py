@@ -48,17 +48,15 @@ class Decision:
 
     Attributes:
         site: whose maps read them.
-        loss: nats a token, to second order, of a usual token.
         need: how much the site is in need of float inputs. INT8: the relative error of its outputs: ranges that cut off
             the few huge tokens harm short prompts, and what that costs does not show in a usual token. FP8 cuts off
-            nothing: the loss for its size.
+            nothing: nats a token of a usual token, to second order, for each weight.
         factor_F: divides what is written, multiplies what reads it.
         input_scale: of the rounded inputs; None where they stay float.
         note: for `quantization.json`.
     """
 
     site: Site
-    loss: float
     need: float
     factor_F: Tensor
     input_scale: float | None
@@ -89,17 +87,15 @@ def _decide(site: Site, seen: Observed, how: How, worths: Mapping[str, float]) -
     none_F = torch.ones(int(site.index_I.max()) + 1)
     if how.form == "fp8_e4m3":
         found = phase(maps_OI, seen.sample)
-        assert found.reach is not None
         scale = float(seen.peak_I.max()) * found.reach / E4M3_TOP or 1.0
         loss = _loss(site, found.errors, worths)
         note = {"input_loss_nats": round(loss, 8), "range": round(found.reach, 6)}
-        return Decision(site, loss, loss / _weights(site), none_F, scale, note)
+        return Decision(site, loss / _weights(site), none_F, scale, note)
     weight_I = torch.stack([w_OI.abs().amax(0) for w_OI in maps_OI]).amax(0)
     tried = {s: _factors(site, seen.sample.peak_I, weight_I, s) for s in how.smoothing or STRENGTHS}
     candidates = [(strength, factor_F[site.index_I]) for strength, factor_F in tried.items()]
     searched = how.observer == "search"
     found = search(maps_OI, seen.sample, candidates, round_rows, ranges=RANGES if searched else ())
-    assert found.reach is not None
     # The strength was judged on ranges of half the text; now the whole text sets them.
     factor_F, reach = _factors(site, seen.peak_I, weight_I, found.strength), found.reach
     factor_I = factor_F[site.index_I]
@@ -113,7 +109,7 @@ def _decide(site: Site, seen: Observed, how: How, worths: Mapping[str, float]) -
         "smoothing": found.strength,
         "range": round(reach, 6),
     }
-    return Decision(site, loss, found.error, factor_F, input_scale(seen.peak_I, factor_I, reach), note)
+    return Decision(site, found.error, factor_F, input_scale(seen.peak_I, factor_I, reach), note)
 
 
 def _loss(site: Site, errors: Sequence[float], worths: Mapping[str, float]) -> float:

@@ -90,13 +90,3 @@ def test_search_widens_a_range_that_unseen_rows_pass():
         [torch.randn(16, 32)], sampled(x_NI, peak_I=torch.full((32,), 1.5)), [(0.0, torch.ones(32))], round_rows
     )
     assert found.reach > 1
-
-
-def test_search_without_ranges_leaves_inputs_float(outliers):
-    x_NI, w_OI = outliers
-    found = search([w_OI], sampled(x_NI), [(0.0, torch.ones(32))], round_rows, ranges=None)
-    assert found.reach is None
-    exact_NO, rounded = x_NI @ w_OI.t(), x_NI @ rows(w_OI).t()
-    size_N = exact_NO.square().sum(1)
-    expected = ((rounded - exact_NO).square().sum(1) / (size_N + size_N.median())).mean()
-    assert found.error == pytest.approx(float(expected), rel=1e-3)

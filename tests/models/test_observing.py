@@ -34,7 +34,7 @@ def test_observed_figures_equal_those_of_the_recorded_inputs(tiny, monkeypatch):
         extreme = (late_NI.abs() / sample.peak_I).amax(1).argmax()
         assert (sample.x_NI == late_NI[extreme]).all(1).any()
         # Sampled rows stand for all tokens; the extreme rows beside them for themselves.
-        assert 80 <= sample.weight_N.sum() <= 80 + 2 * TAILS + 12
+        assert 80 <= sample.weight_N.sum() <= 80 + TAILS + 12
 
 
 def test_a_map_that_stands_twice_is_observed_at_both_places(tiny):

@@ -321,3 +321,11 @@ def test_quantize_observers_choose_different_ranges_that_all_serve(shared_store,
     assert all(0 < one <= 1 for one in ranges)
     assert (min(ranges) == 1) == (observer == "minmax")
     assert len({round(one, 3) for one in ranges}) > 1 or observer == "minmax"
+
+
+def test_quantize_fp8_without_a_search_takes_the_plain_range_everywhere(shared_store, dense, topics):
+    how = SHORT | {"scheme": "fp8_e4m3", "search": "off"}
+    done = sealer(shared_store)("quantize", how, model=dense, text=topics)
+    assert done.manifest.metrics["kept_maps"] == 0
+    layers = json.loads((shared_store.checkout(done.identity) / "quantization.json").read_text())["layers"]
+    assert {entry["input"] for name, entry in layers.items() if ".layers." in name} == {"fp8_e4m3"}
