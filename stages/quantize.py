@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from stages.models.precision import Precision
     from stages.models.ranges import Decision
 
-Scheme = Literal["int8_w8a8", "int8_weight_only", "fp8_e4m3", "int4_weight_only", "nvfp4", "mxfp4", "auto"]
+Scheme = Literal[
+    "int8_w8a8", "int8_weight_only", "fp8_e4m3", "int4_weight_only", "nvfp4", "mxfp4", "auto", "fp16", "bf16"
+]
+
+
+ROUNDED_INPUTS = ("int8_w8a8", "fp8_e4m3")
+SIXTEEN_BITS = ("fp16", "bf16")
+SMALL = ("I8", "U8", "F8_E4M3", "I32")
 
 
 class QuantizeParams(Params):
@@ -25,13 +32,14 @@ class QuantizeParams(Params):
 
     Attributes:
         scheme: INT8 or FP8 weights and activations, with static ranges; weights alone as INT8 rows, INT4 blocks, or
-            four-bit floats in NVFP4 or MXFP4 blocks; or `auto`: INT4 blocks where they lose least, INT8 rows elsewhere.
+            four-bit floats in NVFP4 or MXFP4 blocks; or `auto`: INT4 blocks where they lose least, INT8 rows elsewhere;
+            or every number of the checkpoint in 16 bits, which transformers and any engine load as they are.
         smoothing: int8_w8a8: strength of moving outliers from activations into weights, 0 to 1; None searches it for
             each layer.
         block: INT4: inputs that share a scale.
         bits: auto: most bits a weight of the blocks on average, scales counted.
         loss: auto: instead of `bits`, the largest predicted loss in nats a token, at the least size.
-        embedding: INT8 rows for the token table and the head, or left as they are.
+        embedding: INT8 rows for the token table and the head, or left as they are; fp16 and bf16 cast them, too.
         observer: int8_w8a8: how the range of inputs is chosen: `search` for the least error of the outputs, or
             `minmax`, `percentile`, `mse`, `entropy` of the inputs.
         keep: int8_w8a8, fp8_e4m3: largest share of the blocks' weights whose inputs stay float, where that saves most.
@@ -39,6 +47,7 @@ class QuantizeParams(Params):
         skip: paths of maps that stay float: `*.down_proj`.
         windows: calibration windows; None takes 8, or 16 where inputs are rounded. More lose less and take longer.
         window_tokens: their length.
+        kv_cache: keys and values in eight bits as they are cached, with static scales of each layer.
         search: `auto` fits each map to the dense model's outputs, by columns, and searches scales, ranges and
             smoothing; `off` rounds to nearest with the plain ranges of the format's definition.
         layout: how the checkpoint is laid out: our own way, or as vLLM and transformers load it, which holds no
@@ -58,6 +67,7 @@ class QuantizeParams(Params):
     skip: tuple[str, ...] = ()
     windows: int | None = Field(default=None, ge=1)
     window_tokens: int = Field(default=512, ge=8)
+    kv_cache: Literal["keep", "int8", "fp8_e4m3"] = "keep"
     search: Literal["auto", "off"] = "auto"
     layout: Literal["enginery", "compressed-tensors"] = "enginery"
 
@@ -68,18 +78,16 @@ class QuantizeParams(Params):
             raise ValueError("scheme auto needs one of `bits` and `loss`")
         if self.scheme != "auto" and given:
             raise ValueError(f"`{given[0]}` belongs to scheme auto")
+        if self.layout == "compressed-tensors" and self.scheme in SIXTEEN_BITS:
+            raise ValueError(f"layout compressed-tensors holds no {self.scheme}: engines load it as it is")
         if self.layout == "compressed-tensors" and self.embedding == "int8":
             raise ValueError("layout compressed-tensors holds no INT8 table: set `embedding: keep`")
         return self
 
 
-ROUNDED_INPUTS = ("int8_w8a8", "fp8_e4m3")
-SMALL = ("I8", "U8", "F8_E4M3", "I32")
-
-
 def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See QuantizeParams. `layers.json` says for each map how it was rounded and what that lost."""
-    from stages.models import anatomy, compressed_tensors, precision, surgery
+    from stages.models import anatomy, compressed_tensors, kv_cache, kv_ranges, precision, sixteen_bits, surgery
     from stages.models.loading import load_model, save_model
     from stages.models.quantized import annotate, describe
 
@@ -90,35 +98,62 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
     asked_for = surgery.matching(precision.names(model), params.layers, params.skip)
     _check_block(params, model, asked_for)
     text_NT = _windows(params, inputs, progress)
-    rounding = precision.Rounding(_asked(params, model, asked_for, text_NT), search=params.search == "auto")
+    if params.kv_cache != "keep":
+        kv_cache.attentions(model)  # refuses now what is not understood
+    cast = params.scheme in SIXTEEN_BITS
+    precisions = {} if cast else _asked(params, model, asked_for, text_NT)
+    rounding = precision.Rounding(precisions, search=params.search == "auto")
     if params.scheme in ROUNDED_INPUTS:
         assert text_NT is not None
         rounding.take(_ranges(params, model, asked_for, text_NT))
-    if text_NT is None:
+    if _by_weights_alone(params):
         rows = precision.plainly(model, rounding)
     else:
         from stages.models.twin import compress
 
+        assert text_NT is not None
         rows = compress(model, text_NT, rounding, output / PARTIAL, progress.advanced, progress.note, progress.metric)
     names = [row["layer"] for row in rows]
-    tables = precision.quantize_tables(model) if params.embedding == "int8" else []
-    annotate(model, {"scheme": params.scheme}, rounding.notes)
+    tables = precision.quantize_tables(model) if params.embedding == "int8" and not cast else []
+    caches = _caches(params, model, text_NT)
+    if cast:  # last: arithmetic of 16 bits is slow where ranges are measured
+        rows = sixteen_bits.store(model, params.scheme, asked_for)
+    annotate(model, {"scheme": params.scheme, **kv_cache.described(model)}, rounding.notes)
     save_model(model, output, like=inputs["model"], layout=params.layout)
     if params.layout == compressed_tensors.METHOD and (unlike := compressed_tensors.unlike(model)):
         progress.note(
             f"vLLM needs one form for q, k and v, and for gate and up; {len(unlike)} modules mix: {unlike[0]}"
         )
-    surgery.write_table(output, rows, scheme=params.scheme)
+    surgery.write_table(output, [*rows, *caches], scheme=params.scheme)
     kept = sum("kept" in note for note in rounding.notes.values())
-    progress.note(f"{len(rows)} maps and {len(tables)} tables quantized, {kept} maps kept in higher precision")
+    progress.note(
+        f"{len(asked_for)} maps and all else in 16 bits"
+        if cast
+        else f"{len(rows)} maps and {len(tables)} tables quantized, {kept} maps kept in higher precision"
+    )
     return {
-        **_proven(inputs["model"], output, [*names, *tables]),
-        "quantized_maps": float(len(rows)),
+        **(
+            sixteen_bits.proven(inputs["model"], output, params.scheme, rows)
+            if cast
+            else _proven(inputs["model"], output, [*names, *tables])
+        ),
+        **(kv_ranges.proven(output, caches) if caches else {}),
+        "quantized_maps": float(len(asked_for) if cast else len(rows)),
         "kept_maps": float(kept),
         "block_parameters": float(block_parameters),
-        "bits_per_weight": _bits(model),
+        "bits_per_weight": 16.0 if cast else _bits(model),
         "largest_error_ratio": max((row["error"] for row in rows), default=0.0),
     }
+
+
+def _caches(params: QuantizeParams, model: PreTrainedModel, ids_NT: Tensor | None) -> list[dict[str, Any]]:
+    """Rows of the layers whose keys and values are rounded from now on, by the ranges of the rounded model."""
+    from stages.models import kv_ranges
+
+    if params.kv_cache == "keep":
+        return []
+    assert ids_NT is not None
+    return kv_ranges.calibrated(model, ids_NT, params.kv_cache, search=params.search == "auto")
 
 
 def _asked(
@@ -155,7 +190,7 @@ def _precision(params: QuantizeParams) -> Precision:
 
 def _check_block(params: QuantizeParams, model: PreTrainedModel, names: list[str]) -> None:
     widths = {int(model.get_submodule(name).in_features) for name in names}
-    block = _precision(params).block
+    block = None if params.scheme in SIXTEEN_BITS else _precision(params).block
     if block and (wrong := sorted(width for width in widths if width % block)):
         fits = [str(size) for size in range(2, min(widths) + 1, 2) if not any(width % size for width in widths)]
         raise StageError(
@@ -169,14 +204,23 @@ def _check_block(params: QuantizeParams, model: PreTrainedModel, names: list[str
 def _windows(params: QuantizeParams, inputs: Mapping[str, Path], progress: Progress) -> Tensor | None:
     from stages.models.surgery import calibration
 
-    needs = params.scheme in (*ROUNDED_INPUTS, "auto")
-    if "text" not in inputs and (needs or (params.search == "auto" and params.scheme != "int8_weight_only")):
-        remedy = "Give a corpus with a `calibrate` split" + ("." if needs else ", or set `search: off`.")
-        raise StageError(f"{params.scheme} needs an input 'text'", remedy=remedy)
-    if not needs and ("text" not in inputs or params.search == "off" or params.scheme == "int8_weight_only"):
+    fitted, cached = not _by_weights_alone(params), params.kv_cache != "keep"
+    if "text" not in inputs and (fitted or cached):
+        free = fitted and params.search == "auto" and params.scheme not in (*ROUNDED_INPUTS, "auto") and not cached
+        remedy = "Give a corpus with a `calibrate` split" + (", or set `search: off`." if free else ".")
+        what = params.scheme if fitted else f"kv_cache {params.kv_cache}"
+        raise StageError(f"{what} needs an input 'text'", remedy=remedy)
+    if not fitted and not cached:
         return None
     most = params.windows or (16 if params.scheme in ROUNDED_INPUTS else 8)
     return calibration(inputs, params.window_tokens, most, progress)
+
+
+def _by_weights_alone(params: QuantizeParams) -> bool:
+    """Whether no map is rounded by what it reads."""
+    if params.scheme in (*ROUNDED_INPUTS, "auto"):
+        return False
+    return params.search == "off" or params.scheme in ("int8_weight_only", *SIXTEEN_BITS)
 
 
 def _ranges(params: QuantizeParams, model: PreTrainedModel, names: list[str], ids_NT: Tensor) -> list[Decision]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.distillation import Head
-from stages.models import anatomy
+from stages.models import anatomy, kv_cache
 from stages.models.loading import load_model
 from stages.runtime.contract import StageError
 
@@ -53,7 +53,7 @@ def load_apart(folder: Path, tokens: int) -> Apart:
         raise StageError(f"{name} reads no windows of this length", measured=tokens, limit=most)
     model.config.use_cache = False
     if tokens <= WHOLE_ATTENTION:
-        model.set_attn_implementation("eager")
+        kv_cache.use(model, "eager")
     old = anatomy.head(model)
     assert isinstance(old.weight, Tensor)
     head = Head(old.weight.detach(), None if getattr(old, "bias", None) is None else old.bias.detach())  # type: ignore[operator]

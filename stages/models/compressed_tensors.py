@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stages.models import architecture, quantized
+from stages.models import architecture, compressed_cache, kv_cache, quantized
 from stages.models.quantized import QuantizedLinear
 from stages.runtime.contract import StageError
 
@@ -74,7 +74,8 @@ def write(
     """
     modules = quantized.quantized_modules(model)
     _refuse_inexpressible(model, modules, structure)
-    made = dict(tensors)
+    cache_scheme, cache_scales = compressed_cache.written(model)
+    made = {**tensors, **cache_scales}
     groups: dict[str, dict[str, Any]] = {}
     for name, module in modules.items():
         assert isinstance(module, QuantizedLinear)
@@ -92,7 +93,7 @@ def write(
         "format": formats.pop() if len(formats) == 1 else _MIXED,
         "config_groups": {f"group_{index}": group for index, group in enumerate(groups.values())},
         "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache_scheme,
     }
 
 
@@ -174,10 +175,11 @@ def install(model: PreTrainedModel, config: Mapping[str, Any], stored: Mapping[s
     Raises:
         StageError: a scheme that our layers do not have, or tensors that do not belong to one.
     """
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+    for key in ("sparsity_config", "transform_config"):
         if (config.get(key) or {}).get("format", key) != "dense" and config.get(key):
             raise _unknown(f"`{key}` of its quantization_config", config[key])
-    tensors, layers = dict(stored), {}
+    cache, tensors = compressed_cache.read(model, config.get("kv_cache_scheme"), stored)
+    layers = {}
     maps = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for stem, name in _stems(model, stored).items():
         group = _group(config, name) if name in maps else None
@@ -190,7 +192,9 @@ def install(model: PreTrainedModel, config: Mapping[str, Any], stored: Mapping[s
         entry = layers[name] = _entry(name, group, maps[name])
         own = {key: tensors.pop(f"{stem}.{key}") for key in _KEYS if f"{stem}.{key}" in tensors}
         tensors |= {f"{stem}.{key}": tensor for key, tensor in _ours(name, own, entry).items()}
-    quantized.install(model, {"layers": layers})
+    quantized.install(model, {"layers": layers, **cache})
+    if cache:
+        kv_cache.install(model, cache["kv_cache"])
     return tensors
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from stages.adapters.onnxruntime import open_session
-from stages.models import graph
+from stages.models import graph, kv_cache
 from stages.models.anatomy import named_tensors
 from stages.models.graph import Held
 from stages.models.parity import parity, require_parity
@@ -35,12 +35,14 @@ class Expected:
     Attributes:
         quantized: (bits, values) of each distinct quantized weight -> how many are like it.
         rounding: weight -> the scale by which its activations are rounded, for those that are.
+        caches: scales of rounded keys and values.
         size_bytes: of all tensors, each distinct one once, block scales as the graph holds them.
-        logits_NTV: on the parity windows, without the rounding of activations.
+        logits_NTV: on the parity windows, without the rounding of activations and caches.
     """
 
     quantized: Counter[tuple[int, int]]
     rounding: dict[str, frozenset[float]]
+    caches: Counter[float]
     size_bytes: int
     logits_NTV: NDArray[np.float32]
 
@@ -58,7 +60,7 @@ def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64]) -> Expected:
     try:
         for module in rounded:
             module.input_scale = None
-        with torch.inference_mode():
+        with kv_cache.left_float(model), torch.inference_mode():
             logits_NTV = model(input_ids=torch.from_numpy(ids_NT), use_cache=False).logits.numpy()
     finally:
         for module in rounded:
@@ -66,6 +68,7 @@ def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64]) -> Expected:
     return Expected(
         Counter((bits, values * 8 // bits if bits == 4 else values) for values, bits in weights.values()),
         {name: frozenset({float(scale)}) for name, scale in scales.items() if scale is not None},
+        Counter(kv_cache.scales(model)),
         sum(tensor.numel() * tensor.element_size() for tensor in distinct.values()) + _wider_scales(modules),
         logits_NTV,
     )
@@ -88,6 +91,13 @@ def require_effect(written: Held, wanted: Expected) -> None:
         raise StageError(
             "the graph does not round the activations that the checkpoint rounds",
             measured=_first_difference(written.rounding, wanted.rounding),
+            remedy="Report it with the checkpoint's quantization.json.",
+        )
+    if written.caches != wanted.caches:
+        raise StageError(
+            "the graph does not round the keys and values that the checkpoint rounds",
+            measured=f"{written.caches.total()} tensors",
+            limit=f"{wanted.caches.total()} tensors, by the checkpoint's scales",
             remedy="Report it with the checkpoint's quantization.json.",
         )
     limit = wanted.size_bytes + SLACK_BYTES

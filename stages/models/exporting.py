@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.models import anatomy, quantized
+from stages.models import anatomy, kv_cache, quantized
 from stages.runtime.contract import StageError
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
@@ -81,7 +81,7 @@ def to_onnx(model: PreTrainedModel, opset: int) -> ir.Model:
     first_names = _first_names(model)
     lay_out(model)
     fused = opset >= FUSED_ATTENTION
-    model.set_attn_implementation("sdpa" if fused else "eager")
+    kv_cache.use(model, "sdpa" if fused else "eager")
     ids_NT = torch.arange(16).view(2, 8) % model.config.vocab_size
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     with _quiet(), torch.no_grad():

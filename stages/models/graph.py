@@ -33,6 +33,7 @@ class Held:
         quantized: (bits, values) of each weight of few bits behind a DequantizeLinear -> how many are like it.
         precisions: number formats that weights and activations have.
         rounding: weight -> the scales by which the activations that it multiplies are rounded to INT8 or FP8.
+        caches: scales of all other rounding, that of keys and values.
         size_bytes: of all constants, each counted once.
         nodes: operations.
     """
@@ -40,6 +41,7 @@ class Held:
     quantized: Counter[tuple[int, int]]
     precisions: frozenset[str]
     rounding: dict[str, frozenset[float]]
+    caches: Counter[float]
     size_bytes: int
     nodes: int
 
@@ -83,7 +85,8 @@ def held(model: ir.Model) -> Held:
         # Scales of NVFP4 blocks are themselves of few bits.
         if any(use != _AS_SCALE for use in uses):
             quantized[tensor.dtype.bitwidth, tensor.size] += 1
-    return Held(quantized, frozenset(precisions), _rounding(model), size_bytes(model), len(model.graph))
+    rounding, caches = _rounding(model)
+    return Held(quantized, frozenset(precisions), rounding, caches, size_bytes(model), len(model.graph))
 
 
 def drop_rounding(model: ir.Model) -> int:
@@ -135,18 +138,25 @@ def _scales(value: ir.Value | None) -> NDArray[np.float32]:
     return _scales(node.inputs[0]) * _scales(node.inputs[1])
 
 
-def _rounding(model: ir.Model) -> dict[str, frozenset[float]]:
+def _rounding(model: ir.Model) -> tuple[dict[str, frozenset[float]], Counter[float]]:
     found: dict[str, set[float]] = {}
+    products: set[ir.Node] = set()
     for node in model.graph:
         if node.op_type != "MatMul":
             continue
         left, right = (None if value is None else value.producer() for value in node.inputs)
         rounding = None if left is None else _rounded_by(left)
         if rounding is not None and right is not None and right.inputs[0] is not None:
-            scale = rounding.inputs[1]
-            assert scale is not None and scale.const_value is not None
-            found.setdefault(str(right.inputs[0].name), set()).add(float(scale.const_value.numpy()))
-    return {name: frozenset(scales) for name, scales in found.items()}
+            found.setdefault(str(right.inputs[0].name), set()).add(_scale(rounding))
+            products.add(rounding)
+    others = (node for node in model.graph if node.op_type == "QuantizeLinear" and node not in products)
+    return {name: frozenset(scales) for name, scales in found.items()}, Counter(map(_scale, others))
+
+
+def _scale(rounding: ir.Node) -> float:
+    scale = rounding.inputs[1]
+    assert scale is not None and scale.const_value is not None
+    return float(scale.const_value.numpy())
 
 
 def _rounded_by(node: ir.Node) -> ir.Node | None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from stages.models import anatomy, architecture, compressed_tensors, mapped, quantized, shared, sizes, tensors
+from stages.models import anatomy, architecture, compressed_tensors, kv_cache, mapped, quantized, shared, sizes, tensors
 from stages.models.tensors import INDEX, WEIGHTS, read_json, stored_parameters
 from stages.runtime.contract import StageError
 
@@ -60,6 +60,8 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
             shared.install(model, structure)
         if quantization := read_json(folder / QUANTIZATION, optional=True):
             quantized.install(model, quantization)
+            if "kv_cache" in quantization:
+                kv_cache.install(model, quantization["kv_cache"])
         elif compressed:
             stored = compressed_tensors.install(model, compressed, stored)
     _fill(model, stored, dtype)

@@ -170,8 +170,7 @@ class QuantizedLinear(nn.Module):
 
     def _exported(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
-            q = _quantize_node(x, self.input_scale, torch.int8 if self.input_form == "int8" else torch.float8_e4m3fn)
-            x = _dequantize_node(q, self.input_scale, {})
+            x = round_trip(x, self.input_scale, torch.int8 if self.input_form == "int8" else torch.float8_e4m3fn)
         if not self.transposed:
             # The table that it shares with the embedding lies as rows: one initializer, transposed after the scales.
             return functional.linear(x, _dequantize_node(self.weight, self.weight_scale, {"axis": 0}), self.bias)
@@ -208,9 +207,11 @@ class QuantizedEmbedding(nn.Module):
         return functional.embedding(ids, self.weight) * self.weight_scale[ids].unsqueeze(-1)
 
 
-def _quantize_node(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def round_trip(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Under `torch.export`: activations through QuantizeLinear and DequantizeLinear with one scale."""
     zero = torch.zeros((), dtype=dtype)
-    return ops.symbolic("QuantizeLinear", (x, scale, zero), {}, dtype=dtype, shape=x.shape)
+    q = ops.symbolic("QuantizeLinear", (x, scale, zero), {}, dtype=dtype, shape=x.shape)
+    return _dequantize_node(q, scale, {})
 
 
 def _dequantize_node(q: Tensor, scale: Tensor, attributes: dict[str, Any]) -> Tensor:
@@ -253,12 +254,15 @@ def annotate(model: nn.Module, notes: Mapping[str, Any], of_layers: Mapping[str,
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
-    """The spec with which `install` makes this model's modules; None when nothing is quantized."""
+    """The spec with which `install` makes this model's modules; None when nothing is quantized.
+
+    A note of a rounded cache belongs to it; `kv_cache.install` makes that one's places.
+    """
     modules = quantized_modules(model)
-    if not modules:
-        return None
     kept: tuple[dict[str, Any], dict[str, Any]] = getattr(model, _NOTES, ({}, {}))
     notes, of_layers = kept
+    if not modules and "kv_cache" not in notes:
+        return None
     first: dict[int, str] = {}
     layers: dict[str, dict[str, Any]] = {}
     for name, module in modules.items():
