@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +51,9 @@ class QuantizeParams(Params):
         kv_cache: keys and values in eight bits as they are cached, with static scales of each layer.
         search: `auto` fits each map to the dense model's outputs, by columns, and searches scales, ranges and
             smoothing; `off` rounds to nearest with the plain ranges of the format's definition.
+        rotation: mixes the values between v and o by a Hadamard matrix (`heads`), the residual stream, too (`stream`; a
+            tied table becomes two), or the heads of the blocks where rounding then loses less on the text (`auto`), so
+            that no channel stands out. It folds into the weights: before rounding the model gives the same.
         layout: how the checkpoint is laid out: our own way, or as vLLM and transformers load it, which holds no
             quantized table and no shared, factorized or unevenly pruned layers; vLLM wants q, k and v in one form, and
             gate and up, which `auto` does not promise.
@@ -69,6 +73,7 @@ class QuantizeParams(Params):
     window_tokens: int = Field(default=512, ge=8)
     kv_cache: Literal["keep", "int8", "fp8_e4m3"] = "keep"
     search: Literal["auto", "off"] = "auto"
+    rotation: Literal["off", "heads", "stream", "auto"] = "off"
     layout: Literal["enginery", "compressed-tensors"] = "enginery"
 
     @model_validator(mode="after")
@@ -80,6 +85,8 @@ class QuantizeParams(Params):
             raise ValueError(f"`{given[0]}` belongs to scheme auto")
         if self.layout == "compressed-tensors" and self.scheme in SIXTEEN_BITS:
             raise ValueError(f"layout compressed-tensors holds no {self.scheme}: engines load it as it is")
+        if self.rotation != "off" and self.scheme in SIXTEEN_BITS:
+            raise ValueError(f"`rotation` spreads what few bits lose; {self.scheme} has no use for it")
         if self.layout == "compressed-tensors" and self.embedding == "int8":
             raise ValueError("layout compressed-tensors holds no INT8 table: set `embedding: keep`")
         return self
@@ -90,6 +97,7 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
     from stages.models import anatomy, compressed_tensors, kv_cache, kv_ranges, precision, sixteen_bits, surgery
     from stages.models.loading import load_model, save_model
     from stages.models.quantized import annotate, describe
+    from stages.models.rotation_choice import rotate
 
     model = load_model(inputs["model"])
     if describe(model) is not None:
@@ -100,9 +108,11 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
     text_NT = _windows(params, inputs, progress)
     if params.kv_cache != "keep":
         kv_cache.attentions(model)  # refuses now what is not understood
-    cast = params.scheme in SIXTEEN_BITS
-    precisions = {} if cast else _asked(params, model, asked_for, text_NT)
-    rounding = precision.Rounding(precisions, search=params.search == "auto")
+    cast, searched = params.scheme in SIXTEEN_BITS, params.search == "auto"
+    text = partial(surgery.calibration, inputs, params.window_tokens, params.windows or 8, progress)
+    alike = {} if cast else dict.fromkeys(asked_for, _precision(params))
+    rotated = rotate(model, params.rotation, alike, text, searched=searched)
+    rounding = precision.Rounding({} if cast else _asked(params, model, asked_for, text_NT), search=searched)
     if params.scheme in ROUNDED_INPUTS:
         assert text_NT is not None
         rounding.take(_ranges(params, model, asked_for, text_NT))
@@ -114,11 +124,14 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
         assert text_NT is not None
         rows = compress(model, text_NT, rounding, output / PARTIAL, progress.advanced, progress.note, progress.metric)
     names = [row["layer"] for row in rows]
+    for row in rows:
+        row |= rotated.get(row["layer"], {})
     tables = precision.quantize_tables(model) if params.embedding == "int8" and not cast else []
     caches = _caches(params, model, text_NT)
     if cast:  # last: arithmetic of 16 bits is slow where ranges are measured
         rows = sixteen_bits.store(model, params.scheme, asked_for)
-    annotate(model, {"scheme": params.scheme, **kv_cache.described(model)}, rounding.notes)
+    notes = rounding.notes | {name: {**rounding.notes.get(name, {}), **note} for name, note in rotated.items()}
+    annotate(model, {"scheme": params.scheme, **kv_cache.described(model)}, notes)
     save_model(model, output, like=inputs["model"], layout=params.layout)
     if params.layout == compressed_tensors.METHOD and (unlike := compressed_tensors.unlike(model)):
         progress.note(
@@ -140,6 +153,7 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
         **(kv_ranges.proven(output, caches) if caches else {}),
         "quantized_maps": float(len(asked_for) if cast else len(rows)),
         "kept_maps": float(kept),
+        "rotated_maps": float(sum(one["rotation"] != "off" for one in rotated.values())),
         "block_parameters": float(block_parameters),
         "bits_per_weight": 16.0 if cast else _bits(model),
         "largest_error_ratio": max((row["error"] for row in rows), default=0.0),

@@ -154,7 +154,7 @@ class Rounding:
         if (scale := self.input_scales.get(name)) is not None:
             tensors["input_scale"] = torch.tensor(scale)
         new, asked = self._module(old, name, tensors), self.precision[name]
-        plain, ours = errors(target_OI, [_nearest(old.weight.detach(), asked), new.dequantized()], seen.moment_II)
+        plain, ours = errors(target_OI, [nearest(old.weight.detach(), asked), new.dequantized()], seen.moment_II)
         return Compressed(tensors, {"format": asked.form, "error_nearest": plain, "error": ours})
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
@@ -185,9 +185,10 @@ class Rounding:
         return new
 
 
-def _nearest(w_OI: Tensor, asked: Precision) -> Tensor:
+def nearest(w_OI: Tensor, asked: Precision, *, search: bool = False) -> Tensor:
+    """The map as it is read again when its weights are rounded to nearest."""
     made = QuantizedLinear(w_OI.shape[1], w_OI.shape[0], form=asked.form, block=asked.block)
-    made.put(rounded(w_OI, asked.form, asked.block, None, search=False))
+    made.put(rounded(w_OI, asked.form, asked.block, None, search=search))
     return made.dequantized()
 
 
