@@ -14,12 +14,16 @@ class FactorizeParams(Params):
     """How much goes.
 
     Attributes:
-        keep: largest share of the blocks' parameters that stays.
+        keep: largest share of the blocks' parameters that stays, those of maps that are skipped included.
+        layers: paths of the maps that may go, with `*` for anything; every map of the blocks by default.
+        skip: paths of maps that stay as they are: `*.down_proj`.
         windows: calibration windows.
         window_tokens: their length.
     """
 
     keep: float = Field(default=0.8, gt=0, lt=1)
+    layers: tuple[str, ...] = Field(default=("*",), min_length=1)
+    skip: tuple[str, ...] = ()
     windows: int = Field(default=16, ge=1)
     window_tokens: int = Field(default=512, ge=8)
 
@@ -29,12 +33,14 @@ def factorize(params: FactorizeParams, inputs: Mapping[str, Path], output: Path,
     from stages.models import surgery
     from stages.models.anatomy import block_parameters
     from stages.models.loading import save_model
-    from stages.models.low_rank import compressed
+    from stages.models.low_rank import Asked, compressed
+    from stages.models.planning import dense
 
     model = surgery.opened(inputs["model"], "factorize")
+    asked = Asked(ROLES, params.keep, names=surgery.matching(dense(model), params.layers, params.skip))
     ids_NT = surgery.calibration(inputs, params.window_tokens, params.windows, progress)
     before = block_parameters(model)
-    done = compressed(model, ids_NT, ROLES, 1, params.keep, output / PARTIAL, progress)
+    done = compressed(model, ids_NT, asked, output / PARTIAL, progress)
     surgery.write_table(output, done.rows, method="svd")
     save_model(model, output, like=inputs["model"])
     found = surgery.proven(inputs["model"], before, output, params.keep * before)

@@ -89,7 +89,7 @@ def _thinned(
     params: ShareParams, model: PreTrainedModel, inputs: Mapping[str, Path], output: Path, progress: Progress
 ) -> float:
     from stages.models import surgery
-    from stages.models.low_rank import compressed
+    from stages.models.low_rank import Asked, compressed
     from stages.models.recursive import looped
 
     ids_NT = surgery.calibration(inputs, params.window_tokens, params.windows, progress)
@@ -97,7 +97,7 @@ def _thinned(
     if params.method == "recursive":
         done = looped(model, ids_NT, params.group, params.keep, state, progress)
     else:
-        done = compressed(model, ids_NT, params.projections, params.group, params.keep, state, progress)
+        done = compressed(model, ids_NT, Asked(params.projections, params.keep, params.group), state, progress)
     surgery.write_table(output, done.rows, method=params.method)
     return done.predicted
 

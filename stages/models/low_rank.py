@@ -5,7 +5,7 @@ Shapes: I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,30 +32,38 @@ class Done:
     predicted: float
 
 
-def compressed(
-    model: PreTrainedModel,
-    ids_NT: Tensor,
-    kinds: Sequence[str],
-    group: int,
-    keep: float,
-    partial: Path,
-    progress: Progress,
-) -> Done:
-    """Put maps on bases of low rank until at most `keep` of the blocks' parameters are left.
+@dataclass(frozen=True)
+class Asked:
+    """What is to be put on bases, and how much goes.
+
+    Attributes:
+        kinds: roles joined by `+`: maps that may share a basis, in a block or across `group` neighbours.
+        keep: share of the blocks' parameters that stays.
+        group: most neighbours on one basis; 1 for none.
+        names: paths of the maps that may change; None for every one that stands on no basis.
+    """
+
+    kinds: Sequence[str]
+    keep: float
+    group: int = 1
+    names: Collection[str] | None = None
+
+
+def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Path, progress: Progress) -> Done:
+    """Put maps on bases of low rank until at most `asked.keep` of the blocks' parameters are left.
 
     Args:
         model: is changed.
         ids_NT: calibration windows.
-        kinds: roles joined by `+`: maps that may share a basis, in a block or across `group` neighbours.
-        group: most neighbours on one basis; 1 for none.
-        keep: share of the blocks' parameters.
+        asked: where and how much.
         partial: folder for state.
         progress: told of both passes.
 
     Raises:
         StageError: so much cannot be saved, or an activation is not finite.
     """
-    measured = Measured(model, kinds, group)
+    kinds, group, keep = asked.kinds, asked.group, asked.keep
+    measured = Measured(model, kinds, group, asked.names)
     measured.measure(ids_NT, lambda done, total: progress.advanced(done / total, 2))
     total = anatomy.block_parameters(model)
     wanted = total - int(keep * total)
@@ -64,7 +72,7 @@ def compressed(
             f"bases for {', '.join(kinds)} in groups of up to {group} cannot save so much",
             measured=f"keep {1 - measured.most / total:.4f} at best",
             limit=f"keep {keep}",
-            remedy="Raise `keep`, or allow more projections.",
+            remedy="Raise `keep`, or allow more maps.",
         )
     plans = measured.plan(wanted)
     del measured  # its moments are the larger part of what is held

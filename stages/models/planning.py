@@ -5,7 +5,7 @@ Shapes: I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,11 @@ class Plan:
 class Measured:
     """What one pass over the calibration windows says of every way to cut the maps."""
 
-    def __init__(self, model: PreTrainedModel, kinds: Sequence[str], group: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kinds: Sequence[str], group: int, names: Collection[str] | None = None
+    ) -> None:
         self._model, self._kinds, self._group = model, [tuple(kind.split("+")) for kind in kinds], group
+        self._names = frozenset(dense(model) if names is None else names)
         self._statistics: dict[int, Statistics] = {}
         self._ways: dict[tuple[str, ...], Ways] = {kind: {} for kind in self._kinds}
 
@@ -84,7 +87,7 @@ class Measured:
                 ways[block.index, block.index + 1] = [alone]
                 for size in range(1 if len(kind) > 1 else 2, self._group + 1):
                     members = tuple(blocks[block.index : block.index + size])
-                    if len(members) == size and self._dense(kind, members):
+                    if len(members) == size and self._free(kind, members):
                         span = (block.index, block.index + size)
                         ways.setdefault(span, []).append((self._part(kind, members),))
 
@@ -127,8 +130,8 @@ class Measured:
         options = allocate([part.options for part in parts], saved)
         return [(part, option) for part, option in zip(parts, options, strict=True) if option.rank]
 
-    def _dense(self, roles: Sequence[str], blocks: Sequence[Block]) -> bool:
-        return all(isinstance(anatomy.projections(block)[role], nn.Linear) for block in blocks for role in roles)
+    def _free(self, roles: Sequence[str], blocks: Sequence[Block]) -> bool:
+        return all(f"{block.name}.{anatomy.path(role)}" in self._names for block in blocks for role in roles)
 
     def _stack(self, roles: Sequence[str], blocks: Sequence[Block]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Weights, outputs' importance and the pooled moment of the inputs."""
@@ -139,7 +142,7 @@ class Measured:
         return [one.weight.detach() for one in maps], importance, moment_II  # type: ignore[operator]
 
     def _part(self, roles: tuple[str, ...], blocks: tuple[Block, ...]) -> Part:
-        if not self._dense(roles, blocks):
+        if not self._free(roles, blocks):
             return Part(roles, blocks, ())
         weights, importance, moment_II = self._stack(roles, blocks)
         if len(weights) > 1:
@@ -160,6 +163,16 @@ class Measured:
     def _basis(self, part: Part, rank: int) -> nn.Linear:
         weights, importance, moment_II = self._stack(part.roles, part.blocks)
         return filled(basis.cut(basis.whitened(weights, moment_II, importance), rank), None)
+
+
+def dense(model: PreTrainedModel) -> list[str]:
+    """Paths of the blocks' maps that stand on no basis yet."""
+    return [
+        f"{block.name}.{anatomy.path(role)}"
+        for block in anatomy.blocks(model)
+        for role, one in anatomy.projections(block).items()
+        if isinstance(one, nn.Linear)
+    ]
 
 
 def filled(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:

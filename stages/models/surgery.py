@@ -58,6 +58,8 @@ def matching(names: Sequence[str], layers: Sequence[str], skip: Sequence[str]) -
     Raises:
         StageError: a pattern matches no name, or nothing is left.
     """
+    if not names:
+        raise StageError("the checkpoint has no layer left to change", limit="at least 1", remedy="Leave the step out.")
     for field, patterns in (("layers", layers), ("skip", skip)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stages.factorize import FACTORIZE, FactorizeParams
 from stages.models import loading
@@ -82,6 +83,25 @@ def test_factorize_again_takes_only_maps_that_are_still_dense(shared_store, topi
         for one in (factorized, again)
     )
     assert len(both) > len(first)
+
+
+def test_factorize_of_some_layers_leaves_the_others_as_they_came(shared_store, dense, topics):
+    params = PARAMS | {"keep": 0.9, "layers": ["*.mlp.*", "*.q_proj"], "skip": ["*.down_proj", "model.layers.0.*"]}
+    some = sealer(shared_store)("factorize", params, model=dense, text=topics)
+    before, after = (load_file(shared_store.checkout(one) / "model.safetensors") for one in (dense, some.identity))
+    gone = {name.removesuffix(".weight") for name in before.keys() - after.keys()}
+    assert gone
+    assert all(name.endswith(("gate_proj", "up_proj", "q_proj")) and ".layers.0." not in name for name in gone)
+    others = [name for name in before if "down_proj" in name or ".layers.0." in name or "v_proj" in name]
+    # What writes to the residual stream is fitted only where it is factorized.
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    assert some.manifest.metrics["block_parameters"] <= 0.9 * some.manifest.metrics["block_parameters_before"]
+
+
+@pytest.mark.parametrize("field", ["layers", "skip"])
+def test_factorize_pattern_that_matches_nothing_is_refused(shared_store, dense, topics, field):
+    with pytest.raises(StageError, match=rf"pattern '\*\.fc9' of `{field}` matches no layer"):
+        sealer(shared_store)("factorize", PARAMS | {field: ["*.q_proj", "*.fc9"]}, model=dense, text=topics)
 
 
 def test_factorize_that_cannot_save_so_much_names_the_best_and_seals_nothing(shared_store, dense, topics):
