@@ -44,6 +44,7 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
 
     source = inputs["model"]
     model = load_model(source)
+    exporting.densify(model)
     ids_NT = _windows(params, inputs, model.config.max_position_embeddings)
     wanted = checks.expected(model, ids_NT)
     limits = {"maximum_tokens": model.config.max_position_embeddings, "vocabulary": model.config.vocab_size}

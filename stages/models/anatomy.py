@@ -237,7 +237,8 @@ def block_parameters(model: PreTrainedModel) -> int:
     """Parameters inside the blocks, each distinct tensor counted once.
 
     Quantized weights count as the weights they stand for (two in a byte of packed 4-bit values); scales are not
-    parameters.
+    parameters. Short whole numbers beside float weights say where these stand: they count by their bytes, four a
+    parameter.
     """
     seen: dict[int, int] = {}
     for block in blocks(model):
@@ -248,5 +249,6 @@ def block_parameters(model: PreTrainedModel) -> int:
                 if tensor is None or name in module._non_persistent_buffers_set or name.endswith("_scale"):
                     continue
                 packed = quantized and name == "weight" and getattr(module, "bits", 8) == 4
-                seen[id(tensor)] = tensor.numel() * (2 if packed else 1)
+                whole = tensor.dtype in (torch.uint8, torch.int16) and not quantized
+                seen[id(tensor)] = -(-tensor.nbytes // 4) if whole else tensor.numel() * (2 if packed else 1)
     return sum(seen.values())

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models import anatomy, kv_cache, quantized
+from stages.models.planning import filled
+from stages.models.shared import ResidualLinear, SharedLinear
+from stages.models.sparse_linear import SparseLinear
 from stages.runtime.contract import StageError
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
@@ -25,6 +28,24 @@ FUSED_ATTENTION = 23
 """The first opset with operators for attention, rotary embedding and RMS norm."""
 FOUR_BIT_FLOATS = 23
 """The first opset that dequantizes E2M1."""
+
+
+def densify(model: PreTrainedModel) -> None:
+    """Make sparse maps dense in place, and one with the product beside them where that is float: no engine takes them.
+
+    A graph then holds and multiplies what the dense model's would.
+    """
+    for path, one in list(model.named_modules()):
+        if not (isinstance(one, ResidualLinear) and isinstance(one.dense, SparseLinear)):
+            continue
+        w_OI, low = one.dense.dense().detach(), one.low
+        assert isinstance(low, SharedLinear)
+        if isinstance(low.basis, nn.Linear) and isinstance(low.coefficient, nn.Linear):
+            model.set_submodule(
+                path, filled(w_OI + low.coefficient.weight.detach() @ low.basis.weight.detach(), one.dense.bias)
+            )
+        else:
+            one.dense = filled(w_OI, one.dense.bias)
 
 
 class Causal(nn.Module):

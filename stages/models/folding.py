@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import READS_NORM, Block, blocks, norms, path, projections
-from stages.models.shared import SharedLinear
+from stages.models.shared import ResidualLinear, SharedLinear
+from stages.runtime.contract import StageError
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ class Site:
 
 
 def sites(model: PreTrainedModel) -> list[Site]:
-    """Every place of the model's blocks, in order. Places that share a tensor (tied weights, a basis) are one site."""
+    """Every place of the model's blocks, in order. Places that share a tensor (tied weights, a basis) are one site.
+
+    Raises:
+        StageError: a map is the sum of two: a factor would have to move into both.
+    """
     merged: list[Site] = []
     for block in blocks(model):
         for site in _of_block(block):
@@ -71,6 +76,12 @@ def fold(site: Site, factor_F: Tensor) -> None:
 
 def _of_block(block: Block) -> Iterator[Site]:
     maps = projections(block)
+    for role, found in maps.items():
+        if isinstance(found, ResidualLinear):
+            raise StageError(
+                f"{block.name}.{path(role)} is the sum of two maps, between which no range can be moved",
+                remedy="Take a scheme that leaves inputs as they are: int8_weight_only or int4_weight_only.",
+            )
     for norm, roles in READS_NORM.items():
         writer = norms(block)[norm]
         yield _site(block, (writer,), {_reading_path(block, r, maps[r]): _reading(maps[r]) for r in roles})

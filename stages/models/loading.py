@@ -19,7 +19,18 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from stages.models import anatomy, architecture, compressed_tensors, kv_cache, mapped, quantized, shared, sizes, tensors
+from stages.models import (
+    anatomy,
+    architecture,
+    compressed_tensors,
+    kv_cache,
+    mapped,
+    quantized,
+    shared,
+    sizes,
+    sparse_linear,
+    tensors,
+)
 from stages.models.tensors import INDEX, WEIGHTS, read_json, stored_parameters
 from stages.runtime.contract import StageError
 
@@ -65,6 +76,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
         elif compressed:
             stored = compressed_tensors.install(model, compressed, stored)
     _fill(model, stored, dtype)
+    sparse_linear.check(model)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
     return model.eval()

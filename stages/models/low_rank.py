@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms import basis, low_rank
+from stages.algorithms import basis, low_rank, low_rank_sparse
 from stages.algorithms.refit import output_error
-from stages.models import anatomy, twin
+from stages.models import anatomy, sparse_linear, twin
 from stages.models.anatomy import Block
 from stages.models.on_weights import OnWeights
-from stages.models.planning import Measured, Plan, filled
-from stages.models.shared import SharedLinear
+from stages.models.planning import RANK_STEP, Measured, Plan, filled
+from stages.models.shared import ResidualLinear, SharedLinear
+from stages.models.sparse_linear import SparseLinear
 from stages.models.twin import Compressed, Seen
 from stages.runtime.contract import Progress, StageError
 
@@ -41,12 +42,15 @@ class Asked:
         keep: share of the blocks' parameters that stays.
         group: most neighbours on one basis; 1 for none.
         names: paths of the maps that may change; None for every one that stands on no basis.
+        sparse: of maps alone: share of what a map keeps that goes to single weights beside its product, where these
+            make its outputs better than a product of the same size.
     """
 
     kinds: Sequence[str]
     keep: float
     group: int = 1
     names: Collection[str] | None = None
+    sparse: float = 0.0
 
 
 def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Path, progress: Progress) -> Done:
@@ -79,7 +83,7 @@ def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Pa
     rows = twin.compress(
         model,
         ids_NT,
-        OnWeights(LowRank(plans)),
+        OnWeights(LowRank(plans, asked.sparse)),
         partial,
         lambda done, total: progress.advanced(1 + done / total, 2),
         progress.note,
@@ -93,6 +97,7 @@ class LowRank:
     """Compression of the planned maps into products of thin ones, each fitted to what the dense model gives."""
 
     plans: Mapping[str, Plan]
+    sparse: float = 0.0
 
     def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
         """See Technique. A shared basis stands already; a map alone gets the best for what it reads now."""
@@ -100,32 +105,59 @@ class LowRank:
         for inner, linear in maps.items():
             if plan := self.plans.get(f"{block.name}.{inner}"):
                 target_OI = seen.target(inner, linear.weight.detach())
-                tensors = _factors(plan, target_OI, seen.moment_II)
-                right_rI = tensors["right"] if plan.basis is None else plan.basis.weight.detach()
-                error = output_error(target_OI, tensors["left"] @ right_rI, seen.moment_II)
-                made[inner] = Compressed(tensors, _row(f"{block.name}.{inner}", plan, error))
+                path = f"{block.name}.{inner}"
+                made[inner] = (
+                    _with_sparse(path, plan, target_OI, seen.moment_II, self.sparse)
+                    if self.sparse and plan.basis is None
+                    else _product(path, plan, target_OI, seen.moment_II)
+                )
         return made
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
         """See Technique."""
         old, plan = model.get_submodule(path), self.plans[path]
         inner = filled(tensors["right"], None) if plan.basis is None else plan.basis
+        old = old.dense if isinstance(old, ResidualLinear) else old
         old = old.coefficient if isinstance(old, SharedLinear) else old
-        assert isinstance(old, nn.Linear)
-        model.set_submodule(path, SharedLinear(inner, filled(tensors["left"], old.bias)))
+        assert isinstance(old, nn.Linear | SparseLinear)
+        if "values" not in tensors:
+            model.set_submodule(path, SharedLinear(inner, filled(tensors["left"], old.bias)))
+            return
+        part = sparse_linear.filled(tensors, old.out_features, old.in_features, old.bias)
+        model.set_submodule(path, ResidualLinear(part, SharedLinear(inner, filled(tensors["left"], None))))
 
 
-def _factors(plan: Plan, target_OI: Tensor, moment_II: Tensor) -> dict[str, Tensor]:
+def _product(path: str, plan: Plan, target_OI: Tensor, moment_II: Tensor) -> Compressed:
     if plan.basis is not None:
-        return {"left": basis.fitted(target_OI, plan.basis.weight.detach(), moment_II).float()}
-    left_Or, right_rI = low_rank.cut(low_rank.factors(target_OI, moment_II, plan.importance_O), plan.option.rank)
-    return {"left": left_Or.float().contiguous(), "right": right_rI.float().contiguous()}
+        right_rI = plan.basis.weight.detach()
+        tensors = {"left": basis.fitted(target_OI, right_rI, moment_II).float()}
+    else:
+        left_Or, right_rI = low_rank.cut(low_rank.factors(target_OI, moment_II, plan.importance_O), plan.option.rank)
+        tensors = {"left": left_Or.float().contiguous(), "right": right_rI.float().contiguous()}
+    error = output_error(target_OI, tensors["left"] @ right_rI.float(), moment_II)
+    return Compressed(tensors, _row(path, plan, plan.option.rank, error))
 
 
-def _row(path: str, plan: Plan, error: float) -> dict[str, Any]:
+def _with_sparse(path: str, plan: Plan, target_OI: Tensor, moment_II: Tensor, share: float) -> Compressed:
+    """A thinner product and single weights in the parameters of the planned one, or that one where it loses less."""
+    rank = max(RANK_STEP, int((1 - share) * plan.option.rank / RANK_STEP) * RANK_STEP)
+    best, alone = low_rank_sparse.within(target_OI, moment_II, plan.option.rank, rank, plan.importance_O)
+    tensors = {"left": best.left_Or, "right": best.right_rI}
+    # In what is judged by: the error of outputs by their importance, of which the others of the row know nothing.
+    more: dict[str, Any] = {"error_against_product_alone": 1.0 if best is alone else best.error / alone.error}
+    if best is alone:
+        more |= {"sparse_weights": 0, "sparse": "none: a product of the same size loses less"}
+    else:
+        tensors |= sparse_linear.tensors(best.sparse_OI)
+        more |= {"sparse_weights": len(tensors["values"])}
+    error = output_error(target_OI, best.left_Or @ best.right_rI + best.sparse_OI, moment_II)
+    return Compressed(tensors, _row(path, plan, len(best.right_rI), error) | more)
+
+
+def _row(path: str, plan: Plan, rank: int, error: float) -> dict[str, Any]:
     paths = plan.part.paths
     return {
-        "rank": plan.option.rank,
+        "rank": rank,
         "shares_with": [other for other in paths if other != path],
         "predicted_loss_nats": plan.option.damage / len(paths),
         "output_error_ratio": error,

@@ -1,6 +1,7 @@
 """Surgery that shares: linear maps on a common basis, and tensors stored once. `structure.json` describes it.
 
-A map may also be the sum of a dense one, whose weight other blocks may share, and one of low rank of its own.
+A map may also be the sum of a dense one, whose weight other blocks may share, and one of low rank of its own. The dense
+one may be sparse: `values` in row-major order are all of it that is stored, beside their positions in one of two forms.
 
 Shapes: I inputs, O outputs, r rank of the basis.
 """
@@ -13,6 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stages.algorithms.positions import FORMS
+from stages.models.sparse_linear import SparseLinear
 from stages.runtime.contract import StageError
 
 
@@ -40,7 +43,7 @@ class SharedLinear(nn.Module):
 
 
 class ResidualLinear(nn.Module):
-    """y = dense(x) + low(x): `low` is a map on a basis, `dense` may hold zeros or a weight that is tied to others."""
+    """y = dense(x) + low(x): `low` is a map on a basis, `dense` may be sparse, or tied to others."""
 
     def __init__(self, dense: nn.Module, low: nn.Module) -> None:
         super().__init__()
@@ -68,10 +71,11 @@ def install(model: PreTrainedModel, spec: Mapping[str, Any]) -> None:
     Args:
         model: a model in whose place `nn.Linear` modules stand.
         spec: {"residual": [path, ...], "shared": [{"modules": [path, ...], "rank": r}, ...],
+            "sparse": {"maps": {path: {"values": n, "positions": form}, ...}, "forms": {form: its tensors, ...}},
             "tied": [[tensor name, ...], ...]}; what is added to a residual map's dense part is shared as `<path>.low`.
 
     Raises:
-        StageError: a module is not there or is no linear map.
+        StageError: a module is not there or is no linear map, or a form of positions is not known.
     """
     for path in spec.get("residual", []):
         dense = _linear(model, path)
@@ -83,6 +87,12 @@ def install(model: PreTrainedModel, spec: Mapping[str, Any]) -> None:
         for path, linear in found:
             coefficient = nn.Linear(group["rank"], linear.out_features, bias=linear.bias is not None)
             model.set_submodule(path, SharedLinear(basis, coefficient))
+    for path, one in spec.get("sparse", {}).get("maps", {}).items():
+        linear = _linear(model, path)
+        if one["positions"] not in FORMS:
+            raise StageError(f"the positions of {path} are unknown", measured=one["positions"], limit=", ".join(FORMS))
+        sizes = (linear.in_features, linear.out_features, one["values"], one["positions"])
+        model.set_submodule(path, SparseLinear(*sizes, bias=linear.bias is not None))
     for names in spec.get("tied", []):
         tie(model, names)
 
@@ -108,6 +118,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any] | None:
     groups: dict[int, dict[str, Any]] = {}
     inside: set[str] = set()
     residual: list[str] = []
+    sparse: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SharedLinear):
             group = groups.setdefault(id(module.basis), {"modules": [], "rank": int(module.basis.out_features)})  # type: ignore[arg-type]
@@ -115,12 +126,17 @@ def describe(model: PreTrainedModel) -> dict[str, Any] | None:
             inside.add(f"{path}.basis.")
         elif isinstance(module, ResidualLinear):
             residual.append(path)
+        elif isinstance(module, SparseLinear):
+            sparse[path] = {"values": len(module.values), "positions": module.form}
     tied = [names for names in _tied(model) if not any(names[0].startswith(path) for path in inside)]
     spec: dict[str, Any] = {}
     if residual:
         spec["residual"] = residual
     if groups:
         spec["shared"] = list(groups.values())
+    if sparse:
+        forms = sorted({one["positions"] for one in sparse.values()})
+        spec["sparse"] = {"maps": sparse, "forms": {form: FORMS[form] for form in forms}}
     if tied:
         spec["tied"] = tied
     return spec or None

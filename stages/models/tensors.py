@@ -38,6 +38,9 @@ _TYPES = {
 }
 """The format's names, in the order in which its own writer lays tensors out: aligned ones first."""
 
+_SHORT = {"U8": 1, "I16": 2}
+"""Types in which positions of weights are written, and their bytes."""
+
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, tensor by tensor, in the bytes that the format's own writer gives.
@@ -127,8 +130,12 @@ def dtypes(folder: Path) -> dict[str, str]:
 
 
 def stored_parameters(folder: Path) -> int:
-    """Numbers that a float checkpoint stores, read from the headers alone."""
-    return sum(math.prod(shape) for shape in shapes(folder).values())
+    """Numbers that a float checkpoint stores, read from the headers alone.
+
+    Short whole numbers say where others stand: they count by their bytes, four a parameter.
+    """
+    kinds = dtypes(folder)
+    return sum(-(-math.prod(shape) * _SHORT.get(kinds[name], 4) // 4) for name, shape in shapes(folder).items())
 
 
 def _places(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -63,6 +63,11 @@ def test_headers_alone_tell_shapes_and_types(tmp_path):
     assert tensors.shapes(tmp_path) == {"a": (2, 3), "b": (4,)}
     assert tensors.dtypes(tmp_path) == {"a": "F32", "b": "BF16"}
     assert tensors.stored_parameters(tmp_path) == 10
+    tensors.write(
+        tmp_path / "model.safetensors",
+        {"a": torch.zeros(3), "mask": torch.zeros(5, dtype=torch.uint8), "at": torch.zeros(3, dtype=torch.int16)},
+    )
+    assert tensors.stored_parameters(tmp_path) == 3 + 2 + 2
 
 
 def test_forget_gives_the_memory_back_and_the_values_stay(big):

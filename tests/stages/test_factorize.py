@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,6 +84,58 @@ def test_factorize_again_takes_only_maps_that_are_still_dense(shared_store, topi
         for one in (factorized, again)
     )
     assert len(both) > len(first)
+
+
+@pytest.fixture(scope="module")
+def beside(shared_store, dense, topics):
+    """The tiny model in thin factors and single weights, sealed once."""
+    return sealer(shared_store)("factorize", PARAMS | {"sparse": 0.5}, model=dense, text=topics)
+
+
+def decoded(stored, path, form):
+    """The sparse part of a map from the file's tensors, by numpy and the words of structure.json."""
+    own = {k.removeprefix(f"{path}.dense."): one.numpy() for k, one in stored.items() if k.startswith(f"{path}.dense.")}
+    outputs, inputs = len(stored[f"{path}.low.coefficient.weight"]), stored[f"{path}.low.basis.weight"].shape[1]
+    made = np.zeros((outputs, inputs), dtype=np.float32)
+    if form == "mask":
+        made[np.unpackbits(own["mask"], axis=1, bitorder="little")[:, :inputs] == 1] = own["values"]
+    else:
+        made[np.repeat(np.arange(outputs), own["counts"]), own["columns"]] = own["values"]
+    return made
+
+
+def test_factorize_with_single_weights_stores_the_same_bytes_and_loses_less(
+    shared_store, dense, topics, factorized, beside
+):
+    folder, base = shared_store.checkout(beside.identity), shared_store.checkout(dense)
+    stored = load_file(folder / "model.safetensors")
+    blocks_bytes = sum(one.numpy().nbytes for name, one in stored.items() if ".layers." in name)
+    before = sum(
+        one.numpy().nbytes for name, one in load_file(base / "model.safetensors").items() if ".layers." in name
+    )
+    assert 0.67 * before < blocks_bytes <= 0.7 * before
+    rows = {row["layer"]: row for row in json.loads((folder / "layers.json").read_text())["layers"]}
+    maps = json.loads((folder / "structure.json").read_text())["sparse"]["maps"]
+    assert {path for path, row in rows.items() if row["sparse_weights"]} == {p.removesuffix(".dense") for p in maps}
+    assert sum(row["sparse_weights"] for row in rows.values()) == beside.manifest.metrics["sparse_weights"] > 1000
+    for row in rows.values():
+        assert row["error_against_product_alone"] <= 1
+    assert any(row["error_against_product_alone"] < 0.5 for row in rows.values())
+    model, by_hand, x = load_model(folder), load_model(base), torch.arange(20)[None]
+    for path in rows:
+        name = f"{path}.low" if f"{path}.dense" in maps else path
+        w = (stored[f"{name}.coefficient.weight"] @ stored[f"{name}.basis.weight"]).numpy()
+        if f"{path}.dense" in maps:
+            w = w + decoded(stored, path, maps[f"{path}.dense"]["positions"])
+        by_hand.get_submodule(path).weight.data = torch.from_numpy(w)
+    for name, one in stored.items():
+        if name.removesuffix(".weight") + ".weight" in dict(by_hand.named_parameters()):
+            by_hand.get_parameter(name).data = one
+    with torch.no_grad():
+        torch.testing.assert_close(by_hand(input_ids=x).logits, model(input_ids=x).logits, rtol=1e-3, atol=1e-3)
+    test = ids(shared_store, topics, dense, "test")
+    ours, product = (perplexity(load_model(shared_store.checkout(one.identity)), test) for one in (beside, factorized))
+    assert ours < product
 
 
 def test_factorize_of_some_layers_leaves_the_others_as_they_came(shared_store, dense, topics):

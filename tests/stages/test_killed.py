@@ -18,6 +18,7 @@ CASES = {
     "channels": ("prune", {"method": "channels", "keep": 0.9} | SHORT, 0.5),
     "blocks": ("prune", {"method": "blocks", "keep": 0.8} | SHORT, 0.3),
     "factorize": ("factorize", {"keep": 0.8} | SHORT, 0.75),
+    "factorize sparse": ("factorize", {"keep": 0.8, "sparse": 0.5} | SHORT, 0.75),
     "basis": ("share", {"method": "basis", "keep": 0.85} | SHORT, 0.75),
     "recursive": ("share", {"method": "recursive", "keep": 0.8} | SHORT, 0.75),
 }
