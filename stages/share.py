@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 
@@ -24,6 +24,8 @@ class ShareParams(Params):
     Attributes:
         method: `basis` puts maps on low-rank bases, of their own or common to neighbouring blocks; `recursive` gives
             neighbouring blocks the same weights and each a difference of low rank; `tie` stores equal tensors once.
+        tables: tie: embedding tables and head that differ stay apart (`equal`), or each becomes the mean of an
+            encoder's table, a decoder's and the head (`mean`), which loses much until the model is trained again.
         keep: largest share of the blocks' parameters that stays; not of `tie`.
         group: basis: most neighbouring blocks on one basis; recursive: neighbouring blocks on the same weights.
         projections: basis: what may share one; where, and whether at all, is chosen by the measured loss.
@@ -32,6 +34,7 @@ class ShareParams(Params):
     """
 
     method: Method = "basis"
+    tables: Literal["equal", "mean"] = "equal"
     keep: float = Field(default=0.95, gt=0, lt=1)
     group: int = Field(default=2, ge=2)
     projections: tuple[Projection, ...] = Field(default=("q+k", "v", "o", "gate+up"), min_length=1)
@@ -46,6 +49,12 @@ class ShareParams(Params):
             raise ValueError(f"{twice[0]} stands in two projections; it can have one basis")
         return projections
 
+    @model_validator(mode="after")
+    def _tables_of_tie(self) -> ShareParams:
+        if self.tables != "equal" and self.method != "tie":
+            raise ValueError(f"{self.method} leaves the tables alone; `tables` goes with tie")
+        return self
+
 
 def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See ShareParams. The written checkpoint's `structure.json` says what shares, `layers.json` what it lost."""
@@ -55,7 +64,7 @@ def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progres
 
     model = surgery.opened(inputs["model"], "share")
     before, tied = block_parameters(model), params.method == "tie"
-    predicted = _tie(model, progress) if tied else _thinned(params, model, inputs, output, progress)
+    predicted = _tie(params, model, output, progress) if tied else _thinned(params, model, inputs, output, progress)
     save_model(model, output, like=inputs["model"])
     found = surgery.proven(inputs["model"], before, output, before if tied else params.keep * before)
     if tied:
@@ -63,12 +72,18 @@ def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progres
     return {**found, "predicted_loss_nats": predicted}
 
 
-def _tie(model: PreTrainedModel, progress: Progress) -> float:
+def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Progress) -> float:
     from stages.algorithms.tie import equal_groups
-    from stages.models import anatomy, shared
+    from stages.models import architecture, shared, surgery
 
-    # Vectors are left alone: norms that happen to be equal are few bytes and are scaled one by one later.
-    found = equal_groups((name, one) for name, one in model.named_parameters() if one.dim() > 1)
+    changed = shared.averaged(model) if params.tables == "mean" else {}
+    # Vectors are left alone: norms that happen to be equal are few bytes and are scaled one by one later. So are tables
+    # that no file holds.
+    found = equal_groups(
+        (name, one)
+        for name, one in model.named_parameters()
+        if one.dim() > 1 and not architecture.left_out(model, name, one)
+    )
     if not found:
         raise StageError(
             "no two tensors of the checkpoint are equal",
@@ -76,11 +91,15 @@ def _tie(model: PreTrainedModel, progress: Progress) -> float:
             limit="1 group",
             remedy="Leave the step out, or use `method: basis`.",
         )
+    rows = []
     for done, names in enumerate(found, start=1):
         shared.tie(model, names)
+        for name in names:
+            others = [other for other in names if other != name]
+            rows.append({"layer": name, "shares_with": others, "relative_change": changed.get(name, 0.0)})
         progress.advanced(done, len(found))
-    if anatomy.head(model).weight is anatomy.embedding(model).weight:
-        model.config.tie_word_embeddings = True
+    shared.tie_tables(model)
+    surgery.write_table(output, rows, method=params.method)
     progress.note("; ".join(" = ".join(names) for names in found))
     return 0.0
 

@@ -18,6 +18,7 @@ TOKENIZERS = (
     ("vocab.json", "merges.txt"),
     ("vocab.txt",),
     ("spiece.model",),
+    ("vocab.json", "source.spm", "target.spm"),
 )
 SIDE_FILES = (
     "config.json",
@@ -33,6 +34,9 @@ SIDE_FILES = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "source.spm",
+    "target.spm",
+    "target_vocab.json",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -246,7 +250,7 @@ def check_tokenizer(folder: Path) -> None:
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
         raise StageError(
             f"{folder} has no tokenizer",
-            limit="tokenizer.json, tokenizer.model, vocab.txt or vocab.json with merges.txt",
+            limit="tokenizer.json, tokenizer.model, vocab.txt, vocab.json with merges.txt or with both *.spm",
             remedy="Add the tokenizer's files: tokenizer.save_pretrained(folder).",
         )
 

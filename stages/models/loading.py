@@ -40,7 +40,8 @@ CONFIG = "config.json"
 STRUCTURE, QUANTIZATION, GENERATION = "structure.json", "quantization.json", "generation_config.json"
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "source.spm", "target.spm", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "source.spm", "target.spm", "target_vocab.json",
+    "chat_template.jinja",
 )  # fmt: skip
 
 

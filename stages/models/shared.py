@@ -11,12 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from stages.algorithms.positions import FORMS
 from stages.models.sparse_linear import SparseLinear
 from stages.runtime.contract import StageError
+
+_TIED, _ONE_TABLE = "tie_word_embeddings", "share_encoder_decoder_embeddings"
+_LENDER = "shared"
+"""A table that only lends its weight to an encoder's and a decoder's: where these have their own, nothing reads it."""
 
 
 class SharedLinear(nn.Module):
@@ -113,6 +119,73 @@ def tie(model: nn.Module, names: list[str]) -> None:
         raise StageError(f"structure.json ties a tensor that the model does not have: {error}") from error
 
 
+def switches(model: PreTrainedModel) -> list[dict[str, bool]]:
+    """What a configuration can say about tables and heads that are one, the most it can say first."""
+    tied = {_TIED: True}
+    return [tied | {_ONE_TABLE: True}, tied] if hasattr(model.config, _ONE_TABLE) else [tied]
+
+
+def tables(model: PreTrainedModel, said: Mapping[str, bool]) -> list[list[str]]:
+    """Names of the model's parameters that are one tensor where its configuration says so much besides."""
+    config = type(model.config).from_dict({**model.config.to_dict(), **said})
+    with torch.device("meta"), no_init_weights():
+        other = type(model)(config)
+    groups: dict[str, list[str]] = {}
+    for name, source in other.get_expanded_tied_weights_keys(all_submodels=True).items():
+        groups.setdefault(source, [source]).append(name)
+    have = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = [[name for name in names if name in have] for names in groups.values()]
+    return [names for names in found if len(names) > 1]
+
+
+def tie_tables(model: PreTrainedModel) -> None:
+    """Say in the configuration what is one tensor already, as much as it can say; plain transformers ties it then."""
+    for said in switches(model):
+        groups = tables(model, said)
+        found = [[model.get_parameter(name) for name in names] for names in groups]
+        if groups and all(one.shape == own[0].shape and torch.equal(one, own[0]) for own in found for one in own):
+            for names in groups:
+                tie(model, names)
+            for name, value in said.items():
+                setattr(model.config, name, value)
+            return
+
+
+def averaged(model: PreTrainedModel) -> dict[str, float]:
+    """Make the tables and the head that a configuration can tie equal: each becomes the mean of those that are read.
+
+    Returns:
+        Name -> relative change, of every table that was not so already.
+
+    Raises:
+        StageError: the model has none, or they differ in shape.
+    """
+    groups = tables(model, switches(model)[0])
+    if not groups:
+        raise StageError(f"{type(model).__name__} has no tables that its configuration can tie")
+    changed: dict[str, float] = {}
+    for names in groups:
+        read = [name for name in names if name.rpartition(".")[0].rpartition(".")[2] != _LENDER] or names
+        distinct = list({id(one): one for one in map(model.get_parameter, read)}.values())
+        if shapes := {tuple(one.shape) for one in distinct} - {tuple(distinct[0].shape)}:
+            raise StageError(
+                f"{' and '.join(read)} cannot be one tensor",
+                measured=shapes.pop(),
+                limit=tuple(distinct[0].shape),
+                remedy="Leave `tables` at `equal`.",
+            )
+        mean = sum(one.detach().double() for one in distinct) / len(distinct)
+        assert isinstance(mean, Tensor)
+        for name in names:
+            own = model.get_parameter(name)
+            change = float((mean - own.detach()).norm() / own.detach().norm().clamp_min(torch.finfo(own.dtype).tiny))
+            if change and name in read:
+                changed[name] = change
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(mean.to(own.dtype)))
+    return changed
+
+
 def describe(model: PreTrainedModel) -> dict[str, Any] | None:
     """The spec from which `install` makes this structure again; None for a model without surgery."""
     groups: dict[int, dict[str, Any]] = {}
@@ -143,7 +216,8 @@ def describe(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def _tied(model: PreTrainedModel) -> list[list[str]]:
-    by_configuration = model.get_expanded_tied_weights_keys(all_submodels=True)
+    # As the configuration says it now, which may be more than it said when the model was made.
+    by_configuration = {name for names in tables(model, {}) for name in names[1:]}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in by_configuration:

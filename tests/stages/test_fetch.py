@@ -23,6 +23,7 @@ from stages.runtime.progress import Silent
 from tests.adapters.ggufs import write_gguf
 from tests.adapters.wheels import make_wheel, only_wheels_of
 from tests.conftest import Seal
+from tests.models.families import family
 
 
 @pytest.fixture
@@ -304,3 +305,18 @@ def test_progress_reaches_its_total(store: Store, copy: Path) -> None:
     params = pin(FetchParams(source=str(copy)), pins(store), Silent())
     execute(FETCH, params, work_of(FETCH, params, {}), store, Heard())
     assert np.all(np.diff(Heard.shown) >= 0) and Heard.shown[-1] == 1
+
+
+def test_translator_arrives_with_both_of_its_sentence_pieces(seal: Seal, store: Store, tmp_path: Path) -> None:
+    folder = family("marian", tmp_path)
+    tokenizer = {"source.spm": b"source pieces", "target.spm": b"target pieces", "vocab.json": b'{"</s>": 0}'}
+    for name, content in tokenizer.items():
+        (folder / name).write_bytes(content)
+    first = seal("fetch", {"source": folder.as_uri()})
+    view = store.checkout(first.identity)
+    assert {name: (view / name).read_bytes() for name in tokenizer} == tokenizer
+    (folder / "target.spm").write_bytes(b"other pieces")
+    assert seal("fetch", {"source": folder.as_uri()}).identity != first.identity
+    (folder / "target.spm").unlink()
+    with pytest.raises(StageError, match="has no tokenizer"):
+        seal("fetch", {"source": folder.as_uri()})

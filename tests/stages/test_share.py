@@ -3,16 +3,18 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stages.models import loading, twin
-from stages.models.loading import load_model, load_tokenizer
+from stages.models.loading import load_model, load_tokenizer, save_model
 from stages.models.windows import windows
 from stages.runtime.contract import StageError
 from stages.share import SHARE, ShareParams
 from tests.conftest import sealer
+from tests.models import families
 
 PARAMS = {"keep": 0.93, "windows": 6, "window_tokens": 64}
 
@@ -277,9 +279,125 @@ def test_share_tie_of_nothing_equal_is_refused_and_nothing_is_sealed(shared_stor
     assert len(list(shared_store.manifests())) == before
 
 
+TABLES = {
+    "bart": ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"),
+    "marian": ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"),
+    "marian_apart": ("model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"),
+}
+
+
+def apart(name, folder, differ=()):
+    """A checkpoint whose tables and head are stored apart: all equal but those that `differ`."""
+    made, config, settings = families.FAMILIES[name.partition("_")[0]]
+    settings = settings | {"tie_word_embeddings": False}
+    if name == "marian_apart":
+        settings["share_encoder_decoder_embeddings"] = False
+    torch.manual_seed(0)
+    model = getattr(transformers, made)(getattr(transformers, config)(vocab_size=families.VOCABULARY, **settings))
+    with torch.no_grad():
+        for path in TABLES[name]:
+            own = model.get_parameter(f"{path}.weight")
+            own.copy_(torch.randn_like(own) if path in differ else model.lm_head.weight)
+        model.final_logits_bias.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def tables(model, name):
+    return [model.get_parameter(f"{path}.weight") for path in TABLES[name]]
+
+
+def tie(folder, output, **params):
+    output.mkdir()
+    return SHARE.run(ShareParams(method="tie", **params), {"model": folder}, output, Notes())
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_share_tie_stores_the_tables_of_an_encoder_and_a_decoder_once(tmp_path, name):
+    folder = apart(name, tmp_path / "apart")
+    metrics = tie(folder, tmp_path / "tied")
+    table = families.VOCABULARY * families.WIDTH
+    assert metrics["parameters_before"] - metrics["parameters"] == (len(TABLES[name]) - 1) * table
+    assert not (tmp_path / "tied" / "structure.json").exists()
+    theirs = families.library(name.partition("_")[0], tmp_path / "tied")
+    assert len({id(one) for one in tables(theirs, name)}) == 1
+    answer = families.answers(families.library(name.partition("_")[0], folder))
+    assert torch.equal(families.answers(theirs), answer)
+    assert torch.equal(families.answers(load_model(tmp_path / "tied")), answer)
+    rows = json.loads((tmp_path / "tied" / "layers.json").read_text())["layers"]
+    assert {row["layer"] for row in rows} == {f"{path}.weight" for path in TABLES[name]}
+    assert {row["relative_change"] for row in rows} == {0.0}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_share_tied_tables_stay_one_through_training_and_saving(tmp_path, name):
+    tie(apart(name, tmp_path / "apart"), tmp_path / "tied")
+    model = load_model(tmp_path / "tied")
+    before = model.lm_head.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.arange(3, 13)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    save_model(model, tmp_path / "trained", like=tmp_path / "tied")
+    again = load_model(tmp_path / "trained")
+    (one,) = {id(table): table for table in tables(again, name)}.values()
+    assert not torch.equal(one, before)
+    assert torch.equal(families.answers(again), families.answers(model.eval()))
+    stored = load_file(tmp_path / "trained" / "model.safetensors")
+    assert [tuple(t.shape) for t in stored.values()].count((families.VOCABULARY, families.WIDTH)) == 1
+
+
+def test_share_tie_of_some_tables_does_not_tie_the_one_that_differs(tmp_path):
+    folder = apart("bart", tmp_path / "apart", differ=("model.decoder.embed_tokens",))
+    tie(folder, tmp_path / "tied")
+    config = json.loads((tmp_path / "tied" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    model = load_model(tmp_path / "tied")
+    encoder, decoder = model.model.encoder.embed_tokens.weight, model.model.decoder.embed_tokens.weight
+    assert encoder is model.lm_head.weight is model.model.shared.weight is not decoder
+    assert torch.equal(families.answers(model), families.answers(families.library("bart", folder)))
+
+
+def test_share_tie_of_a_decoder_and_its_head_is_told_to_transformers(tmp_path):
+    folder = apart("marian_apart", tmp_path / "apart", differ=("model.encoder.embed_tokens",))
+    tie(folder, tmp_path / "tied")
+    theirs = families.library("marian", tmp_path / "tied")
+    assert theirs.lm_head.weight is theirs.model.decoder.embed_tokens.weight
+    assert torch.equal(families.answers(theirs), families.answers(families.library("marian", folder)))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_share_tie_by_request_stores_the_mean_of_tables_that_differ(tmp_path, name):
+    folder = apart(name, tmp_path / "apart", differ=TABLES[name])
+    with pytest.raises(StageError, match="no two tensors of the checkpoint are equal"):
+        tie(folder, tmp_path / "refused")
+    tie(folder, tmp_path / "tied", tables="mean")
+    read = [table.detach() for table in tables(load_model(folder), name)][-3:]  # what is shared only lends its weight
+    theirs = families.library(name.partition("_")[0], tmp_path / "tied")
+    (one,) = {id(table): table for table in tables(theirs, name)}.values()
+    one = one.detach()
+    assert torch.allclose(one, sum(read) / 3, atol=1e-6)
+    rows = {row["layer"]: row for row in json.loads((tmp_path / "tied" / "layers.json").read_text())["layers"]}
+    for path, old in zip(TABLES[name][-3:], read, strict=True):
+        change = float((one - old).norm() / old.norm())
+        assert rows[f"{path}.weight"]["relative_change"] == pytest.approx(change, rel=1e-4)
+
+
+def test_share_tie_by_request_of_tables_of_two_vocabularies_is_refused(tmp_path):
+    made, config, settings = families.FAMILIES["marian"]
+    settings = settings | {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 80}
+    getattr(transformers, made)(
+        getattr(transformers, config)(vocab_size=families.VOCABULARY, **settings)
+    ).save_pretrained(tmp_path / "two")
+    with pytest.raises(StageError, match=r"cannot be one tensor; measured \(96, 32\); limit \(80, 32\)"):
+        tie(tmp_path / "two", tmp_path / "tied", tables="mean")
+
+
 def test_share_params_refuse_a_projection_that_stands_twice():
     with pytest.raises(ValidationError, match="q stands in two projections"):
         ShareParams(projections=("q+k", "q+k+v"))
+    with pytest.raises(ValidationError, match="basis leaves the tables alone"):
+        ShareParams(tables="mean")
     with pytest.raises(ValidationError):
         ShareParams(group=1)
     with pytest.raises(ValidationError):
