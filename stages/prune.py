@@ -1,4 +1,4 @@
-"""prune: fewer channels, heads or blocks, or zeros in the weights."""
+"""prune: fewer channels, heads, hidden dimensions or blocks, or zeros in the weights."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ class PruneParams(Params):
 
     Attributes:
         method: `channels` narrows every block's feed-forward part to one width, `heads` takes key-value groups of
-            attention heads out of every block, `blocks` takes whole blocks out; `magnitude`, `wanda`, `gradient` and
-            `sparsegpt` put zeros into the blocks' maps, the last one mending the other weights.
+            attention heads out of every block, `width` takes dimensions out of the residual stream that passes
+            through all of them, `blocks` takes whole blocks out; `magnitude`, `wanda`, `gradient` and `sparsegpt` put
+            zeros into the blocks' maps, the last one mending the other weights.
         keep: largest share of the blocks' parameters that stays; of zeros: of the maps' weights that are not zero.
         pattern: zeros: so many of so many neighbours stay in every row, whatever `keep` says; without one each map has
             as many zeros as the measured loss allows.
         by: blocks: chosen by the measured loss without them, or by how little they change what passes through.
-        multiple: channels: the width left is a multiple of this.
+        multiple: channels, width: what is left is a multiple of this.
         layers: zeros: paths of the maps that get them, with `*` for anything; every map of the blocks by default.
         skip: zeros: paths of maps that get none; `keep` is the share of the others.
         windows: calibration windows.
         window_tokens: their length.
     """
 
-    method: Literal["channels", "heads", "blocks", "magnitude", "wanda", "gradient", "sparsegpt"] = "channels"
+    method: Literal["channels", "heads", "width", "blocks", "magnitude", "wanda", "gradient", "sparsegpt"] = "channels"
     keep: float = Field(default=0.95, gt=0, lt=1)
     pattern: Literal["2:4", "4:8"] | None = None
     by: Literal["loss", "influence"] = "loss"
@@ -89,17 +90,19 @@ def _structure(
     from stages.models.anatomy import block_parameters
     from stages.models.loading import save_model
     from stages.models.pruning import REMOVERS, Asked
+    from stages.models.width import width
 
     before = block_parameters(model)
     limit = int(params.keep * before)
     asked = Asked(limit, params.multiple, params.by, output / PARTIAL)
-    rows = REMOVERS[params.method](model, ids_NT, asked, progress)
+    rows = {**REMOVERS, "width": width}[params.method](model, ids_NT, asked, progress)
     surgery.write_table(output, rows, method=params.method)
     save_model(model, output, like=like)
     return {
         **surgery.proven(like, before, output, limit),
         "layers": float(model.config.num_hidden_layers),
         "channels": float(model.config.intermediate_size),
+        "hidden_size": float(model.config.hidden_size),
     }
 
 

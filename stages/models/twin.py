@@ -128,6 +128,19 @@ class Technique(Protocol):
         """Put a map's new tensors in its place; the same tensors make the same module."""
 
 
+@dataclass(frozen=True)
+class Ends:
+    """What the caller does with both streams where they begin and end.
+
+    Attributes:
+        enter: the compressed model's stream before its first block, a tensor of its own, from the dense model's.
+        leave: told both streams, dense and compressed, after the last block.
+    """
+
+    enter: Callable[[Tensor], Tensor] = Tensor.clone
+    leave: Callable[[Tensor, Tensor], None] = lambda x_NTH, z_NTH: None
+
+
 def compress(
     model: PreTrainedModel,
     ids_NT: Tensor,
@@ -137,6 +150,7 @@ def compress(
     note: Callable[[str], None] = lambda text: None,
     timed: Callable[[str, float, int], None] = lambda name, seconds, block: None,
     gone: Collection[int] = (),
+    ends: Ends = Ends(),
 ) -> list[dict[str, Any]]:
     """Compress the maps of every block in the order in which they run, each on what the ones before it give.
 
@@ -153,6 +167,7 @@ def compress(
         advanced: told (blocks done, blocks).
         note: told of a resume.
         gone: indices of blocks that the compressed model has not; the caller takes them out.
+        ends: what the caller does with both streams at their ends.
         timed: told ("block_seconds", seconds, block): clocks stay out of the rows, since the same work makes the same.
 
     Returns:
@@ -167,7 +182,7 @@ def compress(
     done, rows, streams = _resumed(model, technique, state)
     if done:
         note(f"goes on after block {done} of {len(blocks)}, saved before it was cut off")
-    x_NTH, z_NTH = streams or _entering(model, ids_NT)
+    x_NTH, z_NTH = streams or _entering(model, ids_NT, ends)
     if not done:
         _through(_gap(blocks, calls, 0, gone), x_NTH)
     saved = time.monotonic()
@@ -192,12 +207,13 @@ def compress(
             saved = time.monotonic()
         timed("block_seconds", time.monotonic() - began, block.index)
         advanced(block.index + 1, len(blocks))
+    ends.leave(x_NTH, z_NTH)
     return rows
 
 
-def _entering(model: PreTrainedModel, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
+def _entering(model: PreTrainedModel, ids_NT: Tensor, ends: Ends) -> tuple[Tensor, Tensor]:
     x_NTH = embedded(model, ids_NT)
-    return x_NTH, x_NTH.clone()
+    return x_NTH, ends.enter(x_NTH)
 
 
 Gap = Sequence[tuple[Block, Mapping[str, Any]]]

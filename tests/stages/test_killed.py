@@ -16,6 +16,7 @@ CASES = {
     "int8": ("quantize", {"scheme": "int8_w8a8"} | SHORT, 0.5),
     "2:4": ("prune", {"method": "sparsegpt", "pattern": "2:4"} | SHORT, 0.5),
     "channels": ("prune", {"method": "channels", "keep": 0.9} | SHORT, 0.5),
+    "width": ("prune", {"method": "width", "keep": 0.9} | SHORT, 0.75),
     "blocks": ("prune", {"method": "blocks", "keep": 0.8} | SHORT, 0.3),
     "factorize": ("factorize", {"keep": 0.8} | SHORT, 0.75),
     "factorize sparse": ("factorize", {"keep": 0.8, "sparse": 0.5} | SHORT, 0.75),

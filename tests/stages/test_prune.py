@@ -165,6 +165,26 @@ def test_prune_heads_takes_whole_groups_and_loads_plainly(shared_store, dense, t
     assert perplexity(model, test) / perplexity(original, test) < 1.15
 
 
+def test_prune_width_loses_far_less_than_cutting_the_weakest_dimensions(shared_store, dense, topics):
+    made = sealer(shared_store)("prune", PARAMS | {"method": "width", "keep": 0.8}, model=dense, text=topics)
+    folder = shared_store.checkout(made.identity)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["hidden_size"], config["head_dim"]) == (48, 16)
+    assert made.manifest.metrics["hidden_size"] == 48
+    assert made.manifest.metrics["block_parameters"] <= 0.8 * made.manifest.metrics["block_parameters_before"]
+    ours = AutoModelForCausalLM.from_pretrained(folder).eval()
+    original, naive = (load_model(shared_store.checkout(dense)) for _ in range(2))
+    with torch.no_grad():  # a norm's mean square over fewer dimensions is left out: that alone would favour ours
+        weakest = original.model.embed_tokens.weight.norm(dim=0).argsort()[:16]
+        naive.model.embed_tokens.weight[:, weakest] = 0
+        for layer in naive.model.layers:
+            layer.self_attn.o_proj.weight[weakest] = 0
+            layer.mlp.down_proj.weight[weakest] = 0
+    test = ids(shared_store, topics, dense, "test")
+    base = perplexity(original, test)
+    assert perplexity(ours, test) / base - 1 < 0.6 * (perplexity(naive, test) / base - 1)
+
+
 def test_prune_blocks_of_a_shared_group_leaves_the_rest_sharing(shared_store, dense, topics):
     how = {"windows": 2, "window_tokens": 64}
     first = sealer(shared_store)("share", how | {"keep": 0.9}, model=dense, text=topics)
@@ -269,7 +289,7 @@ def test_prune_whose_zeros_were_not_written_is_caught(shared_store, dense, topic
         PRUNE.run(how, given, tmp_path, Notes())
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "channels"])
+@pytest.mark.parametrize("method", ["sparsegpt", "channels", "width"])
 def test_prune_cut_off_goes_on_and_ends_in_the_same_bytes(shared_store, dense, topics, tmp_path, monkeypatch, method):
     given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
     how = PruneParams(method=method, pattern="2:4" if method == "sparsegpt" else None, keep=0.8, **ZEROS)
@@ -292,7 +312,9 @@ def test_prune_cut_off_goes_on_and_ends_in_the_same_bytes(shared_store, dense, t
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("method", "best"), [("channels", r"0\.28"), ("heads", r"0\.87"), ("blocks", r"0\.16")])
+@pytest.mark.parametrize(
+    ("method", "best"), [("channels", r"0\.28"), ("heads", r"0\.87"), ("width", r"0\.12"), ("blocks", r"0\.16")]
+)
 def test_prune_that_cannot_remove_so_much_names_the_best(shared_store, dense, topics, method, best):
     before = len(list(shared_store.manifests()))
     with pytest.raises(StageError, match=rf"measured keep {best}\d+ at best; limit keep 0\.05"):
