@@ -159,9 +159,8 @@ def _fit_head(model: PreTrainedModel, x_NTH: Tensor, z_NTH: Tensor, kept_K: Tens
         gain_H[kept_K] *= fitted_gains(w_VH.detach().float(), moment_KK, cross_HK, kept_K).to(gain_H.dtype)
         norm.weight = _frozen(gain_H)
     else:
-        left_HK = cross_HK.index_add(
-            0, kept_K, moment_KK, alpha=-1
-        )  # so that the ridge draws to the weights as they are
+        # Of the difference, so that the ridge draws to the weights as they are.
+        left_HK = cross_HK.index_add(0, kept_K, moment_KK, alpha=-1)
         fitted_VH = w_VH.detach().clone()
         fitted_VH[:, kept_K] += w_VH @ torch.linalg.solve(damped(moment_KK), left_HK.T).T.to(w_VH.dtype)
         head.weight = _frozen(fitted_VH)

@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 from stages.factorize import FACTORIZE, FactorizeParams
 from stages.models import loading
 from stages.models.anatomy import block_parameters, blocks, projections
-from stages.models.loading import load_model
-from stages.models.shared import SharedLinear
+from stages.models.loading import load_model, save_model
+from stages.models.shared import ResidualLinear, SharedLinear
+from stages.recover import RecoverParams, recover
 from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
 from tests.conftest import sealer
 from tests.stages.test_share import Notes, ids, perplexity
 
@@ -136,6 +138,26 @@ def test_factorize_with_single_weights_stores_the_same_bytes_and_loses_less(
     test = ids(shared_store, topics, dense, "test")
     ours, product = (perplexity(load_model(shared_store.checkout(one.identity)), test) for one in (beside, factorized))
     assert ours < product
+
+
+def test_single_weights_learn_where_they_stand_and_nowhere_else(shared_store, dense, topics, beside, tmp_path):
+    folder = shared_store.checkout(beside.identity)
+    model = load_model(folder)
+    with torch.no_grad():
+        for one in model.modules():
+            if isinstance(one, ResidualLinear):
+                one.low.coefficient.weight *= 0.5
+    save_model(model, tmp_path / "cut", like=folder)
+    inputs = {"model": tmp_path / "cut", "teacher": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
+    params = {"tokens": 2048, "window_tokens": 64, "learning_rate": 1e-3, "warmup_steps": 2, "check_every_steps": 4}
+    metrics = recover(RecoverParams(**params), inputs, tmp_path / "out", Silent())
+    assert metrics["kl_after"] < metrics["kl_before"]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "out"))
+    assert before.keys() == after.keys()
+    values = [name for name in before if name.endswith(".dense.values")]
+    assert values and not any(torch.equal(before[name], after[name]) for name in values)
+    places = [name for name in before if name.endswith((".mask", ".columns", ".counts"))]
+    assert places and all(torch.equal(before[name], after[name]) for name in places)
 
 
 def test_factorize_of_some_layers_leaves_the_others_as_they_came(shared_store, dense, topics):
