@@ -221,7 +221,7 @@ def _dense(bench: Bench) -> Row:
     counts = f"{found['text']:.0f} and {found['other']:.0f} windows of {options.tokens} tokens"
     told = f"perplexity {scores['perplexity_text']:.3f}, elsewhere {scores['perplexity_other']:.3f}; {counts}"
     weights = sum(file.stat().st_size for file in bench.inputs["dense"].glob("*.safetensors"))
-    scores.pop("kl")
+    scores = {name: value for name, value in scores.items() if not name.startswith("kl")}
     row = Row("dense", key, {**scores, "size_bytes": float(weights)}, {}, told)
     results.keep(bench.rows, row)
     return row

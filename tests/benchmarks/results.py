@@ -14,7 +14,18 @@ from rich.text import Text
 
 from flows.tables import size
 
-COLUMNS = ("technique", "loss %", "x elsewhere", "KL", "bits or kept", "size", "seconds", "peak GB", "notes")
+COLUMNS = (
+    "technique",
+    "loss %",
+    "x elsewhere",
+    "KL",
+    "KL short",
+    "bits or kept",
+    "size",
+    "seconds",
+    "peak GB",
+    "notes",
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,8 @@ class Row:
     Attributes:
         name: the technique.
         key: identity of what was measured: code, params, inputs, windows.
-        figures: seconds, import_seconds, peak_rss_bytes, size_bytes, perplexity_text, perplexity_other, kl.
+        figures: seconds, import_seconds, peak_rss_bytes, size_bytes, perplexity_text, perplexity_other, kl,
+            kl_short.
         metrics: what the stage itself told.
         about: what a reader must know.
         error: why there are no figures.
@@ -59,7 +71,7 @@ def kept(path: Path) -> dict[str, Row]:
 def summary(row: Row, dense: Row) -> dict[str, float]:
     """The row's figures beside the dense model's: loss in percent, ratio elsewhere, what is left, megabytes."""
     figures = dict(row.figures)
-    found: dict[str, float] = {n: figures[n] for n in ("kl", "seconds", "import_seconds") if n in figures}
+    found: dict[str, float] = {n: figures[n] for n in ("kl", "kl_short", "seconds", "import_seconds") if n in figures}
     if "perplexity_text" in figures:
         ratios = [figures[f"perplexity_{name}"] / dense.figures[f"perplexity_{name}"] for name in ("text", "other")]
         found |= {"loss_percent": 100 * (ratios[0] - 1), "ratio_elsewhere": ratios[1]}
@@ -97,7 +109,14 @@ def cells(row: Row, dense: Row) -> tuple[str, ...]:
 
     left = f"{found['bits_per_weight']:.2f} bits" if "bits_per_weight" in found else shown("kept_share", ".1%")
     stored = size(row.figures["size_bytes"]) if "size_bytes" in row.figures else "-"
-    told = (shown("loss_percent", "+.2f"), shown("ratio_elsewhere", ".4f"), shown("kl", ".4f"), left, stored)
+    told = (
+        shown("loss_percent", "+.2f"),
+        shown("ratio_elsewhere", ".4f"),
+        shown("kl", ".4f"),
+        shown("kl_short", ".4f"),
+        left,
+        stored,
+    )
     return (row.name, *told, shown("seconds", ".1f"), shown("peak_rss_gb", ".2f"), row.error or row.about)
 
 
@@ -114,7 +133,7 @@ def table(rows: Sequence[Row], dense: Row, title: str) -> Table:
 
 def columns(rows: Sequence[Row], dense: Row) -> dict[str, list[Any]]:
     """The same as columns of numbers, for MLflow; None where there is no figure."""
-    names = ("loss_percent", "ratio_elsewhere", "kl", "bits_per_weight", "kept_share", "size_mb", "seconds")
+    names = ("loss_percent", "ratio_elsewhere", "kl", "kl_short", "bits_per_weight", "kept_share", "size_mb", "seconds")
     found = [summary(row, dense) for row in rows]
     made: dict[str, list[Any]] = {"technique": [row.name for row in rows]}
     made |= {name: [one.get(name) for one in found] for name in (*names, "import_seconds", "peak_rss_gb")}

@@ -16,6 +16,8 @@ from stages.measures.perplexity import negative_log_likelihood
 
 Logits = Callable[[Tensor], Tensor]
 """ids_NT -> logits_NTV."""
+SHORT = 12
+"""Tokens of a short prompt: what a range or a cut does to the first tokens, a long window hides."""
 
 
 @torch.no_grad()
@@ -36,7 +38,8 @@ def score(
         advanced: hears how many windows are done.
 
     Returns:
-        `perplexity_<text>` and `kl`, in nats a token.
+        `perplexity_<text>`, and `kl` and `kl_short` in nats a token: the latter on each of the first text's windows cut
+        to its first SHORT tokens; NaN where no window is read by both.
     """
     figures, divergences = dict[str, float](), list[Tensor]()
     done, total = 0, sum(len(ids_NT) for ids_NT in texts.values())
@@ -51,4 +54,13 @@ def score(
             advanced(done, total)
         figures[f"perplexity_{name}"] = math.exp(min(700.0, float(torch.cat(parts).mean())))
     figures["kl"] = float(torch.cat(divergences).mean()) if divergences else math.nan
+    figures["kl_short"] = _short(model, dense, next(iter(texts.values()))) if divergences else math.nan
     return figures
+
+
+def _short(model: Logits, dense: Logits, ids_NT: Tensor) -> float:
+    found = []
+    for ids_T in ids_NT[:, :SHORT]:
+        both = (one(ids_T[None])[0].float() for one in (dense, model))
+        found.append(kl_divergence(*both))
+    return float(torch.cat(found).mean())

@@ -58,6 +58,8 @@ def test_score_of_two_tables_of_logits_equals_perplexity_and_kl_by_numpy():
     read = ids["text"].numpy()[:2, :-1].ravel()
     kl = (np.exp(logp[0]) * (logp[0] - logp[1])).sum(1)[read].mean()
     assert found["kl"] == pytest.approx(kl, rel=1e-4)
+    every = (np.exp(logp[0]) * (logp[0] - logp[1])).sum(1)[ids["text"].numpy()].mean()
+    assert found["kl_short"] == pytest.approx(every, rel=1e-4)
 
 
 def test_cut_loses_on_outputs_what_eckart_and_young_allow_and_less_than_any_other_cut():
@@ -92,13 +94,14 @@ def test_rows_kept_are_the_last_of_each_name_and_a_line_cut_short_is_left_out(tm
 
 
 def test_cells_are_ratios_to_dense_and_a_failure_shows_its_error():
-    figures = {"perplexity_text": 21.0, "perplexity_other": 15.0, "kl": 0.1, "seconds": 3.0, "peak_rss_bytes": 2e9}
+    figures = {"perplexity_text": 21.0, "perplexity_other": 15.0, "kl": 0.1, "kl_short": 0.2}
+    figures |= {"seconds": 3.0, "peak_rss_bytes": 2e9}
     told = {"block_parameters": 80.0, "block_parameters_before": 100.0}
     assert results.cells(Row("a", figures=figures, metrics=told, about="x"), DENSE) == (
-        "a", "+5.00", "1.5000", "0.1000", "80.0%", "-", "3.0", "2.00", "x",
+        "a", "+5.00", "1.5000", "0.1000", "0.2000", "80.0%", "-", "3.0", "2.00", "x",
     )  # fmt: skip
     assert results.summary(Row("b", metrics={"sparsity": 0.5}), DENSE) == {"kept_share": 0.5}
-    assert results.cells(Row("c", error="broke"), DENSE) == ("c", *["-"] * 7, "broke")
+    assert results.cells(Row("c", error="broke"), DENSE) == ("c", *["-"] * 8, "broke")
     assert results.columns([Row("c", error="broke")], DENSE)["loss_percent"] == [None]
 
 
