@@ -101,7 +101,7 @@ def install(model: PreTrainedModel, spec: Mapping[str, Any]) -> None:
         spec: {"format": a name of FORMS, "layers": [path of an attention module, ...]}.
 
     Raises:
-        StageError: the model has no such module, or does not call its attention through transformers' interface.
+        StageError: the format is unknown, or the model has no such module.
     """
     if spec["format"] not in FORMS:
         raise StageError(f"a cache in {spec['format']!r} is not understood", limit=", ".join(FORMS))

@@ -17,6 +17,7 @@ from stages.models import anatomy, exporting, graph, kv_cache, kv_ranges
 from stages.models.export_checks import expected, require_effect
 from stages.models.loading import load_model, load_tokenizer, save_model
 from stages.models.parity import parity
+from stages.models.quantized import annotate
 from stages.models.windows import windows
 from stages.quantize import QuantizeParams, quantize
 from stages.runtime.contract import StageError
@@ -131,8 +132,6 @@ def test_decoder_of_any_family_answers_the_same_with_a_cache_and_loads_again(roo
     chosen = logits.gather(2, said[:, 5:, None])[..., 0]
     assert said.shape == (4, 15)
     assert (logits.amax(2) - chosen).max() < 0.02 * logits.std()
-    from stages.models.quantized import annotate
-
     annotate(model, kv_cache.described(model), {})
     save_model(model, tmp_path / "a", like=family(name, root))
     again = load_model(tmp_path / "a")
