@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,8 @@ Scheme = Literal[
 
 ROUNDED_INPUTS = ("int8_w8a8", "fp8_e4m3")
 SIXTEEN_BITS = ("fp16", "bf16")
+FITTED = 4
+"""Where inputs are rounded, one window in so many fits maps: the fit wants fewer than the ranges, and costs more."""
 SMALL = ("I8", "U8", "F8_E4M3", "I32")
 
 
@@ -46,14 +48,16 @@ class QuantizeParams(Params):
         keep: int8_w8a8, fp8_e4m3: largest share of the blocks' weights whose inputs stay float, where that saves most.
         layers: paths of the maps that are quantized, with `*` for anything; every map of the blocks by default.
         skip: paths of maps that stay float: `*.down_proj`.
-        windows: calibration windows; None takes 8, or 16 where inputs are rounded. More lose less and take longer.
+        windows: calibration windows; None takes 8, or 16 where inputs are rounded: all set the ranges then, and a
+            quarter of them fits the maps. More lose less and take longer.
         window_tokens: their length.
         kv_cache: keys and values in eight bits as they are cached, with static scales of each layer.
         search: `auto` fits each map to the dense model's outputs, by columns, and searches scales, ranges and
             smoothing; `off` rounds to nearest with the plain ranges of the format's definition.
         rotation: mixes the values between v and o by a Hadamard matrix (`heads`), the residual stream, too (`stream`; a
             tied table becomes two), or the heads of the blocks where rounding then loses less on the text (`auto`), so
-            that no channel stands out. It folds into the weights: before rounding the model gives the same.
+            that no channel stands out. It folds into the weights: before rounding the model gives the same. None
+            rotates heads where inputs are rounded, the search is on and no tied tensor is in the way.
         layout: how the checkpoint is laid out: our own way, or as vLLM and transformers load it, which holds no
             quantized table and no shared, factorized or unevenly pruned layers; vLLM wants q, k and v in one form, and
             gate and up, which `auto` does not promise.
@@ -73,7 +77,7 @@ class QuantizeParams(Params):
     window_tokens: int = Field(default=512, ge=8)
     kv_cache: Literal["keep", "int8", "fp8_e4m3"] = "keep"
     search: Literal["auto", "off"] = "auto"
-    rotation: Literal["off", "heads", "stream", "auto"] = "off"
+    rotation: Literal["off", "heads", "stream", "auto"] | None = None
     layout: Literal["enginery", "compressed-tensors"] = "enginery"
 
     @model_validator(mode="after")
@@ -85,7 +89,7 @@ class QuantizeParams(Params):
             raise ValueError(f"`{given[0]}` belongs to scheme auto")
         if self.layout == "compressed-tensors" and self.scheme in SIXTEEN_BITS:
             raise ValueError(f"layout compressed-tensors holds no {self.scheme}: engines load it as it is")
-        if self.rotation != "off" and self.scheme in SIXTEEN_BITS:
+        if self.rotation not in (None, "off") and self.scheme in SIXTEEN_BITS:
             raise ValueError(f"`rotation` spreads what few bits lose; {self.scheme} has no use for it")
         if self.layout == "compressed-tensors" and self.embedding == "int8":
             raise ValueError("layout compressed-tensors holds no INT8 table: set `embedding: keep`")
@@ -97,7 +101,6 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
     from stages.models import anatomy, compressed_tensors, kv_cache, kv_ranges, precision, sixteen_bits, surgery
     from stages.models.loading import load_model, save_model
     from stages.models.quantized import annotate, describe
-    from stages.models.rotation_choice import rotate
 
     model = load_model(inputs["model"])
     if describe(model) is not None:
@@ -108,11 +111,13 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
     text_NT = _windows(params, inputs, progress)
     if params.kv_cache != "keep":
         kv_cache.attentions(model)  # refuses now what is not understood
-    cast, searched = params.scheme in SIXTEEN_BITS, params.search == "auto"
+    cast = params.scheme in SIXTEEN_BITS
     text = partial(surgery.calibration, inputs, params.window_tokens, params.windows or 8, progress)
     alike = {} if cast else dict.fromkeys(asked_for, _precision(params))
-    rotated = rotate(model, params.rotation, alike, text, searched=searched)
-    rounding = precision.Rounding({} if cast else _asked(params, model, asked_for, text_NT), search=searched)
+    rotated = _rotated(params, model, alike, text, progress)
+    rounding = precision.Rounding(
+        {} if cast else _asked(params, model, asked_for, text_NT), search=params.search == "auto"
+    )
     if params.scheme in ROUNDED_INPUTS:
         assert text_NT is not None
         rounding.take(_ranges(params, model, asked_for, text_NT))
@@ -122,7 +127,8 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
         from stages.models.twin import compress
 
         assert text_NT is not None
-        rows = compress(model, text_NT, rounding, output / PARTIAL, progress.advanced, progress.note, progress.metric)
+        fitted_NT = text_NT[: max(2, len(text_NT) // FITTED)] if rounding.notes else text_NT
+        rows = compress(model, fitted_NT, rounding, output / PARTIAL, progress.advanced, progress.note, progress.metric)
     names = [row["layer"] for row in rows]
     for row in rows:
         row |= rotated.get(row["layer"], {})
@@ -158,6 +164,28 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
         "bits_per_weight": 16.0 if cast else _bits(model),
         "largest_error_ratio": max((row["error"] for row in rows), default=0.0),
     }
+
+
+def _rotated(
+    params: QuantizeParams,
+    model: PreTrainedModel,
+    asked: dict[str, Precision],
+    text: Callable[[], Tensor],
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Rotate what is asked for; where nothing is said, heads, if inputs are rounded and the checkpoint lets it."""
+    from stages.models.rotation_choice import rotate
+
+    searched = params.search == "auto"
+    if params.rotation is not None:
+        return rotate(model, params.rotation, asked, text, searched=searched)
+    if not searched or params.scheme not in ROUNDED_INPUTS:
+        return {}
+    try:
+        return rotate(model, "heads", asked, text, searched=searched)
+    except StageError as error:
+        progress.note(f"heads are not rotated: {error.what}")
+        return {}
 
 
 def _caches(params: QuantizeParams, model: PreTrainedModel, ids_NT: Tensor | None) -> list[dict[str, Any]]:

@@ -18,6 +18,9 @@ RATIOS = (1.0, 7 / 8, *(1.06 - 0.04 * step for step in range(14)))
 At 7/8 the largest weight of four bits, if negative, lands on -8.
 """
 
+ROWS = 4096
+"""Rows rounded at once: a table of tokens is as large as a small model's blocks."""
+
 
 def round_rows(w_OI: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Round each row to signed integers so that q_OI * scale_O[:, None] is close to w_OI.
@@ -33,10 +36,12 @@ def round_rows(w_OI: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         ValueError: w_OI holds a NaN or an infinity, or bits is out of range.
     """
     top = _top(bits)
-    _check_finite(w_OI)
-    scale_O = _positive(w_OI.float().abs().amax(1) / top)
-    q_OI = torch.clamp(torch.round(w_OI / scale_O[:, None]), -top, top)
-    return q_OI.to(torch.int8), scale_O
+    q_OI, scale_O = torch.empty(w_OI.shape, dtype=torch.int8), torch.empty(len(w_OI))
+    for part_OI, q, scale in zip(w_OI.split(ROWS), q_OI.split(ROWS), scale_O.split(ROWS), strict=True):
+        _check_finite(part_OI)
+        scale.copy_(_positive(part_OI.float().abs().amax(1) / top))
+        q.copy_(torch.clamp(torch.round(part_OI / scale[:, None]), -top, top))
+    return q_OI, scale_O
 
 
 def search_scales(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import READS_NORM, Block, blocks, norms, path, projections
+from stages.models.mapped import own
 from stages.models.shared import ResidualLinear, SharedLinear
 from stages.runtime.contract import StageError
 
@@ -69,8 +70,10 @@ def fold(site: Site, factor_F: Tensor) -> None:
             for tensor in (writer.weight, getattr(writer, "bias", None)):
                 if isinstance(tensor, Tensor) and id(tensor) not in seen:
                     seen.add(id(tensor))
+                    own(tensor)
                     tensor.div_(factor_F.view(-1, *[1] * (tensor.ndim - 1)))
         for reader in site.readers.values():
+            own(reader.weight)
             reader.weight.mul_(factor_F[site.index_I])
 
 

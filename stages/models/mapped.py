@@ -40,6 +40,16 @@ def forget(tensor: Tensor) -> int:
     return given
 
 
+def own(tensor: Tensor) -> None:
+    """Give a tensor that will be written to memory of its own, wherever it stands; what it was is given back.
+
+    A page of a mapped file that is written to stays in memory as long as any tensor of that file is in use.
+    """
+    old = tensor.detach()
+    tensor.data = old.clone()
+    forget(old)
+
+
 def release(module: nn.Module) -> int:
     """Give back the unchanged pages of every parameter and buffer of a module; see `forget`. Returns the bytes."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}

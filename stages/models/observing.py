@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from stages.algorithms.smoothing import Sample
 from stages.models import anatomy
 from stages.models.anatomy import Block
-from stages.models.mapped import release
+from stages.models.mapped import release, trim
 from stages.models.streaming import arguments, embedded, in_short, output
 from stages.runtime.contract import StageError
 
@@ -104,6 +104,7 @@ def observed(model: PreTrainedModel, maps: Maps, ids_NT: Tensor, *, rows: int) -
             for handle in handles:
                 handle.remove()
         release(block.module)
+        trim()
         for name in [name for name, index in last.items() if index == block.index]:
             yield name, _finished(running.pop(name))
 

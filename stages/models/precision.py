@@ -111,6 +111,8 @@ class Rounding:
         for site, factor_F in self._factors:
             if site.block == block.index and not bool((factor_F == 1).all()):
                 fold(site, factor_F)
+        # A site holds its maps: what is rounded is to leave memory.
+        self._factors = [one for one in self._factors if one[0].block != block.index]
 
     def begin(self, names: Sequence[str], peak: float) -> None:
         """Take the range of FP8 inputs from the dense model's."""
@@ -130,22 +132,23 @@ class Rounding:
         form = self.precision[speaks].input_form
         return fake_round(z_MI, scale) if form == "int8" else nearest_e4m3(z_MI / scale) * scale
 
-    def compress(self, block: Block, found: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
+    def compress(self, block: Block, found: Mapping[str, nn.Module], seen: Seen) -> dict[str, Compressed]:
         """See `twin.Technique`. Maps that are rounded alike are rounded as one: their columns are the same."""
         made: dict[str, Compressed] = {}
-        alike: dict[Precision, list[str]] = {}
-        for path in found:
-            if asked := self.precision.get(f"{block.name}.{path}"):
-                alike.setdefault(asked, []).append(path)
-        for asked, paths in alike.items():
-            weights = {path: found[path].weight.detach() for path in paths}
+        alike: dict[Precision, dict[str, nn.Linear]] = {}
+        for path, one in found.items():
+            asked = self.precision.get(f"{block.name}.{path}")
+            if asked and isinstance(one, nn.Linear):  # a tensor of two sites is rounded already at the second
+                alike.setdefault(asked, {})[path] = one
+        for asked, together in alike.items():
+            weights = {path: one.weight.detach() for path, one in together.items()}
             targets = list((seen.targets(weights) if self.search else weights).values())
             inverse_II = seen.inverse_II if self.search else None
             tensors = rounded(torch.cat(targets), asked.form, asked.block, inverse_II, search=self.search)
             sizes = [len(target_OI) for target_OI in targets]
-            for index, path in enumerate(paths):
+            for index, path in enumerate(together):
                 own = {name: (t.split(sizes)[index] if t.ndim else t).clone() for name, t in tensors.items()}
-                made[path] = self._compressed(f"{block.name}.{path}", found[path], own, targets[index], seen)
+                made[path] = self._compressed(f"{block.name}.{path}", together[path], own, targets[index], seen)
         return made
 
     def _compressed(

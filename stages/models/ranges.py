@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.grids import E4M3_TOP
@@ -17,8 +17,10 @@ from stages.algorithms.observers import OBSERVERS
 from stages.algorithms.rounding import round_rows
 from stages.algorithms.smoothing import RANGES, STRENGTHS, factors, input_scale, phase, search
 from stages.models.folding import Site, sites
+from stages.models.mapped import forget
 from stages.models.observing import Observed, observed
 from stages.models.streaming import worth
+from stages.runtime.contract import StageError
 
 ROWS = 384
 """Sampled rows of each site's inputs on which strengths and ranges are judged."""
@@ -67,19 +69,39 @@ def decided(model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor, how: H
     """A decision for every site with one of these maps; nothing is folded yet.
 
     Raises:
-        StageError: fewer than two windows, or an activation is not finite.
+        StageError: fewer than two windows, an activation is not finite, or INT8 ranges cannot be moved past a tied
+            tensor.
     """
     found = {site.name: site for site in sites(model) if any(name in names for name in site.readers)}
-    places: dict[int, list[torch.nn.Module]] = {}
+    places: dict[int, list[nn.Module]] = {}
     for one in model.modules():
         places.setdefault(id(getattr(one, "weight", None)), []).append(one)
     maps = {
         site.name: [one for reader in site.readers.values() for one in places[id(reader.weight)]]
         for site in found.values()
     }
+    if how.form == "int8":
+        for site in found.values():
+            _check_movable(site, places)
     worths = worth(model, ids_NT[:1])
-    made = [_decide(found[name], one, how, worths) for name, one in observed(model, maps, ids_NT, rows=ROWS)]
+    made = []
+    for name, seen in observed(model, maps, ids_NT, rows=ROWS):
+        made.append(_decide(found[name], seen, how, worths))
+        for reader in found[name].readers.values():
+            forget(reader.weight)
     return _spare(made, how.keep)
+
+
+def _check_movable(site: Site, places: Mapping[int, Sequence[nn.Module]]) -> None:
+    """Raise StageError where a factor that divides what is written would change something else, too."""
+    writers, count = {id(writer) for writer in site.writers}, int(site.index_I.max()) + 1
+    for writer in site.writers:
+        weight: Tensor = writer.weight  # type: ignore[assignment]
+        if len(weight) != count or any(id(one) not in writers for one in places[id(weight)]):
+            raise StageError(
+                f"what writes the input of {site.name} shares its tensor with another map, so no range can be moved",
+                remedy="Take a scheme that moves none: fp8_e4m3, int8_weight_only or int4_weight_only.",
+            )
 
 
 def _decide(site: Site, seen: Observed, how: How, worths: Mapping[str, float]) -> Decision:

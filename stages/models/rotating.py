@@ -19,6 +19,7 @@ from stages.algorithms.hadamard import rotation
 from stages.models import anatomy
 from stages.models.anatomy import READS_NORM, Block
 from stages.models.heads import attentions
+from stages.models.mapped import own
 from stages.models.shared import ResidualLinear, SharedLinear
 from stages.runtime.contract import StageError
 
@@ -159,6 +160,7 @@ def _apply(model: PreTrainedModel, uses: Sequence[Use], r_DD: Tensor) -> None:
         for use in uses:
             for tensor in _changed(use):
                 if id(tensor) not in seen:  # in place and once, so that what is tied stays so
+                    own(tensor)
                     facing = tensor if use.axis == "reads" else tensor.view(len(tensor), -1).T
                     turn(facing, r_DD, use.gain_I)
                 seen.add(id(tensor))

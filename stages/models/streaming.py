@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from stages.models import anatomy
 from stages.models.anatomy import Block
-from stages.models.mapped import release
+from stages.models.mapped import release, trim
 from stages.runtime.contract import StageError
 
 SITES = {"q": "attention", "k": "attention", "v": "attention", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
@@ -38,7 +38,7 @@ class Statistics:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-HEAD_TOKENS = 128
+HEAD_TOKENS = 64
 """Tokens whose logits are held at once: a vocabulary is a hundred times as wide as a small model."""
 PROBE = 8
 """Tokens that suffice where only what a block does matters, not what comes out."""
@@ -223,10 +223,14 @@ def _drawn_gradient(model: PreTrainedModel, x_NTH: Tensor) -> Tensor:
     gradients = []
     for x_TH in x_NTH.flatten(0, 1).split(HEAD_TOKENS):
         x = x_TH.detach().requires_grad_()
-        log_TV = head(norm(x)).log_softmax(-1)
-        labels_T1 = torch.multinomial(log_TV.detach().exp(), 1, generator=generator)
-        gradients.append(torch.autograd.grad(log_TV.gather(1, labels_T1).sum(), x)[0])
+        logits_TV = head(norm(x))
+        p_TV = logits_TV.detach().softmax(-1)
+        labels_T1 = torch.multinomial(p_TV, 1, generator=generator)
+        # The gradient of log p(label) at the logits, made in place of the probabilities: logits are wide.
+        g_TV = p_TV.neg_().scatter_add_(1, labels_T1, p_TV.new_ones(len(labels_T1), 1))
+        gradients.append(torch.autograd.grad(logits_TV, x, g_TV)[0])
     release(head)
+    trim()
     return torch.cat(gradients).view_as(x_NTH)
 
 

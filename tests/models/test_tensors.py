@@ -87,6 +87,22 @@ def test_forget_gives_the_memory_back_and_the_values_stay(big):
     assert before - resident() > 10 * MIB
 
 
+def test_own_tensor_is_written_to_outside_the_files_pages_and_stays_tied(big):
+    made, stored = big
+    one, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    one.weight = other.weight = nn.Parameter(stored["a"].view(-1, 2), requires_grad=False)
+    one.weight.sum()
+    before = resident()
+    mapped.own(one.weight)
+    assert before - resident() > 4 * MIB
+    one.weight.mul_(2)
+    assert resident() < before - 4 * MIB
+    assert other.weight is one.weight
+    assert torch.equal(other.weight, 2 * made["a"].view(-1, 2))
+    assert torch.equal(stored["a"], made["a"])
+    assert mapped.forget(one.weight) == 0
+
+
 @pytest.mark.parametrize("write", ["in_place", "data", "numpy", "detached"])
 def test_forget_never_loses_what_was_written(big, write):
     made, stored = big

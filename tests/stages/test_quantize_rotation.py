@@ -63,6 +63,50 @@ def test_quantize_rotated_keeps_the_loss_and_holds_the_turned_weights(
     assert (types.get("lm_head.weight") == "I8") == (how == "stream")  # a tied table became two
 
 
+@pytest.mark.parametrize(
+    "params, rotated",
+    [({}, 12), ({"scheme": "fp8_e4m3"}, 12), ({"search": "off"}, 0), ({"rotation": "off"}, 0)]
+    + [({"scheme": scheme}, 0) for scheme in ("int4_weight_only", "int8_weight_only")],
+)
+def test_quantize_that_is_told_nothing_rotates_heads_where_inputs_are_rounded(
+    params, rotated, shared_store, dense, topics, tmp_path
+):
+    folders = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
+    metrics = quantize(QuantizeParams(**SHORT, **params), folders, tmp_path / "out", Silent())
+    assert metrics["rotated_maps"] == rotated
+
+
+class Notes(Silent):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.said = []
+
+    def note(self, text):
+        self.said.append(text)
+
+
+@pytest.mark.parametrize("pair", [("k", "v"), ("q", "o")])
+def test_quantize_of_heads_whose_tensor_stands_elsewhere_leaves_them_or_refuses_by_name(
+    pair, tiny, shared_store, topics, tmp_path
+):
+    model = load_model(tiny)
+    attention = model.model.layers[1].self_attn
+    one, other = (getattr(attention, f"{role}_proj") for role in pair)
+    one.weight = other.weight
+    save_model(model, tmp_path / "tied", like=tiny)
+    said, text = Notes(), shared_store.checkout(topics)
+    folders = {"model": tmp_path / "tied", "text": text}
+    with pytest.raises(StageError, match="shares a tensor"):
+        quantize(QuantizeParams(**SHORT, rotation="heads"), folders, tmp_path / "asked", Silent())
+    with pytest.raises(StageError, match="shares its tensor"):
+        quantize(QuantizeParams(**SHORT), folders, tmp_path / "int8", Silent())
+    metrics = quantize(QuantizeParams(**SHORT, scheme="fp8_e4m3"), folders, tmp_path / "out", said)
+    assert metrics["rotated_maps"] == 0
+    assert any(note.startswith("heads are not rotated: ") for note in said.said)
+    assert abs(loss(tmp_path / "out", text) - loss(tmp_path / "tied", text)) < 0.01
+
+
 @pytest.fixture(scope="module")
 def uneven(tiny, tmp_path_factory):
     """Block 2: one weight of each row of o is far larger than the others. Block 4: v and o lie on the grid of INT4."""
