@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stages.models.training import HeldOut, Learner
 
 LITTLE = 0.1
-"""Held-out KL, nats: a cut that costs no more may leave nothing that so short a training can mend."""
+"""Held-out score, nats: a cut that costs no more may leave nothing that so short a training can mend."""
 MASKS = "masks.safetensors"
 """What `prune` puts beside the weights where single ones went."""
 
@@ -46,7 +46,8 @@ class RecoverParams(Params):
         learning_rate: at its peak. Of a 135 M model, 5e-5 mended one that had lost little (held-out KL 0.09, which 3e-4
             made 0.22). One without a fifth of its blocks (KL 0.3, on other text 0.7) came to 1.13 times the teacher's
             perplexity with 1.2e-4, on other text to 1.45; with 4e-4 to 1.12 and 1.50. Smaller models take more.
-        kl_weight: share of the distance to the teacher in the loss; the rest is the next token's cross-entropy.
+        kl_weight: share of the distance to the teacher in the loss; the rest is the next token's cross-entropy. The
+            held-out texts are judged in the same shares, by the cross-entropy that exceeds the teacher's.
         hidden_weight: how much the inputs of blocks before which others are missing should equal the teacher's, or of
             three blocks where none is missing. Without effect where the widths differ.
         written_windows: windows that the teacher writes itself, learned beside the text's for the sake of other texts;
@@ -105,11 +106,12 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
 
     record = train(plan, made, held, start, partial, progress)
     mended = record.best_step > 0
-    if not mended and record.best_kl > LITTLE:
+    judged = "held-out KL" if params.kl_weight == 1 else "held-out score"
+    if not mended and record.best > LITTLE:
         raise StageError(
             "recovery did not help",
-            measured=f"held-out KL {record.best_kl:.4f} before, none lower in {record.step} steps",
-            limit="a lower held-out KL than before",
+            measured=f"{judged} {record.best:.4f} before, none lower in {record.step} steps",
+            limit=f"a lower {judged} than before",
             remedy="Lower `learning_rate`, give more `tokens` or text nearer to the held-out one, or drop the step.",
         )
     if mended:
@@ -117,7 +119,7 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     else:
         training.take(made, start())
         progress.note(
-            f"little was lost and nothing mended: held-out KL {record.best_kl:.4f} before, none lower in {record.step} "
+            f"little was lost and nothing mended: {judged} {record.best:.4f} before, none lower in {record.step} "
             "steps; the weights stay as they came"
         )
     after = training.score(made, held)
@@ -126,7 +128,8 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     (output / "curve.json").write_text(json.dumps(record.curve) + "\n", encoding="utf-8")
     return {
         **_proven(params, inputs["model"], output, mended),
-        **{f"kl_{role}_after": value for role, value in after.items()},
+        **{f"kl_{role}_after": one.kl for role, one in after.items()},
+        **({f"excess_{role}_after": one.excess for role, one in after.items()} if params.kl_weight < 1 else {}),
         "kl_before": record.kl_before,
         "kl_after": record.best_kl,
         "steps": float(record.step),

@@ -53,18 +53,31 @@ def likeliest(head: Head, hidden_NH: Tensor, k: int, temperature: float = 1.0) -
     return Targets(torch.cat(tokens), torch.cat(values))
 
 
-def divergence(student: Head, teacher: Head, student_NH: Tensor, teacher_NK: Tensor) -> Tensor:
-    """KL(teacher || student) of the next-token distributions over the whole vocabulary, nats, one value a position.
+def compared(
+    student: Head, teacher: Head, student_NH: Tensor, teacher_NK: Tensor, labels_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far a student's next-token distributions, over the whole vocabulary, are from a teacher's at each position.
+
+    Args:
+        student: the student's output map.
+        teacher: the teacher's.
+        student_NH: the student's last hidden states.
+        teacher_NK: the teacher's.
+        labels_N: the next token of each position, -1 where there is none.
 
     Returns:
-        kl_N, float32.
+        kl_N, KL(teacher || student), and excess_N, the student's cross-entropy less the teacher's, 0 without a label;
+        nats, float32.
     """
-    values = []
-    for h_NH, t_NK in zip(student_NH.split(CHUNK), teacher_NK.split(CHUNK), strict=True):
+    divergences, excesses = [], []
+    parts = zip(student_NH.split(CHUNK), teacher_NK.split(CHUNK), labels_N.split(CHUNK), strict=True)
+    for h_NH, t_NK, l_N in parts:
         log_q_NV = student.logits(h_NH).float().log_softmax(1)
         log_p_NV = teacher.logits(t_NK).float().log_softmax(1)
-        values.append((log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(1))
-    return torch.cat(values)
+        gap_NV = log_p_NV - log_q_NV
+        divergences.append((log_p_NV.exp() * gap_NV).sum(1))
+        excesses.append(gap_NV.gather(1, l_N.clamp_min(0)[:, None])[:, 0] * (l_N >= 0))
+    return torch.cat(divergences), torch.cat(excesses)
 
 
 def distill(

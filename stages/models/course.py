@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 
@@ -100,23 +101,28 @@ def _tell_rate(tokens: int, seconds: float, progress: Progress) -> None:
 
 def _fresh(made: Learner, held: Sequence[HeldOut], progress: Progress) -> Record:
     record = Record()
-    record.kl_before = record.best_kl = _scored(made, held, record, progress)
+    kl, goal = _scored(made, held, record, progress)
+    record.kl_before = record.best_kl = kl
+    record.before = record.best = goal
     return record
 
 
 def _check(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> None:
-    kl = _scored(made, held, record, progress)
+    kl, goal = _scored(made, held, record, progress)
     record.checks_since_best += 1
-    if kl < record.best_kl:
-        record.best_kl, record.best_step, record.checks_since_best = kl, record.step, 0
+    if goal < record.best:
+        record.best, record.best_kl, record.best_step, record.checks_since_best = goal, kl, record.step, 0
 
 
-def _scored(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> float:
-    means = training.score(made, held)
-    for role, kl in means.items():
-        record.point(f"kl_{role}_held_out", kl, record.step)
-        progress.metric(f"kl_{role}_held_out", kl, record.step)
-    return sum(means.values()) / len(means)
+def _scored(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> tuple[float, float]:
+    """Mean KL and mean score by the goal."""
+    scores = training.score(made, held)
+    for role, one in scores.items():
+        points = {"kl": one.kl} | ({"excess": one.excess} if made.goal.kl_weight < 1 else {})
+        for name, value in points.items():
+            record.point(f"{name}_{role}_held_out", value, record.step)
+            progress.metric(f"{name}_{role}_held_out", value, record.step)
+    return fmean(one.kl for one in scores.values()), fmean(made.goal.of(one) for one in scores.values())
 
 
 def _rolled_back(
@@ -138,7 +144,8 @@ def _rolled_back(
     back = training.resume(made, partial)
     if back is None:
         training.take(made, start())
-        back = Record(kl_before=record.kl_before, best_kl=record.kl_before)
+        kl, goal = record.kl_before, record.before
+        back = Record(kl_before=kl, best_kl=kl, before=goal, best=goal)
     back.rate_factor = 0.5
     progress.note(f"{what} ({loss:.4g}): back to step {back.step} at half the learning rate")
     return back

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.algorithms.distillation import distill, divergence
+from stages.algorithms.distillation import compared, distill
 from stages.models import anatomy
 from stages.models.apart import Apart
 from stages.models.lessons import Lessons
@@ -42,12 +42,24 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Score:
+    """Of a held-out text: mean KL to the teacher and cross-entropy less the teacher's, nats a token."""
+
+    kl: float
+    excess: float
+
+
+@dataclass(frozen=True)
 class Goal:
     """The loss: shares of divergence and cross-entropy, and how much the inputs of listened-to blocks count."""
 
     kl_weight: float
     temperature: float
     hidden_weight: float
+
+    def of(self, score: Score) -> float:
+        """What a held-out score is worth by this goal, nats a token; what the teacher itself has is 0."""
+        return self.kl_weight * score.kl + (1 - self.kl_weight) * score.excess
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,18 @@ class Record:
     """Where a run stands; saved beside the tensors.
 
     Attributes:
+        kl_before: mean held-out KL before the first step.
+        best_kl: the same at the best step.
+        before: mean held-out score by the goal (`Goal.of`) before the first step.
+        best: the lowest of those since.
         curve: metric -> [step, value] pairs, so that a resumed run draws the whole of it.
     """
 
     step: int = 0
     kl_before: float = 0.0
     best_kl: float = 0.0
+    before: float = 0.0
+    best: float = 0.0
     best_step: int = 0
     rate_factor: float = 1.0
     losses: list[float] = field(default_factory=list)
@@ -137,7 +155,7 @@ def learner(
             block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
     moved = list(updates.moved.values())
     optimizer = torch.optim.AdamW(moved, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    labels_NT = torch.cat([ids_NT[:, 1:], torch.full_like(ids_NT[:, :1], -1)], dim=1)
+    labels_NT = _labels(ids_NT)
     labels_NT[len(ids_NT) - written :] = -1
     return Learner(student, teacher, ids_NT, labels_NT, lessons, updates, optimizer, goal, at_once, listened)
 
@@ -149,16 +167,24 @@ def held_out(teacher: Apart, name: str, ids_NT: Tensor) -> HeldOut:
 
 
 @torch.no_grad()
-def score(made: Learner, held: Sequence[HeldOut]) -> dict[str, float]:
-    """Mean KL to the teacher on each held-out text, nats a token."""
-    means: dict[str, float] = {}
+def score(made: Learner, held: Sequence[HeldOut]) -> dict[str, Score]:
+    """How near the student is to the teacher on each held-out text."""
+    found: dict[str, Score] = {}
     for one in held:
-        total = 0.0
-        for ids_1T, teacher_TH in zip(one.ids_NT.split(1), one.teacher_NTH, strict=True):
+        total = torch.zeros(2)
+        labels_NT = _labels(one.ids_NT)
+        for ids_1T, labels_T, teacher_TH in zip(one.ids_NT.split(1), labels_NT, one.teacher_NTH, strict=True):
             student_TH = made.student.hidden(ids_1T)[0]
-            total += float(divergence(made.student.head, made.teacher.head, student_TH, teacher_TH).sum())
-        means[one.name] = total / one.ids_NT.numel()
-    return means
+            sides = compared(made.student.head, made.teacher.head, student_TH, teacher_TH, labels_T)
+            total += torch.stack([side_T.sum() for side_T in sides])
+        kl, excess = (total / one.ids_NT.numel()).tolist()
+        found[one.name] = Score(kl, excess)
+    return found
+
+
+def _labels(ids_NT: Tensor) -> Tensor:
+    """The next token of each position, -1 for the last."""
+    return torch.cat([ids_NT[:, 1:], torch.full_like(ids_NT[:, :1], -1)], dim=1)
 
 
 def learn(made: Learner, chosen: Sequence[int], rate: float) -> float:
@@ -252,7 +278,7 @@ def take(made: Learner, tensors: Mapping[str, Any]) -> None:
 
 
 def take_best(made: Learner, folder: Path, record: Record) -> None:
-    """Put the tensors with the lowest held-out KL into the student."""
+    """Put the tensors of the best held-out score into the student."""
     if record.best_step != record.step:
         restore(_best(folder, record.best_step), made.updates.moved)
         made.updates.put()

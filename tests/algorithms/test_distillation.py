@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from stages.algorithms.distillation import CHUNK, Head, Targets, distill, divergence, likeliest
+from stages.algorithms.distillation import CHUNK, Head, Targets, compared, distill, likeliest
 
 VOCABULARY = 50
 
@@ -55,7 +55,7 @@ def test_more_tokens_bound_the_whole_divergence_from_below_ever_closer_on_100_ra
         s_NH, t_NH = torch.randn(20, 8, generator=generator), torch.randn(20, 8, generator=generator)
         nothing_N = torch.full((20,), -1)
         bounds = [float(distill(student, s_NH, likeliest(teacher, t_NH, k), nothing_N)) for k in (1, 3, 10, 30)]
-        whole = float(divergence(student, teacher, s_NH, t_NH).mean())
+        whole = float(compared(student, teacher, s_NH, t_NH, nothing_N)[0].mean())
         assert bounds == sorted(bounds) or bounds[0] == pytest.approx(bounds[-1], rel=1e-3)
         assert bounds[-1] == pytest.approx(whole, rel=2e-3, abs=1e-5)
 
@@ -70,14 +70,17 @@ def test_likeliest_tokens_are_numpys_in_order_with_their_log_probabilities(state
     torch.testing.assert_close(found.log_p_Nk.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_divergence_equals_kl_div_in_float64_at_every_position(states):
-    student, teacher, student_NH, teacher_NK, _ = states
+def test_compared_equals_kl_div_and_cross_entropies_in_float64_at_every_position(states):
+    student, teacher, student_NH, teacher_NK, labels_N = states
     biased = Head(teacher.weight_VH, torch.randn(VOCABULARY))
     s = (student_NH.double() @ student.weight_VH.double().t()).log_softmax(1)
     t = (teacher_NK.double() @ teacher.weight_VH.double().t() + biased.bias_V).log_softmax(1)
     expected = functional.kl_div(s, t, log_target=True, reduction="none").sum(1)
-    found = divergence(student, biased, student_NH, teacher_NK)
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+    kl_N, excess_N = compared(student, biased, student_NH, teacher_NK, labels_N)
+    torch.testing.assert_close(kl_N.double(), expected, atol=1e-5, rtol=1e-4)
+    assert (labels_N == -1).any()
+    losses = [functional.nll_loss(one, labels_N, ignore_index=-1, reduction="none") for one in (s, t)]
+    torch.testing.assert_close(excess_N.double(), losses[0] - losses[1], atol=1e-5, rtol=1e-4)
 
 
 def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(states):

@@ -271,6 +271,26 @@ def test_recover_judges_by_both_texts_when_another_is_given(folders, tmp_path):
     assert {"kl_text_held_out", "kl_other_held_out"} <= {name for name, *_ in heard.points}
 
 
+@torch.no_grad()
+def likelihood(folder, text):
+    ids_NT = windows(text, "validate", load_tokenizer(folder), 64, most=8)
+    return float(load_model(folder)(input_ids=ids_NT, labels=ids_NT).loss)
+
+
+def test_recover_that_learns_the_text_is_judged_by_the_text_as_well_as_by_the_teacher(folders, tmp_path):
+    heard = Heard()
+    params = {"kl_weight": 0.25, "tokens": 24 * 256, "check_every_steps": 2, "patience": 99, "learning_rate": 0.01}
+    metrics = recover(RecoverParams(**PARAMS | params), folders, tmp_path / "out", heard)
+    points = {(name, step): value for name, value, step in heard.points}
+    steps = [step for name, _, step in heard.points if name == "excess_text_held_out"]
+    score = {s: 0.25 * points["kl_text_held_out", s] + 0.75 * points["excess_text_held_out", s] for s in steps}
+    assert metrics["best_step"] == min(score, key=score.get)
+    assert metrics["excess_text_after"] == points["excess_text_held_out", metrics["best_step"]]
+    assert metrics["kl_after"] == points["kl_text_held_out", metrics["best_step"]]
+    gap = likelihood(tmp_path / "out", folders["text"]) - likelihood(folders["teacher"], folders["text"])
+    assert metrics["excess_text_after"] == pytest.approx(gap * 63 / 64, abs=0.02)  # heads and states in bfloat16
+
+
 def test_recover_keeps_bases_and_ties_shared(folders, tmp_path):
     model = damage(tmp_path / "cut", grouped(folders["teacher"], tmp_path / "grouped"))
     metrics = recover(RecoverParams(**PARAMS), folders | {"model": model}, tmp_path / "out", Silent())
