@@ -31,6 +31,7 @@ class Plan:
     check_every_steps: int
     patience: int
     seed: int
+    written_windows: int = 0
 
 
 def train(
@@ -65,7 +66,7 @@ def train(
     began, first = time.monotonic(), record.step
     while record.step < plan.steps and record.checks_since_best < plan.patience:
         share = cosine(record.step, plan.steps, plan.warmup_steps)
-        chosen = batch(record.step, plan.batch_windows, len(made.ids_NT), plan.seed)
+        chosen = batch(record.step, plan.batch_windows, len(made.ids_NT), plan.seed, plan.written_windows)
         loss = training.learn(made, chosen, plan.learning_rate * record.rate_factor * share)
         if jumped(loss, record.losses):
             record = _rolled_back(made, start, partial, progress, record, loss)

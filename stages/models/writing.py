@@ -16,7 +16,7 @@ from stages.models.apart import Apart
 from stages.models.resuming import read_record, restore, save_state
 from stages.runtime.contract import StageError
 
-TOGETHER = 32
+TOGETHER = 64
 """Windows written side by side: reading the weights once for each token takes most of the time."""
 
 

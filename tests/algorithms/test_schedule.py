@@ -33,3 +33,12 @@ def test_batches_take_every_window_once_an_epoch_in_a_new_order():
 def test_batches_depend_on_the_seed_and_on_nothing_else():
     assert batch(7, 3, 50, seed=1) == batch(7, 3, 50, seed=1)
     assert batch(7, 3, 50, seed=1) != batch(7, 3, 50, seed=2)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_batches_take_a_written_window_at_every_other_place_and_all_of_both_kinds_as_often(size):
+    taken = [window for step in range(120 // size) for window in batch(step, size, 14, seed=1, written=4)]
+    text, written = taken[0::2], taken[1::2]
+    assert [sorted(text[start : start + 10]) for start in range(0, 60, 10)] == [list(range(10))] * 6
+    assert [sorted(written[start : start + 4]) for start in range(0, 60, 4)] == [[10, 11, 12, 13]] * 15
+    assert len({tuple(written[start : start + 4]) for start in range(0, 60, 4)}) > 3
