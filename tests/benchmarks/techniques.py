@@ -44,7 +44,9 @@ def quantized(name: str, scheme: str, about: str = "", *, model: str = "dense", 
 def recovered(name: str, model: str, about: str, **params: Any) -> Technique:
     """A row of `recover` of another row's checkpoint."""
     inputs = {"model": model, "teacher": "dense", "text": "text", "other": "other"}
-    return Technique(name, "recover", {"tokens": BUDGET, **params}, inputs, about)
+    return Technique(
+        name, "recover", {"tokens": BUDGET, "learning_rate": 3e-4, "written_windows": 64, **params}, inputs, about
+    )
 
 
 TECHNIQUES = (
@@ -58,7 +60,7 @@ TECHNIQUES = (
     quantized("mxfp4", "mxfp4"),
     quantized("auto5", "auto", "INT4 and INT8 mixed at 5.0 bits", bits=5.0, block=64),
     quantized("int4-rotated", "int4_weight_only", "heads rotated first", block=64, rotation="heads"),
-    quantized("w8a8-rotated", "int8_w8a8", "heads rotated first", rotation="heads"),
+    quantized("w8a8-unrotated", "int8_w8a8", "heads as they are", rotation="off"),
     quantized("kv-int8", "bf16", "keys and values in INT8", kv_cache="int8"),
     quantized("kv-fp8", "bf16", "keys and values in FP8", kv_cache="fp8_e4m3"),
     Technique("2:4-sparsegpt", "prune", {"method": "sparsegpt", "pattern": "2:4"}),
@@ -73,7 +75,7 @@ TECHNIQUES = (
     Technique("basis", "share", {"method": "basis", "keep": 0.8}),
     Technique("recursive", "share", {"method": "recursive", "keep": 0.8}),
     Technique("svd-uniform", "uniform_svd", {"keep": 0.8}, about="control: whitened SVD, one rank a shape"),
-    recovered("recover", "blocks", "after `blocks`"),
+    recovered("recover", "blocks", "after `blocks`; half teacher, half text", kl_weight=0.5),
     recovered("recover-2:4", "2:4-sparsegpt", "after `2:4-sparsegpt`; zeros stay", update="sparse"),
     Technique("tuned-dense", "fine_tune", about="control: plain fine-tuning of the dense model", as_long_as="recover"),
     Technique(
