@@ -48,7 +48,7 @@ class QuantizeParams(Params):
         keep: int8_w8a8, fp8_e4m3: largest share of the blocks' weights whose inputs stay float, where that saves most.
         layers: paths of the maps that are quantized, with `*` for anything; every map of the blocks by default.
         skip: paths of maps that stay float: `*.down_proj`.
-        windows: calibration windows; None takes 8, or 16 where inputs are rounded: all set the ranges then, and a
+        windows: calibration windows; None takes 8, or 32 where inputs are rounded: all set the ranges then, and a
             quarter of them fits the maps. More lose less and take longer.
         window_tokens: their length.
         kv_cache: keys and values in eight bits as they are cached, with static scales of each layer.
@@ -254,7 +254,7 @@ def _windows(params: QuantizeParams, inputs: Mapping[str, Path], progress: Progr
         raise StageError(f"{what} needs an input 'text'", remedy=remedy)
     if not fitted and not cached:
         return None
-    most = params.windows or (16 if params.scheme in ROUNDED_INPUTS else 8)
+    most = params.windows or (32 if params.scheme in ROUNDED_INPUTS else 8)
     return calibration(inputs, params.window_tokens, most, progress)
 
 
