@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,14 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
     model = architecture.empty(config, dtype)
     with no_init_weights():
         if structure := read_json(folder / STRUCTURE, optional=True):
-            sizes.install(model, structure.get("sizes", {}))
-            shared.install(model, structure)
+            with _following(STRUCTURE):
+                sizes.install(model, structure.get("sizes", {}))
+                shared.install(model, structure)
         if quantization := read_json(folder / QUANTIZATION, optional=True):
-            quantized.install(model, quantization)
-            if "kv_cache" in quantization:
-                kv_cache.install(model, quantization["kv_cache"])
+            with _following(QUANTIZATION):
+                quantized.install(model, quantization)
+                if "kv_cache" in quantization:
+                    kv_cache.install(model, quantization["kv_cache"])
         elif compressed:
             stored = compressed_tensors.install(model, compressed, stored)
     _fill(model, stored, dtype)
@@ -81,6 +84,19 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
     return model.eval()
+
+
+@contextmanager
+def _following(name: str) -> Iterator[None]:
+    """Raise StageError naming the file where a description cannot be followed: a field is missing, or is nonsense."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise StageError(
+            f"{name} cannot be followed: it is damaged, or of another model",
+            measured=f"{type(error).__name__}: {error}",
+            remedy="Make the checkpoint again, or put the file back that was written with it.",
+        ) from error
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

@@ -80,7 +80,7 @@ def decided(model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor, how: H
         site.name: [one for reader in site.readers.values() for one in places[id(reader.weight)]]
         for site in found.values()
     }
-    if how.form == "int8":
+    if how.form == "int8" and how.smoothing != (0.0,):
         for site in found.values():
             _check_movable(site, places)
     worths = worth(model, ids_NT[:1])
@@ -100,7 +100,7 @@ def _check_movable(site: Site, places: Mapping[int, Sequence[nn.Module]]) -> Non
         if len(weight) != count or any(id(one) not in writers for one in places[id(weight)]):
             raise StageError(
                 f"what writes the input of {site.name} shares its tensor with another map, so no range can be moved",
-                remedy="Take a scheme that moves none: fp8_e4m3, int8_weight_only or int4_weight_only.",
+                remedy="Set `smoothing: 0`, or take fp8_e4m3, int8_weight_only or int4_weight_only, which move none.",
             )
 
 

@@ -89,7 +89,7 @@ def open_engine(folder: Path, *, verified: bool = False) -> Answerer:
             deserialized otherwise.
 
     Raises:
-        StageError: the folder is none of the three, or damaged.
+        StageError: the folder is none of the three, damaged, or a graph of numbers that no processor multiplies here.
         DoesNotFit: the engine is for a device that this machine has not.
     """
     config = _read(folder / "config.json")
@@ -120,6 +120,10 @@ def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> t
 
 def _uncompiled(folder: Path) -> tuple[str, Forward]:
     if (folder / GRAPH).is_file():
+        from stages.adapters.targets import refuse_impossible
+
+        described = folder / "graph.json"
+        refuse_impossible("onnxruntime", (), _read(described)["precisions"] if described.is_file() else ())
         return CPU, _graph(folder / GRAPH)
     # torch is a gigabyte that an engine does not need.
     from stages.serving.eager import torch_forward

@@ -253,6 +253,38 @@ def test_structure_that_does_not_fit_is_refused(tiny, copy):
             load_model(copy)
 
 
+ENTRY = {"kind": "linear", "shape": [64, 64], "format": "int8", "bits": 8, "block": None, "input": "float"}
+
+
+@pytest.mark.parametrize(
+    ("file", "spec"),
+    [
+        ("quantization", {"scheme": "int8_w8a8"}),
+        ("quantization", {"layers": ["model.layers.0.self_attn.q_proj"]}),
+        ("quantization", {"layers": {"model.layers.9.self_attn.q_proj": ENTRY}}),
+        ("quantization", {"layers": {"model.layers.0.self_attn": ENTRY | {"shape": "wide"}}}),
+        ("quantization", {"layers": {"model.layers.0.self_attn.q_proj": ENTRY | {"format": "int9"}}}),
+        ("quantization", {"layers": {"model.layers.0.self_attn.q_proj": ENTRY | {"shape": [-64, 64]}}}),
+        ("quantization", {"layers": {"model.layers.0.self_attn.q_proj": ENTRY | {"tied_to": "nobody"}}}),
+        *(
+            (
+                "quantization",
+                {"layers": {"model.layers.0.self_attn.q_proj": {k: v for k, v in ENTRY.items() if k != one}}},
+            )
+            for one in ("kind", "shape", "format", "block", "input")
+        ),
+        ("structure", {"shared": [{"modules": ["model.layers.0.mlp.up_proj"]}]}),
+        ("structure", {"shared": 3}),
+        ("structure", {"tied": {"model.norm.weight": 1}}),
+        ("structure", {"sizes": ["model.layers.0.mlp"]}),
+    ],
+)
+def test_description_that_cannot_be_followed_is_refused_by_its_files_name(copy, file, spec):
+    (copy / f"{file}.json").write_text(json.dumps(spec))
+    with pytest.raises(StageError, match=f"{file}|ties a tensor"):
+        load_model(copy)
+
+
 def test_shared_linear_is_coefficient_after_basis():
     basis, coefficient = nn.Linear(6, 3, bias=False), nn.Linear(3, 5)
     one = shared.SharedLinear(basis, coefficient)

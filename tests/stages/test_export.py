@@ -27,6 +27,7 @@ from stages.models.loading import load_model, save_model
 from stages.models.parity import parity, require_parity
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
+from stages.serving.engine import open_engine
 from tests.conftest import sealer
 from tests.engines import Hears, mixed, mixed_graph, one_block, token_windows  # noqa: F401
 
@@ -365,6 +366,8 @@ def test_graph_is_valid_and_a_gpu_of_its_precisions_takes_it(forms):
     ):
         with pytest.raises(StageError, match=said):
             refuse_impossible(backend, architectures, precisions)
+    with pytest.raises(StageError, match=r"onnxruntime multiplies no fp4.*tensorrt_rtx or tensorrt from sm_100 on"):
+        open_engine(forms[1])
     with pytest.raises(StageError, match=r"sm_86 has no fp8.*sm_89 and newer"):
         refuse_impossible("tensorrt_rtx", ("sm_86",), ["float32", "fp8"])
     refuse_impossible("tensorrt_rtx", ("sm_89",), ["float32", "fp8"])

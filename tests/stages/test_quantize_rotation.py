@@ -101,10 +101,13 @@ def test_quantize_of_heads_whose_tensor_stands_elsewhere_leaves_them_or_refuses_
         quantize(QuantizeParams(**SHORT, rotation="heads"), folders, tmp_path / "asked", Silent())
     with pytest.raises(StageError, match="shares its tensor"):
         quantize(QuantizeParams(**SHORT), folders, tmp_path / "int8", Silent())
-    metrics = quantize(QuantizeParams(**SHORT, scheme="fp8_e4m3"), folders, tmp_path / "out", said)
-    assert metrics["rotated_maps"] == 0
-    assert any(note.startswith("heads are not rotated: ") for note in said.said)
-    assert abs(loss(tmp_path / "out", text) - loss(tmp_path / "tied", text)) < 0.01
+    for params in ({"scheme": "fp8_e4m3"}, {"smoothing": 0}):
+        output = tmp_path / "-".join(params)
+        metrics = quantize(QuantizeParams(**SHORT, **params), folders, output, said)
+        assert metrics["rotated_maps"] == 0
+        assert said.said.pop(0).startswith("heads are not rotated: ")
+        said.said.clear()
+        assert abs(loss(output, text) - loss(tmp_path / "tied", text)) < 0.01
 
 
 @pytest.fixture(scope="module")
