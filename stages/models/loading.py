@@ -91,7 +91,7 @@ def _following(name: str) -> Iterator[None]:
     """Raise StageError naming the file where a description cannot be followed: a field is missing, or is nonsense."""
     try:
         yield
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # no RuntimeError: memory that ran out is one
         raise StageError(
             f"{name} cannot be followed: it is damaged, or of another model",
             measured=f"{type(error).__name__}: {error}",

@@ -231,7 +231,7 @@ def install(model: nn.Module, spec: Mapping[str, Any]) -> None:
     that the spec calls tied are one tensor afterwards.
 
     Raises:
-        ValueError: the spec names a module that the model has not.
+        ValueError: the spec names a module that the model has not, or a shape that no map has.
     """
     places = dict(model.named_modules(remove_duplicate=False))
     for name, entry in spec["layers"].items():
@@ -287,6 +287,8 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _empty(old: nn.Module, entry: Mapping[str, Any]) -> QuantizedLinear | QuantizedEmbedding:
+    if min(entry["shape"]) < 1:
+        raise ValueError(f"a map of shape {entry['shape']}")
     if entry["kind"] == "embedding":
         return QuantizedEmbedding(*entry["shape"])
     outputs, inputs = entry["shape"]

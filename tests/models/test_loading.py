@@ -285,6 +285,16 @@ def test_description_that_cannot_be_followed_is_refused_by_its_files_name(copy, 
         load_model(copy)
 
 
+def test_memory_that_runs_out_is_not_called_a_damaged_description(copy, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    (copy / "quantization.json").write_text(json.dumps({"layers": {}}))
+    monkeypatch.setattr("stages.models.quantized.install", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_model(copy)
+
+
 def test_shared_linear_is_coefficient_after_basis():
     basis, coefficient = nn.Linear(6, 3, bias=False), nn.Linear(3, 5)
     one = shared.SharedLinear(basis, coefficient)
