@@ -124,7 +124,7 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
             f"little was lost and nothing mended: {judged} {record.best:.4f} before, none lower in {record.step} "
             "steps; the weights stay as they came"
         )
-    after = training.score(made, held)
+    after = training.last_score(record, held) or training.score(made, held)
     made.updates.finish()
     save_model(saved, output, like=inputs["model"])
     (output / "curve.json").write_text(json.dumps(record.curve) + "\n", encoding="utf-8")
@@ -153,16 +153,15 @@ def _learner(
     from stages.models.loading import load_tokenizer
     from stages.models.updates import updates
     from stages.models.windows import windows
-    from stages.models.writing import written
+    from stages.models.writing import write
 
     tokenizer, tokens = load_tokenizer(inputs["model"]), params.window_tokens
     ids_NT = windows(inputs["text"], "train", tokenizer, tokens)
     roles = [role for role in ("text", "other") if role in inputs]
     judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
     student, teacher = (load_apart(inputs[role], tokens) for role in ("model", "teacher"))
-    if params.written_windows:
-        own_NT = written(teacher, params.written_windows, tokens, params.seed, partial / "written.safetensors")
-        ids_NT = torch.cat([ids_NT, own_NT])
+    given, written = len(ids_NT), params.written_windows
+    ids_NT = torch.cat([ids_NT, ids_NT.new_zeros(written, tokens)])
     pairs = listened(student.model, teacher.model) if params.hidden_weight else []
     if pairs and student.model.config.hidden_size != teacher.model.config.hidden_size:
         progress.note("the teacher's hidden states are of another width: the student learns from its tokens alone")
@@ -175,6 +174,8 @@ def _learner(
         temperature=params.temperature,
         listened={theirs.name: theirs.module for _, theirs in pairs},
     )
+    if written:
+        write(teacher, ids_NT[given:], params.seed, partial / "written.safetensors", lessons, given)
     made = training.learner(
         student,
         teacher,
@@ -184,7 +185,7 @@ def _learner(
         goal=training.Goal(params.kl_weight, params.temperature, params.hidden_weight),
         at_once=-(-params.batch_windows // params.accumulate),
         listened={mine.name: mine.module for mine, _ in pairs},
-        written=params.written_windows,
+        written=written,
     )
     return made, [training.held_out(teacher, role, judged[role]) for role in roles]
 

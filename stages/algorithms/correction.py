@@ -18,23 +18,28 @@ STRENGTH = 0.5
 """How far the target goes towards the least-squares solution where nothing says how far is right."""
 
 
-def inverted(moment_II: Tensor, damping: float = DAMPING) -> Tensor:
-    """(M + damping)^-1 in float64, the damping relative to the mean of M's diagonal.
+def inverse_root(moment_II: Tensor, damping: float = DAMPING) -> Tensor:
+    """U, upper and float32, with U^T U = (M + damping)^-1, the damping relative to the mean of M's diagonal.
+
+    Its row j over its diagonal tells how what is lost in column j is best made up for by the columns after it; the
+    diagonal's inverse squares, what a column then costs.
 
     Raises:
         ValueError: the moment is not finite.
     """
     if not moment_II.isfinite().all():
         raise ValueError("a moment of the inputs is not finite")
-    moment = moment_II.to(torch.float64, copy=True)
+    # The root of the inverse is the inverse of a root: of M = R R^T with R upper, which is the factor of M read
+    # backwards. One factorization in float64; R is as well-conditioned as float32 needs.
+    moment = moment_II.flip(0, 1).to(torch.float64)
     moment.diagonal().add_(damping * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
-    torch.linalg.cholesky(moment, out=moment)
-    return torch.cholesky_inverse(moment, out=moment)
+    upper_II = torch.linalg.cholesky(moment, out=moment).float().flip(0, 1)
+    return torch.linalg.solve_triangular(upper_II, torch.eye(len(upper_II)), upper=True)
 
 
 def corrected(
     w_OI: Tensor,
-    inverse_II: Tensor,
+    root_II: Tensor,
     drift_II: Tensor,
     residual_OI: Tensor | None = None,
     *,
@@ -47,7 +52,8 @@ def corrected(
 
     Args:
         w_OI: the dense map.
-        inverse_II: of M = E[z z^T], the moment of the inputs that the compressed model gives; see `inverted`.
+        root_II: of the inverse of M = E[z z^T], the moment of the inputs that the compressed model gives; see
+            `inverse_root`.
         drift_II: D = E[(x - z) z^T].
         residual_OI: R = E[(r - s) z^T] of what the map's output is added to; None where it is added to nothing.
         strength: 0 leaves W as it is.
@@ -65,7 +71,7 @@ def corrected(
         gap_OI += residual_OI
     if not gap_OI.isfinite().all():
         raise ValueError("a moment of the inputs is not finite")
-    return w_OI.float() + strength * (gap_OI @ inverse_II.float())
+    return (gap_OI @ root_II.T @ root_II).mul_(strength).add_(w_OI)
 
 
 def agreement(

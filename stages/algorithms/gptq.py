@@ -21,7 +21,7 @@ Scales = Callable[[Tensor, Tensor], Tensor]
 
 def gptq(
     w_OI: Tensor,
-    inverse_II: Tensor,
+    root_II: Tensor,
     nearest: Rounder,
     scales: Scales,
     block: int | None,
@@ -33,7 +33,7 @@ def gptq(
 
     Args:
         w_OI: weights, float.
-        inverse_II: of E[x x^T] of what the map reads, damped, float64.
+        root_II: upper, of the inverse of E[x x^T] of what the map reads; see `correction.inverse_root`.
         nearest: rounds at scale 1.
         scales: chooses the scales of a block.
         block: B, inputs that share a scale; None for one scale a row.
@@ -42,7 +42,7 @@ def gptq(
         v_OI, values at scale 1 (float32), and scale_OG (float32); G is 1 without blocks.
 
     Raises:
-        ValueError: B does not divide I, or a weight or the inverse is not finite.
+        ValueError: B does not divide I, or a weight or the root is not finite.
 
     Source: Frantar et al. 2022, GPTQ, algorithm 1; scales by block as reached: section 4, "additional tricks".
     """
@@ -50,12 +50,11 @@ def gptq(
     size = block or inputs
     if inputs % size:
         raise ValueError(f"{inputs} inputs cannot be cut into blocks of {size}")
-    if not (w_OI.isfinite().all() and inverse_II.isfinite().all()):
+    if not (w_OI.isfinite().all() and root_II.isfinite().all()):
         raise ValueError("the weights or their inputs' moment hold a NaN or an infinity")
-    upper_II = torch.linalg.cholesky(inverse_II, upper=True).float()
     # Transposed, a column is contiguous memory.
     w_IO = w_OI.t().float().contiguous()
-    v_IO, diagonal_I = torch.empty_like(w_IO), upper_II.diagonal()
+    v_IO, diagonal_I = torch.empty_like(w_IO), root_II.diagonal()
     importance_I = diagonal_I.pow(-2)
     found = []
     for start in range(0, inputs, size):
@@ -63,16 +62,16 @@ def gptq(
         scale_O = scales(w_IO[start:stop].t(), importance_I[start:stop])
         found.append(scale_O)
         for first in range(start, stop, COLUMNS):
-            _columns(w_IO, v_IO, upper_II, range(first, min(first + COLUMNS, stop)), scale_O, nearest)
+            _columns(w_IO, v_IO, root_II, range(first, min(first + COLUMNS, stop)), scale_O, nearest)
     return v_IO.t().contiguous(), torch.stack(found, dim=1)
 
 
-def _columns(w_IO: Tensor, v_IO: Tensor, upper_II: Tensor, columns: range, scale_O: Tensor, nearest: Rounder) -> None:
+def _columns(w_IO: Tensor, v_IO: Tensor, root_II: Tensor, columns: range, scale_O: Tensor, nearest: Rounder) -> None:
     start, stop = columns.start, columns.stop
     error_BO = torch.empty(len(columns), w_IO.shape[1])
     for index in columns:
-        v_IO[index] = nearest(w_IO[index] / scale_O)
-        error_O = torch.addcmul(w_IO[index], v_IO[index], scale_O, value=-1).div_(upper_II[index, index])
-        error_BO[index - start] = error_O
-        w_IO[index + 1 : stop].addr_(upper_II[index, index + 1 : stop], error_O, alpha=-1)
-    w_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), error_BO, alpha=-1)
+        # What the columns before it left is taken up here, at once: it reads half of what handing it on would write.
+        w_O = torch.addmv(w_IO[index], error_BO[: index - start].t(), root_II[start:index, index], alpha=-1)
+        v_IO[index] = nearest(w_O / scale_O)
+        torch.addcmul(w_O, v_IO[index], scale_O, value=-1, out=error_BO[index - start]).div_(root_II[index, index])
+    w_IO[stop:].addmm_(root_II[start:stop, stop:].t(), error_BO, alpha=-1)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.algorithms.basis import damped
+from stages.algorithms.correction import inverse_root
 
 DAMPING = 1e-2
 COLUMNS = 64
@@ -42,9 +42,7 @@ def pruned(
         raise ValueError(f"groups of {group} do not divide {inputs} inputs")
     if not (moment_II.isfinite().all() and w_OI.isfinite().all()):
         raise ValueError("a weight or an input moment is not finite")
-    # The inverse's upper Cholesky root is the inverse of the moment's own upper root: one factorization instead of two.
-    upper_II = torch.linalg.cholesky(damped(moment_II, damping).flip(0, 1)).flip(0, 1)
-    root_II = torch.linalg.solve_triangular(upper_II, torch.eye(inputs, dtype=torch.float64), upper=True).float()
+    root_II = inverse_root(moment_II, damping)
     w = w_OI.float().clone()
     # A multiple of `group`, so that no group is torn apart.
     span = max(1, COLUMNS // group) * group

@@ -63,9 +63,9 @@ def rule(form: str, w_OI: Tensor, *, search: bool) -> Rule:
 
 
 def rounded(
-    w_OI: Tensor, form: str, block: int | None, inverse_II: Tensor | None, *, search: bool = True
+    w_OI: Tensor, form: str, block: int | None, root_II: Tensor | None, *, search: bool = True
 ) -> dict[str, Tensor]:
-    """The tensors of a map in a form: to nearest, or by GPTQ given the inverse of its inputs' moment.
+    """The tensors of a map in a form: to nearest, or by GPTQ given the root of its inputs' inverse moment.
 
     Raises:
         ValueError: the block does not divide, or a value is not finite.
@@ -82,8 +82,8 @@ def rounded(
             storable=chosen.storable,
         )[:, 0]
 
-    if inverse_II is not None:
-        v_OI, scale_OG = gptq(w_OI, inverse_II, chosen.grid.nearest, scales, block)
+    if root_II is not None:
+        v_OI, scale_OG = gptq(w_OI, root_II, chosen.grid.nearest, scales, block)
     else:
         size = block or w_OI.shape[1]
         if w_OI.shape[1] % size or not w_OI.isfinite().all():

@@ -33,6 +33,9 @@ class Lessons:
 
     The files are mapped. A window counts as kept where its checksum stands, so that one that was half written when the
     process died is computed again; computed alone, it comes out the same in every run.
+
+    Attributes:
+        listened: the teacher's blocks whose inputs are kept, by name.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Lessons:
         listened: Mapping[str, nn.Module],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._teacher, self._ids_NT, self._listened = teacher, ids_NT, listened
+        self._teacher, self._ids_NT, self.listened = teacher, ids_NT, listened
         self._k, self._temperature = min(tokens_kept, len(teacher.head.weight_VH)), temperature
         count, length = ids_NT.shape
         width = teacher.model.config.hidden_size
@@ -72,14 +75,23 @@ class Lessons:
 
     @torch.no_grad()
     def _ask(self, n: int) -> None:
-        with inputs_of(self._listened) as heard:
+        with inputs_of(self.listened) as heard:
             hidden_TH = self._teacher.hidden(self._ids_NT[n : n + 1])[0]
+        self.keep(n, hidden_TH, {name: state_1TH[0] for name, state_1TH in heard.items()})
+
+    @torch.no_grad()
+    def keep(self, n: int, hidden_TH: Tensor, heard: Mapping[str, Tensor]) -> None:
+        """Keep the answers on a window, from the teacher's last hidden states and what its blocks read.
+
+        Raises:
+            StageError: they hold a NaN.
+        """
         targets = likeliest(self._teacher.head, hidden_TH, self._k, self._temperature)
         if not targets.log_p_Nk.isfinite().all():
             raise StageError(f"the teacher's answer on window {n} of the train split holds a NaN or an infinity")
         self._tokens[n], self._log_p[n] = targets.tokens_Nk.numpy(), targets.log_p_Nk.numpy()
-        for kept, name in zip(self._states, self._listened, strict=True):
-            kept[n] = heard[name][0].view(torch.int16).numpy()
+        for kept, name in zip(self._states, self.listened, strict=True):
+            kept[n] = heard[name].view(torch.int16).numpy()
         self._sums[n] = self._checksum(n)
 
     def _checksum(self, n: int) -> int:

@@ -143,8 +143,8 @@ class Rounding:
         for asked, together in alike.items():
             weights = {path: one.weight.detach() for path, one in together.items()}
             targets = list((seen.targets(weights) if self.search else weights).values())
-            inverse_II = seen.inverse_II if self.search else None
-            tensors = rounded(torch.cat(targets), asked.form, asked.block, inverse_II, search=self.search)
+            root_II = seen.root_II if self.search else None
+            tensors = rounded(torch.cat(targets), asked.form, asked.block, root_II, search=self.search)
             sizes = [len(target_OI) for target_OI in targets]
             for index, path in enumerate(together):
                 own = {name: (t.split(sizes)[index] if t.ndim else t).clone() for name, t in tensors.items()}

@@ -182,6 +182,16 @@ def score(made: Learner, held: Sequence[HeldOut]) -> dict[str, Score]:
     return found
 
 
+def last_score(record: Record, held: Sequence[HeldOut]) -> dict[str, Score]:
+    """The scores at the best step, from the curve, if that is where the student stands; else none."""
+    if record.best_step != record.step:
+        return {}
+    last = {name: points[-1][1] for name, points in record.curve.items()}
+    return {
+        one.name: Score(last[f"kl_{one.name}_held_out"], last.get(f"excess_{one.name}_held_out", 0.0)) for one in held
+    }
+
+
 def _labels(ids_NT: Tensor) -> Tensor:
     """The next token of each position, -1 for the last."""
     return torch.cat([ids_NT[:, 1:], torch.full_like(ids_NT[:, :1], -1)], dim=1)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.correction import DAMPING, STRENGTH, agreement, corrected, inverted
+from stages.algorithms.correction import DAMPING, STRENGTH, agreement, corrected, inverse_root
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import forget, release, trim
@@ -85,13 +85,13 @@ class Seen(Moments):
             strength = agreement(
                 w_OI, [p.moment_II for p in parts], [p.drift_II for p in parts], residuals, self.damping
             )
-        new_OI = corrected(w_OI, self.inverse_II, self.drift_II, _stacked(self, maps), strength=strength)
+        new_OI = corrected(w_OI, self.root_II, self.drift_II, _stacked(self, maps), strength=strength)
         return dict(zip(maps, new_OI.split(sizes), strict=True))
 
     @cached_property
-    def inverse_II(self) -> Tensor:
-        """Of the moment, damped, float64."""
-        return inverted(self.moment_II, self.damping)
+    def root_II(self) -> Tensor:
+        """Of the damped moment's inverse, upper, float32."""
+        return inverse_root(self.moment_II, self.damping)
 
 
 def _stacked(part: Moments, maps: Mapping[str, Tensor]) -> Tensor | None:

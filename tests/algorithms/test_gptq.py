@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from stages.algorithms.correction import agreement, corrected, inverted
+from stages.algorithms.correction import agreement, corrected, inverse_root
 from stages.algorithms.gptq import gptq
 from stages.algorithms.grids import GRIDS, INT4
 
@@ -50,7 +50,7 @@ def by_least_squares(w_OI, moment_II, scale_O):
 @pytest.mark.parametrize("spread", [0.0, 2.0])
 def test_gptq_rounds_as_exact_least_squares_after_each_column_would(spread):
     w_OI, moment_II = case(1, inputs=80, tokens=200, spread=spread)
-    v_OI, scale_OG = gptq(w_OI, inverted(moment_II), INT4.nearest, peak, None)
+    v_OI, scale_OG = gptq(w_OI, inverse_root(moment_II), INT4.nearest, peak, None)
     expected = by_least_squares(w_OI, moment_II, scale_OG[:, 0].double())
     assert (v_OI != expected).float().mean() < 0.01  # ties of rounding in float32
     assert error(w_OI, v_OI * scale_OG, moment_II) == pytest.approx(
@@ -62,7 +62,7 @@ def test_gptq_comes_near_the_best_of_all_roundings_on_a_tiny_map():
     ratios = []
     for seed in range(12):
         w_OI, moment_II = case(seed, outputs=1, inputs=5, spread=1.0)
-        v_OI, scale_OG = gptq(w_OI, inverted(moment_II), INT4.nearest, peak, None)
+        v_OI, scale_OG = gptq(w_OI, inverse_root(moment_II), INT4.nearest, peak, None)
         low = torch.floor(w_OI / scale_OG)
         every = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0, 2.0), repeat=5)))
         choices = (low + every).clamp(-8, 7) * scale_OG
@@ -82,7 +82,7 @@ def test_gptq_is_no_worse_than_rounding_to_nearest_in_a_hundred_cases():
         def scales(w_OB, importance_B, grid=grid):
             return w_OB.abs().amax(1).clamp_min(1e-8) / grid.top
 
-        v_OI, scale_OG = gptq(w_OI, inverted(moment_II), grid.nearest, scales, 8)
+        v_OI, scale_OG = gptq(w_OI, inverse_root(moment_II), grid.nearest, scales, 8)
         naive = torch.cat(
             [grid.nearest(w / scales(w, None)[:, None]) * scales(w, None)[:, None] for w in w_OI.split(8, 1)], 1
         )
@@ -97,7 +97,7 @@ def test_gptq_of_weights_on_the_grid_changes_nothing():
     q_OI = torch.randint(-8, 8, (4, 32)).float()
     q_OI[:, ::8] = 7
     w_OI = spread_out(q_OI, scale_OG)
-    v_OI, found_OG = gptq(w_OI, inverted(moment_II), INT4.nearest, lambda w_OB, _: w_OB[:, 0] / 7, 8)
+    v_OI, found_OG = gptq(w_OI, inverse_root(moment_II), INT4.nearest, lambda w_OB, _: w_OB[:, 0] / 7, 8)
     assert torch.equal(v_OI, q_OI)
     torch.testing.assert_close(found_OG, scale_OG)
 
@@ -112,7 +112,7 @@ def test_gptq_of_weights_on_the_grid_changes_nothing():
 def test_gptq_of_what_cannot_be_rounded_is_refused(change, match):
     w_OI, moment_II, block = change(*case(0))
     with pytest.raises(ValueError, match=match):
-        gptq(w_OI, inverted(moment_II), INT4.nearest, peak, block)
+        gptq(w_OI, inverse_root(moment_II), INT4.nearest, peak, block)
 
 
 def test_corrected_map_is_the_least_squares_solution_over_both_inputs():
@@ -122,7 +122,7 @@ def test_corrected_map_is_the_least_squares_solution_over_both_inputs():
     r_NO, s_NO = torch.randn(500, 3, generator=made), torch.randn(500, 3, generator=made)
     moment, drift = z_NI.T @ z_NI / 500, (x_NI - z_NI).T @ z_NI / 500
     residual = (r_NO - s_NO).T @ z_NI / 500
-    found = corrected(w_OI, inverted(moment, 0.0), drift, residual, strength=1.0)
+    found = corrected(w_OI, inverse_root(moment, 0.0), drift, residual, strength=1.0)
     expected = torch.linalg.lstsq(z_NI, x_NI @ w_OI.T + r_NO - s_NO).solution.T
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -134,22 +134,22 @@ def test_corrected_map_never_is_further_from_the_dense_outputs_in_a_hundred_case
         x_NI, w_OI = torch.randn(64, 16, generator=made) * scale_I, torch.randn(4, 16, generator=made)
         z_NI = x_NI + (seed % 7) / 7 * torch.randn(64, 16, generator=made) * scale_I
         moment, drift = z_NI.T @ z_NI / 64, (x_NI - z_NI).T @ z_NI / 64
-        new_OI = corrected(w_OI, inverted(moment), drift)
+        new_OI = corrected(w_OI, inverse_root(moment), drift)
         missed = [(x_NI @ w_OI.T - z_NI @ one.T).square().sum() for one in (new_OI, w_OI)]
         assert missed[0] <= missed[1] * (1 + 1e-5)
 
 
 def test_corrected_map_without_drift_is_the_map():
     w_OI, moment_II = case(0)
-    assert torch.equal(corrected(w_OI, inverted(moment_II), torch.zeros_like(moment_II)), w_OI)
+    assert torch.equal(corrected(w_OI, inverse_root(moment_II), torch.zeros_like(moment_II)), w_OI)
 
 
 def test_corrected_map_of_a_nan_moment_is_refused():
     w_OI, moment_II = case(0)
     with pytest.raises(ValueError, match="not finite"):
-        inverted(torch.full_like(moment_II, torch.inf))
+        inverse_root(torch.full_like(moment_II, torch.inf))
     with pytest.raises(ValueError, match="not finite"):
-        corrected(w_OI, inverted(moment_II), torch.full_like(moment_II, torch.nan))
+        corrected(w_OI, inverse_root(moment_II), torch.full_like(moment_II, torch.nan))
 
 
 def halves(noise, drift, seed=0, tokens=400):
@@ -178,7 +178,7 @@ def test_agreement_is_the_best_strength_by_brute_force_on_the_other_half():
     def error(strength):
         total = 0.0
         for fit, judge in ((0, 1), (1, 0)):
-            step = corrected(w_OI, inverted(moments[fit]), drifts[fit], strength=strength) - w_OI
+            step = corrected(w_OI, inverse_root(moments[fit]), drifts[fit], strength=strength) - w_OI
             total += float(((step @ moments[judge]) * step).sum() - 2 * ((w_OI @ drifts[judge]) * step).sum())
         return total
 

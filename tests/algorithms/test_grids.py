@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.algorithms.correction import inverted
+from stages.algorithms.correction import inverse_root
 from stages.algorithms.grids import (
     FP4_E2M1,
     FP8_E4M3,
@@ -115,7 +115,7 @@ def test_searched_scales_and_columns_lose_less_than_the_definition_in_each_form(
     for moment, search in ((None, False), (None, True), (moment_II, True)):
         layer = QuantizedLinear(64, 32, form=form, block=block)
         for name, tensor in rounded(
-            w_OI, form, block, None if moment is None else inverted(moment), search=search
+            w_OI, form, block, None if moment is None else inverse_root(moment), search=search
         ).items():
             setattr(layer, name, tensor)
         away = layer.dequantized() - w_OI

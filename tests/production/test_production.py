@@ -151,7 +151,7 @@ def test_arriving_checkpoint_starts_one_run_by_itself(first, tiny, tmp_path):
 
     started = stack.until(new, 240, lambda: stack.run("docker", "logs", stack.container("watch")))
     try:
-        await_stage("healed", started[0]["id"])
+        await_state()
         faults()
     finally:
         ended = stack.await_end(started[0]["id"], 900)
@@ -169,22 +169,30 @@ def test_arriving_checkpoint_starts_one_run_by_itself(first, tiny, tmp_path):
     assert len({point["step"] for point in history}) > 10
 
 
-def await_stage(step: str, parent: str) -> None:
-    """Wait until a stage is well under way: past its first partial state."""
+def await_state() -> None:
+    """Wait until `healed` has saved a state to go on from, seen in its own container."""
 
-    def computing():
-        runs = [run for run in stack.runs_of("run-stage") if run["name"] == step]
-        return runs and runs[-1]["state"]["type"] == "RUNNING" and "30%" in stack.logs(runs[-1]["id"])
+    def saved():
+        for running in healing():
+            looked = ("find", "/scratch", "-path", "*/drafts/*/.partial/state.safetensors")
+            asked = subprocess.run(("docker", "exec", running, *looked), capture_output=True, text=True, check=False)
+            if asked.stdout.strip():
+                return True
+        return False
 
-    stack.until(computing, 600, lambda: stack.logs(parent))
+    stack.until(saved, 600, lambda: stack.run("docker", "ps", "--all"))
+
+
+def healing() -> list[str]:
+    """The container in which `healed` is computed, if there is one now."""
+    return stack.run("docker", "ps", "--quiet", "--filter", "name=^healed").split()
 
 
 def faults() -> None:
     """Kill the worker and the container it watches, take S3 away for a minute, start PostgreSQL and MLflow again."""
-    stack.run("docker", "kill", stack.container("cpu-worker"))
-    inside = stack.run("docker", "ps", "--quiet", "--filter", "name=^healed").split()
-    assert inside
-    stack.run("docker", "kill", inside[0])
+    inside = healing()
+    assert inside, "the stage ended before it could be killed"
+    stack.run("docker", "kill", stack.container("cpu-worker"), inside[0])
     stack.run("docker", "stop", "--time", "1", stack.container("s3"))
     stack.run("docker", "restart", stack.container("postgres"))
     stack.run("docker", "restart", stack.container("mlflow"))
