@@ -24,6 +24,8 @@ from stages.runtime.contract import StageError
 
 ROWS = 384
 """Sampled rows of each site's inputs on which strengths and ranges are judged."""
+WORTH_TOKENS = 256
+"""Tokens that tell which maps the loss depends on most: the answer is an average over all that they read."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -83,7 +85,7 @@ def decided(model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor, how: H
     if how.form == "int8" and how.smoothing != (0.0,):
         for site in found.values():
             _check_movable(site, places)
-    worths = worth(model, ids_NT[:1])
+    worths = worth(model, ids_NT[:1, :WORTH_TOKENS])
     made = []
     for name, seen in observed(model, maps, ids_NT, rows=ROWS):
         made.append(_decide(found[name], seen, how, worths))

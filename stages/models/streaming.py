@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stages.algorithms.drawing import drawn
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import release, trim
@@ -225,7 +226,7 @@ def _drawn_gradient(model: PreTrainedModel, x_NTH: Tensor) -> Tensor:
         x = x_TH.detach().requires_grad_()
         logits_TV = head(norm(x))
         p_TV = logits_TV.detach().softmax(-1)
-        labels_T1 = torch.multinomial(p_TV, 1, generator=generator)
+        labels_T1 = drawn(p_TV, generator)[:, None]
         # The gradient of log p(label) at the logits, made in place of the probabilities: logits are wide.
         g_TV = p_TV.neg_().scatter_add_(1, labels_T1, p_TV.new_ones(len(labels_T1), 1))
         gradients.append(torch.autograd.grad(logits_TV, x, g_TV)[0])

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.models import anatomy
+from stages.algorithms.drawing import drawn
+from stages.models import anatomy, kv_cache
 from stages.models.apart import Apart
 from stages.models.lessons import Lessons
 from stages.models.listening import inputs_of
@@ -45,7 +46,8 @@ def write(teacher: Apart, ids_NT: Tensor, seed: int, path: Path, lessons: Lesson
     if read_record(path) is None:
         generator = torch.Generator().manual_seed(seed)
         for start in range(0, len(ids_NT), TOGETHER):
-            _write(teacher, ids_NT[start : start + TOGETHER], generator, lessons, first + start)
+            with kv_cache.by(teacher.model, kv_cache.ONE_TOKEN):
+                _write(teacher, ids_NT[start : start + TOGETHER], generator, lessons, first + start)
         save_state(path, {"ids": ids_NT}, {})
     restore(path, {"ids": ids_NT})
 
@@ -66,7 +68,7 @@ def _write(teacher: Apart, ids_NT: Tensor, generator: torch.Generator, lessons: 
             states.append(here[name])
         if place + 1 < ids_NT.shape[1]:
             p_NV = teacher.head.logits(said.logits[:, -1]).float().softmax(1)
-            ids_NT[:, place + 1] = torch.multinomial(p_NV, 1, generator=generator)[:, 0]
+            ids_NT[:, place + 1] = drawn(p_NV, generator)
     del cache
     hidden_NTH = torch.cat(answered, dim=1)
     states_NTH = {name: torch.cat(states, dim=1) for name, states in heard.items()}

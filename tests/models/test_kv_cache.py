@@ -341,3 +341,18 @@ def test_layout_of_other_engines_holds_no_cache_of_integers(tiny, tmp_path):
     with pytest.raises(StageError, match="no scales of such a cache; measured int8"):
         save_model(model, tmp_path, like=tiny, layout="compressed-tensors")
     assert anatomy.blocks(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "neox", "opt"])
+def test_attention_token_by_token_answers_as_the_models_own_does(name, tmp_path):
+    """Also where nothing is cached yet, and where several tokens come at once."""
+    model, ids_NT = load_model(family(name, tmp_path)), torch.arange(3, 27).view(2, 12)
+    with torch.no_grad(), kv_cache.by(model, "eager"):
+        expected_NTV = model(input_ids=ids_NT).logits
+    cache, found = None, []
+    with torch.no_grad(), kv_cache.by(model, kv_cache.ONE_TOKEN):
+        for part_NT in ids_NT.split([1, 1, 4, 1, 1, 4], dim=1):
+            said = model(input_ids=part_NT, past_key_values=cache, use_cache=True)
+            cache = said.past_key_values
+            found.append(said.logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected_NTV, atol=1e-5, rtol=1e-4)

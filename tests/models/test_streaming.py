@@ -3,6 +3,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from stages.algorithms.drawing import drawn
 from stages.models import anatomy, streaming
 from stages.models.loading import load_model
 from stages.runtime.contract import StageError
@@ -54,7 +55,7 @@ def test_sensitivities_equal_those_of_one_graph_over_the_whole_model(model):
         log_p = model(input_ids=ids[None]).logits[0].log_softmax(-1)
         if number == 2:  # moments are of all windows, gradients of the first half
             break
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        labels = drawn(log_p.detach().exp(), generator)[:, None]
         log_p.gather(1, labels).sum().backward()
     for (index, role), pairs in seen.items():
         x = torch.cat([pair[0] for pair in pairs]).detach()
@@ -97,7 +98,7 @@ def test_worth_is_half_the_gradients_energy_times_a_usual_outputs(model):
 
             one.register_forward_hook(see)
     log_p = model(input_ids=IDS[:1]).logits[0].log_softmax(-1)
-    labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+    labels = drawn(log_p.detach().exp(), torch.Generator().manual_seed(0))[:, None]
     log_p.gather(1, labels).sum().backward()
     for path, y in outputs.items():
         usual = y.detach().square().sum(-1).median()
