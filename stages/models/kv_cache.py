@@ -31,7 +31,7 @@ SCALES = ("k_scale", "v_scale")
 Heard = Callable[[nn.Module, Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], None]
 """(module, key_NGTD, value_NGTD, attention): `attention` gives the outputs for other keys and values."""
 
-ONE_TOKEN = "one_token"
+STEPWISE = "stepwise"
 """Name of an attention for writing token by token: like `eager`, in a sixth of the time where heads share keys."""
 _PREFIX = "rounded_cache_"
 _FORM = "cache_form"
@@ -76,7 +76,7 @@ for _base in ("sdpa", "eager"):
     AttentionMaskInterface.register(_PREFIX + _base, ALL_MASK_ATTENTION_FUNCTIONS[_base])
 
 
-def _one_token(
+def _stepwise(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The module's own `eager` attention; of a single token without a copy of keys and values for each head."""
@@ -96,8 +96,8 @@ def _one_token(
     return out_NGRD.flatten(1, 2)[:, None], None
 
 
-AttentionInterface.register(ONE_TOKEN, _one_token)
-AttentionMaskInterface.register(ONE_TOKEN, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+AttentionInterface.register(STEPWISE, _stepwise)
+AttentionMaskInterface.register(STEPWISE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 @contextmanager

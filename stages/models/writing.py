@@ -46,7 +46,7 @@ def write(teacher: Apart, ids_NT: Tensor, seed: int, path: Path, lessons: Lesson
     if read_record(path) is None:
         generator = torch.Generator().manual_seed(seed)
         for start in range(0, len(ids_NT), TOGETHER):
-            with kv_cache.by(teacher.model, kv_cache.ONE_TOKEN):
+            with kv_cache.by(teacher.model, kv_cache.STEPWISE):
                 _write(teacher, ids_NT[start : start + TOGETHER], generator, lessons, first + start)
         save_state(path, {"ids": ids_NT}, {})
     restore(path, {"ids": ids_NT})

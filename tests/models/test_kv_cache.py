@@ -350,7 +350,7 @@ def test_attention_token_by_token_answers_as_the_models_own_does(name, tmp_path)
     with torch.no_grad(), kv_cache.by(model, "eager"):
         expected_NTV = model(input_ids=ids_NT).logits
     cache, found = None, []
-    with torch.no_grad(), kv_cache.by(model, kv_cache.ONE_TOKEN):
+    with torch.no_grad(), kv_cache.by(model, kv_cache.STEPWISE):
         for part_NT in ids_NT.split([1, 1, 4, 1, 1, 4], dim=1):
             said = model(input_ids=part_NT, past_key_values=cache, use_cache=True)
             cache = said.past_key_values
