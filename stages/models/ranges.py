@@ -26,6 +26,8 @@ ROWS = 384
 """Sampled rows of each site's inputs on which strengths and ranges are judged."""
 WORTH_TOKENS = 256
 """Tokens that tell which maps the loss depends on most: the answer is an average over all that they read."""
+CUT = 0.01
+"""Relative error of a site's outputs from which INT8 ranges cut something off: plain rounding costs a fifth of it."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -52,9 +54,9 @@ class Decision:
 
     Attributes:
         site: whose maps read them.
-        need: how much the site is in need of float inputs. INT8: the relative error of its outputs: ranges that cut off
-            the few huge tokens harm short prompts, and what that costs does not show in a usual token. FP8 cuts off
-            nothing: nats a token of a usual token, to second order, for each weight.
+        need: nats a token of a usual token, to second order, that rounding the inputs loses for each weight.
+        cut: whether the error of the outputs is so large that the range must cut off the few huge tokens: that harms
+            short prompts, and it does not show in a usual token.
         factor_F: divides what is written, multiplies what reads it.
         input_scale: of the rounded inputs; None where they stay float.
         note: for `quantization.json`.
@@ -62,6 +64,7 @@ class Decision:
 
     site: Site
     need: float
+    cut: bool
     factor_F: Tensor
     input_scale: float | None
     note: Mapping[str, str | float]
@@ -114,7 +117,7 @@ def _decide(site: Site, seen: Observed, how: How, worths: Mapping[str, float]) -
         scale = float(seen.peak_I.max()) * found.reach / E4M3_TOP or 1.0
         loss = _loss(site, found.errors, worths)
         note = {"input_loss_nats": round(loss, 8), "range": round(found.reach, 6)}
-        return Decision(site, loss / _weights(site), none_F, scale, note)
+        return Decision(site, loss / _weights(site), False, none_F, scale, note)
     weight_I = torch.stack([w_OI.abs().amax(0) for w_OI in maps_OI]).amax(0)
     tried = {s: _factors(site, seen.sample.peak_I, weight_I, s) for s in how.smoothing or STRENGTHS}
     candidates = [(strength, factor_F[site.index_I]) for strength, factor_F in tried.items()]
@@ -133,7 +136,8 @@ def _decide(site: Site, seen: Observed, how: How, worths: Mapping[str, float]) -
         "smoothing": found.strength,
         "range": round(reach, 6),
     }
-    return Decision(site, found.error, factor_F, input_scale(seen.peak_I, factor_I, reach), note)
+    scale = input_scale(seen.peak_I, factor_I, reach)
+    return Decision(site, loss / _weights(site), found.error > CUT, factor_F, scale, note)
 
 
 def _loss(site: Site, errors: Sequence[float], worths: Mapping[str, float]) -> float:
@@ -157,7 +161,7 @@ def _spare(decisions: Sequence[Decision], share: float) -> list[Decision]:
     """Leave float inputs to the sites that need them most, as long as they hold at most that share of the weights."""
     left = share * sum(_weights(one.site) for one in decisions)
     kept: set[str] = set()
-    for one in sorted(decisions, key=lambda one: -one.need):
+    for one in sorted(decisions, key=lambda one: (not one.cut, -one.need)):
         if _weights(one.site) <= left:
             kept.add(one.site.name)
             left -= _weights(one.site)
