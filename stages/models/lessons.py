@@ -5,6 +5,7 @@ Shapes: N windows, T tokens, H hidden, k likeliest tokens.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Lessons:
         self._log_p = _mapped(folder / "log_p", np.float32, (count, length, self._k))
         self._states = [_mapped(folder / f"state-{n}", np.int16, (count, length, width)) for n in range(len(listened))]
         self._sums = _mapped(folder / "checksums", np.uint32, (count,))
+        _reserve(self._sums, 0, count)
 
     def of(self, chosen: Sequence[int]) -> Lesson:
         """The answers on the chosen windows.
@@ -85,10 +87,13 @@ class Lessons:
 
         Raises:
             StageError: they hold a NaN.
+            OSError: the disk is full.
         """
         targets = likeliest(self._teacher.head, hidden_TH, self._k, self._temperature)
         if not targets.log_p_Nk.isfinite().all():
             raise StageError(f"the teacher's answer on window {n} of the train split holds a NaN or an infinity")
+        for kept in (self._tokens, self._log_p, *self._states):
+            _reserve(kept, n, 1)
         self._tokens[n], self._log_p[n] = targets.tokens_Nk.numpy(), targets.log_p_Nk.numpy()
         for kept, name in zip(self._states, self.listened, strict=True):
             kept[n] = heard[name].view(torch.int16).numpy()
@@ -109,3 +114,9 @@ def _mapped(
         with path.open("wb") as stream:
             stream.truncate(size)
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+
+
+def _reserve(kept: np.memmap[tuple[int, ...], np.dtype[np.generic]], first: int, count: int) -> None:
+    """Make room on the disk for entries: a mapped page that finds none would end the process without a word."""
+    with Path(str(kept.filename)).open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), first * kept.strides[0], count * kept.strides[0])

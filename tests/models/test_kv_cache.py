@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.export import ExportParams, export
 from stages.models import anatomy, exporting, graph, kv_cache, kv_ranges
@@ -353,6 +354,35 @@ def test_attention_token_by_token_answers_as_the_models_own_does(name, tmp_path)
     with torch.no_grad(), kv_cache.by(model, kv_cache.STEPWISE):
         for part_NT in ids_NT.split([1, 1, 4, 1, 1, 4], dim=1):
             said = model(input_ids=part_NT, past_key_values=cache, use_cache=True)
+            cache = said.past_key_values
+            found.append(said.logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected_NTV, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "sliding_window": 4},
+        {"model_type": "mistral", "sliding_window": 4},
+    ],
+)
+def test_attention_token_by_token_keeps_soft_caps_and_sliding_windows(extra):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    asked = {"vocab_size": VOCABULARY, "num_key_value_heads": 2, **sizes, **extra}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**asked)).eval()
+    ids_NT, cache, found = torch.arange(3, 27).view(2, 12), None, []
+    with torch.no_grad(), kv_cache.by(model, "eager"):
+        expected_NTV = model(input_ids=ids_NT, use_cache=False).logits
+    with torch.no_grad(), kv_cache.by(model, kv_cache.STEPWISE):
+        for one_N1 in ids_NT.split(1, dim=1):
+            said = model(input_ids=one_N1, past_key_values=cache, use_cache=True)
             cache = said.past_key_values
             found.append(said.logits)
     torch.testing.assert_close(torch.cat(found, dim=1), expected_NTV, atol=1e-5, rtol=1e-4)

@@ -52,6 +52,19 @@ def test_kept_answers_are_read_and_not_asked_again(teacher, tmp_path):
     )
 
 
+def test_disk_that_fills_up_is_an_error_and_the_answer_is_asked_again(teacher, small_disk, tmp_path):
+    """A page of a mapped file that finds no room would end the process without a word."""
+    kept, ballast = lessons(teacher, small_disk / "kept"), small_disk / "ballast"
+    with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+    with pytest.raises(OSError, match="No space"):
+        kept.of([2])
+    ballast.unlink()
+    again = kept.of([2])
+    assert torch.equal(again.targets.log_p_Nk, lessons(teacher, tmp_path / "other").of([2]).targets.log_p_Nk)
+
+
 @pytest.mark.parametrize("file", ["tokens", "log_p", "state-0", "checksums"])
 def test_answer_that_was_half_written_is_asked_again(teacher, tmp_path, file):
     block = {"model.layers.1": teacher.model.model.layers[1]}

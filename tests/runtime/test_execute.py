@@ -198,18 +198,6 @@ def test_work_names_libraries_of_the_image_and_the_executor():
     assert work == Work.model_validate_json(work.model_dump_json())
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of one megabyte."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_disk_full_while_the_stage_writes_does_not_fit_and_seals_nothing(store, small_disk):
     full = Store(store.objects, small_disk / "scratch")
     with pytest.raises(DoesNotFit, match=f"the disk of {small_disk}/scratch is full.*enginery sweep"):
