@@ -28,7 +28,8 @@ class ShareParams(Params):
             encoder's table, a decoder's and the head (`mean`), which loses much until the model is trained again.
         keep: largest share of the blocks' parameters that stays; not of `tie`.
         group: basis: most neighbouring blocks on one basis; recursive: neighbouring blocks on the same weights.
-        projections: basis: what may share one; where, and whether at all, is chosen by the measured loss.
+        projections: basis: what may stand on one; where, with which others, or whether at all, is chosen by the
+            measured loss.
         windows: calibration windows.
         window_tokens: their length.
     """
@@ -37,8 +38,8 @@ class ShareParams(Params):
     tables: Literal["equal", "mean"] = "equal"
     keep: float = Field(default=0.95, gt=0, lt=1)
     group: int = Field(default=2, ge=2)
-    projections: tuple[Projection, ...] = Field(default=("q+k", "v", "o", "gate+up"), min_length=1)
-    windows: int = Field(default=8, ge=1)
+    projections: tuple[Projection, ...] = Field(default=("q+k", "v", "o", "gate+up", "down"), min_length=1)
+    windows: int = Field(default=16, ge=1)
     window_tokens: int = Field(default=512, ge=8)
 
     @field_validator("projections")

@@ -22,7 +22,6 @@ from stages.models.depth import drop_blocks
 from stages.models.dropping import Dropped, greedy, least_influential
 from stages.models.on_weights import OnWeights, mended, put
 from stages.models.resuming import read_record, save_state
-from stages.models.shared import SharedLinear
 from stages.models.twin import Compressed, Seen
 from stages.runtime.contract import Progress, StageError
 
@@ -192,16 +191,19 @@ class Narrow:
 
     def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
         """See Technique."""
-        path = anatomy.path(self.reader)
-        made = mended(maps, seen, but=path)
-        if path in maps:
-            w_OF = seen.target(path, maps[path].weight.detach())
+        reader = anatomy.path(self.reader)
+        made = mended(maps, seen, but=reader)
+        # Of a map on a basis, the basis reads what goes, and the coefficient says what each of its rows is worth.
+        for path in maps.keys() & {reader, f"{reader}.basis"}:
+            w_RF = seen.target(path, maps[path].weight.detach())
+            w_OF = w_RF if path == reader else _coefficient(block, reader).float() @ w_RF
             stays_F = torch.ones(w_OF.shape[1], dtype=torch.bool)
             stays_F[least_important(w_OF, seen.moment_II, w_OF.shape[1] - self.width, size=self.size)] = False
             kept_K = stays_F.nonzero().flatten()
-            w_OK = reconstructed(w_OF, seen.moment_II, kept_K)
+            w_RK = reconstructed(w_RF, seen.moment_II, kept_K)
+            w_OK = w_RK if path == reader else _coefficient(block, reader).double() @ w_RK
             made[path] = Compressed(
-                {"weight": w_OK.float().contiguous(), "kept": kept_K},
+                {"weight": w_RK.float().contiguous(), "kept": kept_K},
                 {
                     "inputs_before": w_OF.shape[1],
                     "inputs": self.width,
@@ -216,11 +218,17 @@ class Narrow:
         if "kept" not in tensors or model.get_submodule(path).in_features == self.width:
             put(model, path, tensors["weight"])
             return
-        block = next(one for one in anatomy.blocks(model) if path == f"{one.name}.{anatomy.path(self.reader)}")
+        reader = anatomy.path(self.reader)
+        block = next(one for one in anatomy.blocks(model) if path.removesuffix(".basis") == f"{one.name}.{reader}")
         if self.reader == "down":
             structure.narrow(block, tensors["kept"], tensors["weight"])
         else:
             structure.drop_heads(block, tensors["kept"], tensors["weight"], self.size)
+
+
+def _coefficient(block: Block, path: str) -> Tensor:
+    weight: Tensor = block.module.get_submodule(f"{path}.coefficient").weight  # type: ignore[assignment]
+    return weight.detach()
 
 
 def cannot(what: str, best: int, total: int, asked: Asked) -> StageError:
@@ -236,10 +244,9 @@ def cannot(what: str, best: int, total: int, asked: Asked) -> StageError:
 def output_parameters(block: Block, outputs: tuple[str, ...], reader: str | None) -> int:
     """Parameters of one output of these maps, and of the input of `reader` that it is."""
     maps = anatomy.projections(block)
-    count = int(maps[reader].out_features) if reader else 0  # type: ignore[arg-type]
+    count = int(structure.reading(maps[reader]).out_features) if reader else 0  # type: ignore[arg-type]
     for role in outputs:
-        one = maps[role]
-        own = one.coefficient if isinstance(one, SharedLinear) else one
+        own = structure.writing(maps[role])
         assert isinstance(own, nn.Linear)
         count += own.in_features + (own.bias is not None)
     return count

@@ -22,6 +22,7 @@ from stages.algorithms.sparsegpt import DAMPING, pruned
 from stages.algorithms.sparsity import Keep, largest, of_each, packed, prices, unpacked, wanda
 from stages.models import anatomy, twin
 from stages.models.anatomy import Block
+from stages.models.mapped import forget
 from stages.models.on_weights import OnWeights, put
 from stages.models.saliency import gradients
 from stages.models.streaming import SITES, sensitivities
@@ -249,6 +250,7 @@ def proven(model: PreTrainedModel, how: How, output: Path) -> Found:
                 remedy="This is a defect: please report it with the recipe.",
             )
         zeros, weights = zeros + int((~stands_OI).sum()), weights + w_OI.numel()
+        forget(w_OI)
     if not how.pattern and weights - zeros > how.keep * weights:
         raise StageError(
             "the written checkpoint has fewer zeros than were asked",

@@ -21,7 +21,7 @@ def check_channels_free(model: PreTrainedModel) -> None:
     """Raise StageError where a block's feed-forward channels cannot go alone.
 
     Raises:
-        StageError: `down` stands on a shared basis, whose columns are other blocks' channels too, or a feed-forward
+        StageError: `down` stands on a basis with other blocks, whose columns are their channels too, or a feed-forward
             tensor is tied to another.
     """
     _check_free(model, anatomy.FEED_FORWARD, "down", "channels")
@@ -38,18 +38,27 @@ def _check_free(model: PreTrainedModel, roles: tuple[str, ...], reader: str, wha
         maps = anatomy.projections(block)
         for role in roles:
             name = f"{block.name}.{anatomy.path(role)}"
-            one = maps[role]
-            if role == reader and isinstance(one, SharedLinear):
+            own = reading(maps[role]) if role == reader else writing(maps[role])
+            if not isinstance(own, nn.Linear):
+                raise StageError(f"{name} is no dense map", remedy="Prune first, quantize and share afterwards.")
+            twin = owners.setdefault(id(own.weight), name)
+            if twin != name and role == reader and isinstance(maps[role], SharedLinear):
                 raise StageError(
                     f"{name} stands on a basis whose inputs are the {what} of several blocks",
                     remedy=f"Leave `{reader}` out of share's projections, or prune before sharing it.",
                 )
-            own = one.coefficient if isinstance(one, SharedLinear) else one
-            if not isinstance(own, nn.Linear):
-                raise StageError(f"{name} is no dense map", remedy="Prune first, quantize and share afterwards.")
-            twin = owners.setdefault(id(own.weight), name)
             if twin != name:
                 raise StageError(f"{name} is tied to {twin}; its {what} cannot go alone", remedy="Prune before tying.")
+
+
+def reading(one: nn.Module) -> nn.Module:
+    """The part of a map that reads its inputs: its basis, where it stands on one."""
+    return one.basis if isinstance(one, SharedLinear) else one
+
+
+def writing(one: nn.Module) -> nn.Module:
+    """The part of a map that writes its outputs: its coefficient, where it stands on a basis."""
+    return one.coefficient if isinstance(one, SharedLinear) else one
 
 
 def parameters_without(model: PreTrainedModel, dropped: Sequence[int]) -> int:
@@ -64,7 +73,7 @@ def narrow(block: Block, kept_K: Tensor, down_OK: Tensor) -> None:
     Args:
         block: its gate, up and down lose rows or columns; a shared basis is not touched.
         kept_K: ascending indices of the channels that stay.
-        down_OK: the new weight of down.
+        down_OK: the new weight of down, or of its basis.
     """
     for role in ("gate", "up"):
         _keep_outputs(block, role, kept_K)
@@ -77,7 +86,7 @@ def drop_heads(block: Block, kept_K: Tensor, o_OK: Tensor, size: int) -> None:
     Args:
         block: its q, k, v and o lose rows or columns; a shared basis is not touched.
         kept_K: ascending indices of the heads' outputs that stay, whole key-value groups.
-        o_OK: the new weight of o.
+        o_OK: the new weight of o, or of its basis.
         size: outputs of the query heads of one key-value group.
     """
     keys = anatomy.projections(block)["k"]
@@ -92,8 +101,7 @@ def drop_heads(block: Block, kept_K: Tensor, o_OK: Tensor, size: int) -> None:
 
 
 def _keep_outputs(block: Block, role: str, kept_K: Tensor) -> None:
-    one = anatomy.projections(block)[role]
-    own = one.coefficient if isinstance(one, SharedLinear) else one
+    own = writing(anatomy.projections(block)[role])
     assert isinstance(own, nn.Linear)
     own.weight = nn.Parameter(own.weight.detach()[kept_K].contiguous())
     own.out_features = len(kept_K)
@@ -102,7 +110,7 @@ def _keep_outputs(block: Block, role: str, kept_K: Tensor) -> None:
 
 
 def _replace_inputs(block: Block, role: str, w_OK: Tensor) -> None:
-    reader = anatomy.projections(block)[role]
+    reader = reading(anatomy.projections(block)[role])
     assert isinstance(reader, nn.Linear)
     reader.weight = nn.Parameter(w_OK.to(reader.weight.dtype).contiguous())
     reader.in_features = w_OK.shape[1]

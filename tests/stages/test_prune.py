@@ -12,7 +12,9 @@ from stages.models import loading, sparsity, twin
 from stages.models.anatomy import block_parameters
 from stages.models.depth import drop_blocks
 from stages.models.loading import load_model
+from stages.models.shared import install
 from stages.models.streaming import arguments
+from stages.models.structure import check_channels_free
 from stages.prune import PRUNE, PruneParams
 from stages.runtime.contract import PARTIAL, StageError
 from tests.conftest import sealer
@@ -85,11 +87,31 @@ def test_prune_channels_after_sharing_narrows_the_coefficients(shared_store, den
     assert perplexity(model, test) / perplexity(parent, test) < 1.15
 
 
-def test_prune_channels_behind_a_shared_down_is_refused_by_name(shared_store, dense, topics):
-    how = {"keep": 0.98, "windows": 2, "window_tokens": 64}
-    first = sealer(shared_store)("share", how | {"projections": ["down"]}, model=dense, text=topics)
-    with pytest.raises(StageError, match=r"layers\.\d\.mlp\.down_proj stands on a basis"):
-        sealer(shared_store)("prune", how, model=first.identity, text=topics)
+@pytest.mark.parametrize(("method", "role", "keep"), [("channels", "down", 0.85), ("heads", "o", 0.92)])
+def test_prune_narrows_the_basis_that_a_map_has_alone(shared_store, dense, topics, method, role, keep):
+    run, how = sealer(shared_store), {"windows": 4, "window_tokens": 64}
+    first = run("factorize", how | {"keep": 0.95, "layers": [f"*.{role}_proj"]}, model=dense, text=topics)
+    both = run("prune", how | {"method": method, "keep": keep}, model=first.identity, text=topics)
+    model, parent = (load_model(shared_store.checkout(one.identity)) for one in (both, first))
+    bases = {name: one for name, one in model.named_modules() if name.endswith(f"{role}_proj.basis")}
+    assert bases
+    for name, one in bases.items():
+        before = parent.get_submodule(name)
+        assert one.in_features == one.weight.shape[1] < before.in_features
+        assert one.out_features == before.out_features
+    table = [row for row in rows(shared_store, both.identity) if "inputs" in row]
+    assert len(table) == model.config.num_hidden_layers
+    assert all(0 < row["output_error_ratio"] < row["output_error_ratio_cut"] < 1 for row in table)
+    assert block_parameters(model) <= keep * first.manifest.metrics["block_parameters"]
+    test = ids(shared_store, topics, dense, "test")
+    assert perplexity(model, test) / perplexity(parent, test) < 1.2
+
+
+def test_prune_behind_a_basis_of_several_blocks_is_refused_by_name(dense, shared_store):
+    model = load_model(shared_store.checkout(dense))
+    install(model, {"shared": [{"modules": [f"model.layers.{block}.mlp.down_proj" for block in (2, 3)], "rank": 8}]})
+    with pytest.raises(StageError, match=r"layers\.3\.mlp\.down_proj stands on a basis .* several blocks"):
+        check_channels_free(model)
 
 
 def test_prune_blocks_by_influence_takes_the_least_influential(shared_store, dense, topics):

@@ -139,8 +139,8 @@ def test_share_basis_again_takes_only_maps_that_are_still_dense(shared_store, to
 
 
 def test_share_basis_that_cannot_save_so_much_names_the_best(shared_store, dense, topics):
-    with pytest.raises(StageError, match=r"cannot save so much; measured keep 0\.\d+ at best; limit keep 0\.2"):
-        sealer(shared_store)("share", PARAMS | {"keep": 0.2}, model=dense, text=topics)
+    with pytest.raises(StageError, match=r"cannot save so much; measured keep 0\.\d+ at best; limit keep 0\.02"):
+        sealer(shared_store)("share", PARAMS | {"keep": 0.02}, model=dense, text=topics)
 
 
 def test_share_basis_without_text_is_refused(shared_store, dense):
