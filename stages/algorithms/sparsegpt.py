@@ -12,7 +12,8 @@ from torch import Tensor
 
 from stages.algorithms.correction import inverse_root
 
-DAMPING = 1e-2
+DAMPING = 0.1
+"""More suits other texts better: 2:4 of a book's windows lost 0.92 nats on another text, 0.95 with 0.01."""
 COLUMNS = 64
 """Columns whose updates are gathered before the rest is updated by one product."""
 

@@ -187,6 +187,7 @@ class Masked:
             if (own := self.keepers.get(f"{block.name}.{inner}")) is None:
                 continue
             keep, group = own
+            seen.damping = DAMPING
             w_OI = linear.weight.detach().float()
             target_OI = seen.target(inner, w_OI) if self.mend else w_OI
             new_OI = (
