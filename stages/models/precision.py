@@ -35,6 +35,10 @@ class Precision:
 
 
 _TINY = torch.finfo(torch.float32).tiny
+DAMPING = 0.3
+"""Of the fits, a share of the mean squared input: what few bits lose is small, and a calibration text says little of
+most directions. INT4 fitted on 8 windows of a book lost a sixth more KL on the rest of the book with 0.01, and a
+quarter more on another text; with 0.1, a fortieth and an eighth. INT8 and FP8 care little."""
 HEADROOM = 2.0
 """FP8 ranges reach so many times the largest value seen: a float is as precise there, and nothing saturates."""
 
@@ -134,6 +138,7 @@ class Rounding:
 
     def compress(self, block: Block, found: Mapping[str, nn.Module], seen: Seen) -> dict[str, Compressed]:
         """See `twin.Technique`. Maps that are rounded alike are rounded as one: their columns are the same."""
+        seen.damping = DAMPING
         made: dict[str, Compressed] = {}
         alike: dict[Precision, dict[str, nn.Linear]] = {}
         for path, one in found.items():

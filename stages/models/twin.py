@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.correction import STRENGTH, agreement, corrected, inverse_root
+from stages.algorithms.correction import DAMPING, STRENGTH, agreement, corrected, inverse_root
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import forget, release, trim
@@ -35,10 +35,6 @@ from stages.models.replaying import Replay
 from stages.models.resuming import read_record, save_state
 from stages.models.streaming import PROBE, arguments, check_finite, embedded, in_short
 
-DAMPING = 0.3
-"""Of fits, a share of the mean squared input: a calibration text says little of most directions. INT4 fitted on 8
-windows of a book lost a sixth more KL on the rest of the book with 0.01, and a quarter more on another text; with 0.1,
-a fortieth and an eighth. It matters little where more is lost (factorize, channels) or less (INT8, FP8)."""
 AT_ONCE = 2
 """Windows in one call of a block: weights are turned to bfloat16 once a call."""
 WIDE = 1024
