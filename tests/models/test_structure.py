@@ -60,8 +60,10 @@ def test_check_channels_free_refuses_what_cannot_go_alone(tiny):
     model = load_model(tiny)
     structure.check_channels_free(model)
     name = "model.layers.1.mlp.down_proj"
-    shared.install(model, {"shared": [{"modules": [name, "model.layers.2.mlp.down_proj"], "rank": 8}]})
-    with pytest.raises(StageError, match=f"{name} stands on a basis"):
+    shared.install(model, {"shared": [{"modules": ["model.layers.0.mlp.down_proj"], "rank": 8}]})
+    structure.check_channels_free(model)
+    shared.install(model, {"shared": [{"modules": ["model.layers.2.mlp.down_proj", name], "rank": 8}]})
+    with pytest.raises(StageError, match=r"layers\.2\.mlp\.down_proj stands on a basis .* several blocks"):
         structure.check_channels_free(model)
     model = load_model(tiny)
     shared.tie(model, ["model.layers.1.mlp.up_proj.weight", "model.layers.4.mlp.up_proj.weight"])
@@ -163,11 +165,13 @@ def test_drop_heads_computes_what_is_left(model):
     assert {role: one.out_features for role, one in anatomy.projections(block).items()}["k"] == 16
 
 
-def test_check_heads_free_refuses_an_o_on_a_basis(model):
+def test_check_heads_free_refuses_an_o_on_a_basis_of_several_blocks(model):
     structure.check_heads_free(model)
-    name = "model.layers.1.self_attn.o_proj"
-    shared.install(model, {"shared": [{"modules": [name], "rank": 8}]})
-    with pytest.raises(StageError, match=f"{name} stands on a basis"):
+    shared.install(model, {"shared": [{"modules": ["model.layers.0.self_attn.o_proj"], "rank": 8}]})
+    structure.check_heads_free(model)
+    several = [f"model.layers.{block}.self_attn.o_proj" for block in (1, 2)]
+    shared.install(model, {"shared": [{"modules": several, "rank": 8}]})
+    with pytest.raises(StageError, match=r"layers\.2\.self_attn\.o_proj stands on a basis .* several blocks"):
         structure.check_heads_free(model)
 
 

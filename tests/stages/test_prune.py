@@ -12,9 +12,7 @@ from stages.models import loading, sparsity, twin
 from stages.models.anatomy import block_parameters
 from stages.models.depth import drop_blocks
 from stages.models.loading import load_model
-from stages.models.shared import install
 from stages.models.streaming import arguments
-from stages.models.structure import check_channels_free
 from stages.prune import PRUNE, PruneParams
 from stages.runtime.contract import PARTIAL, StageError
 from tests.conftest import sealer
@@ -105,13 +103,6 @@ def test_prune_narrows_the_basis_that_a_map_has_alone(shared_store, dense, topic
     assert block_parameters(model) <= keep * first.manifest.metrics["block_parameters"]
     test = ids(shared_store, topics, dense, "test")
     assert perplexity(model, test) / perplexity(parent, test) < 1.2
-
-
-def test_prune_behind_a_basis_of_several_blocks_is_refused_by_name(dense, shared_store):
-    model = load_model(shared_store.checkout(dense))
-    install(model, {"shared": [{"modules": [f"model.layers.{block}.mlp.down_proj" for block in (2, 3)], "rank": 8}]})
-    with pytest.raises(StageError, match=r"layers\.3\.mlp\.down_proj stands on a basis .* several blocks"):
-        check_channels_free(model)
 
 
 def test_prune_blocks_by_influence_takes_the_least_influential(shared_store, dense, topics):
