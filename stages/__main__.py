@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from stages import stage
 from stages.adapters.connect import connect
-from stages.runtime.contract import DoesNotFit, Interrupted, Params, Stage, StageError, Unavailable, Work
+from stages.runtime.contract import DoesNotFit, Image, Interrupted, Params, Stage, StageError, Unavailable, Work
 from stages.runtime.dividing import count_units, execute_part
 from stages.runtime.execute import Outcome, execute
 from stages.runtime.progress import JsonLines
@@ -53,6 +53,10 @@ def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
         definition = stage(asked.name)
         params, work = _understood(definition, order)
         store = connect(asked.store, asked.scratch)
+        if definition.image is Image.TORCH:
+            from stages.models.lean import import_transformers
+
+            import_transformers()
         if asked.units:
             last: dict[str, Any] = {"event": "units", "count": count_units(definition, params, work, store)}
         elif asked.part:

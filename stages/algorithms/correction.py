@@ -34,6 +34,7 @@ def inverse_root(moment_II: Tensor, damping: float = DAMPING) -> Tensor:
     moment = moment_II.flip(0, 1).to(torch.float64)
     moment.diagonal().add_(damping * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
     upper_II = torch.linalg.cholesky(moment, out=moment).float().flip(0, 1)
+    del moment  # twice as large as all else here
     return torch.linalg.solve_triangular(upper_II, torch.eye(len(upper_II)), upper=True)
 
 

@@ -51,6 +51,13 @@ def largest(share: float) -> Keep:
     return keep
 
 
+def by_rows(keeps: Sequence[Keep], sizes: Sequence[int]) -> Keep:
+    """Several maps below each other: each one's rows by its own rule."""
+    return lambda score_OB: torch.cat(
+        [keep(part) for keep, part in zip(keeps, score_OB.split(list(sizes)), strict=True)]
+    )
+
+
 def wanda(w_OI: Tensor, moment_II: Tensor) -> Tensor:
     """score_OI: the square of |weight| times its input's norm, the rise of the output's error when it alone goes.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.models import anatomy, kv_cache, quantized
+from stages.models import anatomy, graph, kv_cache, quantized
 from stages.models.planning import filled
 from stages.models.shared import ResidualLinear, SharedLinear
 from stages.models.sparse_linear import SparseLinear
@@ -125,7 +125,7 @@ def to_onnx(model: PreTrainedModel, opset: int) -> ir.Model:
             ) from error
     assert program is not None
     exported: Any = program.model
-    quantized.pack_initializers(exported.graph)
+    graph.pack_weights(exported.graph)
     clean(exported, first_names)
     return exported
 

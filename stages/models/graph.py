@@ -165,3 +165,24 @@ def _rounded_by(node: ir.Node) -> ir.Node | None:
         return None
     producer = node.inputs[0].producer()
     return producer if producer is not None and producer.op_type == "QuantizeLinear" else None
+
+
+def pack_weights(graph: ir.Graph) -> int:
+    """Pack the weights of block-wise DequantizeLinear nodes two a byte: int8 to INT4, uint8 codes to FLOAT4E2M1.
+
+    Returns:
+        How many there are.
+    """
+    packed: set[str] = set()
+    for node in graph:
+        weight = node.inputs[0] if node.op_type == "DequantizeLinear" and "block_size" in node.attributes else None
+        if weight is None or weight.const_value is None or weight.name in packed:
+            continue
+        q_IO = weight.const_value.numpy()
+        kind = ir.DataType.FLOAT4E2M1 if q_IO.dtype == np.uint8 else ir.DataType.INT4
+        nibbles = q_IO.reshape(-1).view(np.uint8) & 0x0F
+        bytes_ = nibbles[0::2] | (nibbles[1::2] << 4)
+        weight.const_value = ir.PackedTensor(bytes_, dtype=kind, shape=q_IO.shape, name=weight.name)
+        weight.dtype = kind
+        packed.add(str(weight.name))
+    return len(packed)

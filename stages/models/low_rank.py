@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms import basis, low_rank, low_rank_sparse
-from stages.algorithms.refit import output_error
+from stages.algorithms.refit import output_errors
 from stages.models import anatomy, sparse_linear, twin
 from stages.models.anatomy import Block
 from stages.models.on_weights import OnWeights
@@ -134,7 +134,7 @@ def _product(path: str, plan: Plan, target_OI: Tensor, moment_II: Tensor) -> Com
     else:
         left_Or, right_rI = low_rank.cut(low_rank.factors(target_OI, moment_II, plan.importance_O), plan.option.rank)
         tensors = {"left": left_Or.float().contiguous(), "right": right_rI.float().contiguous()}
-    error = output_error(target_OI, tensors["left"] @ right_rI.float(), moment_II)
+    (error,) = output_errors(target_OI, [tensors["left"] @ right_rI.float()], moment_II)
     return Compressed(tensors, _row(path, plan, plan.option.rank, error))
 
 
@@ -150,7 +150,7 @@ def _with_sparse(path: str, plan: Plan, target_OI: Tensor, moment_II: Tensor, sh
     else:
         tensors |= sparse_linear.tensors(best.sparse_OI)
         more |= {"sparse_weights": len(tensors["values"])}
-    error = output_error(target_OI, best.left_Or @ best.right_rI + best.sparse_OI, moment_II)
+    (error,) = output_errors(target_OI, [best.left_Or @ best.right_rI + best.sparse_OI], moment_II)
     return Compressed(tensors, _row(path, plan, len(best.right_rI), error) | more)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.grids import E4M3_TOP, nearest_e4m3
+from stages.algorithms.refit import output_errors
 from stages.algorithms.rounding import fake_round, round_rows
 from stages.models import anatomy, quantized
 from stages.models.anatomy import Block
@@ -34,7 +35,6 @@ class Precision:
     input_form: str | None = None
 
 
-_TINY = torch.finfo(torch.float32).tiny
 DAMPING = 0.3
 """Of the fits, a share of the mean squared input: what few bits lose is small, and a calibration text says little of
 most directions. INT4 fitted on 8 windows of a book lost a sixth more KL on the rest of the book with 0.01, and a
@@ -162,7 +162,7 @@ class Rounding:
         if (scale := self.input_scales.get(name)) is not None:
             tensors["input_scale"] = torch.tensor(scale)
         new, asked = self._module(old, name, tensors), self.precision[name]
-        plain, ours = errors(target_OI, [nearest(old.weight.detach(), asked), new.dequantized()], seen.moment_II)
+        plain, ours = output_errors(target_OI, [nearest(old.weight.detach(), asked), new.dequantized()], seen.moment_II)
         return Compressed(tensors, {"format": asked.form, "error_nearest": plain, "error": ours})
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
@@ -198,14 +198,3 @@ def nearest(w_OI: Tensor, asked: Precision, *, search: bool = False) -> Tensor:
     made = QuantizedLinear(w_OI.shape[1], w_OI.shape[0], form=asked.form, block=asked.block)
     made.put(rounded(w_OI, asked.form, asked.block, None, search=search))
     return made.dequantized()
-
-
-def errors(target_OI: Tensor, made: Sequence[Tensor], moment_II: Tensor) -> list[float]:
-    """E||(target - new) z||^2 / E||target z||^2 of each, to three digits."""
-    short_II = moment_II.bfloat16()  # averages over many products: a few digits are exact, in a third of the time
-    size = _quadratic(target_OI, short_II) or _TINY
-    return [_quadratic(target_OI - new_OI, short_II) / size for new_OI in made]
-
-
-def _quadratic(w_OI: Tensor, short_II: Tensor) -> float:
-    return float(((w_OI.bfloat16() @ short_II).float() * w_OI).sum())

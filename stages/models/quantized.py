@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -331,7 +329,7 @@ def for_export(model: nn.Module) -> None:
     """Lay weights out as [I, O] in place, the order in which MatMul takes them without a Transpose.
 
     Four-bit weights are unpacked to a byte each (INT4 to int8, codes of floats to uint8), since torch has no tensor of
-    them; `pack_initializers` packs them in the exported graph. What the embedding shares stays rows.
+    them; `graph.pack_weights` packs them in the exported graph. What the embedding shares stays rows.
     """
     modules = quantized_modules(model)
     tables = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}
@@ -357,24 +355,3 @@ def _laid_out(module: QuantizedLinear) -> dict[str, Tensor]:
         return {"weight": q_OI.t().contiguous()}
     scale = scale if module.form.two_level else module.scales()
     return {"weight": q_OI.t().contiguous(), "weight_scale": scale.t().contiguous()}
-
-
-def pack_initializers(graph: onnx_ir.Graph) -> int:
-    """Pack the weights of block-wise DequantizeLinear nodes two a byte: int8 to INT4, uint8 codes to FLOAT4E2M1.
-
-    Returns:
-        How many there are.
-    """
-    packed: set[str] = set()
-    for node in graph:
-        weight = node.inputs[0] if node.op_type == "DequantizeLinear" and "block_size" in node.attributes else None
-        if weight is None or weight.const_value is None or weight.name in packed:
-            continue
-        q_IO = weight.const_value.numpy()
-        kind = onnx_ir.DataType.FLOAT4E2M1 if q_IO.dtype == np.uint8 else onnx_ir.DataType.INT4
-        nibbles = q_IO.reshape(-1).view(np.uint8) & 0x0F
-        bytes_ = nibbles[0::2] | (nibbles[1::2] << 4)
-        weight.const_value = onnx_ir.PackedTensor(bytes_, dtype=kind, shape=q_IO.shape, name=weight.name)
-        weight.dtype = kind
-        packed.add(str(weight.name))
-    return len(packed)

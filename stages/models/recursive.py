@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from stages.algorithms import low_rank
 from stages.algorithms.allocation import Option, allocate
 from stages.algorithms.recursive import common
-from stages.algorithms.refit import output_error
+from stages.algorithms.refit import output_errors
 from stages.models import anatomy, twin
 from stages.models.anatomy import Block
 from stages.models.low_rank import Done
@@ -139,12 +139,14 @@ class Recursive:
                 left_Or, right_rI = low_rank.cut(
                     low_rank.factors(difference_OI, seen.moment_II, importance_O), option.rank
                 )
+                made_OI = [loop.weight, loop.weight + left_Or @ right_rI]
+                shared, error = output_errors(target_OI, made_OI, seen.moment_II)
                 row = {
                     "rank": option.rank,
                     "shares_with": [other for other in loop.paths if other != path],
                     "predicted_loss_nats": option.damage / len(loop.paths),
-                    "output_error_ratio_shared": output_error(target_OI, loop.weight, seen.moment_II),
-                    "output_error_ratio": output_error(target_OI, loop.weight + left_Or @ right_rI, seen.moment_II),
+                    "output_error_ratio_shared": shared,
+                    "output_error_ratio": error,
                 }
                 made[inner] = Compressed({"left": left_Or.float().contiguous(), "right": right_rI.float()}, row)
         return made

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.allocation import allocate
 from stages.algorithms.basis import damped
-from stages.algorithms.refit import output_error, refit
+from stages.algorithms.refit import output_errors, refit
 from stages.algorithms.sparsegpt import DAMPING, pruned
-from stages.algorithms.sparsity import Keep, largest, of_each, packed, prices, unpacked, wanda
+from stages.algorithms.sparsity import Keep, by_rows, largest, of_each, packed, prices, unpacked, wanda
 from stages.models import anatomy, twin
 from stages.models.anatomy import Block
 from stages.models.mapped import forget
@@ -182,37 +183,42 @@ class Masked:
 
     def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
         """See Technique."""
-        made = {}
-        for inner, linear in maps.items():
-            if (own := self.keepers.get(f"{block.name}.{inner}")) is None:
-                continue
-            keep, group = own
+        mine = {inner: one for inner, one in maps.items() if f"{block.name}.{inner}" in self.keepers}
+        if not mine:
+            return {}
+        keeps, groups = zip(*(self.keepers[f"{block.name}.{inner}"] for inner in mine), strict=True)
+        weights = {inner: one.weight.detach().float() for inner, one in mine.items()}
+        if not self.mend:
+            made = [
+                w_OI * keep(wanda(w_OI, seen.moment_II)) for keep, w_OI in zip(keeps, weights.values(), strict=True)
+            ]
+            targets = list(weights.values())
+        else:  # what one input is read by is mended as one map: the columns' costs are the same
             seen.damping = DAMPING
-            w_OI = linear.weight.detach().float()
-            target_OI = seen.target(inner, w_OI) if self.mend else w_OI
-            new_OI = (
-                _mended(target_OI, seen.moment_II, keep, group)
-                if self.mend
-                else w_OI * keep(wanda(w_OI, seen.moment_II))
-            )
-            made[inner] = Compressed(
-                {"weight": new_OI},
-                {
-                    "zeros": float((new_OI == 0).float().mean()),
-                    "output_error_ratio_cut": output_error(target_OI, w_OI * (new_OI != 0), seen.moment_II),
-                    "output_error_ratio": output_error(target_OI, new_OI, seen.moment_II),
-                },
-            )
-        return made
+            targets = list(seen.targets(weights).values())
+            sizes = [len(w_OI) for w_OI in targets]
+            new_OI = _mended(torch.cat(targets), seen, by_rows(keeps, sizes), groups[0])
+            made = list(new_OI.split(sizes))
+        return {
+            inner: _row(w_OI, target_OI, new_OI, seen.moment_II)
+            for (inner, w_OI), target_OI, new_OI in zip(weights.items(), targets, made, strict=True)
+        }
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
         """See Technique."""
         put(model, path, tensors["weight"])
 
 
-def _mended(target_OI: Tensor, moment_II: Tensor, keep: Keep, group: int) -> Tensor:
-    w_OI = pruned(target_OI, moment_II, keep, group)
-    return refit(w_OI, target_OI, damped(moment_II, DAMPING).float(), w_OI != 0)
+def _mended(target_OI: Tensor, seen: Seen, keep: Keep, group: int) -> Tensor:
+    w_OI = pruned(target_OI, seen.moment_II, keep, group, damping=seen.damping, root_II=seen.root_II)
+    return refit(w_OI, target_OI, damped(seen.moment_II, seen.damping).float(), w_OI != 0)
+
+
+def _row(w_OI: Tensor, target_OI: Tensor, new_OI: Tensor, moment_II: Tensor) -> Compressed:
+    cut, left = output_errors(target_OI, [w_OI * (new_OI != 0), new_OI], moment_II)
+    zeros = float((new_OI == 0).float().mean())
+    row = {"zeros": zeros, "output_error_ratio_cut": cut, "output_error_ratio": left}
+    return Compressed({"weight": new_OI.contiguous()}, row)
 
 
 def save_masks(model: PreTrainedModel, names: Collection[str], output: Path) -> None:

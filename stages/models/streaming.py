@@ -108,12 +108,17 @@ def embedded(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
     inner, first = anatomy.decoder(model), anatomy.blocks(model)[0].module
     hook = first.register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        for ids_1T in ids_NT.split(1):
+        x_NTH: Tensor | None = None
+        for index, ids_1T in enumerate(ids_NT.split(1)):
             with suppress(_Entered), torch.no_grad():
                 inner(input_ids=ids_1T, **_without_cache(model))
+            x_1TH = entered.pop()
+            x_NTH = x_1TH.new_empty(len(ids_NT), *x_1TH.shape[1:]) if x_NTH is None else x_NTH
+            x_NTH[index] = x_1TH[0]
     finally:
         hook.remove()
-    return torch.cat(entered)
+    assert x_NTH is not None
+    return x_NTH
 
 
 def _without_cache(model: PreTrainedModel) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import block_parameters
 from stages.models.loading import load_model, load_tokenizer, stored_parameters
+from stages.models.mapped import trim
 from stages.models.quantized import describe
 from stages.models.windows import windows
 from stages.runtime.contract import Metrics, Progress, StageError
@@ -47,6 +48,8 @@ def calibration(inputs: Mapping[str, Path], tokens: int, most: int, progress: Pr
     ids_NT = windows(inputs["text"], "calibrate", tokenizer, tokens, most=most)
     if len(ids_NT) < most:
         progress.note(f"the calibrate split gives {len(ids_NT)} of {most} windows")
+    del tokenizer  # a vocabulary takes as much memory as a small model's block
+    trim()
     return ids_NT
 
 

@@ -64,11 +64,13 @@ class Seen(Moments):
     """The whole text, the sums divided by its tokens.
 
     Attributes:
-        halves: of every few windows the first tokens and the last.
+        half: sums over the first half of every few windows' tokens.
+        tokens: of the whole text.
         damping: of a fit, a share of the mean squared input.
     """
 
-    halves: tuple[Moments, Moments] | None = None
+    half: Moments | None = None
+    tokens: int = 0
     damping: float = DAMPING
 
     def target(self, path: str, w_OI: Tensor) -> Tensor:
@@ -79,14 +81,24 @@ class Seen(Moments):
         """The same for several maps of the site at once, which takes less time."""
         w_OI, sizes = torch.cat(list(maps.values())).float(), [len(one) for one in maps.values()]
         strength = STRENGTH
-        if self.halves is not None:
-            parts = self.halves
+        if self.half is not None:
+            parts = (self.half, self._rest(self.half))
             residuals = [_stacked(part, maps) for part in parts]
             strength = agreement(
                 w_OI, [p.moment_II for p in parts], [p.drift_II for p in parts], residuals, self.damping
             )
+            del parts, residuals
         new_OI = corrected(w_OI, self.root_II, self.drift_II, _stacked(self, maps), strength=strength)
         return dict(zip(maps, new_OI.split(sizes), strict=True))
+
+    def _rest(self, half: Moments) -> Moments:
+        """The other half's sums: not kept, since moments of wide maps are the most that a pass holds."""
+        residual = {path: self.residual_OI[path] * self.tokens - sum_OI for path, sum_OI in half.residual_OI.items()}
+        return Moments(
+            (self.moment_II * self.tokens).sub_(half.moment_II),
+            (self.drift_II * self.tokens).sub_(half.drift_II),
+            residual,
+        )
 
     @cached_property
     def root_II(self) -> Tensor:
@@ -368,10 +380,11 @@ def _add_square(moment_II: Tensor, z_MI: Tensor) -> None:
 
 
 def _whole(name: str, one: Moments, other: Moments, tokens: int) -> Seen:
-    residual = {path: (sum_OI + other.residual_OI[path]) / tokens for path, sum_OI in one.residual_OI.items()}
-    seen = Seen(
-        (one.moment_II + other.moment_II) / tokens, (one.drift_II + other.drift_II) / tokens, residual, (one, other)
-    )
+    """The text from its halves; what `other` holds is used up."""
+    residual = {path: other.residual_OI[path].add_(sum_OI).div_(tokens) for path, sum_OI in one.residual_OI.items()}
+    moment_II = other.moment_II.add_(one.moment_II).div_(tokens)
+    drift_II = other.drift_II.add_(one.drift_II).div_(tokens)
+    seen = Seen(moment_II, drift_II, residual, one, tokens)
     for moment in (seen.moment_II, seen.drift_II, *residual.values()):
         _finite(name, moment)
     return seen

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from stages.algorithms.basis import damped
-from stages.algorithms.refit import output_error, refit
+from stages.algorithms.refit import output_errors, refit
 from stages.algorithms.sparsegpt import DAMPING, pruned
-from stages.algorithms.sparsity import largest, of_each
+from stages.algorithms.sparsity import by_rows, largest, of_each
 
 
 def problem(outputs, inputs, seed, spread=1.0, tokens=400):
@@ -25,6 +25,27 @@ def exact(w_OI, moment_II, mask_OI):
         kept = np.flatnonzero(mask_I)
         made[row, kept] = np.linalg.solve(moment[np.ix_(kept, kept)], moment[kept] @ w_I)
     return torch.from_numpy(made)
+
+
+def output_error(target_OI, new_OI, moment_II):
+    """E||(target - new) x||^2 / E||target x||^2, by numpy."""
+    target, new, moment = (one.double().numpy() for one in (target_OI, new_OI, moment_II))
+    return float(
+        np.einsum("oi,ij,oj", target - new, moment, target - new) / np.einsum("oi,ij,oj", target, moment, target)
+    )
+
+
+def test_output_errors_are_right_to_three_digits():
+    w, moment = problem(64, 96, 5)
+    made = [w * 0.99, w + torch.randn(w.shape, generator=torch.Generator().manual_seed(0)), torch.zeros_like(w)]
+    assert output_errors(w, made, moment) == pytest.approx([output_error(w, one, moment) for one in made], rel=5e-3)
+
+
+def test_by_rows_keeps_in_each_map_what_its_own_rule_keeps():
+    score = torch.rand(9, 8, generator=torch.Generator().manual_seed(0))
+    kept = by_rows([largest(0.25), of_each(2, 4), largest(0.75)], [2, 3, 4])(score)
+    assert [int(part.sum()) for part in kept.split([2, 3, 4])] == [4, 12, 24]
+    assert torch.equal(kept[:2], largest(0.25)(score[:2]))
 
 
 def test_sparsegpt_with_the_last_columns_gone_is_exact_least_squares():

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from stages.models.lean import import_transformers
 from stages.runtime.contract import StageError
 from stages.runtime.execute import peak_rss_bytes
 from stages.runtime.progress import JsonLines
@@ -43,7 +44,7 @@ def windows(task: Task, tell: JsonLines) -> dict[str, float]:
 def run(task: Task, tell: JsonLines) -> dict[str, Any]:
     """A stage's own `run` on folders, timed without what imports take."""
     began = time.monotonic()
-    import_module("stages.models.loading")  # which imports torch and transformers
+    import_transformers()
     operation, params = _operation(task)
     imported = time.monotonic()
     output = Path(task["output"])

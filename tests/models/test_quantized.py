@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from stages.models.graph import pack_weights
 from stages.models.quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
     describe,
     for_export,
     install,
-    pack_initializers,
     pack_int4,
     quantized_modules,
     stored_dtypes,
@@ -142,7 +142,7 @@ def exported(net, tmp_path):
     program = torch.onnx.export(
         net, (ids,), dynamo=True, opset_version=21, input_names=["ids"], dynamic_shapes=(sizes,), verbose=False
     )
-    assert pack_initializers(program.model.graph) == 1
+    assert pack_weights(program.model.graph) == 1
     program.save(tmp_path / "net.onnx")
     return ids, expected, tmp_path / "net.onnx"
 
