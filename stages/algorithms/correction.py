@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.algorithms.products import product
+
 DAMPING = 0.01
 """Share of the mean squared input added to every direction: directions that the text hardly shows stay as they were."""
 PROBES = 128
@@ -67,12 +69,12 @@ def corrected(
 
     Source: normal equations of least squares; GPTAQ (Li et al. 2025), equation 6, for D.
     """
-    gap_OI = w_OI.float() @ drift_II.float()
+    gap_OI = product(w_OI.float(), drift_II.float())
     if residual_OI is not None:
         gap_OI += residual_OI
     if not gap_OI.isfinite().all():
         raise ValueError("a moment of the inputs is not finite")
-    return (gap_OI @ root_II.T @ root_II).mul_(strength).add_(w_OI)
+    return product(product(gap_OI, root_II.T), root_II).mul_(strength).add_(w_OI)
 
 
 def agreement(
@@ -97,8 +99,11 @@ def agreement(
     """
     # Both are sums over outputs: of many, random combinations estimate them (Hutchinson) to a few hundredths.
     mix_PO = _signs(len(w_OI))
-    w, gained, spent = mix_PO @ w_OI.float(), 0.0, 0.0
-    gaps = [w @ d if r is None else w @ d + mix_PO @ r for d, r in zip(drifts, residuals, strict=True)]
+    w, gained, spent = product(mix_PO, w_OI.float()), 0.0, 0.0
+    gaps = [
+        product(w, d) if r is None else product(w, d) + product(mix_PO, r)
+        for d, r in zip(drifts, residuals, strict=True)
+    ]
     for fitted, judged in ((0, 1), (1, 0)):
         moment = moments[fitted].float().clone()
         moment.diagonal().add_(damping * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
@@ -107,7 +112,7 @@ def agreement(
             continue  # too ill-conditioned for float32: this half has no say
         step_OI = torch.cholesky_solve(gaps[fitted].T, factor_II).T
         gained += float((gaps[judged] * step_OI).sum())
-        spent += float(((step_OI @ moments[judged].float()) * step_OI).sum())
+        spent += float((product(step_OI, moments[judged].float()) * step_OI).sum())
     return min(1.0, max(0.0, gained / spent)) if spent > 0 else 0.0
 
 

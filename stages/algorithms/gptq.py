@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stages.algorithms.products import product
+
 COLUMNS = 64
 """Columns whose errors are gathered before the rest of the matrix is touched, where scales stand for whole rows."""
 
@@ -74,4 +76,4 @@ def _columns(w_IO: Tensor, v_IO: Tensor, root_II: Tensor, columns: range, scale_
         w_O = torch.addmv(w_IO[index], error_BO[: index - start].t(), root_II[start:index, index], alpha=-1)
         v_IO[index] = nearest(w_O / scale_O)
         torch.addcmul(w_O, v_IO[index], scale_O, value=-1, out=error_BO[index - start]).div_(root_II[index, index])
-    w_IO[stop:].addmm_(root_II[start:stop, stop:].t(), error_BO, alpha=-1)
+    w_IO[stop:] -= product(root_II[start:stop, stop:].t(), error_BO)

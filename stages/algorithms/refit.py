@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.algorithms.products import product
+
 STEPS = 8
 """Steps of conjugate gradients: from SparseGPT's weights, eight take nearly all that the exact solution would."""
 
@@ -33,11 +35,11 @@ def refit(w_OI: Tensor, target_OI: Tensor, moment_II: Tensor, mask_OI: Tensor, s
     """
     w, mask, diagonal_I = w_OI * mask_OI, mask_OI.to(w_OI.dtype), moment_II.diagonal()
     tiny = torch.finfo(w.dtype).tiny
-    left_OI = ((target_OI - w) @ moment_II).mul_(mask)
+    left_OI = product(target_OI - w, moment_II).mul_(mask)
     along_OI = left_OI / diagonal_I
     size_O1 = _products(left_OI, along_OI)
     for _ in range(steps):
-        image_OI = (along_OI @ moment_II).mul_(mask)
+        image_OI = product(along_OI, moment_II).mul_(mask)
         step_O1 = size_O1 / _products(along_OI, image_OI).clamp_min(tiny)
         w.addcmul_(step_O1, along_OI)
         left_OI.addcmul_(step_O1, image_OI, value=-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.algorithms.grids import E4M3_TOP, nearest_e4m3
+from stages.algorithms.products import product
 from stages.algorithms.rounding import fake_round
 
 STRENGTHS = (0.0, 0.5, 0.7, 0.8, 0.9)
@@ -172,7 +173,7 @@ class _Judge:
 
     @classmethod
     def of(cls, w_OI: Tensor, sizes: list[int], sample: Sample) -> _Judge:
-        y_NO = sample.x_NI @ w_OI.t()
+        y_NO = product(sample.x_NI, w_OI.t())
         size_NM = _of_maps(y_NO.square(), sizes)
         return cls(sample, y_NO, sizes, sample.weight_N[:, None] / (size_NM + size_NM.median(0).values))
 
@@ -180,7 +181,7 @@ class _Judge:
         """See `missed`, of rounded inputs and weights; if not `exact`, to about three hundredths and in less time."""
         step = input_scale(self.sample.peak_I, smoothed.factor_I, reach)
         q_NI, q_OI = fake_round(smoothed.x_NI / step, 1.0), smoothed.q_OI
-        y_NO = q_NI @ q_OI.float().t() if exact else (q_NI.bfloat16() @ q_OI.t()).float()
+        y_NO = product(q_NI, q_OI.float().t()) if exact else (q_NI.bfloat16() @ q_OI.t()).float()
         y_NO.mul_(smoothed.scale_O * step)
         return self.missed(y_NO)
 

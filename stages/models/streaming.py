@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.drawing import drawn
+from stages.algorithms.products import product
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import release, trim
@@ -215,7 +216,7 @@ def _forward(
     def see(site: str, x: Tensor, _y: Tensor) -> None:
         x_TI = x.detach().flatten(0, -2).float()
         with torch.autocast("cpu", enabled=False):
-            _add(moments, site, x_TI.T @ x_TI / (x_NTH.shape[0] * x_NTH.shape[1]))
+            _add(moments, site, product(x_TI.T, x_TI) / (x_NTH.shape[0] * x_NTH.shape[1]))
 
     with watched(one_a_site, see):
         y_NTH = run(block, x_NTH, kwargs)

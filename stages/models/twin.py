@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.correction import DAMPING, STRENGTH, agreement, corrected, inverse_root
+from stages.algorithms.products import product
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import forget, release, trim
@@ -37,8 +38,6 @@ from stages.models.streaming import PROBE, arguments, check_finite, embedded, in
 
 AT_ONCE = 2
 """Windows in one call of a block: weights are turned to bfloat16 once a call."""
-WIDE = 1024
-"""Inputs from which half a moment's products are worth leaving out."""
 SAVE_EVERY_S = 5.0
 """Both streams of a text are large beside a small model's block: they are written after the block that ends next."""
 
@@ -360,23 +359,13 @@ def _seen(
 
 
 def _add(half: Moments, x_MI: Tensor, z_MI: Tensor, gaps: Mapping[str, Tensor]) -> None:
-    _add_square(half.moment_II, z_MI)
+    half.moment_II += product(z_MI.T, z_MI)
     # The drift is small beside the inputs: eight bits of mantissa are enough for it, and twice as fast.
     short_MI = z_MI.bfloat16()
     half.drift_II += (x_MI.float() - z_MI).bfloat16().T @ short_MI
     for path, gap_MO in gaps.items():
         sum_OI = (gap_MO.bfloat16().T @ short_MI).float()
         half.residual_OI[path] = half.residual_OI[path] + sum_OI if path in half.residual_OI else sum_OI
-
-
-def _add_square(moment_II: Tensor, z_MI: Tensor) -> None:
-    """Add z^T z; of wide inputs only the blocks on and above the diagonal are computed."""
-    width = z_MI.shape[1]
-    size = width if width < WIDE else -(-width // 4)
-    for first in range(0, width, size):
-        part_BI = z_MI[:, first : first + size].T @ z_MI[:, first:]
-        moment_II[first : first + size, first:] += part_BI
-        moment_II[first + size :, first : first + size] += part_BI[:, size:].T
 
 
 def _whole(name: str, one: Moments, other: Moments, tokens: int) -> Seen:

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from stages.algorithms import products
+from stages.algorithms.products import product
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (64, 200, 96), (300, 7, 5), (5, 0, 3), (0, 4, 3)])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_product_is_as_exact_as_torchs_own(monkeypatch, shape, onednn):
+    monkeypatch.setattr(products, "_ONEDNN", onednn and products._ONEDNN)
+    a, b = drawn(*shape[:2]), drawn(*shape[1:], seed=1)
+    exact = a.double() @ b.double()
+    torch.testing.assert_close(product(a, b).double(), exact, rtol=1e-5, atol=1e-5 * shape[1] ** 0.5)
+    torch.testing.assert_close(product(b.T, a.T).double(), exact.T, rtol=1e-5, atol=1e-5 * shape[1] ** 0.5)
+
+
+def test_product_of_doubles_stays_double_and_of_parts_of_a_matrix_is_right():
+    a = drawn(40, 60)
+    assert torch.equal(product(a.double(), a.double().T), a.double() @ a.double().T)
+    torch.testing.assert_close(product(a[3:20, 5:30].T, a[3:20, 10:]), a[3:20, 5:30].T @ a[3:20, 10:])
