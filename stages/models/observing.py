@@ -20,7 +20,7 @@ from stages.models.streaming import arguments, embedded, in_short, output
 from stages.runtime.contract import StageError
 
 Maps = Mapping[str, Iterable[nn.Module]]
-AT_ONCE = 2
+AT_ONCE = 4
 """Windows in one call of a block: weights are turned to bfloat16 once a call."""
 TAILS = 16
 """Rows of each call that pass the peaks seen before by most, kept beside the sampled ones: ranges are about them."""
