@@ -20,6 +20,7 @@ from stages.models import anatomy, quantized
 from stages.models.anatomy import Block
 from stages.models.encoding import rounded
 from stages.models.folding import Site, fold
+from stages.models.mapped import forget
 from stages.models.probing import maps
 from stages.models.quantized import QuantizedEmbedding, QuantizedLinear
 from stages.models.ranges import Decision
@@ -80,6 +81,7 @@ def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
             assert isinstance(new, QuantizedLinear)
             missed = (new.dequantized() - w_OI).square().sum() / w_OI.square().sum().clamp_min(1e-30)
             rows.append({"layer": name, "block": block.index, "format": asked.form, "error": float(missed)})
+            forget(w_OI)
     return rows
 
 

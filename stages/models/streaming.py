@@ -198,6 +198,7 @@ def sensitivities(
         inputs.append(x_NTH[:graded].clone())
         x_NTH, moments = _forward(block, x_NTH, kwargs, roles)
         found.append(Statistics(moments))
+        release(block.module)
         advanced(block.index + 1, total)
     g_NTH = _drawn_gradient(model, x_NTH[:graded])
     for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
@@ -205,6 +206,7 @@ def sensitivities(
         statistics.gradients, g_NTH = _backward(block, inputs.pop(), g_NTH, kwargs, roles)
         advanced(total - 2 * block.index, total)
         yield block, statistics
+        release(block.module)
 
 
 def _forward(
