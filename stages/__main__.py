@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -21,7 +22,17 @@ from pydantic import ValidationError
 
 from stages import stage
 from stages.adapters.connect import connect
-from stages.runtime.contract import DoesNotFit, Image, Interrupted, Params, Stage, StageError, Unavailable, Work
+from stages.runtime.contract import (
+    DoesNotFit,
+    Image,
+    Interrupted,
+    Metrics,
+    Params,
+    Stage,
+    StageError,
+    Unavailable,
+    Work,
+)
 from stages.runtime.dividing import count_units, execute_part
 from stages.runtime.execute import Outcome, execute
 from stages.runtime.progress import JsonLines
@@ -50,13 +61,9 @@ def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         order = json.loads(asked.work.read_text(encoding="utf-8"))
-        definition = stage(asked.name)
+        definition = _lean(stage(asked.name))
         params, work = _understood(definition, order)
         store = connect(asked.store, asked.scratch)
-        if definition.image is Image.TORCH:
-            from stages.models.lean import import_transformers
-
-            import_transformers()
         if asked.units:
             last: dict[str, Any] = {"event": "units", "count": count_units(definition, params, work, store)}
         elif asked.part:
@@ -73,6 +80,20 @@ def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
         return CODES.get(type(error), 1)
     events.send(**last)
     return 0
+
+
+def _lean(definition: Stage[Any]) -> Stage[Any]:
+    """The stage, but when it runs, after all checks, transformers comes without what no stage uses."""
+    if definition.image is not Image.TORCH:
+        return definition
+
+    def run(*given: Any) -> Metrics:
+        from stages.models.lean import import_transformers
+
+        import_transformers()
+        return definition.run(*given)
+
+    return replace(definition, run=run)
 
 
 def _sealed(outcome: Outcome) -> dict[str, Any]:

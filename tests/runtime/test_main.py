@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from stages import stage
 from stages.__main__ import described, main, rebuilt
 from stages.adapters.connect import connect, pins
 from stages.runtime.contract import PARTIAL, DoesNotFit, Interrupted, StageError, Unavailable
@@ -63,6 +64,26 @@ def test_child_tells_its_progress_and_last_that_it_sealed(tmp_path):
     ]
     forced, _ = ordered(tmp_path, force=True)
     assert ended(start(tmp_path, forced))[1][-1]["cached"] is False
+
+
+def test_child_where_transformers_cannot_be_imported_checks_its_order_first(tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "transformers.py").write_text("raise RuntimeError('torch is too old')")
+    quantize = stage("quantize")
+    made = quantize.params(scheme="int8_weight_only")
+    work = work_of(quantize, made, {})
+    order = tmp_path / "order.json"
+    order.write_text(json.dumps({"work": work.model_dump(mode="json"), "params": made.model_dump(mode="json")}))
+    path = os.pathsep.join([str(broken), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "stages", "quantize", "--orphan", "--work", order, "--store", tmp_path / "store"],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    (event,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert event["event"] == "error"
+    assert event["what"] == "quantize needs an input 'model'"
 
 
 def test_child_whose_stage_fails_ends_in_an_error_event_and_code_1(tmp_path):
