@@ -50,10 +50,10 @@ class RecoverParams(Params):
             held-out texts are judged in the same shares, by the cross-entropy that exceeds the teacher's.
         hidden_weight: how much the inputs of blocks before which others are missing should equal the teacher's, or of
             three blocks where none is missing. Without effect where the widths differ.
-        written_windows: windows that the teacher writes itself, every other one that is learned from, for the sake of
-            other texts; the next token's cross-entropy leaves them out. 64 of them beside `kl_weight: 0.5` brought the
-            model without a fifth of its blocks, in 64 steps of 1,024 tokens at 3e-4, to 0.88 times the teacher's
-            perplexity on the text's own source and to 1.44 on another.
+        written_windows: windows that the teacher, a decoder, writes itself, every other one that is learned from, for
+            the sake of other texts; the next token's cross-entropy leaves them out. 64 of them beside `kl_weight: 0.5`
+            brought the model without a fifth of its blocks, in 64 steps of 1,024 tokens at 3e-4, to 0.88 times the
+            teacher's perplexity on the text's own source and to 1.44 on another.
         teacher_tokens: likeliest tokens of the teacher that are kept at each position.
         temperature: softens teacher and student.
         warmup_steps: steps until the peak rate.
@@ -159,9 +159,12 @@ def _learner(
     ids_NT = windows(inputs["text"], "train", tokenizer, tokens)
     roles = [role for role in ("text", "other") if role in inputs]
     judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
+    if saved.config.is_encoder_decoder:
+        ids_NT = ids_NT[: params.steps * params.batch_windows]
+        ids_NT, judged = _with_answers(inputs["teacher"], ids_NT, judged, partial, progress)
     student, teacher = (load_apart(inputs[role], tokens) for role in ("model", "teacher"))
     given, written = len(ids_NT), params.written_windows
-    ids_NT = torch.cat([ids_NT, ids_NT.new_zeros(written, tokens)])
+    ids_NT = torch.cat([ids_NT, ids_NT.new_zeros(written, ids_NT.shape[1])])
     pairs = listened(student.model, teacher.model) if params.hidden_weight else []
     if pairs and student.model.config.hidden_size != teacher.model.config.hidden_size:
         progress.note("the teacher's hidden states are of another width: the student learns from its tokens alone")
@@ -188,6 +191,23 @@ def _learner(
         written=written,
     )
     return made, [training.held_out(teacher, role, judged[role]) for role in roles]
+
+
+def _with_answers(
+    folder: Path, ids_NS: Tensor, judged: dict[str, Tensor], partial: Path, progress: Progress
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Windows of an encoder-decoder: the text, and what the teacher answers to it, kept below `partial`."""
+    import torch
+
+    from stages.models.answering import answered
+    from stages.models.loading import load_model
+
+    teacher = load_model(folder, dtype=torch.bfloat16)
+    progress.note(f"the teacher answers {len(ids_NS)} windows of the text, which its decoder learns from")
+    found = {}
+    for name, text_NS in {"train": ids_NS, **judged}.items():
+        found[name] = torch.cat([text_NS, answered(teacher, text_NS, partial / f"answers-{name}.safetensors")], dim=1)
+    return found.pop("train"), found
 
 
 def _check(params: RecoverParams, inputs: Mapping[str, Path]) -> None:

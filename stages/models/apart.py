@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from stages.algorithms.distillation import Head
 from stages.models import anatomy, kv_cache
+from stages.models.answering import NOTHING
 from stages.models.loading import load_model
 from stages.runtime.contract import StageError
 
@@ -22,15 +23,42 @@ LOGIT_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Apart:
-    """A model in bfloat16 whose head was taken off, and the head. Its dropout is off."""
+    """A model in bfloat16 whose head was taken off, and the head. Its dropout is off.
+
+    An encoder-decoder's windows hold S tokens for the encoder, then T for the decoder, NOTHING where an answer ended.
+
+    Attributes:
+        model: gives hidden states for logits.
+        head: makes logits of them.
+        source: S; 0 without an encoder before the decoder.
+    """
 
     model: PreTrainedModel
     head: Head
+    source: int = 0
 
     def hidden(self, ids_NT: Tensor) -> Tensor:
         """The last hidden states, [N, T, H]."""
-        states: Tensor = self.model(input_ids=ids_NT).logits
+        if not self.source:
+            states: Tensor = self.model(input_ids=ids_NT).logits
+            return states
+        source_NS, answer_NT = ids_NT[:, : self.source], ids_NT[:, self.source :].clamp_min(0)
+        states = self.model(input_ids=source_NS, decoder_input_ids=answer_NT).logits
         return states
+
+    def length(self, ids_NT: Tensor) -> int:
+        """T."""
+        return ids_NT.shape[1] - self.source
+
+    def counted(self, ids_NT: Tensor) -> Tensor:
+        """Whether a position counts, [N, T]."""
+        return ids_NT[:, self.source :] != NOTHING
+
+    def labels(self, ids_NT: Tensor) -> Tensor:
+        """The next token of each position, [N, T], -1 for the last; all -1 where a decoder reads its own answer."""
+        if self.source:
+            return torch.full_like(ids_NT[:, self.source :], -1)
+        return torch.cat([ids_NT[:, 1:], torch.full_like(ids_NT[:, :1], -1)], dim=1)
 
 
 def load_apart(folder: Path, tokens: int) -> Apart:
@@ -38,37 +66,48 @@ def load_apart(folder: Path, tokens: int) -> Apart:
 
     Args:
         folder: a CHECKPOINT artifact.
-        tokens: length of the windows that it will read.
+        tokens: length of the windows that it will read; an encoder and a decoder read as many each.
 
     Raises:
-        StageError: the model has two stacks or no head, its logits are not its head's product alone, or its windows
-            are shorter.
+        StageError: the model has no head, its logits are not its head's product alone, or its windows are shorter.
     """
     model = load_model(folder, dtype=torch.bfloat16)
     name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise StageError(f"{name} has two stacks; recovery teaches models with one", remedy="Drop the step.")
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and tokens > most:
         raise StageError(f"{name} reads no windows of this length", measured=tokens, limit=most)
     model.config.use_cache = False
     if tokens <= WHOLE_ATTENTION:
         kv_cache.use(model, "eager")
+    two = bool(model.config.is_encoder_decoder)
+    ids_1T = torch.arange(min(tokens, 8))[None] % model.config.vocab_size
+    read = {"input_ids": ids_1T} | ({"decoder_input_ids": ids_1T} if two else {})
     old = anatomy.head(model)
     assert isinstance(old.weight, Tensor)
-    head = Head(old.weight.detach(), None if getattr(old, "bias", None) is None else old.bias.detach())  # type: ignore[operator]
-    ids_1T = torch.arange(min(tokens, 8))[None] % model.config.vocab_size
     with torch.no_grad():
-        expected_TV = model(input_ids=ids_1T).logits[0].float()
+        expected_TV = model(**read).logits[0].float()
+        head = Head(old.weight.detach(), _bias(model, old))
         anatomy.replace(model, old, nn.Identity())
-        found_TV = head.logits(model(input_ids=ids_1T).logits[0]).float()
+        found_TV = head.logits(model(**read).logits[0]).float()
     if not (found_TV - expected_TV).abs().max() <= LOGIT_TOLERANCE * expected_TV.abs().max():
         raise StageError(
             f"the logits of {name} are not its head's product alone; recovery does not understand it",
             measured=f"difference {float((found_TV - expected_TV).abs().max()):.3g}",
             limit=f"{LOGIT_TOLERANCE} of the largest, {float(expected_TV.abs().max()):.3g}",
         )
-    return Apart(model, head)
+    return Apart(model, head, tokens if two else 0)
+
+
+def _bias(model: PreTrainedModel, head: nn.Module) -> Tensor | None:
+    """The head's, with what the model itself adds to the logits, which it adds no longer."""
+    found = getattr(head, "bias", None)
+    bias_V: Tensor | None = None if found is None else found.detach()
+    for name, added in list(model.named_buffers(recurse=False)):
+        if added.numel() == model.config.vocab_size:
+            model.register_buffer(name, added.new_zeros(1))
+            own_V = added.flatten().to(head.weight.dtype)
+            bias_V = own_V if bias_V is None else bias_V + own_V
+    return bias_V
 
 
 def embedded_names(model: PreTrainedModel) -> set[str]:

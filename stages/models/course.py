@@ -82,7 +82,7 @@ def train(
             training.save(made, partial, record)
     if record.step > first:
         _tell_rate(
-            (record.step - first) * plan.batch_windows * made.ids_NT.shape[1], time.monotonic() - began, progress
+            (record.step - first) * plan.batch_windows * made.labels_NT.shape[1], time.monotonic() - began, progress
         )
     return record
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from stages.algorithms.block_influence import influence
 from stages.models import anatomy
 from stages.models.anatomy import Block
-from stages.models.streaming import arguments, check_finite, embedded
+from stages.models.stacks import arguments, embedded
+from stages.models.streaming import check_finite
 
 CANDIDATES = 10
 """Blocks tried in a round: those that cost least in the round before. All of them take three times as long and the

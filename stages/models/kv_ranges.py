@@ -19,7 +19,8 @@ from stages.models import anatomy, kv_cache
 from stages.models.anatomy import Block
 from stages.models.kv_cache import rounded
 from stages.models.mapped import release
-from stages.models.streaming import arguments, check_finite, embedded, in_short, output
+from stages.models.stacks import arguments, embedded
+from stages.models.streaming import check_finite, in_short, output
 from stages.models.tensors import read
 from stages.runtime.contract import Metrics, StageError
 

@@ -32,11 +32,15 @@ def matched(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]:
 
 
 def listened(student: PreTrainedModel, teacher: PreTrainedModel) -> list[tuple[Block, Block]]:
-    """Pairs whose inputs should agree: where blocks are missing before, else four over the whole depth."""
+    """Pairs whose inputs should agree: where blocks are missing before, else three over the whole depth.
+
+    Of two stacks, blocks of the decoder: what the encoder gives is in what they read.
+    """
     mine, theirs, origin = anatomy.blocks(student), anatomy.blocks(teacher), matched(student, teacher)
-    found = [n for n in range(1, len(mine)) if origin[n] != origin[n - 1] + 1]
+    last = [n for n, one in enumerate(mine) if one.stack == mine[-1].stack]
+    found = [n for n in last[1:] if origin[n] != origin[n - 1] + 1]
     if not found:
-        found = sorted({round(len(mine) * share / 4) for share in (1, 2, 3)} - {0, len(mine)})
+        found = sorted({last[0] + round(len(last) * share / 4) for share in (1, 2, 3)} - {last[0], len(mine)})
     if len(found) > MOST:
         found = [found[round(n * (len(found) - 1) / (MOST - 1))] for n in range(MOST)]
     return [(mine[n], theirs[origin[n]]) for n in found]

@@ -17,11 +17,12 @@ from stages.algorithms import basis, low_rank, low_rank_sparse
 from stages.algorithms.refit import output_errors
 from stages.models import anatomy, sparse_linear, twin
 from stages.models.anatomy import Block
+from stages.models.moments import Seen
 from stages.models.on_weights import OnWeights
 from stages.models.planning import RANK_STEP, Measured, Plan, filled
 from stages.models.shared import ResidualLinear, SharedLinear
 from stages.models.sparse_linear import SparseLinear
-from stages.models.twin import Compressed, Seen
+from stages.models.twin import Compressed
 from stages.runtime.contract import Progress, StageError
 
 

@@ -16,7 +16,8 @@ from stages.algorithms.smoothing import Sample
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import release, trim
-from stages.models.streaming import arguments, embedded, in_short, output
+from stages.models.stacks import arguments, embedded
+from stages.models.streaming import in_short, output
 from stages.runtime.contract import StageError
 
 Maps = Mapping[str, Iterable[nn.Module]]

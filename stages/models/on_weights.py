@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import Block
-from stages.models.twin import Compressed, Seen
+from stages.models.moments import Seen
+from stages.models.twin import Compressed
 
 
 class Change(Protocol):

@@ -21,10 +21,11 @@ from stages.models.anatomy import Block
 from stages.models.encoding import rounded
 from stages.models.folding import Site, fold
 from stages.models.mapped import forget
+from stages.models.moments import Seen
 from stages.models.probing import maps
 from stages.models.quantized import QuantizedEmbedding, QuantizedLinear
 from stages.models.ranges import Decision
-from stages.models.twin import Compressed, Seen
+from stages.models.twin import Compressed
 
 
 @dataclass(frozen=True)

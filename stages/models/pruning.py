@@ -20,9 +20,10 @@ from stages.models import anatomy, structure, twin
 from stages.models.anatomy import Block
 from stages.models.depth import drop_blocks
 from stages.models.dropping import Dropped, greedy, least_influential
+from stages.models.moments import Seen
 from stages.models.on_weights import OnWeights, mended, put
 from stages.models.resuming import read_record, save_state
-from stages.models.twin import Compressed, Seen
+from stages.models.twin import Compressed
 from stages.runtime.contract import Progress, StageError
 
 FEW_WINDOWS = 2

@@ -23,6 +23,8 @@ from stages.algorithms.grids import decode_e2m1, nearest_e4m3, power_of_two
 from stages.algorithms.rounding import fake_round
 
 _NOTES = "quantization_notes"
+_SHOWN = "shown_as_float"
+"""Of a module: its maps whose weights look like float ones to it."""
 
 
 def pack_int4(q_OI: Tensor) -> Tensor:
@@ -161,6 +163,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
+        self.__dict__.pop("weight", None)  # see `_look_float`
         if torch.compiler.is_exporting():
             return self._exported(x)
         w_OI = self.dequantized() if self.held is None else self.held
@@ -282,6 +285,28 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
         if module is old:
             parent, _, attribute = place.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
+            _look_float(model.get_submodule(parent), attribute)
+
+
+def _look_float(parent: nn.Module, attribute: str) -> None:
+    """Show a module that asks its map's weight for a type a float one, until the map itself runs.
+
+    T5's feed-forward turns what it hands to its last map into the type of that map's weight. Of codes in bytes that
+    would leave nothing of it.
+    """
+    code = getattr(type(parent).forward, "__code__", None)
+    looks = code is not None and {attribute, "weight", "dtype"} <= set(code.co_names)
+    if not looks or attribute in parent.__dict__.setdefault(_SHOWN, set()):
+        return
+    parent.__dict__[_SHOWN].add(attribute)
+
+    def show(*_: Any) -> None:
+        child = getattr(parent, attribute)
+        if isinstance(child, QuantizedLinear):
+            child.__dict__["weight"] = torch.empty(0)
+
+    parent.register_forward_pre_hook(show)
+    parent.register_forward_hook(lambda *_: getattr(parent, attribute).__dict__.pop("weight", None), always_call=True)
 
 
 def _empty(old: nn.Module, entry: Mapping[str, Any]) -> QuantizedLinear | QuantizedEmbedding:

@@ -20,11 +20,12 @@ from stages.algorithms.refit import output_errors
 from stages.models import anatomy, twin
 from stages.models.anatomy import Block
 from stages.models.low_rank import Done
+from stages.models.moments import Seen
 from stages.models.on_weights import OnWeights
 from stages.models.planning import RANK_STEP, filled
 from stages.models.shared import ResidualLinear, SharedLinear
 from stages.models.streaming import SITES, Statistics, sensitivities
-from stages.models.twin import Compressed, Seen
+from stages.models.twin import Compressed
 from stages.runtime.contract import Progress, StageError
 
 

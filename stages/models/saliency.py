@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models import anatomy
-from stages.models.streaming import arguments, embedded, run
+from stages.models.stacks import arguments, embedded
+from stages.models.streaming import run
 
 
 def gradients(

@@ -24,10 +24,11 @@ from stages.algorithms.sparsity import Keep, by_rows, largest, of_each, packed, 
 from stages.models import anatomy, twin
 from stages.models.anatomy import Block
 from stages.models.mapped import forget
+from stages.models.moments import Seen
 from stages.models.on_weights import OnWeights, put
 from stages.models.saliency import gradients
 from stages.models.streaming import SITES, sensitivities
-from stages.models.twin import Compressed, Seen
+from stages.models.twin import Compressed
 from stages.runtime.contract import Progress, StageError
 
 MASKS = "masks.safetensors"

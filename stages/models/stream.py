@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from stages.models import anatomy
 from stages.models.mapped import release
-from stages.models.streaming import arguments, embedded, run, watched
+from stages.models.stacks import arguments, embedded
+from stages.models.streaming import run, watched
 
 
 def moment(model: PreTrainedModel, ids_NT: Tensor, advanced: Callable[[int, int], None]) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: N windows, T tokens, H hidden, I inputs and O outputs of a linear map.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from stages.algorithms.products import product
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import release, trim
+from stages.models.stacks import arguments, embedded
 from stages.runtime.contract import StageError
 
 SITES = {"q": "attention", "k": "attention", "v": "attention", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
@@ -42,92 +43,6 @@ class Statistics:
 
 HEAD_TOKENS = 64
 """Tokens whose logits are held at once: a vocabulary is a hundred times as wide as a small model."""
-PROBE = 8
-"""Tokens that suffice where only what a block does matters, not what comes out."""
-
-
-def arguments(model: PreTrainedModel, tokens: int) -> list[dict[str, Any]]:
-    """The keyword arguments with which the model calls each block for one window of `tokens` tokens."""
-    short, returned = _arguments(model, min(tokens, PROBE))
-    if tokens <= PROBE:
-        return short
-    # Blocks that return nothing but hidden states need not run: they hand on what came.
-    plain = all(isinstance(one, Tensor) or len(one) == 1 for one in returned)
-    return _arguments(model, tokens, returned if plain else [])[0]
-
-
-def _arguments(
-    model: PreTrainedModel, tokens: int, instead: Sequence[Any] = ()
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Keyword arguments and return value of each block; `instead`: the kinds of value that blocks are to hand on."""
-    caught: list[dict[str, Any]] = []
-    returned: list[Any] = []
-    modules = [block.module for block in anatomy.blocks(model)]
-
-    def leave(module: nn.Module, _args: Any, out: Any) -> None:
-        returned.append(out)
-        release(module)  # its turn comes later
-
-    hooks = [
-        one.register_forward_pre_hook(lambda _m, _a, kwargs: caught.append(_lasting(kwargs)), with_kwargs=True)
-        for one in modules
-    ]
-    hooks += [one.register_forward_hook(leave) for one in modules]
-    for one, kind in zip(modules, instead, strict=False):
-        one.forward = _handing_on(tuple if isinstance(kind, tuple) else None)
-    try:
-        with torch.no_grad():
-            anatomy.decoder(model)(input_ids=torch.zeros(1, tokens, dtype=torch.int64), **_without_cache(model))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for one in modules:
-            one.__dict__.pop("forward", None)
-    return caught, returned
-
-
-def _handing_on(kind: type[tuple[Any, ...]] | None) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x_NTH = args[0] if args else kwargs["hidden_states"]
-        return x_NTH if kind is None else (x_NTH,)
-
-    return forward
-
-
-class _Entered(Exception):
-    """Ends a run at the first block."""
-
-
-def embedded(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
-    """x_NTH that enters the first block."""
-    entered: list[Tensor] = []
-
-    def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(args[0] if args else kwargs["hidden_states"])
-        raise _Entered
-
-    inner, first = anatomy.decoder(model), anatomy.blocks(model)[0].module
-    hook = first.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        x_NTH: Tensor | None = None
-        for index, ids_1T in enumerate(ids_NT.split(1)):
-            with suppress(_Entered), torch.no_grad():
-                inner(input_ids=ids_1T, **_without_cache(model))
-            x_1TH = entered.pop()
-            x_NTH = x_1TH.new_empty(len(ids_NT), *x_1TH.shape[1:]) if x_NTH is None else x_NTH
-            x_NTH[index] = x_1TH[0]
-    finally:
-        hook.remove()
-    assert x_NTH is not None
-    return x_NTH
-
-
-def _without_cache(model: PreTrainedModel) -> dict[str, Any]:
-    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-
-
-def _lasting(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.algorithms.distillation import compared, distill
+from stages.algorithms.distillation import Targets, compared, distill
 from stages.models import anatomy
 from stages.models.apart import Apart
 from stages.models.lessons import Lessons
@@ -67,7 +67,7 @@ class Learner:
     """Student, lessons, optimizer.
 
     Attributes:
-        ids_NT: windows to learn from.
+        ids_NT: windows to learn from, as the student reads them.
         labels_NT: the next token of each position, -1 where it counts for nothing.
         at_once: windows of one forward pass; a step of more accumulates gradients.
         listened: the student's blocks whose inputs count, in the lessons' order.
@@ -143,8 +143,9 @@ def learner(
     """
     blocks = anatomy.blocks(student.model)
     if goal.kl_weight < 1 and any(block.stack == "encoder" for block in blocks):
+        why = "answers the teacher's texts, which are no truth" if student.source else "sees the next token"
         raise StageError(
-            f"{type(student.model).__name__} sees the next token, so that predicting it teaches nothing",
+            f"{type(student.model).__name__} {why}, so that predicting it teaches nothing",
             measured=f"kl_weight {goal.kl_weight}",
             limit="kl_weight 1",
         )
@@ -155,7 +156,7 @@ def learner(
             block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
     moved = list(updates.moved.values())
     optimizer = torch.optim.AdamW(moved, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    labels_NT = _labels(ids_NT)
+    labels_NT = student.labels(ids_NT)
     labels_NT[len(ids_NT) - written :] = -1
     return Learner(student, teacher, ids_NT, labels_NT, lessons, updates, optimizer, goal, at_once, listened)
 
@@ -171,13 +172,14 @@ def score(made: Learner, held: Sequence[HeldOut]) -> dict[str, Score]:
     """How near the student is to the teacher on each held-out text."""
     found: dict[str, Score] = {}
     for one in held:
-        total = torch.zeros(2)
-        labels_NT = _labels(one.ids_NT)
-        for ids_1T, labels_T, teacher_TH in zip(one.ids_NT.split(1), labels_NT, one.teacher_NTH, strict=True):
-            student_TH = made.student.hidden(ids_1T)[0]
-            sides = compared(made.student.head, made.teacher.head, student_TH, teacher_TH, labels_T)
-            total += torch.stack([side_T.sum() for side_T in sides])
-        kl, excess = (total / one.ids_NT.numel()).tolist()
+        total, count = torch.zeros(2), 0
+        labels_NT, counted_NT = made.student.labels(one.ids_NT), made.student.counted(one.ids_NT)
+        for n, ids_1T in enumerate(one.ids_NT.split(1)):
+            at = counted_NT[n]
+            student_MH, teacher_MH = made.student.hidden(ids_1T)[0][at], one.teacher_NTH[n][at]
+            sides = compared(made.student.head, made.teacher.head, student_MH, teacher_MH, labels_NT[n][at])
+            total, count = total + torch.stack([side_M.sum() for side_M in sides]), count + len(student_MH)
+        kl, excess = (total / count).tolist()
         found[one.name] = Score(kl, excess)
     return found
 
@@ -190,11 +192,6 @@ def last_score(record: Record, held: Sequence[HeldOut]) -> dict[str, Score]:
     return {
         one.name: Score(last[f"kl_{one.name}_held_out"], last.get(f"excess_{one.name}_held_out", 0.0)) for one in held
     }
-
-
-def _labels(ids_NT: Tensor) -> Tensor:
-    """The next token of each position, -1 for the last."""
-    return torch.cat([ids_NT[:, 1:], torch.full_like(ids_NT[:, :1], -1)], dim=1)
 
 
 def learn(made: Learner, chosen: Sequence[int], rate: float) -> float:
@@ -214,22 +211,25 @@ def learn(made: Learner, chosen: Sequence[int], rate: float) -> float:
 
 
 def _loss(made: Learner, chosen: list[int]) -> Tensor:
-    lesson = made.lessons.of(chosen)
+    lesson, ids_NT = made.lessons.of(chosen), made.ids_NT[chosen]
+    counted_NT = made.student.counted(ids_NT)
     with inputs_of(made.listened) as heard:
-        student_H = made.student.hidden(made.ids_NT[chosen]).flatten(0, 1)
+        student_MH = made.student.hidden(ids_NT)[counted_NT]
+    counted_M = counted_NT.flatten()
     loss = distill(
         made.student.head,
-        student_H,
-        lesson.targets,
-        made.labels_NT[chosen].flatten(),
+        student_MH,
+        Targets(lesson.targets.tokens_Nk[counted_M], lesson.targets.log_p_Nk[counted_M]),
+        made.labels_NT[chosen][counted_NT],
         kl_weight=made.goal.kl_weight,
         temperature=made.goal.temperature,
     )
     for name, target_NTH in zip(made.listened, lesson.states, strict=True):
-        gap_NT = (heard[name].float() - target_NTH.float()).square().mean(-1)
+        target_MH = target_NTH[counted_NT].float()
+        gap_M = (heard[name][counted_NT].float() - target_MH).square().mean(-1)
         # A few tokens carry states a thousand times as large as the others', in one model or in both: each counts
         # relative to its own, and one that only the student makes huge by the logarithm of how much.
-        loss = loss + made.goal.hidden_weight * torch.log1p(gap_NT / target_NTH.float().square().mean(-1)).mean()
+        loss = loss + made.goal.hidden_weight * torch.log1p(gap_M / target_MH.square().mean(-1)).mean()
     return loss
 
 

@@ -5,7 +5,10 @@ each map is compressed towards W* instead: the map that comes closest to the den
 before it, compressed already, really give. For a map whose output is added to the residual stream, W* also makes up for
 what that stream has drifted. The moments of one site at a time suffice; no gradient is needed.
 
-Shapes: N windows, T tokens, M tokens at once, H hidden, I inputs and O outputs of a map.
+An encoder's blocks come first; a decoder's then read what each model's own encoder gave. What the decoder itself reads
+is the dense model's answer to each window.
+
+Shapes: N windows, T tokens, S tokens of an encoder, M tokens at once, H hidden, I inputs and O outputs of a map.
 
 Source: least squares on the inputs of both models, as in GPTAQ (Li et al. 2025) and QEP (Arai and Ichikawa 2025); the
 drift of the residual stream is added here.
@@ -16,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,90 +29,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.correction import DAMPING, STRENGTH, agreement, corrected, inverse_root
-from stages.algorithms.products import product
 from stages.models import anatomy
 from stages.models.anatomy import Block
+from stages.models.answering import NOTHING, answered
 from stages.models.mapped import forget, release, trim
+from stages.models.moments import Moments, Seen, whole
 from stages.models.probing import Reached, added_to, listening, sites
 from stages.models.replaying import Replay
 from stages.models.resuming import read_record, save_state
-from stages.models.streaming import PROBE, arguments, check_finite, embedded, in_short
+from stages.models.stacks import PROBE, Stack, arguments, embedded, filled, left, stacks
+from stages.models.streaming import check_finite, in_short
 
 AT_ONCE = 2
 """Windows in one call of a block: weights are turned to bfloat16 once a call."""
 SAVE_EVERY_S = 5.0
 """Both streams of a text are large beside a small model's block: they are written after the block that ends next."""
-
-
-@dataclass
-class Moments:
-    """What the maps of one site read over a part of the calibration text, as sums over its tokens.
-
-    Attributes:
-        moment_II: z z^T of the compressed model's inputs.
-        drift_II: (x - z) z^T, the dense model's inputs less the compressed one's.
-        residual_OI: by path, (r - s) z^T for a map whose output is added to the stream: r what the dense model adds
-            it to, s what the compressed one does.
-    """
-
-    moment_II: Tensor
-    drift_II: Tensor
-    residual_OI: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Seen(Moments):
-    """The whole text, the sums divided by its tokens.
-
-    Attributes:
-        half: sums over the first half of every few windows' tokens.
-        tokens: of the whole text.
-        damping: of a fit, a share of the mean squared input.
-    """
-
-    half: Moments | None = None
-    tokens: int = 0
-    damping: float = DAMPING
-
-    def target(self, path: str, w_OI: Tensor) -> Tensor:
-        """W*, float32: the map to compress instead of `w_OI`."""
-        return self.targets({path: w_OI})[path]
-
-    def targets(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same for several maps of the site at once, which takes less time."""
-        w_OI, sizes = torch.cat(list(maps.values())).float(), [len(one) for one in maps.values()]
-        strength = STRENGTH
-        if self.half is not None:
-            parts = (self.half, self._rest(self.half))
-            residuals = [_stacked(part, maps) for part in parts]
-            strength = agreement(
-                w_OI, [p.moment_II for p in parts], [p.drift_II for p in parts], residuals, self.damping
-            )
-            del parts, residuals
-        new_OI = corrected(w_OI, self.root_II, self.drift_II, _stacked(self, maps), strength=strength)
-        return dict(zip(maps, new_OI.split(sizes), strict=True))
-
-    def _rest(self, half: Moments) -> Moments:
-        """The other half's sums: not kept, since moments of wide maps are the most that a pass holds."""
-        residual = {path: self.residual_OI[path] * self.tokens - sum_OI for path, sum_OI in half.residual_OI.items()}
-        return Moments(
-            (self.moment_II * self.tokens).sub_(half.moment_II),
-            (self.drift_II * self.tokens).sub_(half.drift_II),
-            residual,
-        )
-
-    @cached_property
-    def root_II(self) -> Tensor:
-        """Of the damped moment's inverse, upper, float32."""
-        return inverse_root(self.moment_II, self.damping)
-
-
-def _stacked(part: Moments, maps: Mapping[str, Tensor]) -> Tensor | None:
-    if not part.residual_OI.keys() & maps.keys():
-        return None
-    none = {path: torch.zeros(len(w_OI), w_OI.shape[1]) for path, w_OI in maps.items()}
-    return torch.cat([part.residual_OI.get(path, none[path]) for path in maps])
 
 
 @dataclass(frozen=True)
@@ -188,43 +122,111 @@ def compress(
         StageError: an activation is not finite, or a map reads nothing.
     """
     model.requires_grad_(False)
-    blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
-    short = arguments(model, min(PROBE, ids_NT.shape[1]))
+    every, total = stacks(model), len(anatomy.blocks(model))
+    parts = [ids_NT, answered(model, ids_NT, state / "answers.safetensors")] if len(every) > 1 else [ids_NT]
     done, rows, streams = _resumed(model, technique, state)
     if done:
-        note(f"goes on after block {done} of {len(blocks)}, saved before it was cut off")
-    x_NTH, z_NTH = streams or _entering(model, ids_NT, ends)
-    if not done:
-        _through(_gap(blocks, calls, 0, gone), x_NTH)
+        note(f"goes on after block {done} of {total}, saved before it was cut off")
     saved = time.monotonic()
-    for block, kwargs, probe in list(zip(blocks, calls, short, strict=True))[done:]:
-        if block.index in gone:
-            advanced(block.index + 1, len(blocks))
-            continue
-        began, dense = time.monotonic(), list(block.module.parameters())
-        technique.enter(block)
-        gap = _gap(blocks, calls, block.index + 1, gone)
-        new, of_block = _block(model, block, (kwargs, probe), (x_NTH, z_NTH), technique, gap)
-        rows += of_block
-        save_state(state / _file(block.index), new, {"rows": of_block})
-        _apply(model, technique, state / _file(block.index))
-        release(block.module)
-        for tensor in dense:
-            forget(tensor)
-        del dense
-        trim()
-        if time.monotonic() - saved >= SAVE_EVERY_S:
-            _save_streams(state, block.index, x_NTH, z_NTH)
-            saved = time.monotonic()
-        timed("block_seconds", time.monotonic() - began, block.index)
-        advanced(block.index + 1, len(blocks))
-    ends.leave(x_NTH, z_NTH)
+    for stack, part_NT in zip(every, parts, strict=True):
+        blocks, first = stack.blocks, stack.blocks[0].index
+        calls, short = arguments(stack, part_NT.shape[1]), arguments(stack, min(PROBE, part_NT.shape[1]))
+        beside = Beside()
+        if stack.after is not None:
+            counted_NT = part_NT != NOTHING
+            beside = Beside(_read(stack.after, streams if done <= first else None, state), counted_NT)
+            part_NT, streams = part_NT * counted_NT, streams if done > first else None
+        if streams is None:
+            streams = _entering(stack, part_NT, ends)
+            _through(_gap(blocks, calls, 0, gone), streams[0])
+        for block, kwargs, probe in list(zip(blocks, calls, short, strict=True))[max(0, done - first) :]:
+            if block.index in gone:
+                advanced(block.index + 1, total)
+                continue
+            began = time.monotonic()
+            gap = _gap(blocks, calls, block.index - first + 1, gone)
+            rows += _turn(model, block, (kwargs, probe), streams, technique, gap, beside, state)
+            if time.monotonic() - saved >= SAVE_EVERY_S:
+                _save_streams(state, block.index, *streams)
+                saved = time.monotonic()
+            timed("block_seconds", time.monotonic() - began, block.index)
+            advanced(block.index + 1, total)
+    assert streams is not None
+    ends.leave(*streams)
     return rows
 
 
-def _entering(model: PreTrainedModel, ids_NT: Tensor, ends: Ends) -> tuple[Tensor, Tensor]:
-    x_NTH = embedded(model, ids_NT)
+def _turn(
+    model: PreTrainedModel,
+    block: Block,
+    calls: tuple[Mapping[str, Any], Mapping[str, Any]],
+    streams: tuple[Tensor, Tensor],
+    technique: Technique,
+    gap: Gap,
+    beside: Beside,
+    state: Path,
+) -> list[dict[str, Any]]:
+    """Compress a block, keep its tensors in `state`, and give back the memory of the dense ones; returns its rows."""
+    dense = list(block.module.parameters())
+    technique.enter(block)
+    new, rows = _block(model, block, calls, streams, technique, gap, beside)
+    save_state(state / _file(block.index), new, {"rows": rows})
+    _apply(model, technique, state / _file(block.index))
+    release(block.module)
+    for tensor in dense:
+        forget(tensor)
+    del dense
+    trim()
+    return rows
+
+
+def _entering(stack: Stack, ids_NT: Tensor, ends: Ends) -> tuple[Tensor, Tensor]:
+    x_NTH = embedded(stack, ids_NT)
     return x_NTH, ends.enter(x_NTH)
+
+
+def _read(stack: Stack, streams: tuple[Tensor, Tensor] | None, state: Path) -> tuple[Tensor, Tensor]:
+    """What both models' encoders give, from the streams at their ends, or as kept when they were there."""
+    path = state / "encoded.safetensors"
+    if streams is not None:
+        save_state(
+            path, {name: left(stack, one) for name, one in zip(("dense", "compressed"), streams, strict=True)}, {}
+        )
+    kept = load_file(path)
+    return kept["dense"], kept["compressed"]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a stack's run takes beside its stream.
+
+    Attributes:
+        read: what the stack before gave, [N, S, H], in the dense and in the compressed model.
+        counted_NT: positions that count; None for all.
+    """
+
+    read: tuple[Tensor, Tensor] | None = None
+    counted_NT: Tensor | None = None
+
+    def calls(self, kwargs: Mapping[str, Any], model: int, windows: int) -> list[dict[str, Any]]:
+        """The arguments of each call: model 0 is the dense one."""
+        if self.read is None:
+            return [dict(kwargs)] * -(-windows // AT_ONCE)
+        return [filled(kwargs, read_NSH) for read_NSH in self.read[model].split(AT_ONCE)]
+
+    def probe(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of a few tokens."""
+        return filled(kwargs, None if self.read is None else self.read[0][:1, :PROBE])
+
+    def rows(self, x: Tensor, call: int, kwargs: Mapping[str, Any]) -> Tensor:
+        """x_MI of [n, T, I] that a map reads or adds to in one call: what counts of it."""
+        if self.counted_NT is None or any(isinstance(one, Tensor) and _is(one, x) for one in kwargs.values()):
+            return x.flatten(0, -2)
+        return x[self.counted_NT[call * AT_ONCE : (call + 1) * AT_ONCE]]
+
+
+def _is(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 Gap = Sequence[tuple[Block, Mapping[str, Any]]]
@@ -264,18 +266,21 @@ def _block(
     streams: tuple[Tensor, Tensor],
     technique: Technique,
     gap: Gap,
+    beside: Beside,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """New tensors and rows of one block; both streams are what comes out of it afterwards.
 
     `calls` are its arguments for a window, and for the first few tokens of one; `gap` the dense blocks after it that
     are gone.
     """
-    (x_NTH, z_NTH), (kwargs, probe) = streams, calls
+    x_NTH, z_NTH = streams
+    probe = beside.probe(calls[1])
+    theirs, mine = (beside.calls(calls[0], model, len(x_NTH)) for model in (0, 1))
     few_1TH = x_NTH[:1, :PROBE]
     found = sites(block, few_1TH, probe)
     added = added_to(block, [path for site in found for path in site], few_1TH, probe)
     kept = _Kept()
-    _dense(block, found, added, x_NTH, kwargs, kept, gap)
+    _dense(block, found, added, x_NTH, theirs, kept, gap, beside)
     new: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     runs = [Replay() for _ in z_NTH.split(AT_ONCE)]
@@ -283,7 +288,7 @@ def _block(
         maps = {path: block.module.get_submodule(path) for path in site}
         technique.begin([f"{block.name}.{path}" for path in site], _peak(kept.inputs[site[0]]))
         reads = partial(technique.read, f"{block.name}.{site[0]}")
-        seen = _seen(block, site, added, kept, z_NTH, kwargs, reads, runs)
+        seen = _seen(block, site, added, kept, z_NTH, mine, reads, runs, beside)
         kept.drop(site)
         trim()  # what the runs left lies between what is still used: here the most memory is taken
         made = technique.compress(block, maps, seen)  # type: ignore[arg-type]
@@ -296,7 +301,7 @@ def _block(
             name = f"{block.name}.{path}"
             new |= {f"{name}:{tensor}": value for tensor, value in one.tensors.items()}
             rows.append({"layer": name, "block": block.index, **one.row})
-    for batch, run in zip(z_NTH.split(AT_ONCE), runs, strict=True):
+    for batch, run, kwargs in zip(z_NTH.split(AT_ONCE), runs, mine, strict=True):
         with run:
             y_NTH = _call(block, batch, kwargs)
         batch.copy_(y_NTH)
@@ -309,20 +314,22 @@ def _dense(
     found: list[list[str]],
     added: Mapping[str, str],
     x_NTH: Tensor,
-    kwargs: Mapping[str, Any],
+    calls: Sequence[Mapping[str, Any]],
     kept: _Kept,
     gap: Gap,
+    beside: Beside,
 ) -> None:
     """Run the dense block and the gap after it; inputs are kept as bfloat16, what is added to as it is."""
-    for batch in x_NTH.split(AT_ONCE):
+    for call, (batch, kwargs) in enumerate(zip(x_NTH.split(AT_ONCE), calls, strict=True)):
         with listening(block, [site[0] for site in found], added) as heard:
             y_NTH = _call(block, batch, kwargs)
         _through(gap, y_NTH)
         for site in found:
-            kept.inputs.setdefault(site[0], []).append(heard.inputs[site[0]].bfloat16())
+            x_MI = beside.rows(heard.inputs[site[0]], call, kwargs)
+            kept.inputs.setdefault(site[0], []).append(x_MI.bfloat16())
         for path in added:
-            residual = heard.residual(path, y_NTH)
-            kept.residuals.setdefault(path, []).append(residual)
+            residual_MO = beside.rows(heard.residual(path, y_NTH), call, kwargs)
+            kept.residuals.setdefault(path, []).append(residual_MO)
         batch.copy_(y_NTH)
     _finite(block.name, x_NTH)
 
@@ -333,50 +340,32 @@ def _seen(
     added: Mapping[str, str],
     kept: _Kept,
     z_NTH: Tensor,
-    kwargs: Mapping[str, Any],
+    calls: Sequence[Mapping[str, Any]],
     read: Callable[[Tensor], Tensor],
     runs: Sequence[Replay],
+    beside: Beside,
 ) -> Seen:
     """Moments of one site, from a run of the compressed block that ends there."""
     adding = {path: added[path] for path in site if path in added}
     first = site[0]
     width = int(block.module.get_submodule(first).in_features)  # type: ignore[arg-type]
     halves = tuple(Moments(torch.zeros(width, width), torch.zeros(width, width)) for _ in range(2))
-    for index, (batch, run) in enumerate(zip(z_NTH.split(AT_ONCE), runs, strict=True)):
+    tokens = 0
+    for call, (batch, run, kwargs) in enumerate(zip(z_NTH.split(AT_ONCE), runs, calls, strict=True)):
         y_NTH = None
         with run, listening(block, [first], adding, stop=True, reached=run.mark) as heard:
             try:
                 y_NTH = _call(block, batch, kwargs)
             except Reached:
                 pass
-        z_MI = read(heard.inputs[first].flatten(0, -2).float())
-        x_MI = kept.inputs[first][index].flatten(0, -2)
-        gaps = {path: (kept.residuals[path][index] - heard.residual(path, y_NTH)).flatten(0, -2) for path in adding}
+        z_MI = read(beside.rows(heard.inputs[first], call, kwargs).float())
+        x_MI, tokens = kept.inputs[first][call], tokens + len(z_MI)
+        sums = {path: beside.rows(heard.residual(path, y_NTH), call, kwargs) for path in adding}
+        gaps = {path: kept.residuals[path][call] - s_MO for path, s_MO in sums.items()}
         middle = len(z_MI) // 2
         for half, rows in zip(halves, (slice(0, middle), slice(middle, None)), strict=True):
-            _add(half, x_MI[rows], z_MI[rows], {path: gap_MO[rows] for path, gap_MO in gaps.items()})
-    return _whole(f"{block.name}.{first}", halves[0], halves[1], z_NTH.shape[0] * z_NTH.shape[1])
-
-
-def _add(half: Moments, x_MI: Tensor, z_MI: Tensor, gaps: Mapping[str, Tensor]) -> None:
-    half.moment_II += product(z_MI.T, z_MI)
-    # The drift is small beside the inputs: eight bits of mantissa are enough for it, and twice as fast.
-    short_MI = z_MI.bfloat16()
-    half.drift_II += (x_MI.float() - z_MI).bfloat16().T @ short_MI
-    for path, gap_MO in gaps.items():
-        sum_OI = (gap_MO.bfloat16().T @ short_MI).float()
-        half.residual_OI[path] = half.residual_OI[path] + sum_OI if path in half.residual_OI else sum_OI
-
-
-def _whole(name: str, one: Moments, other: Moments, tokens: int) -> Seen:
-    """The text from its halves; what `other` holds is used up."""
-    residual = {path: other.residual_OI[path].add_(sum_OI).div_(tokens) for path, sum_OI in one.residual_OI.items()}
-    moment_II = other.moment_II.add_(one.moment_II).div_(tokens)
-    drift_II = other.drift_II.add_(one.drift_II).div_(tokens)
-    seen = Seen(moment_II, drift_II, residual, one, tokens)
-    for moment in (seen.moment_II, seen.drift_II, *residual.values()):
-        _finite(name, moment)
-    return seen
+            half.add(x_MI[rows], z_MI[rows], {path: gap_MO[rows] for path, gap_MO in gaps.items()})
+    return whole(f"{block.name}.{first}", halves[0], halves[1], tokens)
 
 
 def _peak(inputs: Sequence[Tensor]) -> float:

@@ -110,7 +110,8 @@ def updates(kind: Kind, saved: PreTrainedModel, computing: PreTrainedModel, *, r
     Raises:
         StageError: `sparse` finds no matrix with zeros.
     """
-    stays = embedded_names(saved)
+    # What a model computes from its configuration (places as sines) is not saved, and so does not learn.
+    stays = embedded_names(saved) | set(getattr(saved, "_keys_to_ignore_on_save", None) or ())
     weights = {name: tensor.detach() for name, tensor in saved.named_parameters() if name not in stays}
     if kind == "lora":
         weights = {name: tensor for name, tensor in weights.items() if tensor.dim() == 2}

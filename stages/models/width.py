@@ -25,10 +25,11 @@ from stages.algorithms.channels import least_important, output_error, reconstruc
 from stages.algorithms.gains import fitted_gains
 from stages.models import anatomy, stream, twin
 from stages.models.anatomy import Block
+from stages.models.moments import Seen
 from stages.models.on_weights import OnWeights, put
 from stages.models.pruning import Asked, Rows, cannot
 from stages.models.resuming import read_record, save_state
-from stages.models.twin import Compressed, Ends, Seen
+from stages.models.twin import Compressed, Ends
 from stages.runtime.contract import Progress, StageError
 
 READERS = ("q", "k", "v", "gate", "up")

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from stages.models.apart import load_apart
-from stages.models.loading import load_model
+from stages.models.apart import LOGIT_TOLERANCE, load_apart
+from stages.models.loading import load_model, save_model
 from stages.runtime.contract import StageError
 from tests.models.families import family
 
@@ -21,10 +21,26 @@ def test_head_of_the_hidden_states_is_the_whole_model(tmp_path, name):
     torch.testing.assert_close(apart, whole, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("name", "match"), [("t5", "two stacks"), ("bert_bare", "no output head"), ("bert_classes", "no output head")]
-)
-def test_model_that_does_not_predict_tokens_from_one_stack_is_refused(tmp_path, name, match):
+@pytest.mark.parametrize("name", ["t5", "t5_plain", "bart", "marian"])
+def test_head_of_a_decoders_hidden_states_is_the_whole_model(tmp_path, name):
+    whole = load_model(family(name, tmp_path))
+    if name in ("bart", "marian"):
+        whole.final_logits_bias.normal_()
+        save_model(whole, tmp_path / "biased", like=tmp_path / name)
+        name = "biased"
+    made, whole = load_apart(tmp_path / name, 12), load_model(tmp_path / name, dtype=torch.bfloat16)
+    answer_NT = (IDS + 1) % 96
+    windows_NT = torch.cat([IDS, torch.where(torch.arange(12) < 9, answer_NT, -1)], dim=1)
+    with torch.no_grad():
+        expected = whole(input_ids=IDS, decoder_input_ids=answer_NT).logits[:, :9]
+        apart = made.head.logits(made.hidden(windows_NT))[made.counted(windows_NT)].view_as(expected)
+    assert (apart.float() - expected.float()).abs().max() < LOGIT_TOLERANCE * expected.abs().max()
+    assert made.length(windows_NT) == 12
+    assert (made.labels(windows_NT) == -1).all()
+
+
+@pytest.mark.parametrize(("name", "match"), [("bert_bare", "no output head"), ("bert_classes", "no output head")])
+def test_model_that_does_not_predict_tokens_is_refused(tmp_path, name, match):
     with pytest.raises(StageError, match=match):
         load_apart(family(name, tmp_path), 12)
 

@@ -5,8 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from stages.models import precision
 from stages.models.graph import pack_weights
+from stages.models.loading import load_model
+from stages.models.precision import Precision
 from stages.models.quantized import (
+    FORMS,
     QuantizedEmbedding,
     QuantizedLinear,
     describe,
@@ -16,6 +20,7 @@ from stages.models.quantized import (
     quantized_modules,
     stored_dtypes,
 )
+from tests.models.families import answers, family
 
 pytestmark = [
     # Raised inside torch.export and copyreg on every export, whatever the model.
@@ -178,3 +183,17 @@ def test_laying_out_twice_changes_nothing_more(net):
     assert all(torch.equal(module.weight, once[name]) for name, module in quantized_modules(net).items())
     assert isinstance(net.table, QuantizedEmbedding)
     assert net.table.weight.shape == (50, 64)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_maps_of_few_bits_answer_like_the_dense_maps_of_their_weights(tmp_path, name, form):
+    """T5's feed-forward turns what its last map reads into the type of that map's weight."""
+    few, dense = load_model(family(name, tmp_path)), load_model(family(name, tmp_path))
+    asked = Precision(form, block=8 if form == "int4" else None)
+    precision.plainly(few, precision.Rounding(dict.fromkeys(precision.names(few), asked), search=False))
+    with torch.no_grad():
+        for path, module in quantized_modules(few).items():
+            dense.get_submodule(path).weight.copy_(module.dequantized())
+    assert torch.allclose(answers(few), answers(dense), atol=1e-4)
+    assert all(module.weight.dtype == FORMS[form].dtype for module in quantized_modules(few).values())

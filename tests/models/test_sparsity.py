@@ -45,9 +45,9 @@ def logits(model):
     return model(input_ids=IDS).logits
 
 
-def test_magnitude_halves_both_stacks_and_one_pass_over_two_is_refused(root, tmp_path):
+def test_magnitude_halves_both_stacks_and_their_gradients_are_refused(root, tmp_path):
     model = load_model(family("t5", root))
     sparsity.sparsified(model, IDS, asked("magnitude", model), tmp_path, Silent())
     assert all((one.weight == 0).float().mean() == 0.5 for one in sparsity.linears(model).values())
     with pytest.raises(StageError, match="has two stacks"):
-        sparsity.sparsified(model, IDS, asked("sparsegpt", model), tmp_path, Silent())
+        sparsity.sparsified(model, IDS, asked("gradient", model), tmp_path, Silent())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stages.algorithms.drawing import drawn
-from stages.models import anatomy, streaming
+from stages.models import anatomy, stacks, streaming
 from stages.models.loading import load_model
 from stages.runtime.contract import StageError
 
@@ -23,8 +23,8 @@ def model(tiny):
 
 
 def test_run_through_all_blocks_is_the_models_own_forward(model):
-    x = streaming.embedded(model, IDS)
-    for block, kwargs in zip(anatomy.blocks(model), streaming.arguments(model, 20), strict=True):
+    x = stacks.embedded(model, IDS)
+    for block, kwargs in zip(anatomy.blocks(model), stacks.arguments(model, 20), strict=True):
         x = streaming.run(block, x, kwargs)
     with torch.no_grad():
         assert torch.allclose(model.model(input_ids=IDS).last_hidden_state, anatomy.last_norm(model)(x), atol=1e-5)

@@ -7,7 +7,19 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from stages.algorithms.channels import reconstructed
-from stages.models import anatomy, depth, dropping, pruning, quantized, shared, streaming, structure, twin
+from stages.models import (
+    anatomy,
+    depth,
+    dropping,
+    moments,
+    pruning,
+    quantized,
+    shared,
+    stacks,
+    streaming,
+    structure,
+    twin,
+)
 from stages.models.loading import load_model, load_tokenizer, save_model
 from stages.models.on_weights import OnWeights
 from stages.models.windows import windows
@@ -78,8 +90,8 @@ def test_check_channels_free_refuses_what_cannot_go_alone(tiny):
 def test_drop_blocks_leaves_the_others_function_and_a_valid_configuration(model, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "in_short", nullcontext)
     model.config.layer_types = ["full_attention"] * 5 + ["last"]
-    calls = streaming.arguments(model, 20)
-    x = streaming.embedded(model, IDS)
+    calls = stacks.arguments(model, 20)
+    x = stacks.embedded(model, IDS)
     for index in (0, 2, 5):
         x = streaming.run(anatomy.blocks(model)[index], x, calls[index])
     depth.drop_blocks(model, [1, 3, 4])
@@ -116,7 +128,7 @@ def test_channels_fit_each_down_to_the_dense_stream_on_what_the_narrowed_blocks_
     tiny, tmp_path, monkeypatch
 ):
     # Tokens at random leave nothing that both halves agree on: here the fit itself is looked at.
-    monkeypatch.setattr(twin, "agreement", lambda *args: 0.5)
+    monkeypatch.setattr(moments, "agreement", lambda *args: 0.5)
     ids = torch.randint(0, 768, (8, 64), generator=torch.Generator().manual_seed(1))
     dense, narrowed = load_model(tiny), load_model(tiny)
     asked = pruning.Asked(int(0.9 * anatomy.block_parameters(dense)), 8, "loss", tmp_path)
@@ -151,8 +163,8 @@ def as_before(dense, narrowed, index):
 
 
 def test_drop_heads_computes_what_is_left(model):
-    block, calls = anatomy.blocks(model)[1], streaming.arguments(model, 20)
-    x = streaming.embedded(model, IDS)
+    block, calls = anatomy.blocks(model)[1], stacks.arguments(model, 20)
+    x = stacks.embedded(model, IDS)
     seen = []
     with streaming.watched({"o": anatomy.projections(block)["o"]}, lambda _n, z, _y: seen.append(z)):
         streaming.run(block, x, calls[1])

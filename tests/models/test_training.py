@@ -12,6 +12,7 @@ from stages.runtime.contract import StageError
 from tests.models.families import VOCABULARY, family
 
 TOKENS = 16
+TWO_STACKS = ("t5", "t5_plain", "bart", "marian")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,13 @@ def learner(root, folder, name, *, kind="full", at_once=4, goal=None, hidden=Fal
         save_model(model, folder / "cut", like=teacher)
     student, original = load_apart(folder / "cut", TOKENS), load_apart(teacher, TOKENS)
     ids_NT = torch.randint(3, VOCABULARY, (8, TOKENS), generator=torch.Generator().manual_seed(2))
+    if student.source:  # answers that end at different places; a random model would say one token for ever
+        ids_NT = torch.cat([ids_NT, ids_NT.flip(0)], dim=1)
+        ids_NT[1, TOKENS + 5 :], ids_NT[4, TOKENS + 9 :] = -1, -1
     pairs = listened(student.model, original.model) if hidden else []
     theirs = {one.name: one.module for _, one in pairs}
-    lessons = Lessons(original, ids_NT, folder / "teacher", tokens_kept=8, temperature=1.0, listened=theirs)
+    kept = VOCABULARY if student.source else 8  # what random models of two stacks answer is nearly flat
+    lessons = Lessons(original, ids_NT, folder / "teacher", tokens_kept=kept, temperature=1.0, listened=theirs)
     saved = load_model(folder / "cut")
     made = training.learner(
         student,
@@ -56,17 +61,23 @@ def trained(made, steps=12, rate=3e-3):
     return before, training.score(made, held)["text"].kl, losses
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "neox", "opt", "bert_masked", "roberta", "distilbert"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "neox", "opt", "bert_masked", "roberta", "distilbert",
+                                  *TWO_STACKS])  # fmt: skip
 def test_student_of_every_family_comes_nearer_to_its_teacher(root, tmp_path, name):
     made, saved = learner(root, tmp_path, name)
     before, after, _ = trained(made, steps=30)
     assert after < 0.75 * before
+    assert not [name for name in made.updates.moved if name in (saved._keys_to_ignore_on_save or ())]
     made.updates.finish()
     save_model(saved, tmp_path / "out", like=tmp_path / "cut")
-    ids_NT = made.ids_NT
+    read, counted_NT = {"input_ids": made.ids_NT}, made.student.counted(made.ids_NT)
+    if name in TWO_STACKS:
+        source_NS, answer_NT = made.ids_NT.split(TOKENS, dim=1)
+        read = {"input_ids": source_NS, "decoder_input_ids": answer_NT.clamp_min(0)}
+        assert int((~counted_NT).sum()) == 11 + 7
     with torch.no_grad():
-        p, q = (load_model(one)(input_ids=ids_NT).logits.log_softmax(-1) for one in (root / name, tmp_path / "out"))
-    whole = float((p.exp() * (p - q)).sum(-1).mean())
+        p, q = (load_model(one)(**read).logits.log_softmax(-1) for one in (root / name, tmp_path / "out"))
+    whole = float((p.exp() * (p - q)).sum(-1)[counted_NT].mean())
     assert whole == pytest.approx(after, rel=0.25)  # float32 as saved against bfloat16 as scored
 
 
@@ -97,6 +108,13 @@ def test_hidden_states_come_nearer_where_they_count(root, tmp_path):
         both = [_hidden_gap(made, goal)]
         gaps += both
     assert gaps[1] < 0.7 * gaps[0]
+
+
+def test_hidden_states_of_two_stacks_are_the_decoders(root, tmp_path):
+    made, _ = learner(root, tmp_path, "marian", hidden=True)
+    assert list(made.listened) == ["model.decoder.layers.1", "model.decoder.layers.2"]
+    _, _, losses = trained(made)
+    assert losses[-1] < 0.7 * losses[0]
 
 
 @torch.no_grad()
@@ -185,6 +203,11 @@ def test_200_sparse_updates_keep_every_zero_every_tie_and_every_rank(tiny, tmp_p
 def test_an_encoder_is_not_asked_for_the_next_token(root, tmp_path):
     with pytest.raises(StageError, match=r"BertForMaskedLM sees the next token.*kl_weight 0.5.*kl_weight 1"):
         learner(root, tmp_path, "bert_masked", goal=Goal(0.5, 1.0, 0.0))
+
+
+def test_a_decoder_is_not_asked_for_what_its_teacher_made_up(root, tmp_path):
+    with pytest.raises(StageError, match=r"MarianMTModel answers the teacher's texts.*kl_weight 0.5.*kl_weight 1"):
+        learner(root, tmp_path, "marian", goal=Goal(0.5, 1.0, 0.0))
 
 
 def test_sparse_update_of_a_dense_model_is_refused(root, tmp_path):

@@ -2,15 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from stages.models import anatomy, precision, twin
+from stages.models import anatomy, moments, precision, twin
 from stages.models.loading import load_model
 from stages.models.precision import Precision
 from stages.models.probing import OUTPUT, added_to, listening, sites
-from stages.models.streaming import arguments, embedded
+from stages.models.stacks import arguments, embedded
 from stages.runtime.contract import StageError
 from tests.models.families import family
 
 ONE_STACK = ["llama", "qwen2", "qwen3", "gpt2", "neox", "opt", "bert_masked", "roberta", "distilbert"]
+TWO_STACKS = ["t5", "t5_plain", "bart", "marian"]
 
 
 class Halved:
@@ -45,7 +46,7 @@ class Halved:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    return {name: family(name, root / name) for name in ONE_STACK}
+    return {name: family(name, root / name) for name in ONE_STACK + TWO_STACKS}
 
 
 def ids(windows=6, tokens=16):
@@ -87,7 +88,7 @@ def test_listening_gives_what_a_map_is_added_to(folders):
     torch.testing.assert_close(heard.inputs["self_attn.q_proj"], block.module.input_layernorm(x_1TH))
 
 
-@pytest.mark.parametrize("name", ONE_STACK)
+@pytest.mark.parametrize("name", ONE_STACK + TWO_STACKS)
 def test_compress_reaches_every_map_of_every_family(folders, name, tmp_path):
     model = load_model(folders[name])
     dense = load_model(folders[name])
@@ -152,7 +153,7 @@ def test_compress_fitted_to_the_dense_outputs_loses_less_than_without(folders, t
     dense = load_model(folders["llama"])
     told = {}
     for strength in (0.0, 0.5):
-        monkeypatch.setattr(twin, "corrected", with_strength(strength))
+        monkeypatch.setattr(moments, "corrected", with_strength(strength))
         model = load_model(folders["llama"])
         names = precision.names(model)
         rounding = precision.Rounding(dict.fromkeys(names, Precision("int4", 16)))
@@ -175,6 +176,69 @@ def test_compress_of_a_map_that_never_runs_is_refused_by_name(folders, tmp_path)
         twin.compress(model, ids(), Halved(), tmp_path)
 
 
-def test_compress_of_two_stacks_is_refused(tmp_path):
-    with pytest.raises(StageError, match="two stacks"):
-        twin.compress(load_model(family("t5", tmp_path / "t5")), ids(), Halved(), tmp_path / "state")
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("marian", "model.decoder.layers.1.encoder_attn.k_proj"),
+        ("marian", "model.decoder.layers.1.self_attn.q_proj"),
+        ("t5", "decoder.block.1.layer.1.EncDecAttention.v"),
+        ("t5", "decoder.block.1.layer.2.DenseReluDense.wi_0"),
+        ("bart", "model.encoder.layers.1.fc1"),
+    ],
+)
+def test_seen_moments_of_two_stacks_are_those_of_the_tokens_that_count(folders, tmp_path, monkeypatch, name, path):
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: torch.inference_mode())
+    model, dense = load_model(folders[name]), load_model(folders[name])
+    technique, ids_NS = Halved(), ids()
+    # Answers that end at different places: a random model would say one token for ever.
+    answers_NS = (ids().flip(0, 1) + 1) % 96
+    answers_NS[1, 5:], answers_NS[3, 9:] = -1, -1
+    monkeypatch.setattr(twin, "answered", lambda *_: answers_NS.clone())
+    twin.compress(model, ids_NS, technique, tmp_path)
+    # Up to its site, the compressed model is the whole one with what comes later dense.
+    maps = [f"{b.name}.{one}" for b in anatomy.blocks(model) for one in anatomy.maps(b)]
+    sites_before = technique.order[: [path in site for site in technique.order].index(True)]
+    earlier = {one for site in sites_before for one in site}
+    with torch.no_grad():
+        for one in maps:
+            if one not in earlier:
+                model.get_submodule(one).weight = nn.Parameter(dense.get_submodule(one).weight.detach())
+    x_MI, z_MI = (read_by(whole, path, ids_NS, answers_NS) for whole in (dense, model))
+    seen = technique.seen[path][1]
+    torch.testing.assert_close(seen.moment_II, z_MI.T @ z_MI / len(z_MI), rtol=1e-4, atol=1e-5)
+    expected = (x_MI - z_MI).T @ z_MI / len(z_MI)
+    torch.testing.assert_close(seen.drift_II, expected, rtol=0.05, atol=float(expected.abs().max()) * 0.02)
+
+
+@torch.no_grad()
+def read_by(model, path, ids_NS, answers_NS):
+    """What a map reads, [M, I]: of the encoder every token, of the decoder those that count."""
+    read = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: read.append(args[0]))
+    model(input_ids=ids_NS, decoder_input_ids=answers_NS.clamp_min(0))
+    hook.remove()
+    encoders = "encoder.layers" in path or "encoder_attn.k" in path or "EncDecAttention.v" in path
+    return read[0].flatten(0, 1) if encoders else read[0][answers_NS >= 0]
+
+
+@pytest.mark.parametrize("name", ["t5", "marian"])
+def test_compress_of_two_stacks_goes_on_from_every_block_to_the_same_tensors(folders, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(twin, "SAVE_EVERY_S", 0.0)
+
+    def compressed(state, stop=None):
+        model = load_model(folders[name])
+        rounding = precision.Rounding(dict.fromkeys(precision.names(model), Precision("int4", 8)))
+
+        def advanced(done, _total):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        twin.compress(model, ids(), rounding, state, advanced)
+        return dict(model.state_dict())
+
+    whole = compressed(tmp_path / "whole")
+    for stop in range(1, len(anatomy.blocks(load_model(folders[name]))) + 1):
+        with pytest.raises(KeyboardInterrupt):
+            compressed(tmp_path / str(stop), stop)
+        again = compressed(tmp_path / str(stop))
+        assert all(torch.equal(again[key], whole[key]) for key in whole)

@@ -12,7 +12,7 @@ from stages.models import loading, sparsity, twin
 from stages.models.anatomy import block_parameters
 from stages.models.depth import drop_blocks
 from stages.models.loading import load_model
-from stages.models.streaming import arguments
+from stages.models.stacks import arguments
 from stages.prune import PRUNE, PruneParams
 from stages.runtime.contract import PARTIAL, StageError
 from tests.conftest import sealer

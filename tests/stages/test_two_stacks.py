@@ -1,0 +1,136 @@
+"""Encoder-decoders through the stages that run a model over text: the pairs are the text and what the model answers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from stages.models import anatomy
+from stages.models.answering import answered
+from stages.models.loading import load_model, load_tokenizer, save_model
+from stages.models.windows import windows
+from stages.prune import PRUNE
+from stages.quantize import QUANTIZE
+from stages.recover import RecoverParams, recover
+from stages.runtime.contract import PARTIAL, StageError
+from stages.runtime.progress import Silent
+from tests.models.families import FAMILIES
+from tests.stages.test_recover import SHORT, Heard, damage, sealed
+
+LEARN = SHORT | {"tokens": 24 * 128, "window_tokens": 32, "check_every_steps": 4, "patience": 9}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny, shared_store, topics):
+    """A BART and a T5 that read the tiny model's tokens, and their text."""
+    found = {"text": shared_store.checkout(topics)}
+    for name in ("bart", "t5"):
+        made, config, settings = FAMILIES[name]
+        torch.manual_seed(5)
+        vocabulary = len(load_tokenizer(tiny))
+        ends = {"eos_token_id": load_tokenizer(tiny).eos_token_id}
+        model = getattr(transformers, made)(getattr(transformers, config)(vocab_size=vocabulary, **settings | ends))
+        with torch.no_grad():
+            for parameter in model.parameters():  # answers that are neither flat nor one token for ever
+                by = 3 if name == "bart" and parameter.dim() == 2 else 1
+                parameter.mul_(by).add_(torch.randn_like(parameter) * (0.05 if name == "bart" else 0.02))
+        found[name] = tmp_path_factory.mktemp(name) / "model"
+        model.save_pretrained(found[name])
+        for file in tiny.glob("tokenizer*"):
+            shutil.copyfile(file, found[name] / file.name)
+    return found
+
+
+@torch.no_grad()
+def kl(teacher, folder, text, tmp_path):
+    """Of the answers to windows that no stage saw."""
+    whole = load_model(teacher)
+    ids_NS = windows(text, "test", load_tokenizer(teacher), 32, most=24)
+    answers_NS = answered(whole, ids_NS, tmp_path / "judged.safetensors")
+    read = {"input_ids": ids_NS, "decoder_input_ids": answers_NS.clamp_min(0)}
+    p, q = (one(**read).logits.log_softmax(-1) for one in (whole, load_model(folder)))
+    return float((p.exp() * (p - q)).sum(-1)[answers_NS >= 0].mean())
+
+
+def run(stage, params, inputs, output):
+    output.mkdir()
+    return stage.run(stage.params(**params), inputs, output, Silent())
+
+
+FITTED = {
+    "int4": (QUANTIZE, {"scheme": "int4_weight_only", "block": 8, "embedding": "keep"}, {"search": "off"}),
+    "2:4": (PRUNE, {"method": "sparsegpt", "pattern": "2:4"}, {"method": "magnitude"}),
+}
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("what", FITTED)
+def test_maps_of_both_stacks_are_fitted_to_what_the_model_answers(folders, tmp_path, name, what):
+    stage, params, plainly = FITTED[what]
+    inputs = {"model": folders[name], "text": folders["text"]}
+    size = {"windows": 24, "window_tokens": 64}
+    run(stage, params | size, inputs, tmp_path / "fitted")
+    run(stage, params | size | plainly, inputs, tmp_path / "plain")
+    rows = json.loads((tmp_path / "fitted" / "layers.json").read_text())["layers"]
+    model = load_model(folders[name])
+    assert len(rows) == sum(len(anatomy.maps(block)) for block in anatomy.blocks(model))
+    lost = [kl(folders[name], tmp_path / one, folders["text"], tmp_path) for one in ("fitted", "plain")]
+    assert lost[0] < 0.8 * lost[1], lost
+
+
+@pytest.mark.parametrize("scheme", ["fp8_e4m3", "nvfp4"])
+def test_other_schemes_take_both_stacks(folders, tmp_path, scheme):
+    inputs = {"model": folders["bart"], "text": folders["text"]}
+    run(QUANTIZE, {"scheme": scheme, "window_tokens": 32, "windows": 4, "embedding": "keep"}, inputs, tmp_path / "out")
+    assert kl(folders["bart"], tmp_path / "out", folders["text"], tmp_path) < 0.1
+
+
+@pytest.fixture(scope="module", params=["bart", "t5"])
+def recovered(request, folders, tmp_path_factory):
+    """Inputs, output and metrics of one whole run of `recover`."""
+    root = tmp_path_factory.mktemp("recover")
+    damaged = damage(root / "damaged", folders[request.param])
+    inputs = {"model": damaged, "teacher": folders[request.param], "text": folders["text"]}
+    return inputs, root / "out", recover(RecoverParams(**LEARN), inputs, root / "out", Heard())
+
+
+def test_recover_of_an_encoder_decoder_comes_nearer_on_text_it_never_saw(recovered, tmp_path):
+    inputs, output, metrics = recovered
+    before = kl(inputs["teacher"], inputs["model"], inputs["text"], tmp_path)
+    after = kl(inputs["teacher"], output, inputs["text"], tmp_path)
+    assert after < 0.8 * before
+    assert metrics["kl_after"] < 0.8 * metrics["kl_before"]
+
+
+def test_recover_of_an_encoder_decoder_goes_on_to_the_same_bytes(recovered, tmp_path):
+    inputs, output, metrics = recovered
+
+    class Stopper(Heard):
+        def metric(self, name, value, step):
+            super().metric(name, value, step)
+            if name == "kl" and step == 11:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(RecoverParams(**LEARN), inputs, tmp_path / "out", Stopper())
+    assert (tmp_path / "out" / PARTIAL / "answers-train.safetensors").is_file()
+    heard = Heard()
+    assert recover(RecoverParams(**LEARN), inputs, tmp_path / "out", heard) == metrics
+    assert heard.steps() == list(range(9, 25))
+    assert sealed(tmp_path / "out") == sealed(output)
+
+
+def test_model_that_does_not_say_how_an_answer_begins_is_refused(folders, tmp_path):
+    model = load_model(folders["t5"])
+    save_model(model, tmp_path / "model", like=folders["t5"])
+    for file in ("config.json", "generation_config.json"):
+        path = tmp_path / "model" / file
+        if path.is_file():
+            read = json.loads(path.read_text())
+            read.pop("decoder_start_token_id", None)
+            path.write_text(json.dumps(read))
+    inputs = {"model": tmp_path / "model", "text": folders["text"]}
+    with pytest.raises(StageError, match="does not say how an answer begins"):
+        run(QUANTIZE, {"scheme": "int4_weight_only", "block": 8, "window_tokens": 32}, inputs, tmp_path / "out")
