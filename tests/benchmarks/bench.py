@@ -21,7 +21,7 @@ from stages.runtime.execute import execute, work_of
 from stages.runtime.fingerprint import ROOT, canonical, code_digest, digest_bytes, digest_file
 from stages.runtime.progress import forward
 from tests.benchmarks import results
-from tests.benchmarks.peers import Peer
+from tests.benchmarks.peers import PEERS, Peer
 from tests.benchmarks.results import Row
 from tests.benchmarks.techniques import CONTROLS, Technique
 
@@ -46,7 +46,7 @@ class Options:
         other: source of the other text.
         windows: test windows of each text.
         tokens: their length, and that of calibration windows.
-        calibration: calibration windows; None leaves each stage its own number, and gives peers and controls 32.
+        calibration: calibration windows; None leaves each stage its own number, and gives each peer its best number and controls 32.
         budget: tokens of `recover`, or minutes at a rate.
         kl_windows: windows on which KL is measured.
         again: measure also what is measured already.
@@ -140,7 +140,7 @@ def adapted(technique: Technique, options: Options) -> dict[str, Any]:
     """The technique's params with the windows and the budget that were asked for."""
     params = dict(technique.params)
     if technique.stage in CONTROLS:
-        return params
+        return params | {"windows": options.calibration or 32}
     fields = stage(technique.stage).params.model_fields
     if technique.stage == "recover":
         params |= {"window_tokens": min(256, options.tokens)}
@@ -199,7 +199,7 @@ def _peer(bench: Bench, one: Peer) -> Row:
     key = _key(bench, {**asked, "inputs": bench.identities})
     if row := _standing(bench, one.name, key):
         return row
-    task = {"do": "peer", "peer": one.name, **_scoring(bench)}
+    task = {"do": "peer", "peer": one.name, "calibration": bench.options.calibration, **_scoring(bench)}
     return _measure(bench, one.name, key, [task], one.about, python)
 
 
@@ -210,7 +210,7 @@ def _dense(bench: Bench) -> Row:
         "do": "windows",
         **_texts(bench.inputs),
         "path": str(bench.windows),
-        "calibration": options.calibration or 32,
+        "calibration": options.calibration or max(one.windows for one in PEERS),
     }
     if (row := _standing(bench, "dense", key)) and bench.windows.is_file():
         return row

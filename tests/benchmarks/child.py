@@ -86,13 +86,14 @@ def peer(task: Task, tell: JsonLines) -> dict[str, Any]:
     asked = next(one for one in PEERS if one.name == task["peer"])
     import_module(asked.module)
     imported = time.monotonic()
-    model = asked.apply(_plain(task["dense"]), load_file(task["windows"])["calibrate"])
+    ids_NT = load_file(task["windows"])["calibrate"][: task["calibration"] or asked.windows]
+    model = asked.apply(_plain(task["dense"]), ids_NT)
     torch.set_grad_enabled(True)
     done = {
         "seconds": time.monotonic() - imported,
         "import_seconds": imported - began,
         "peak_rss_bytes": peak_rss_bytes(),
-        "tool": f"{asked.distribution} {version(asked.distribution)}",
+        "tool": f"{asked.distribution} {version(asked.distribution)}, {len(ids_NT)} windows",
         "metrics": {} if asked.bits is None else {"bits_per_weight": asked.bits},
     }
     return done | _scored(model, _plain(task["dense"]), task, tell)

@@ -70,7 +70,7 @@ def uniform_svd(params: Mapping[str, Any], inputs: Mapping[str, Path], output: P
     """
     model = load_model(inputs["model"])
     maps = {block.name + role: one for block in blocks(model) for role, one in projections(block).items()}
-    moments = _moments(model, maps, load_file(inputs["windows"])["calibrate"])
+    moments = _moments(model, maps, load_file(inputs["windows"])["calibrate"][: params["windows"]])
     kept = before = 0
     for done, (name, one) in enumerate(maps.items(), start=1):
         w_OI = one.get_parameter("weight")

@@ -29,6 +29,7 @@ class Peer:
         apply: makes the model small, given the calibration windows ids_NT.
         about: format and ranges.
         bits: stored bits a weight of the blocks, scales counted; None where weights are zeroed instead.
+        windows: of calibration, where none are asked for: as many as the tool does best with on such a model.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Peer:
     apply: Apply
     about: str
     bits: float | None = None
+    windows: int = 32
 
 
 def _modelopt(config: str) -> Apply:
@@ -107,12 +109,12 @@ def _modifier(module: str, name: str, **asked: Any) -> Any:
 _MODELOPT = ("modelopt.torch.quantization", "nvidia-modelopt")
 _COMPRESSOR = ("llmcompressor.modifiers.gptq", "llmcompressor")
 PEERS = (
-    Peer("modelopt-w8a8", *_MODELOPT, _modelopt("INT8_SMOOTHQUANT_CFG"), "static, SmoothQuant", 8.0),
+    Peer("modelopt-w8a8", *_MODELOPT, _modelopt("INT8_SMOOTHQUANT_CFG"), "static, SmoothQuant", 8.0, windows=128),
     Peer("modelopt-fp8", *_MODELOPT, _modelopt("FP8_DEFAULT_CFG"), "static", 8.0),
     Peer("modelopt-int4-awq", *_MODELOPT, _modelopt("INT4_AWQ_CFG"), "AWQ, block 128", 4.125),
     Peer("modelopt-2:4", "modelopt.torch.sparsity", "nvidia-modelopt", _modelopt_sparsegpt, "SparseGPT"),
     Peer("compressor-int4", *_COMPRESSOR, _compressor(_gptq_int4), "GPTQ, symmetric, block 64", 4.25),
-    Peer("compressor-2:4", *_COMPRESSOR, _compressor(_sparsegpt), "SparseGPT"),
+    Peer("compressor-2:4", *_COMPRESSOR, _compressor(_sparsegpt), "SparseGPT", windows=64),
     Peer(
         "compressor-w8a8",
         *_COMPRESSOR,
