@@ -98,7 +98,16 @@ class QuantizeParams(Params):
 
 def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See QuantizeParams. `layers.json` says for each map how it was rounded and what that lost."""
-    from stages.models import anatomy, compressed_tensors, kv_cache, kv_ranges, precision, sixteen_bits, surgery
+    from stages.models import (
+        anatomy,
+        compressed_tensors,
+        kv_cache,
+        kv_ranges,
+        precision,
+        resuming,
+        sixteen_bits,
+        surgery,
+    )
     from stages.models.loading import load_model, save_model
     from stages.models.quantized import annotate, describe
 
@@ -115,6 +124,10 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
     text = partial(surgery.calibration, inputs, params.window_tokens, params.windows or 8, progress)
     alike = {} if cast else dict.fromkeys(asked_for, _precision(params))
     rotated = _rotated(params, model, alike, text, progress)
+    if any(note["rotation"] != "off" for note in rotated.values()):
+        # A whole model's heads are a good deal beside one block: they go the way of the other weights.
+        turned = (model.get_submodule(name).weight for name, note in rotated.items() if note["rotation"] != "off")
+        resuming.settle(output / PARTIAL / "rotated.safetensors", turned)
     rounding = precision.Rounding(
         {} if cast else _asked(params, model, asked_for, text_NT), search=params.search == "auto"
     )

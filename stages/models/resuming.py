@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -26,6 +26,15 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, A
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def settle(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Write tensors to a file and let each be a view of it: its pages can be given back, see `mapped.forget`."""
+    once = {str(n): tensor for n, tensor in enumerate({id(one): one for one in tensors}.values())}
+    save_state(path, once, {})
+    kept = load_file(path)
+    for name, tensor in once.items():
+        tensor.data = kept[name]
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -120,6 +120,7 @@ def embedded(model: PreTrainedModel | Stack, ids_NT: Tensor) -> Tensor:
             x_NTH[index] = x_1TH[0]
     finally:
         hook.remove()
+    release(stack.inner)  # a text's tokens stand all over the table, which is wide beside a small model's blocks
     assert x_NTH is not None
     return x_NTH
 

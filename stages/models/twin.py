@@ -139,6 +139,7 @@ def compress(
         if streams is None:
             streams = _entering(stack, part_NT, ends)
             _through(_gap(blocks, calls, 0, gone), streams[0])
+        trim()
         for block, kwargs, probe in list(zip(blocks, calls, short, strict=True))[max(0, done - first) :]:
             if block.index in gone:
                 advanced(block.index + 1, total)

@@ -46,7 +46,7 @@ class Options:
         other: source of the other text.
         windows: test windows of each text.
         tokens: their length, and that of calibration windows.
-        calibration: calibration windows; None leaves each stage its own number, and gives each peer its best number and controls 32.
+        calibration: calibration windows; None leaves each stage and each peer its own number, and gives controls 32.
         budget: tokens of `recover`, or minutes at a rate.
         kl_windows: windows on which KL is measured.
         again: measure also what is measured already.
