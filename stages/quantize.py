@@ -129,7 +129,7 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
         turned = (model.get_submodule(name).weight for name, note in rotated.items() if note["rotation"] != "off")
         resuming.settle(output / PARTIAL / "rotated.safetensors", turned)
     rounding = precision.Rounding(
-        {} if cast else _asked(params, model, asked_for, text_NT), search=params.search == "auto"
+        {} if cast else _asked(params, model, asked_for, text_NT, output / PARTIAL), search=params.search == "auto"
     )
     if params.scheme in ROUNDED_INPUTS:
         assert text_NT is not None
@@ -212,7 +212,7 @@ def _caches(params: QuantizeParams, model: PreTrainedModel, ids_NT: Tensor | Non
 
 
 def _asked(
-    params: QuantizeParams, model: PreTrainedModel, names: list[str], ids_NT: Tensor | None
+    params: QuantizeParams, model: PreTrainedModel, names: list[str], ids_NT: Tensor | None, partial: Path
 ) -> dict[str, Precision]:
     from stages.models import mixing
     from stages.models.precision import Precision
@@ -221,7 +221,7 @@ def _asked(
         return dict.fromkeys(names, _precision(params))
     assert ids_NT is not None
     forms = [Precision("int8"), Precision("int4", block=params.block)]
-    found = mixing.measured(model, ids_NT[: max(2, len(ids_NT) // 2)], forms, lambda done, total: None)
+    found = mixing.measured(model, ids_NT[: max(2, len(ids_NT) // 2)], forms, partial, lambda done, total: None)
     parts = {name: options for name, options in found.items() if name in names}
     if params.loss is not None:
         return mixing.under_loss(parts, forms, params.loss)

@@ -43,19 +43,22 @@ class Dropped:
 
 @dataclass(frozen=True)
 class _Measure:
-    """A model, how its blocks are called, and what the whole model predicts."""
+    """A model, how its blocks are called, and what the whole model predicts of each window, [T / 2, V]."""
 
     model: PreTrainedModel
     blocks: Sequence[Block]
     calls: Sequence[Mapping[str, Any]]
-    log_p_NTV: Tensor
+    log_p: Sequence[Tensor]
 
     def kl(self, x_NTH: Tensor, start: int, gone: Collection[int]) -> float:
         """From the state before block `start` on, without the blocks that are gone."""
         for x in _states(self.blocks, self.calls, x_NTH, gone, start):
             x_NTH = x
-        log_q_NTV = _log(self.model, x_NTH)
-        return float((self.log_p_NTV.exp() * (self.log_p_NTV - log_q_NTV)).sum(-1).mean())
+        total, count = 0.0, 0
+        for log_p_TV, x_1TH in zip(self.log_p, x_NTH.split(1), strict=True):
+            gap_TV = _log(self.model, x_1TH).neg_().add_(log_p_TV)
+            total, count = total + float(gap_TV.mul_(log_p_TV.exp()).sum()), count + len(gap_TV)
+        return total / count
 
 
 def least_influential(
@@ -103,7 +106,8 @@ def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Cal
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         first_NTH = embedded(model, ids_NT)
         whole = _states(blocks, calls, first_NTH, (), 0)
-        measure = _Measure(model, blocks, calls, _log(model, whole[-1]))
+        measure = _Measure(model, blocks, calls, [_log(model, x_1TH) for x_1TH in whole[-1].split(1)])
+        del whole
         while candidates and len(gone) < len(blocks) - 1 and not enough([one.block for one in gone]):
             without = [one.block for one in gone]
             states = [first_NTH, *_states(blocks, calls, first_NTH, without, 0)]
@@ -130,7 +134,7 @@ def _states(
     return found
 
 
-def _log(model: PreTrainedModel, x_NTH: Tensor) -> Tensor:
+def _log(model: PreTrainedModel, x_1TH: Tensor) -> Tensor:
     # Every second position: neighbours say much the same, and the head is a fifth of a small model's work.
-    logits_NTV: Tensor = anatomy.head(model)(anatomy.last_norm(model)(x_NTH[:, ::2]))
-    return logits_NTV.float().log_softmax(-1)
+    logits_TV: Tensor = anatomy.head(model)(anatomy.last_norm(model)(x_1TH[0, ::2]))
+    return logits_TV.float().log_softmax(-1)

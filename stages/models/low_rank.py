@@ -69,7 +69,7 @@ def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Pa
     """
     kinds, group, keep = asked.kinds, asked.group, asked.keep
     measured = Measured(model, kinds, group, asked.names)
-    measured.measure(ids_NT, lambda done, total: progress.advanced(done / total, 2))
+    measured.measure(ids_NT, partial, lambda done, total: progress.advanced(done / total, 2))
     total = anatomy.block_parameters(model)
     wanted = total - int(keep * total)
     if measured.most < wanted:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +33,24 @@ def bits(asked: Precision, inputs: int, outputs: int) -> int:
 
 
 def measured(
-    model: PreTrainedModel, ids_NT: Tensor, forms: Sequence[Precision], advanced: Callable[[float, float], None]
+    model: PreTrainedModel,
+    ids_NT: Tensor,
+    forms: Sequence[Precision],
+    folder: Path,
+    advanced: Callable[[float, float], None],
 ) -> dict[str, list[Option]]:
     """What each form after the first would save and lose, for every map of the blocks.
 
     The loss is that of rounding to nearest, to second order: half the Fisher information of the outputs times their
-    squared error. Fitted and rounded by columns, maps lose less, but in about the same proportion.
+    squared error. Fitted and rounded by columns, maps lose less, but in about the same proportion. What the pass keeps
+    of every block waits in `folder`.
 
     Raises:
         StageError: the architecture's maps have no roles that are known.
     """
     found: dict[str, list[Option]] = {}
     roles = [role for role in anatomy.roles(anatomy.blocks(model)[0]) if role in SITES]
-    for block, statistics in sensitivities(model, ids_NT, roles, advanced):
+    for block, statistics in sensitivities(model, ids_NT, roles, folder, advanced):
         for role, one in anatomy.projections(block).items():
             if not isinstance(one, nn.Linear) or role not in SITES:
                 raise StageError(f"{block.name} has a map for {role!r} that mixed precision does not measure")

@@ -5,8 +5,9 @@ Shapes: I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from stages.algorithms.allocation import Option, allocate
 from stages.algorithms.grouping import Span, grouped, most
 from stages.models import anatomy
 from stages.models.anatomy import Block
-from stages.models.streaming import SITES, Statistics, sensitivities
+from stages.models.shelf import Shelf
+from stages.models.streaming import SITES, sensitivities
 
 RANK_STEP = 8
 """Ranks are multiples of this: kernels of every target like inner sizes that 8 divides."""
@@ -69,19 +71,22 @@ class Measured:
     ) -> None:
         self._model, self._kinds, self._group = model, [tuple(kind.split("+")) for kind in kinds], group
         self._names = frozenset(dense(model) if names is None else names)
-        self._statistics: dict[int, Statistics] = {}
+        self._gradients: dict[int, Mapping[str, Tensor]] = {}
         self._ways: dict[tuple[str, ...], Ways] = {kind: {} for kind in self._kinds}
 
-    def measure(self, ids_NT: Tensor, advanced: Callable[[float, float], None]) -> None:
+    def measure(self, ids_NT: Tensor, folder: Path, advanced: Callable[[float, float], None]) -> None:
         """Take the statistics of every block and price every part, from the last block to the first.
+
+        Moments wait in `folder`.
 
         Raises:
             StageError: an activation is not finite.
         """
-        blocks = anatomy.blocks(self._model)
+        blocks, self._moments = anatomy.blocks(self._model), Shelf(folder)
         roles = [role for kind in self._kinds for role in kind]
-        for block, statistics in sensitivities(self._model, ids_NT, roles, advanced):
-            self._statistics[block.index] = statistics
+        for block, statistics in sensitivities(self._model, ids_NT, roles, folder, advanced):
+            self._gradients[block.index] = statistics.gradients
+            self._moments.put(block.index, statistics.moments)
             for kind, ways in self._ways.items():
                 alone = tuple(self._part((role,), (block,)) for role in kind)
                 ways[block.index, block.index + 1] = [alone]
@@ -112,13 +117,13 @@ class Measured:
         plans: dict[str, Plan] = {}
         for part, option in chosen:
             shared = self._basis(part, option.rank) if len(part.paths) > 1 else None
-            importance = [self._statistics[block.index].gradients[role] for block in part.blocks for role in part.roles]
+            importance = [self._gradients[block.index][role] for block in part.blocks for role in part.roles]
             for path, one in zip(part.paths, importance, strict=True):
                 plans[path] = Plan(part, option, one, shared)
         return plans
 
     def _priced(self, chains: Iterable[Ways]) -> list[tuple[int, dict[Span, list[list[tuple[Option, ...]]]]]]:
-        count = len(self._statistics)
+        count = len(self._gradients)
         return [
             (count, {span: [[part.options for part in way] for way in found] for span, found in ways.items()})
             for ways in chains
@@ -135,10 +140,9 @@ class Measured:
 
     def _stack(self, roles: Sequence[str], blocks: Sequence[Block]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Weights, outputs' importance and the pooled moment of the inputs."""
-        statistics = [self._statistics[block.index] for block in blocks]
         maps = [anatomy.projections(block)[role] for block in blocks for role in roles]
-        importance = [one.gradients[role] for one in statistics for role in roles]
-        moment_II = torch.stack([one.moments[SITES[roles[0]]] for one in statistics]).mean(0)
+        importance = [self._gradients[block.index][role] for block in blocks for role in roles]
+        moment_II = torch.stack([self._moments.get(block.index, SITES[roles[0]]) for block in blocks]).mean(0)
         return [one.weight.detach() for one in maps], importance, moment_II  # type: ignore[operator]
 
     def _part(self, roles: tuple[str, ...], blocks: tuple[Block, ...]) -> Part:

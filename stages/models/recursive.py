@@ -54,7 +54,7 @@ def looped(model: PreTrainedModel, ids_NT: Tensor, group: int, keep: float, part
     Raises:
         StageError: so much cannot be saved, or an activation is not finite.
     """
-    loops = _loops(model, ids_NT, group, progress)
+    loops = _loops(model, ids_NT, group, partial, progress)
     total = anatomy.block_parameters(model)
     wanted = total - int(keep * total)
     best = sum(max((option.saved for option in loop.options), default=0) for loop in loops)
@@ -85,11 +85,13 @@ def looped(model: PreTrainedModel, ids_NT: Tensor, group: int, keep: float, part
     return Done(rows, sum(option.damage for _, option in taken))
 
 
-def _loops(model: PreTrainedModel, ids_NT: Tensor, group: int, progress: Progress) -> list[Loop]:
+def _loops(model: PreTrainedModel, ids_NT: Tensor, group: int, folder: Path, progress: Progress) -> list[Loop]:
     """Every group of neighbours and every role, in order of the blocks; groups are counted from the first block."""
     found: list[Loop] = []
     waiting: list[tuple[Block, Statistics]] = []
-    for block, statistics in sensitivities(model, ids_NT, anatomy.ROLES, lambda a, b: progress.advanced(a / b, 2)):
+    for block, statistics in sensitivities(
+        model, ids_NT, anatomy.ROLES, folder, lambda a, b: progress.advanced(a / b, 2)
+    ):
         waiting.insert(0, (block, statistics))
         if block.index % group == 0:
             if len(waiting) > 1:

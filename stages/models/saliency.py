@@ -6,31 +6,33 @@ Shapes: N windows, T tokens, H hidden, I inputs, O outputs, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models import anatomy
+from stages.models.shelf import Shelf
 from stages.models.stacks import arguments, embedded
-from stages.models.streaming import run
+from stages.models.streaming import INPUT, run
 
 
 def gradients(
-    model: PreTrainedModel, ids_NT: Tensor, advanced: Callable[[float, float], None]
+    model: PreTrainedModel, ids_NT: Tensor, folder: Path, advanced: Callable[[float, float], None]
 ) -> Iterator[dict[str, Tensor]]:
     """Path -> mean over windows of |dL/dw|, [O, I], of each block's maps, from the last block to the first.
 
-    L is the next token's cross-entropy, mean over a window.
+    L is the next token's cross-entropy, mean over a window. Each block's inputs wait in `folder` for their turn.
 
     Raises:
         StageError: an activation is not finite.
     """
     model.requires_grad_(False)
     blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
-    x_NTH, inputs, total = embedded(model, ids_NT), [], 3 * len(blocks)
+    x_NTH, inputs, total = embedded(model, ids_NT), Shelf(folder), 3 * len(blocks)
     for block, kwargs in zip(blocks, calls, strict=True):
-        inputs.append(x_NTH)
+        inputs.put(block.index, {INPUT: x_NTH})
         x_NTH = run(block, x_NTH, kwargs)
         advanced(block.index + 1, total)
     g_NTH = torch.stack([_at_the_end(model, x_TH, ids_T) for x_TH, ids_T in zip(x_NTH, ids_NT, strict=True)])
@@ -39,7 +41,7 @@ def gradients(
         sums = {name: torch.zeros_like(one.weight) for name, one in maps.items()}
         weights = [one.weight.requires_grad_() for one in maps.values()]
         outgoing = []
-        for x_TH, g_TH in zip(inputs.pop(), g_NTH, strict=True):
+        for x_TH, g_TH in zip(inputs.get(block.index, INPUT), g_NTH, strict=True):
             x_1TH = x_TH[None].detach().requires_grad_()
             returned = block.module(x_1TH, **kwargs)
             y_1TH = returned[0] if isinstance(returned, tuple) else returned

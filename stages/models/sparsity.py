@@ -66,13 +66,13 @@ def sparsified(
         StageError: an activation is not finite, a map is not dense, or so many zeros cannot be had.
     """
     passes = _Passes(progress, 1 + (how.pattern is None))
-    shares = budgets(model, ids_NT, how, passes.next()) if how.pattern is None else {}
+    shares = budgets(model, ids_NT, how, partial, passes.next()) if how.pattern is None else {}
     kept = keepers(model, how, shares)
     if how.method in ("wanda", "sparsegpt"):
         technique = OnWeights(Masked(kept, mend=how.method == "sparsegpt"))
         return twin.compress(model, ids_NT, technique, partial, passes.next(), progress.note, progress.metric)
     if how.method == "gradient":
-        found = gradients(model, ids_NT, passes.next())
+        found = gradients(model, ids_NT, partial, passes.next())
         gradient = {path: g_OI for block in found for path, g_OI in block.items() if path in kept}
         scores = {path: g_OI * model.get_submodule(path).weight.detach().abs() for path, g_OI in gradient.items()}
     else:
@@ -141,7 +141,7 @@ def _divisor(inputs: int) -> int:
 
 
 def budgets(
-    model: PreTrainedModel, ids_NT: Tensor, how: How, advanced: Callable[[float, float], None]
+    model: PreTrainedModel, ids_NT: Tensor, how: How, partial: Path, advanced: Callable[[float, float], None]
 ) -> dict[str, float]:
     """Path -> share of weights that stays, `how.keep` over all, least where the measured loss is least.
 
@@ -150,7 +150,7 @@ def budgets(
     """
     maps = {path: one for path, one in linears(model).items() if path in how.names}
     keep, options = how.keep, {}
-    for block, statistics in sensitivities(model, ids_NT, anatomy.ROLES, advanced):
+    for block, statistics in sensitivities(model, ids_NT, anatomy.ROLES, partial, advanced):
         for role in anatomy.projections(block):
             moment_II, importance_O = statistics.moments[SITES[role]], statistics.gradients[role]
             path = f"{block.name}.{anatomy.path(role)}"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from stages.algorithms.products import product
 from stages.models import anatomy
 from stages.models.anatomy import Block
 from stages.models.mapped import release, trim
+from stages.models.shelf import Shelf
 from stages.models.stacks import arguments, embedded
 from stages.runtime.contract import StageError
 
@@ -41,6 +43,8 @@ class Statistics:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
+INPUT = "input"
+"""Beside the names of sites: what a block reads."""
 HEAD_TOKENS = 64
 """Tokens whose logits are held at once: a vocabulary is a hundred times as wide as a small model."""
 
@@ -87,7 +91,11 @@ def watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor
 
 
 def sensitivities(
-    model: PreTrainedModel, ids_NT: Tensor, roles: Sequence[str], advanced: Callable[[float, float], None]
+    model: PreTrainedModel,
+    ids_NT: Tensor,
+    roles: Sequence[str],
+    folder: Path,
+    advanced: Callable[[float, float], None],
 ) -> Iterator[tuple[Block, Statistics]]:
     """Each block with its statistics, from the last block to the first.
 
@@ -99,6 +107,7 @@ def sensitivities(
         model: its parameters' gradients are not needed and are turned off.
         ids_NT: calibration windows.
         roles: the projections asked for.
+        folder: where each block's inputs and moments wait for the backward sweep.
         advanced: told (done, total) in block passes.
 
     Raises:
@@ -107,18 +116,20 @@ def sensitivities(
     model.requires_grad_(False)
     blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
     graded = -(-len(ids_NT) // 2)
-    inputs, found, x_NTH = [], [], embedded(model, ids_NT)
+    waiting, x_NTH = Shelf(folder), embedded(model, ids_NT)
     total = 3 * len(blocks)  # the gradients of half the windows take about two forward passes of all
     for block, kwargs in zip(blocks, calls, strict=True):
-        inputs.append(x_NTH[:graded].clone())
+        first_NTH = x_NTH[:graded]
         x_NTH, moments = _forward(block, x_NTH, kwargs, roles)
-        found.append(Statistics(moments))
+        waiting.put(block.index, {INPUT: first_NTH, **moments})
+        del first_NTH, moments
         release(block.module)
         advanced(block.index + 1, total)
     g_NTH = _drawn_gradient(model, x_NTH[:graded])
     for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
-        statistics = found.pop()
-        statistics.gradients, g_NTH = _backward(block, inputs.pop(), g_NTH, kwargs, roles)
+        kept = waiting.take(block.index)
+        gradients, g_NTH = _backward(block, kept.pop(INPUT), g_NTH, kwargs, roles)
+        statistics = Statistics(kept, gradients)
         advanced(total - 2 * block.index, total)
         yield block, statistics
         release(block.module)

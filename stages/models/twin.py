@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -37,11 +37,15 @@ from stages.models.moments import Moments, Seen, whole
 from stages.models.probing import Reached, added_to, listening, sites
 from stages.models.replaying import Replay
 from stages.models.resuming import read_record, save_state
+from stages.models.shelf import Shelf
 from stages.models.stacks import PROBE, Stack, arguments, embedded, filled, left, stacks
 from stages.models.streaming import check_finite, in_short
 
 AT_ONCE = 2
 """Windows in one call of a block: weights are turned to bfloat16 once a call."""
+IN_MEMORY = 2**24
+"""Bytes of a text's stream up to which what a block gave stays in memory: that is about five times as much."""
+INPUT, RESIDUAL = "input", "residual"
 SAVE_EVERY_S = 5.0
 """Both streams of a text are large beside a small model's block: they are written after the block that ends next."""
 
@@ -170,7 +174,7 @@ def _turn(
     """Compress a block, keep its tensors in `state`, and give back the memory of the dense ones; returns its rows."""
     dense = list(block.module.parameters())
     technique.enter(block)
-    new, rows = _block(model, block, calls, streams, technique, gap, beside)
+    new, rows = _block(model, block, calls, streams, technique, gap, beside, state)
     save_state(state / _file(block.index), new, {"rows": rows})
     _apply(model, technique, state / _file(block.index))
     release(block.module)
@@ -246,18 +250,30 @@ def _through(gap: Gap, x_NTH: Tensor) -> None:
         release(block.module)
 
 
-@dataclass
 class _Kept:
-    """What the dense block gave, batch by batch: inputs of each site, and what outputs are added to."""
+    """What the dense block gave, call by call: inputs of each site by its first map, and what outputs are added to.
 
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    residuals: dict[str, list[Tensor]] = field(default_factory=dict)
+    Of a long text it is the most that a pass holds: then it waits on disk.
+    """
 
-    def drop(self, site: Sequence[str]) -> None:
-        """Forget what was kept for a site."""
-        self.inputs.pop(site[0])
-        for path in site:
-            self.residuals.pop(path, None)
+    def __init__(self, x_NTH: Tensor, folder: Path) -> None:
+        self._shelf = Shelf(folder) if x_NTH.nbytes > IN_MEMORY else None
+        self._held: dict[tuple[str, str], Tensor] = {}
+        self.peaks: dict[str, float] = {}
+
+    def put(self, what: str, path: str, call: int, x_MI: Tensor) -> None:
+        """Keep `input` or `residual` of a map in one call."""
+        if what == INPUT:
+            self.peaks[path] = max(float(x_MI.abs().max()), self.peaks.get(path, 0.0))
+        if self._shelf is None:
+            self._held[path, f"{what}.{call}"] = x_MI
+        else:
+            self._shelf.put(path, {f"{what}.{call}": x_MI})
+
+    def take(self, what: str, path: str, call: int) -> Tensor:
+        """Give it back, once."""
+        name = f"{what}.{call}"
+        return self._held.pop((path, name)) if self._shelf is None else self._shelf.get(path, name)
 
 
 def _block(
@@ -268,6 +284,7 @@ def _block(
     technique: Technique,
     gap: Gap,
     beside: Beside,
+    state: Path,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """New tensors and rows of one block; both streams are what comes out of it afterwards.
 
@@ -280,17 +297,16 @@ def _block(
     few_1TH = x_NTH[:1, :PROBE]
     found = sites(block, few_1TH, probe)
     added = added_to(block, [path for site in found for path in site], few_1TH, probe)
-    kept = _Kept()
+    kept = _Kept(x_NTH, state)
     _dense(block, found, added, x_NTH, theirs, kept, gap, beside)
     new: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     runs = [Replay() for _ in z_NTH.split(AT_ONCE)]
     for site in found:
         maps = {path: block.module.get_submodule(path) for path in site}
-        technique.begin([f"{block.name}.{path}" for path in site], _peak(kept.inputs[site[0]]))
+        technique.begin([f"{block.name}.{path}" for path in site], kept.peaks[site[0]])
         reads = partial(technique.read, f"{block.name}.{site[0]}")
         seen = _seen(block, site, added, kept, z_NTH, mine, reads, runs, beside)
-        kept.drop(site)
         trim()  # what the runs left lies between what is still used: here the most memory is taken
         made = technique.compress(block, maps, seen)  # type: ignore[arg-type]
         del seen
@@ -327,10 +343,10 @@ def _dense(
         _through(gap, y_NTH)
         for site in found:
             x_MI = beside.rows(heard.inputs[site[0]], call, kwargs)
-            kept.inputs.setdefault(site[0], []).append(x_MI.bfloat16())
+            kept.put(INPUT, site[0], call, x_MI.bfloat16())
         for path in added:
             residual_MO = beside.rows(heard.residual(path, y_NTH), call, kwargs)
-            kept.residuals.setdefault(path, []).append(residual_MO)
+            kept.put(RESIDUAL, path, call, residual_MO)
         batch.copy_(y_NTH)
     _finite(block.name, x_NTH)
 
@@ -360,17 +376,13 @@ def _seen(
             except Reached:
                 pass
         z_MI = read(beside.rows(heard.inputs[first], call, kwargs).float())
-        x_MI, tokens = kept.inputs[first][call], tokens + len(z_MI)
+        x_MI, tokens = kept.take(INPUT, first, call), tokens + len(z_MI)
         sums = {path: beside.rows(heard.residual(path, y_NTH), call, kwargs) for path in adding}
-        gaps = {path: kept.residuals[path][call] - s_MO for path, s_MO in sums.items()}
+        gaps = {path: kept.take(RESIDUAL, path, call) - s_MO for path, s_MO in sums.items()}
         middle = len(z_MI) // 2
         for half, rows in zip(halves, (slice(0, middle), slice(middle, None)), strict=True):
             half.add(x_MI[rows], z_MI[rows], {path: gap_MO[rows] for path, gap_MO in gaps.items()})
     return whole(f"{block.name}.{first}", halves[0], halves[1], tokens)
-
-
-def _peak(inputs: Sequence[Tensor]) -> float:
-    return max(float(x.abs().max()) for x in inputs)
 
 
 def _call(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

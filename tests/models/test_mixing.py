@@ -14,10 +14,10 @@ FORMS = [Precision("int8"), Precision("int4", block=64)]
 
 
 @pytest.fixture(scope="module")
-def measured(tiny, shared_store, topics):
+def measured(tiny, shared_store, topics, tmp_path_factory):
     model = load_model(tiny)
     ids_NT = windows(shared_store.checkout(topics), "calibrate", load_tokenizer(tiny), 128, most=4)
-    return model, mixing.measured(model, ids_NT, FORMS, lambda done, total: None)
+    return model, mixing.measured(model, ids_NT, FORMS, tmp_path_factory.mktemp("shelf"), lambda done, total: None)
 
 
 def test_every_map_is_measured_and_four_bits_lose_more_than_eight(measured):

@@ -30,12 +30,12 @@ def test_run_through_all_blocks_is_the_models_own_forward(model):
         assert torch.allclose(model.model(input_ids=IDS).last_hidden_state, anatomy.last_norm(model)(x), atol=1e-5)
 
 
-def test_sensitivities_equal_those_of_one_graph_over_the_whole_model(model):
+def test_sensitivities_equal_those_of_one_graph_over_the_whole_model(model, tmp_path):
     told = []
     found = {
         block.index: statistics
         for block, statistics in streaming.sensitivities(
-            model, IDS, anatomy.ROLES, lambda done, total: told.append(done / total)
+            model, IDS, anatomy.ROLES, tmp_path, lambda done, total: told.append(done / total)
         )
     }
     assert list(found) == [5, 4, 3, 2, 1, 0]
@@ -65,16 +65,16 @@ def test_sensitivities_equal_those_of_one_graph_over_the_whole_model(model):
         torch.testing.assert_close(gradient, g.square().mean(0), rtol=1e-2, atol=1e-4 * float(gradient.max()))
 
 
-def test_run_activation_that_overflows_is_refused_by_block(model):
+def test_run_activation_that_overflows_is_refused_by_block(model, tmp_path):
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight.fill_(3e38)
     with pytest.raises(StageError, match=r"after model\.layers\.3 hold a NaN or an infinity"):
-        list(streaming.sensitivities(model, IDS, ("q",), lambda *_: None))
+        list(streaming.sensitivities(model, IDS, ("q",), tmp_path, lambda *_: None))
 
 
-def test_bfloat16_products_change_statistics_by_little(model, monkeypatch):
+def test_bfloat16_products_change_statistics_by_little(model, monkeypatch, tmp_path):
     def statistics():
-        return {b.index: s for b, s in streaming.sensitivities(model, IDS, anatomy.ROLES, lambda *_: None)}
+        return {b.index: s for b, s in streaming.sensitivities(model, IDS, anatomy.ROLES, tmp_path, lambda *_: None)}
 
     exact = statistics()
     monkeypatch.setattr(streaming, "in_short", lambda: torch.autocast("cpu", torch.bfloat16))
