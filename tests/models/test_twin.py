@@ -221,12 +221,11 @@ def read_by(model, path, ids_NS, answers_NS):
     return read[0].flatten(0, 1) if encoders else read[0][answers_NS >= 0]
 
 
-@pytest.mark.parametrize("name", ["t5", "marian"])
-def test_compress_of_two_stacks_goes_on_from_every_block_to_the_same_tensors(folders, tmp_path, monkeypatch, name):
+def test_compress_of_two_stacks_goes_on_from_either_to_the_same_tensors(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(twin, "SAVE_EVERY_S", 0.0)
 
     def compressed(state, stop=None):
-        model = load_model(folders[name])
+        model = load_model(folders["t5"])
         rounding = precision.Rounding(dict.fromkeys(precision.names(model), Precision("int4", 8)))
 
         def advanced(done, _total):
@@ -237,7 +236,7 @@ def test_compress_of_two_stacks_goes_on_from_every_block_to_the_same_tensors(fol
         return dict(model.state_dict())
 
     whole = compressed(tmp_path / "whole")
-    for stop in range(1, len(anatomy.blocks(load_model(folders[name]))) + 1):
+    for stop in (2, 3, 4):  # in the encoder, at its end, in the decoder
         with pytest.raises(KeyboardInterrupt):
             compressed(tmp_path / str(stop), stop)
         again = compressed(tmp_path / str(stop))
