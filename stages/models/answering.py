@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from stages.models.mapped import release
 from stages.models.resuming import read_record, restore, save_state
 from stages.runtime.contract import StageError
 
@@ -66,6 +67,7 @@ def answered(
             part = slice(start, start + TOGETHER)
             _answer(model, ids_NS[part], found_NS[part], plain, ends)
             advanced(min(start + TOGETHER, len(ids_NS)), len(ids_NS))
+        release(model)  # what comes next takes one block after the other
         save_state(path, {"ids": found_NS}, {})
     restore(path, {"ids": found_NS})
     return found_NS
