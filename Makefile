@@ -56,7 +56,7 @@ bench-engine: install  ## the last main job's engine beside the dense model: pre
 	@$(BIN)/python -m tests.bench
 
 schemas: install  ## write the JSON Schemas that ship with the package
-	@$(BIN)/python -m flows.schema
+	@$(BIN)/python -m flows.commands.schema
 
 images:  ## build the container images; TORCH_INDEX and TRT choose the torch build and the TensorRT family
 	@docker/build.sh

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands import keeping, looking, production, running, watching
+from flows.commands import deploy, inspect, manage, run, watch
 
 if TYPE_CHECKING:
     from stages.runtime.contract import StageError
@@ -27,10 +27,10 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(running.init, running.plan, running.run, running.recipes),
-    *(watching.watch, watching.hooks, production.deploy),
-    *(looking.runs, looking.ls, looking.inspect, looking.explain, looking.compare, looking.logs, looking.verify),
-    *(keeping.cancel, keeping.promote, keeping.rollback, keeping.reconcile, keeping.sweep, keeping.doctor),
+    *(run.init, run.plan, run.run, run.recipes),
+    *(watch.watch, watch.hooks, deploy.deploy),
+    *(inspect.runs, inspect.ls, inspect.inspect, inspect.explain, inspect.compare, inspect.logs, inspect.verify),
+    *(manage.cancel, manage.promote, manage.rollback, manage.reconcile, manage.sweep, manage.doctor),
 ):
     app.command()(_command)
 

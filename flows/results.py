@@ -1,4 +1,4 @@
-"""What the commands print with --json, and what a run's record keeps. Their JSON Schemas are in `flows/schemas`."""
+"""What the commands print with --json, and what a record keeps; `flows/commands/schemas` has the JSON Schemas."""
 
 from __future__ import annotations
 

@@ -10,13 +10,13 @@ from stages.runtime.contract import Stage, StageError
 STAGES = {
     "fetch": "stages.fetch:FETCH",
     "corpus": "stages.corpus:CORPUS",
-    "fuse": "stages.fuse:FUSE",
+    "fuse": "stages.fuse.stage:FUSE",
     "share": "stages.share:SHARE",
-    "prune": "stages.prune:PRUNE",
+    "prune": "stages.prune.stage:PRUNE",
     "factorize": "stages.factorize:FACTORIZE",
-    "recover": "stages.recover:RECOVER",
-    "quantize": "stages.quantize:QUANTIZE",
-    "export": "stages.export:EXPORT",
+    "recover": "stages.recover.stage:RECOVER",
+    "quantize": "stages.quantize.stage:QUANTIZE",
+    "export": "stages.export.stage:EXPORT",
     "compile": "stages.compile:COMPILE",
     "validate": "stages.validate:VALIDATE",
 }

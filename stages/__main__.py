@@ -88,7 +88,7 @@ def _lean(definition: Stage[Any]) -> Stage[Any]:
         return definition
 
     def run(*given: Any) -> Metrics:
-        from stages.models.lean import import_transformers
+        from stages.models.memory.lean_import import import_transformers
 
         import_transformers()
         return definition.run(*given)

@@ -76,26 +76,26 @@ def _for_processor(source: Path, output: Path, described: Mapping[str, Any], pro
     """The graph with integer kernels, proven to compute what the graph computes."""
     from tokenizers import Tokenizer
 
-    from stages.models import cpu_kernels, graph, kernel_checks
-    from stages.models.parity import prose_ids
+    from stages.graphs import onnx_graph, ort_checks, ort_lowering
+    from stages.graphs.parity import prose_ids
 
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     ids_NT = prose_ids(
         lambda text: list(tokenizer.encode(text).ids), 1, min(PARITY_TOKENS, described["maximum_tokens"])
     )
-    model = graph.load(source / GRAPH)
-    lowered = cpu_kernels.lower(model)
-    graph.save(model, output / GRAPH)
+    model = onnx_graph.load(source / GRAPH)
+    lowered = ort_lowering.lower(model)
+    onnx_graph.save(model, output / GRAPH)
     del model
-    _require_lowered(graph.held(graph.load(output / GRAPH)).precisions, described)
+    _require_lowered(onnx_graph.held(onnx_graph.load(output / GRAPH)).precisions, described)
     progress.advanced(1, 3)
-    difference = kernel_checks.require_same_numbers(source / GRAPH, output / GRAPH, ids_NT)
+    difference = ort_checks.require_same_numbers(source / GRAPH, output / GRAPH, ids_NT)
     progress.advanced(2, 3)
-    kernel_checks.require_exact_products(output / GRAPH, ids_NT)
+    ort_checks.require_exact_products(output / GRAPH, ids_NT)
     progress.advanced(3, 3)
     return {
         "size_bytes": float(sum(path.stat().st_size for path in output.glob(f"{GRAPH}*"))),
-        "integer_products": float(lowered.get(cpu_kernels.INTEGER_PRODUCT, 0)),
+        "integer_products": float(lowered.get(ort_lowering.INTEGER_PRODUCT, 0)),
         "parity_logit_difference": difference,
     }
 

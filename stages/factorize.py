@@ -34,22 +34,22 @@ class FactorizeParams(Params):
 
 def factorize(params: FactorizeParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See FactorizeParams. `structure.json` says what is factorized, `layers.json` each rank and what it lost."""
-    from stages.models import surgery
-    from stages.models.anatomy import block_parameters
-    from stages.models.loading import save_model
-    from stages.models.low_rank import Asked, compressed
-    from stages.models.planning import dense
-    from stages.models.tensors import shapes
+    from stages.models.anatomy.blocks import block_parameters
+    from stages.models.checkpoint import editing
+    from stages.models.checkpoint.files import shapes
+    from stages.models.checkpoint.loading import save_model
+    from stages.models.low_rank.planning import dense
+    from stages.models.low_rank.products import Asked, compressed
 
-    model = surgery.opened(inputs["model"], "factorize")
-    names = surgery.matching(dense(model), params.layers, params.skip)
+    model = editing.opened(inputs["model"], "factorize")
+    names = editing.matching(dense(model), params.layers, params.skip)
     asked = Asked(ROLES, params.keep, names=names, sparse=params.sparse)
-    ids_NT = surgery.calibration(inputs, params.window_tokens, params.windows, progress)
+    ids_NT = editing.calibration(inputs, params.window_tokens, params.windows, progress)
     before = block_parameters(model)
     done = compressed(model, ids_NT, asked, output / PARTIAL, progress)
-    surgery.write_table(output, done.rows, method="svd+sparse" if params.sparse else "svd")
+    editing.write_table(output, done.rows, method="svd+sparse" if params.sparse else "svd")
     save_model(model, output, like=inputs["model"])
-    found = surgery.proven(inputs["model"], before, output, params.keep * before)
+    found = editing.proven(inputs["model"], before, output, params.keep * before)
     weights = sum(shape[0] for name, shape in shapes(output).items() if name.endswith(".dense.values"))
     return {**found, "predicted_loss_nats": done.predicted, "sparse_weights": float(weights)}
 

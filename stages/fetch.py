@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
-from stages.models import layout
+from stages.models.checkpoint import layout
 from stages.runtime.contract import (
     PARTIAL,
     Image,

@@ -59,31 +59,33 @@ class ShareParams(Params):
 
 def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See ShareParams. The written checkpoint's `structure.json` says what shares, `layers.json` what it lost."""
-    from stages.models import surgery
-    from stages.models.anatomy import block_parameters
-    from stages.models.loading import save_model
+    from stages.models.anatomy.blocks import block_parameters
+    from stages.models.checkpoint import editing
+    from stages.models.checkpoint.loading import save_model
 
-    model = surgery.opened(inputs["model"], "share")
+    model = editing.opened(inputs["model"], "share")
     before, tied = block_parameters(model), params.method == "tie"
     predicted = _tie(params, model, output, progress) if tied else _thinned(params, model, inputs, output, progress)
     save_model(model, output, like=inputs["model"])
-    found = surgery.proven(inputs["model"], before, output, before if tied else params.keep * before)
+    found = editing.proven(inputs["model"], before, output, before if tied else params.keep * before)
     if tied:
-        surgery.refuse_above(int(found["parameters"]), found["parameters_before"] - 1, "parameters")
+        editing.refuse_above(int(found["parameters"]), found["parameters_before"] - 1, "parameters")
     return {**found, "predicted_loss_nats": predicted}
 
 
 def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Progress) -> float:
     from stages.algorithms.tie import equal_groups
-    from stages.models import architecture, shared, surgery
+    from stages.models.anatomy import classes
+    from stages.models.checkpoint import editing
+    from stages.models.layers import low_rank_linear
 
-    changed = shared.averaged(model) if params.tables == "mean" else {}
+    changed = low_rank_linear.averaged(model) if params.tables == "mean" else {}
     # Vectors are left alone: norms that happen to be equal are few bytes and are scaled one by one later. So are tables
     # that no file holds.
     found = equal_groups(
         (name, one)
         for name, one in model.named_parameters()
-        if one.dim() > 1 and not architecture.left_out(model, name, one)
+        if one.dim() > 1 and not classes.left_out(model, name, one)
     )
     if not found:
         raise StageError(
@@ -94,13 +96,13 @@ def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Pr
         )
     rows = []
     for done, names in enumerate(found, start=1):
-        shared.tie(model, names)
+        low_rank_linear.tie(model, names)
         for name in names:
             others = [other for other in names if other != name]
             rows.append({"layer": name, "shares_with": others, "relative_change": changed.get(name, 0.0)})
         progress.advanced(done, len(found))
-    shared.tie_tables(model)
-    surgery.write_table(output, rows, method=params.method)
+    low_rank_linear.tie_tables(model)
+    editing.write_table(output, rows, method=params.method)
     progress.note("; ".join(" = ".join(names) for names in found))
     return 0.0
 
@@ -108,17 +110,17 @@ def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Pr
 def _thinned(
     params: ShareParams, model: PreTrainedModel, inputs: Mapping[str, Path], output: Path, progress: Progress
 ) -> float:
-    from stages.models import surgery
-    from stages.models.low_rank import Asked, compressed
-    from stages.models.recursive import looped
+    from stages.models.checkpoint import editing
+    from stages.models.low_rank.looped import looped
+    from stages.models.low_rank.products import Asked, compressed
 
-    ids_NT = surgery.calibration(inputs, params.window_tokens, params.windows, progress)
+    ids_NT = editing.calibration(inputs, params.window_tokens, params.windows, progress)
     state = output / PARTIAL
     if params.method == "recursive":
         done = looped(model, ids_NT, params.group, params.keep, state, progress)
     else:
         done = compressed(model, ids_NT, Asked(params.projections, params.keep, params.group), state, progress)
-    surgery.write_table(output, done.rows, method=params.method)
+    editing.write_table(output, done.rows, method=params.method)
     return done.predicted
 
 

@@ -123,8 +123,8 @@ def _kept_scores(
 
 
 def _windows(params: ValidateParams, inputs: Mapping[str, Path]) -> Tensor:
-    from stages.models.loading import load_tokenizer
-    from stages.models.windows import windows
+    from stages.models.checkpoint.loading import load_tokenizer
+    from stages.models.text.windows import windows
 
     model, baseline = inputs["model"], inputs.get("baseline")
     if baseline:
@@ -162,7 +162,7 @@ def _written(documents: list[Document]) -> bytes:
 
 def _check_vocabulary(model: Path, baseline: Path) -> None:
     from stages.measures.documents import other_vocabulary
-    from stages.models.loading import load_tokenizer
+    from stages.models.checkpoint.loading import load_tokenizer
 
     ours, theirs = load_tokenizer(model).get_vocab(), load_tokenizer(baseline).get_vocab()
     if ours != theirs:

@@ -46,7 +46,7 @@ def measure(folder: Path, tokens: int) -> dict[str, float]:
 
 def newest(store_uri: str) -> dict[str, Path]:
     """Folders to compare, by a name for the table."""
-    from flows.records import records
+    from flows.running.run_records import records
     from stages.adapters.connect import connect
 
     store = connect(store_uri)

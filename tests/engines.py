@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from stages.models import quantized, shared
-from stages.models.loading import load_model, save_model
-from stages.models.quantized import QuantizedEmbedding, QuantizedLinear
+from stages.models.checkpoint.loading import load_model, save_model
+from stages.models.layers import low_rank_linear, quantized_linear
+from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from stages.runtime.artifacts import Store
 from tests.conftest import sealer
 
@@ -54,12 +54,12 @@ def mixed_checkpoint(tiny: Path, folder: Path) -> Path:
     peaks = _peaks(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith(("model.layers.0.", "model.layers.1.", "model.layers.2.")):
-            quantized.replace(model, name, _quantized(module, name, peaks))
+            quantized_linear.replace(model, name, _quantized(module, name, peaks))
     table, head = QuantizedEmbedding(768, 64), QuantizedLinear(64, 768)
     table.weight, table.weight_scale = rounded(model.model.embed_tokens.weight.data)
     head.weight, head.weight_scale = table.weight, table.weight_scale
-    quantized.replace(model, "model.embed_tokens", table)
-    quantized.replace(model, "lm_head", head)
+    quantized_linear.replace(model, "model.embed_tokens", table)
+    quantized_linear.replace(model, "lm_head", head)
     save_model(model, folder, like=tiny)
     return folder
 
@@ -80,7 +80,7 @@ def one_block(tiny: Path, folder: Path, **changes: object) -> Path:
 def _share(model, names: list[str]) -> None:
     weights = torch.cat([model.get_submodule(name).weight.data for name in names])
     left, values, right = torch.linalg.svd(weights, full_matrices=False)
-    shared.install(model, {"shared": [{"modules": names, "rank": len(values)}]})
+    low_rank_linear.install(model, {"shared": [{"modules": names, "rank": len(values)}]})
     places = [model.get_submodule(name) for name in names]
     with torch.no_grad():
         places[0].basis.weight.copy_(right)
@@ -108,7 +108,7 @@ def _quantized(linear: nn.Linear, name: str, peaks: Mapping[str, float]) -> Quan
         made = QuantizedLinear(inputs, outputs, form="int4", block=32)
         q_OKB, made.weight_scale = rounded(linear.weight.data.unflatten(1, (-1, 32)), 7)
         made.weight_scale = made.weight_scale.half()
-        made.weight = quantized.pack_int4(q_OKB.flatten(1))
+        made.weight = quantized_linear.pack_int4(q_OKB.flatten(1))
         return made
     made = QuantizedLinear(inputs, outputs, input_form="int8" if ".0." in name and name.endswith(ROUNDED) else None)
     made.weight, made.weight_scale = rounded(linear.weight.data)

@@ -1,1 +1,5 @@
-"""Pure functions over tensors, one technique a file."""
+"""Pure functions over tensors, one technique a file, from the papers.
+
+May be imported from here: anything. Never comes in: modules, checkpoints, files, progress; anything of ours but each
+other.
+"""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stages.models.loading import load_model
+from stages.models.checkpoint.loading import load_model
 from stages.serving.generate import Forward
 
 

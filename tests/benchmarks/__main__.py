@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flows.reporting.terminal import TerminalProgress
 from flows.settings import environment
-from flows.terminal import TerminalProgress
 from stages.adapters.connect import connect, default_store
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import canonical, digest_bytes

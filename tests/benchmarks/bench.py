@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.terminal import StepListener, TerminalProgress
+from flows.reporting.terminal import StepListener, TerminalProgress
 from stages import stage
 from stages.adapters.connect import pins
 from stages.runtime.artifacts import Store
@@ -280,7 +280,7 @@ def _key(bench: Bench, what: Mapping[str, Any]) -> str:
     options = bench.options
     scored = [options.windows, options.tokens, options.calibration, options.kl_windows]
     code = [digest_file(HERE / name) for name in ("child.py", "scoring.py")]
-    models = code_digest("stages.models.loading")
+    models = code_digest("stages.models.checkpoint.loading")
     return digest_bytes(canonical({**what, "scored": scored, "bench": [*code, models, *bench.identities.values()]}))
 
 

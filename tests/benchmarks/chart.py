@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import escape
 
-from flows.charts import Scale, log_ticks, number
+from flows.reporting.charts import Scale, log_ticks, number
 from tests.benchmarks.results import Row, summary
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 70, 730, 30, 430

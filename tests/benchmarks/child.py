@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from stages.models.lean import import_transformers
+from stages.models.memory.lean_import import import_transformers
 from stages.runtime.contract import StageError
 from stages.runtime.execute import peak_rss_bytes
 from stages.runtime.progress import JsonLines
@@ -29,8 +29,8 @@ def windows(task: Task, tell: JsonLines) -> dict[str, float]:
     """Cut the corpora into windows and keep them in one file, so that every tool reads the same ones."""
     from safetensors.torch import save_file
 
-    from stages.models.loading import load_tokenizer
-    from stages.models.windows import windows as cut
+    from stages.models.checkpoint.loading import load_tokenizer
+    from stages.models.text.windows import windows as cut
 
     folders, tokens = {name: Path(task[name]) for name in TEXTS}, int(task["tokens"])
     tokenizer = load_tokenizer(Path(task["dense"]))
@@ -70,7 +70,7 @@ def _operation(task: Task) -> tuple[Callable[..., Any], Any]:
 
 def score(task: Task, tell: JsonLines) -> dict[str, Any]:
     """Perplexities and KL of a checkpoint of ours."""
-    from stages.models.loading import load_model
+    from stages.models.checkpoint.loading import load_model
 
     return _scored(load_model(Path(task["model"])), load_model(Path(task["dense"])), task, tell)
 

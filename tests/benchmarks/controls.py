@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.models.anatomy import READS_NORM, blocks, norms, projections
-from stages.models.loading import load_model, save_model
+from stages.models.anatomy.blocks import READS_NORM, blocks, norms, projections
+from stages.models.checkpoint.loading import load_model, save_model
 from stages.runtime.contract import Metrics, Progress
 
 STEP_TOKENS, WARMUP_STEPS, RATE = 1024, 8, 4e-4

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flows.batches import Buffer, flattened, now, send
-from flows.tracking import open_tracking
+from flows.tracking.batches import Buffer, flattened, now, send
+from flows.tracking.runs import open_tracking
 from stages.runtime.execute import commit, device_name
 from tests.benchmarks.chart import page
 from tests.benchmarks.results import Row, columns, summary

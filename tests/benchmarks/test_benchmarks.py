@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from flows.tracking import open_tracking
-from stages.models.anatomy import blocks, norms
-from stages.models.loading import load_model
+from flows.tracking.runs import open_tracking
+from stages.models.anatomy.blocks import blocks, norms
+from stages.models.checkpoint.loading import load_model
 from stages.runtime.contract import StageError
 from stages.runtime.progress import JsonLines, Silent
 from tests.benchmarks import __main__ as command

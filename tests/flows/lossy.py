@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.worker import run_stage as whole
+from flows.running.container import run_stage as whole
 
 
 @flow(name="run-stage", validate_parameters=False)

@@ -83,7 +83,7 @@ def deployed(recipe: str) -> object:
     """A deployment that no worker runs, with the automation that starts it for a recipe; returns its id."""
     from prefect.client.orchestration import get_client
 
-    from flows.automations import apply, on_arrival
+    from flows.production.automations import apply, on_arrival
 
     with get_client(sync_client=True) as client:
         flow = client.create_flow_from_name("optimize")

@@ -12,14 +12,14 @@ import jsonschema
 import pytest
 
 from flows.cli import main
-from flows.recipe import load_recipe
-from flows.records import open_run
+from flows.commands.schema import FOLDER
+from flows.recipe.model import load_recipe
 from flows.results import GateResult, ModelResult, PlanLine, RunResult, StepResult
-from flows.schema import FOLDER
+from flows.running.run_records import open_run
 from stages.runtime.contract import DoesNotFit, FileEntry, Interrupted, Kind, Manifest, Provenance, StageError, Work
 from stages.runtime.fingerprint import digest_file, fingerprint
 from tests.flows.definitions import plain_stages  # noqa: F401
-from tests.flows.test_recipe import GOOD
+from tests.flows.recipe.test_read import GOOD
 
 
 def result(passed: bool = True, run: str = "r1") -> RunResult:
@@ -92,8 +92,8 @@ def optimized(monkeypatch):
         hit = PlanLine(name="dense", stage="fetch", hit=True, why="", fingerprint="ab" * 32, needs="nothing: sealed")
         return [hit, hit.model_copy(update={"name": "int8", "hit": False, "why": "params.scheme: a -> b"})]
 
-    monkeypatch.setitem(sys.modules, "flows.optimize", types.SimpleNamespace(optimize=optimize))
-    monkeypatch.setitem(sys.modules, "flows.session", types.SimpleNamespace(plan=plan))
+    monkeypatch.setitem(sys.modules, "flows.pipeline.optimize", types.SimpleNamespace(optimize=optimize))
+    monkeypatch.setitem(sys.modules, "flows.running.session", types.SimpleNamespace(plan=plan))
     return seen
 
 
@@ -331,7 +331,7 @@ def test_cancel_ends_the_process_of_a_run_and_no_other(recipe, opened, capsys):
 
 def test_sigterm_ends_a_command_with_130(tmp_path):
     code = (
-        "import os, signal, sys, flows.commands.looking as looking, time\n"
+        "import os, signal, sys, flows.commands.inspect as looking, time\n"
         "import flows.cli as cli\n"
         "@cli.app.command()\ndef wait():\n    print('ready', flush=True); time.sleep(60)\n"
         "sys.exit(cli.main(['wait']))"
@@ -404,17 +404,18 @@ def test_sweep_takes_an_artifact_away(opened, capsys):
 
 
 def test_promote_rollback_and_reconcile_say_where_the_alias_stands(capsys, monkeypatch):
-    from flows import journal, registry, tracking
+    from flows.registry import journal, projection
+    from flows.tracking import runs
 
     calls = []
-    moved = registry.Release(version="2", logged_model="", new=False, moved=True, note="")
-    stays = registry.Release(version="1", logged_model="", new=False, moved=False, note="it stood there")
-    monkeypatch.setattr(tracking, "open_tracking", lambda scratch: None)
-    monkeypatch.setattr(registry, "promote", lambda *asked: calls.append(asked[1:]) or moved)
-    monkeypatch.setattr(registry, "rollback", lambda *asked: calls.append(asked[1:]) or stays)
+    moved = projection.Release(version="2", logged_model="", new=False, moved=True, note="")
+    stays = projection.Release(version="1", logged_model="", new=False, moved=False, note="it stood there")
+    monkeypatch.setattr(runs, "open_tracking", lambda scratch: None)
+    monkeypatch.setattr(projection, "promote", lambda *asked: calls.append(asked[1:]) or moved)
+    monkeypatch.setattr(projection, "rollback", lambda *asked: calls.append(asked[1:]) or stays)
     monkeypatch.setattr(journal, "models", lambda objects: ["m", "n"])
-    drift = registry.Drift("m", "champion", "2", "1")
-    monkeypatch.setattr(registry, "reconcile", lambda found, model: [drift] if model == "m" else [])
+    drift = projection.Drift("m", "champion", "2", "1")
+    monkeypatch.setattr(projection, "reconcile", lambda found, model: [drift] if model == "m" else [])
     assert main(["promote", "m", "2", "--alias", "next", "--why", "faster"]) == 0
     assert "m@next now stands on version 2" in capsys.readouterr().out
     assert main(["rollback", "m"]) == 0

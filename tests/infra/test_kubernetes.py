@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from flows.pools import load_pools
+from flows.running.placement import load_pools
 from stages import STAGES
 from tests.infra.manifests import (
     INFRA,

@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from flows.pools import Pools
+from flows.running.placement import Pools
 from tests.infra.manifests import Resource, of_kind, pods_of, selects
 
 

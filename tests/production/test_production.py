@@ -234,7 +234,7 @@ def test_gpu_job_that_would_start_carries_the_device_request(stack_up):
     from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 
     import docker
-    from flows.deploying import template
+    from flows.production.deploy import template
 
     asked = {"image": "enginery/tensorrt:0.1.0", "memory_bytes": 10**9, "network": "enginery-stages", "command": "true"}
     job = asyncio.run(DockerWorkerJobConfiguration.from_template_and_values(template("gpu", "docker", 1), asked))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.adapters.conftest import s3_endpoint, s3_root
+from tests.stages.adapters.conftest import s3_endpoint, s3_root
 
 __all__ = ["s3_endpoint", "s3_root"]
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from stages import stage
-from stages.models import twin
+from stages.models.blockwise import compress
 
 
 class Said:
@@ -36,7 +36,7 @@ def _say(text: str) -> None:
 def main() -> None:
     """Run the stage."""
     name, output, params, inputs = sys.argv[1:]
-    twin.SAVE_EVERY_S = 0.0
+    compress.SAVE_EVERY_S = 0.0
     Path(output).mkdir(parents=True, exist_ok=True)  # as a draft is made before a stage starts
     definition = stage(name)
     folders = {role: Path(folder) for role, folder in json.loads(inputs).items()}

@@ -90,9 +90,9 @@ def test_engine_for_the_cpu_is_described_and_carries_its_tokenizer(cpu, mixed_gr
 
 
 def test_a_rewriting_that_changes_the_numbers_is_refused(mixed_graph, tmp_path, monkeypatch):  # noqa: F811
-    from stages.models import cpu_kernels
+    from stages.graphs import ort_lowering
 
-    lower = cpu_kernels.lower
+    lower = ort_lowering.lower
 
     def wrong(model):
         done = lower(model)
@@ -100,16 +100,16 @@ def test_a_rewriting_that_changes_the_numbers_is_refused(mixed_graph, tmp_path, 
         scale.const_value = ir.tensor(scale.const_value.numpy() * np.linspace(0.5, 2, 768, dtype=np.float32))
         return done
 
-    monkeypatch.setattr(cpu_kernels, "lower", wrong)
+    monkeypatch.setattr(ort_lowering, "lower", wrong)
     with pytest.raises(StageError, match="the engine and the graph differ"):
         compile_engine(CompileParams(backend="onnxruntime"), {"graph": mixed_graph}, tmp_path, Hears())
     assert not (tmp_path / "engine.json").exists()
 
 
 def test_an_engine_with_a_wrong_product_is_not_written(mixed_graph, tmp_path, monkeypatch):  # noqa: F811
-    from stages.models import cpu_kernels
+    from stages.graphs import ort_lowering
 
-    lower = cpu_kernels.lower
+    lower = ort_lowering.lower
 
     def wrong(model):
         done = lower(model)
@@ -118,14 +118,14 @@ def test_an_engine_with_a_wrong_product_is_not_written(mixed_graph, tmp_path, mo
                 node.replace_input_with(4, None)
         return done
 
-    monkeypatch.setattr(cpu_kernels, "lower", wrong)
+    monkeypatch.setattr(ort_lowering, "lower", wrong)
     with pytest.raises(StageError, match=r"product with model\.layers\.0\.mlp\.down_proj\.weight is not exact"):
         compile_engine(CompileParams(backend="onnxruntime"), {"graph": mixed_graph}, tmp_path, Hears())
     assert not (tmp_path / "engine.json").exists()
 
 
 def test_a_product_that_is_not_exact_is_refused(cpu, tmp_path):
-    from stages.models.kernel_checks import require_exact_products
+    from stages.graphs.ort_checks import require_exact_products
 
     ids = token_windows(1, 16)
     shutil.copy(cpu[0] / "model.onnx", tmp_path / "right.onnx")

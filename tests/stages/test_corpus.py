@@ -19,8 +19,8 @@ from stages.corpus import CorpusParams, pin
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
-from tests.adapters.wheels import make_wheel, only_wheels_of
 from tests.conftest import Seal
+from tests.stages.adapters.wheels import make_wheel, only_wheels_of
 
 SPLITS = {"calibrate": 0.1, "train": 0.7, "validate": 0.1, "test": 0.1}
 HALVES = {"validate": 0.5, "test": 0.5}

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from stages.factorize import FACTORIZE, FactorizeParams
-from stages.models import loading
-from stages.models.anatomy import block_parameters, blocks, projections
-from stages.models.loading import load_model, save_model
-from stages.models.shared import ResidualLinear, SharedLinear
-from stages.recover import RecoverParams, recover
+from stages.models.anatomy.blocks import block_parameters, blocks, projections
+from stages.models.checkpoint import loading
+from stages.models.checkpoint.loading import load_model, save_model
+from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
+from stages.recover.stage import RecoverParams, recover
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from stages.adapters.connect import pins
 from stages.fetch import FETCH, FetchParams, pin
-from stages.models.layout import INDEX, WEIGHTS
+from stages.models.checkpoint.layout import INDEX, WEIGHTS
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import StageError
 from stages.runtime.execute import Outcome, execute, work_of
 from stages.runtime.progress import Silent
-from tests.adapters.ggufs import write_gguf
-from tests.adapters.wheels import make_wheel, only_wheels_of
 from tests.conftest import Seal
-from tests.models.families import family
+from tests.stages.adapters.ggufs import write_gguf
+from tests.stages.adapters.wheels import make_wheel, only_wheels_of
+from tests.stages.models.families import family
 
 
 @pytest.fixture

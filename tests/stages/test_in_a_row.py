@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from stages.models.anatomy import block_parameters
-from stages.models.loading import load_model, load_tokenizer
-from stages.models.quantized import describe
-from stages.models.windows import windows
+from stages.models.anatomy.blocks import block_parameters
+from stages.models.checkpoint.loading import load_model, load_tokenizer
+from stages.models.layers.quantized_linear import describe
+from stages.models.text.windows import windows
 from tests.conftest import sealer
 
 SHORT = {"windows": 6, "window_tokens": 128}

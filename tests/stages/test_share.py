@@ -6,15 +6,16 @@ import torch
 import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from testsstages.models import families
 from transformers import AutoModelForCausalLM
 
-from stages.models import loading, twin
-from stages.models.loading import load_model, load_tokenizer, save_model
-from stages.models.windows import windows
+from stages.models.blockwise import compress
+from stages.models.checkpoint import loading
+from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
+from stages.models.text.windows import windows
 from stages.runtime.contract import StageError
 from stages.share import SHARE, ShareParams
 from tests.conftest import sealer
-from tests.models import families
 
 PARAMS = {"keep": 0.93, "windows": 6, "window_tokens": 64}
 
@@ -219,7 +220,7 @@ def test_share_cut_off_goes_on_and_ends_in_the_same_bytes(shared_store, dense, t
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
     SHARE.run(how, given, whole, Notes())
-    monkeypatch.setattr(twin, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(compress, "SAVE_EVERY_S", 0.0)
 
     class Ended(Notes):
         def advanced(self, done, total):

@@ -7,17 +7,17 @@ import pytest
 import torch
 import transformers
 
-from stages.models import anatomy
-from stages.models.answering import answered
-from stages.models.loading import load_model, load_tokenizer, save_model
-from stages.models.windows import windows
-from stages.prune import PRUNE
-from stages.quantize import QUANTIZE
-from stages.recover import RecoverParams, recover
+from stages.models.anatomy import blocks as anatomy
+from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
+from stages.models.text.decoder_answers import answered
+from stages.models.text.windows import windows
+from stages.prune.stage import PRUNE
+from stages.quantize.stage import QUANTIZE
+from stages.recover.stage import RecoverParams, recover
 from stages.runtime.contract import PARTIAL, StageError
 from stages.runtime.progress import Silent
-from tests.models.families import FAMILIES
-from tests.stages.test_recover import SHORT, Heard, damage, sealed
+from tests.stages.models.families import FAMILIES
+from tests.stages.recover.test_stage import SHORT, Heard, damage, sealed
 
 LEARN = SHORT | {"tokens": 24 * 128, "window_tokens": 32, "check_every_steps": 4, "patience": 9}
 

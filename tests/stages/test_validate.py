@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax, rel_entr, softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.gates import judge
-from stages.models.windows import windows
+from flows.judging.gates import judge
+from stages.models.text.windows import windows
 from stages.runtime import parts
 from stages.runtime.artifacts import Store, entries
 from stages.runtime.contract import Kind, Manifest, Provenance, StageError, Work
@@ -26,7 +26,7 @@ from stages.runtime.fingerprint import ROOT, fingerprint
 from stages.runtime.progress import Silent
 from stages.validate import VALIDATE, ValidateParams
 from tests.conftest import sealer
-from tests.flows.test_gates import Gate
+from tests.flows.judging.test_gates import Gate
 
 SHORT = {"window_tokens": 64, "windows": 12}
 

@@ -1,0 +1,164 @@
+"""Commands that make something: init, plan, run, recipes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.commands.options import JsonOption, RecipeArgument, SetOption, StoreOption, cells, console, say_json, table
+
+if TYPE_CHECKING:
+    from flows.recipe.model import Recipe
+
+TEMPLATE = Path(__file__).with_name("template.yaml")
+
+
+def init(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A folder or GGUF file, or a URI: hf://, s3://, pypi://.")
+    ],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="A .txt, .jsonl or .parquet file, a folder, or a URI.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the recipe.")] = Path(
+        "recipe.yaml"
+    ),
+) -> None:
+    """Write a recipe for your own checkpoint and text."""
+    from flows.recipe.model import load_recipe
+    from stages.runtime.contract import StageError
+
+    if output.exists():
+        raise StageError(f"{output} is there already", remedy="Name another file with -o, or remove it.")
+    sources = {"@CHECKPOINT@": _source(checkpoint), "@TEXT@": _source(text)}
+    stem = re.split(r"[/\\]", checkpoint.rstrip("/"))[-1]
+    name = re.sub(r"[^a-z0-9.-]+", "-", stem.lower().removesuffix(".gguf")).strip("-.") or "model"
+    written = TEMPLATE.read_text(encoding="utf-8").replace("@NAME@", name)
+    for mark, source in sources.items():
+        written = written.replace(mark, _quoted(source))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(written, encoding="utf-8")
+    load_recipe(output)
+    typer.echo(f"wrote {output}")
+    typer.echo(f"next: enginery plan {output}, then enginery run {output}")
+
+
+def run(
+    recipe: RecipeArgument,
+    sets: SetOption = None,
+    store: StoreOption = None,
+    from_step: Annotated[
+        str | None, typer.Option("--from", metavar="STEP", help="Make this step and all that read it again.")
+    ] = None,
+    force: Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Make this step again.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Copy the final artifacts and the report there.")
+    ] = None,
+    as_json: JsonOption = False,
+    jobs: Annotated[int | None, typer.Option("--jobs", metavar="N", help="Steps that compute at once.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads a step may use.")] = None,
+    launcher: Annotated[
+        str | None, typer.Option("--launcher", metavar="HOW", help="process, inline, or pool: Prefect's work pools.")
+    ] = None,
+) -> int:
+    """Run a recipe; what is sealed is not made again."""
+    from flows.recipe.model import load_recipe
+    from flows.reporting.tables import show_result
+    from flows.reporting.terminal import TerminalProgress
+    from flows.settings import enter, settle
+
+    settings = settle(
+        store=store,
+        jobs=jobs,
+        threads=threads,
+        output=output,
+        from_step=from_step,
+        force=frozenset(force or ()),
+        launcher=launcher,
+    )
+    loaded = load_recipe(recipe, sets or ())
+    _check_steps(loaded, [*(force or ()), *([from_step] if from_step else [])])
+    enter(settings)
+    from flows.pipeline.optimize import optimize
+
+    with TerminalProgress() as terminal:
+        result = optimize(loaded, settings, terminal)
+    if as_json:
+        say_json(result)
+    else:
+        show_result(result, console())
+    for gate in result.gates if as_json else ():
+        if not gate.passed:
+            sys.stderr.write(f"gate failed: {gate.said}\n")
+    return 0 if result.passed else 2
+
+
+def plan(
+    recipe: RecipeArgument, sets: SetOption = None, store: StoreOption = None, as_json: JsonOption = False
+) -> None:
+    """Say what a run would make, why, and what it needs."""
+    from flows.recipe.model import load_recipe
+    from flows.reporting.terminal import TerminalProgress
+    from flows.results import PlanLine, PlanResult
+    from flows.settings import enter, settle
+
+    settings = settle(store=store)
+    loaded = load_recipe(recipe, sets or ())
+    enter(settings)
+    # The session plans; the flow around it would load Prefect for nothing.
+    from flows.running.session import plan as look_ahead
+
+    with TerminalProgress() as terminal:
+        planned = look_ahead(loaded, settings, terminal)
+    lines = [
+        PlanLine(name=one.name, stage=one.stage, hit=one.hit, why=one.why, fingerprint=one.fingerprint, needs=one.needs)
+        for one in planned
+    ]
+    if as_json:
+        say_json(PlanResult(recipe=loaded.name, store=settings.connect().uri, steps=lines))
+        return
+    shown = table(f"Plan of {loaded.name}", "step", "stage", "sealed", "why it is made", "needs")
+    for line in lines:
+        shown.add_row(*cells(line.name, line.stage, "yes" if line.hit else "no", line.why, line.needs))
+    console().print(shown)
+    missing = sum(not line.hit for line in lines)
+    typer.echo(f"{missing} of {len(lines)} steps would be made, {len(lines) - missing} are sealed already")
+
+
+def recipes() -> None:
+    """List the recipes that come with enginery."""
+    from flows.recipe.model import SHIPPED, shipped
+
+    for name in shipped():
+        lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        about = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), "")
+        typer.echo(f"{name}: {about}")
+
+
+def _source(text: str) -> str:
+    from stages.runtime.contract import StageError
+
+    if "://" in text:
+        return text
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise StageError(
+            f"there is no file or folder {text!r}", remedy="Give a path that exists, or a URI such as hf://owner/name."
+        )
+    return path.absolute().as_uri()
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _check_steps(recipe: Recipe, names: list[str]) -> None:
+    from stages.runtime.contract import StageError
+
+    known = [step.name for step in recipe.expanded()]
+    for name in names:
+        if name not in known:
+            raise StageError(f"the recipe has no step {name!r}", limit=", ".join(known))

@@ -1,0 +1,90 @@
+"""Commands that wait for what arrives: watch, hooks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.options import SetOption, StoreOption
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+
+
+def watch(
+    uri: Annotated[
+        str, typer.Argument(metavar="URI", help="s3://bucket/prefix or a folder of checkpoints, or models:/NAME@ALIAS.")
+    ],
+    recipe: RecipeOption,
+    every: Annotated[str, typer.Option("--every", metavar="TIME", help="Between looks: 30s, 5m.")] = "30s",
+    settled: Annotated[
+        str, typer.Option("--settle", metavar="TIME", help="How long a checkpoint must not have changed.")
+    ] = "10s",
+    once: Annotated[bool, typer.Option("--once", help="End after what is there now.")] = False,
+    again: Annotated[
+        str | None, typer.Option("--again", metavar="DIGEST", help="Take this arrival for new, and try it once more.")
+    ] = None,
+    sets: SetOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Start one run for each checkpoint that arrives.
+
+    The same bytes at two places are one checkpoint. With $PREFECT_API_URL an event is sent, and the recipe's automation
+    starts the run; without it the recipe runs here.
+    """
+    from flows.recipe.model import load_recipe
+    from flows.settings import enter, settle
+
+    loaded = load_recipe(recipe, sets or ())
+    settings = settle(store=store)
+    enter(settings)
+    from flows.triggers.arrival_records import forget
+    from flows.triggers.watch import watch as begin
+
+    every_s, settle_s = seconds(every), seconds(settled)
+    if again:
+        forget(settings.connect().objects, loaded.name, again)
+    begin(uri, loaded, settings, every_s=every_s, settle_s=settle_s, once=once, say=typer.echo)
+
+
+def hooks(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="The alias to listen for: models:/NAME@ALIAS.")],
+    recipe: RecipeOption,
+    cert: Annotated[Path, typer.Option("--cert", metavar="FILE", help="The TLS certificate, PEM.")],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Its private key, PEM.")],
+    port: Annotated[int, typer.Option("--port", metavar="N", help="Port to listen on.")] = 8443,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    store: StoreOption = None,
+) -> None:
+    """Receive MLflow's webhooks over TLS.
+
+    An alias that moved is announced. $ENGINERY_WEBHOOK_SECRET is the webhook's secret. `enginery watch
+    models:/NAME@ALIAS` does the same by polling.
+    """
+    from flows.recipe.model import load_recipe
+    from flows.settings import enter, settle
+
+    loaded = load_recipe(recipe)
+    settings = settle(store=store)
+    enter(settings)
+    from flows.triggers.webhooks import serve
+
+    serve(uri, loaded, settings, host=host, port=port, cert=cert, key=key, say=typer.echo)
+
+
+def seconds(text: str) -> float:
+    """A duration such as 0.5s, 30s, 5m, 1h, in seconds.
+
+    Raises:
+        StageError: it is none.
+    """
+    from stages.runtime.contract import StageError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|)", text)
+    if not found:
+        raise StageError(f"{text!r} is no duration", limit="a number with s, m or h, such as 30s")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]

@@ -1,0 +1,145 @@
+"""The Prefect flow: a recipe's steps as task runs, then verdict, registry and report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.states import Completed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from flows.pipeline.conclude import conclude
+from flows.pipeline.pages import RunLog, show
+from flows.prefect_api.retry import patiently
+from flows.recipe.model import Recipe, load_recipe
+from flows.reporting.terminal import TerminalProgress
+from flows.results import RunResult
+from flows.running.session import Session, Terminal, opened, plan, run_step
+from flows.settings import Settings, settle
+from flows.triggers.arrival_records import begin
+from stages.runtime.contract import Interrupted, StageError, Unavailable
+
+__all__ = ["optimize", "optimize_recipe", "plan"]
+
+_SESSIONS: dict[str, Session] = {}
+"""Sessions of this process by run name: a flow's parameters must be plain data, and an open store is not."""
+
+_STEPS_AT_ONCE = 64
+"""Threads, nearly all of which wait: for the steps they read, or for a slot."""
+
+
+def optimize(recipe: Recipe, settings: Settings, terminal: Terminal) -> RunResult:
+    """Run a recipe and return what it came to.
+
+    Without a Prefect server a run starts a temporary one, which costs about ten seconds; a run whose every step is
+    sealed has no task to run and skips it.
+
+    Raises:
+        StageError: a step failed; everything sealed before stays.
+        KeyboardInterrupt: stopped by a person; running steps were ended.
+    """
+    with opened(recipe, settings, terminal) as session:
+        if session.nothing_to_run and not os.environ.get("PREFECT_API_URL"):
+            for name in session.planned:
+                run_step(session, name)
+            return conclude(session)
+        _SESSIONS[session.record.name] = session
+        try:
+            return RunResult.model_validate(optimize_recipe(recipe, session.record.name))
+        except RuntimeError as error:
+            # Prefect has no class of its own for a temporary server that did not come up.
+            if "ephemeral Prefect API server" not in str(error):
+                raise
+            raise Unavailable(
+                "Prefect's temporary server did not start in time",
+                limit=f"{os.environ.get('PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS')} s",
+                remedy="Run again when the machine is less busy, or name a server with PREFECT_API_URL.",
+            ) from error
+        finally:
+            del _SESSIONS[session.record.name]
+
+
+_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_STEPS_AT_ONCE))
+
+
+def _named() -> str:
+    recipe = flow_run.get_parameters()["recipe"]
+    return recipe.name if isinstance(recipe, Recipe) else str(recipe).rpartition("/")[2].removesuffix(".yaml")
+
+
+@flow(name="optimize", flow_run_name=_named, task_runner=_RUNNER)
+def optimize_recipe(recipe: Recipe | str, run: str = "", checkpoint: str = "") -> dict[str, Any] | State[Any]:
+    """Optimize a model as a recipe says: its steps, the verdict, the promotion.
+
+    Args:
+        recipe: what to do: the name of a shipped recipe, the s3:// URI of its YAML, or the recipe itself.
+        run: name of a run that was opened by the command line; empty for one that begins here.
+        checkpoint: a source for the recipe's fetch step, with `#KEY` after it where it arrived; empty for the recipe's.
+    """
+    if run in _SESSIONS:
+        return _driven(_SESSIONS[run])
+    if isinstance(recipe, str):
+        recipe = load_recipe(recipe)
+    recipe.check()
+    if checkpoint:
+        recipe, holder = begin(settle().connect().objects, recipe, checkpoint, str(flow_run.get_id()))
+        if holder:
+            return Completed(message=f"Flow run {holder} has this checkpoint; retry that one to run it again.")
+    with TerminalProgress() as terminal, opened(recipe, settle(), terminal) as session:
+        _SESSIONS[session.record.name] = session
+        try:
+            return _driven(session)
+        finally:
+            del _SESSIONS[session.record.name]
+
+
+def _driven(session: Session) -> dict[str, Any]:
+    futures: dict[str, PrefectFuture[str]] = {}
+    try:
+        for name, planned in session.planned.items():
+            named = _step.with_options(name=name, task_run_name=name, tags={planned.order.stage})
+            after = [futures[one] for one in planned.after]
+            futures[name] = named.submit(session.record.name, name, wait_for=after, return_state=False)
+        _await(session, futures)
+        result = patiently(lambda: conclude(session), say=session.terminal.line)
+        show(session, result)
+    except BaseException:
+        session.launcher.stop()
+        raise
+    return result.model_dump(mode="json")
+
+
+def _await(session: Session, futures: Mapping[str, PrefectFuture[str]]) -> None:
+    """Wait for every step; raise the first error that is a step's own and not the echo of another's."""
+    for future in futures.values():
+        future.wait()
+    broken = [name for name, future in futures.items() if not future.state.is_completed()]
+    errors = [session.errors[name] for name in broken if name in session.errors]
+    own = [error for error in errors if not isinstance(error, Interrupted)]
+    for error in own or errors:
+        raise error
+    if broken:
+        raise StageError(f"Prefect did not run {', '.join(broken)}", remedy="Look at the flow run's log.")
+
+
+def _infrastructure(_task: Any, _run: Any, state: Any) -> bool:
+    return isinstance(state.result(raise_on_failure=False), Unavailable)
+
+
+@task(retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_infrastructure, cache_policy=NO_CACHE)
+def _step(run: str, name: str) -> str:
+    """One step to its sealed artifact; returns its fingerprint."""
+    session = _SESSIONS[run]
+    try:
+        return run_step(session, name, RunLog(get_run_logger())).fingerprint
+    except BaseException as error:
+        session.errors[name] = error
+        if not isinstance(error, Unavailable):
+            session.launcher.start_no_more()
+        raise

@@ -1,0 +1,129 @@
+"""The model card of a registered version: what it is, what it was held to, how it stands beside the champion.
+
+Markdown, which MLflow shows as the version's description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flows.registry.journal import Candidate
+from flows.reporting.tables import number, size
+from flows.results import GateResult, StepResult
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One measure of the engine that is served, and of the champion's.
+
+    Attributes:
+        corpus: the text it was measured on; empty for what needs none.
+        champion: None where there is no champion, or it was not measured on this text.
+    """
+
+    measure: str
+    corpus: str
+    challenger: float
+    champion: float | None
+
+    @property
+    def key(self) -> str:
+        """The measure's name among metrics."""
+        return ".".join(filter(None, [self.measure, self.corpus]))
+
+
+def compared(
+    challenger: Mapping[str, Mapping[str, float]], champion: Mapping[str, Mapping[str, float]]
+) -> list[Compared]:
+    """Every measure of the challenger beside the champion's.
+
+    Args:
+        challenger: corpus -> measures.
+        champion: the same, with what is known of it.
+    """
+    return [
+        Compared(measure, corpus, value, champion.get(corpus, {}).get(measure))
+        for corpus, measures in challenger.items()
+        for measure, value in sorted(measures.items())
+    ]
+
+
+def card(
+    candidate: Candidate,
+    recipe: str,
+    run: str,
+    steps: Sequence[StepResult],
+    gates: Iterable[GateResult],
+    beside: Sequence[Compared],
+    champion: str,
+) -> str:
+    """The card.
+
+    Args:
+        candidate: what is registered.
+        recipe: name of the recipe.
+        run: name of the run.
+        steps: of the run, in order.
+        gates: as they were applied.
+        beside: the measures of the engine that is served, and the champion's.
+        champion: number of the version that stood before, empty for none.
+    """
+    sizes = {step.name: size(step.metrics.get("size_bytes", 0.0)) for step in steps}
+    served = candidate.executables[candidate.serves]
+    parts = [
+        f"# {candidate.model}",
+        f"Made by run `{run}` of recipe `{recipe}`. An alias serves `{candidate.serves}` on `{served.target}`.",
+        _table(
+            ("engine", "target", "status", "size"),
+            [(name, one.target, one.status, sizes[name]) for name, one in candidate.executables.items()],
+        ),
+        "## Gates",
+        _table(
+            ("measure", "artifact", "text", "measured", "interval", "limit", "held"),
+            [
+                (
+                    _against(gate),
+                    gate.artifact,
+                    gate.corpus or "-",
+                    number(gate.measured),
+                    f"{number(gate.low)}..{number(gate.high)}" if gate.low is not None else "-",
+                    number(gate.limit),
+                    "yes" if gate.passed else "no",
+                )
+                for gate in gates
+            ],
+        ),
+        f"## Beside the champion, version {champion}" if champion else "## Measured; there was no champion",
+        _table(
+            ("measure", "text", "this version", "champion", "ratio"),
+            [
+                (
+                    one.measure,
+                    one.corpus or "-",
+                    number(one.challenger),
+                    number(one.champion),
+                    number(one.challenger / one.champion) if one.champion else "-",
+                )
+                for one in beside
+            ],
+        ),
+        "## Steps",
+        _table(
+            ("step", "stage", "size", "perplexity", "fingerprint"),
+            [
+                (step.name, step.stage, sizes[step.name], number(step.metrics.get("perplexity")), step.fingerprint[:12])
+                for step in steps
+            ],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _against(gate: GateResult) -> str:
+    return f"{gate.measure} / {gate.against}" if gate.against else gate.measure
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

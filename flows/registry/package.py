@@ -1,0 +1,129 @@
+"""An engine becomes a logged model: engine, tokenizer and the code that opens them, in one folder MLflow can load."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.tracking.runs import Tracking, answered, quiet
+from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
+
+SERVED = Path(__file__).with_name("served.py")
+FACE = "stages.serving.engine"
+"""The module that opens an engine; it and what it imports travel."""
+REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pydantic", "tokenizers")
+PACKAGE = "enginery.package"
+
+
+def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, run_id: str) -> LoggedModel:
+    """The logged model that carries an engine; made once for the same engine and code.
+
+    Args:
+        tracking: where.
+        engine: folder of an ENGINE artifact, already verified.
+        name: of the model.
+        fingerprint: of the artifact.
+        run_id: MLflow's run that it belongs to.
+    """
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    with tempfile.TemporaryDirectory(prefix="enginery-model-") as scratch, answered(tracking.uri):
+        code = travelling_code(Path(scratch))
+        package = digest_bytes(canonical([fingerprint, digest_tree(code), digest_file(SERVED)]))
+        made = _found(tracking, package)
+        if made is None or made.status != LoggedModelStatus.READY:
+            # One that was cut off is filled again instead of leaving a second copy of the engine behind.
+            made = made or tracking.client.create_logged_model(
+                tracking.experiment_id,
+                name=name,
+                source_run_id=run_id,
+                tags={PACKAGE: package, "enginery.fingerprint": fingerprint},
+                model_type="enginery",
+            )
+            _save(Path(scratch, "model"), engine, code, made.model_id, run_id)
+            tracking.client.log_model_artifacts(made.model_id, str(Path(scratch, "model")))
+            tracking.client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
+        if not _linked(tracking, run_id, made.model_id):
+            tracking.client.log_outputs(run_id, models=[LoggedModelOutput(made.model_id, step=0)])
+    return made
+
+
+def travelling_code(into: Path) -> Path:
+    """Copy FACE and the project modules it imports; returns the copied package."""
+    pending, seen = [FACE], set[Path]()
+    while pending:
+        parts = pending.pop().split(".")
+        for path in [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)] + [
+            ROOT.joinpath(*parts).with_suffix(".py")
+        ]:
+            if path.is_file() and path not in seen:
+                seen.add(path)
+                pending += _imports(path)
+    for path in seen:
+        copy = into / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    return into / FACE.split(".")[0]
+
+
+def _imports(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.split(".")[0] == "stages"]
+
+
+def _linked(tracking: Tracking, run_id: str, model_id: str) -> bool:
+    outputs = tracking.client.get_run(run_id).outputs
+    return outputs is not None and model_id in [one.model_id for one in outputs.model_outputs]
+
+
+def _found(tracking: Tracking, package: str) -> LoggedModel | None:
+    found = tracking.client.search_logged_models(
+        [tracking.experiment_id], filter_string=f"tags.`{PACKAGE}` = '{package}'"
+    )
+    ready = [model for model in found if str(model.status) == "READY"]
+    return next(iter([*ready, *found]), None)
+
+
+def _save(path: Path, engine: Path, code: Path, model_id: str, run_id: str) -> None:
+    quiet()
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    digests = path.parent / "digests.json"
+    files = sorted(file for file in engine.rglob("*") if file.is_file())
+    digests.write_text(json.dumps({file.relative_to(engine).as_posix(): digest_file(file) for file in files}), "utf-8")
+    pins = constraints()
+    pyfunc.save_model(
+        path,
+        python_model=str(SERVED),
+        artifacts={"engine": str(engine), "digests": str(digests)},
+        code_paths=[str(code)],
+        signature=_signature(),
+        pip_requirements=[f"{name}=={pins[name]}" for name in REQUIREMENTS],
+        mlflow_model=Model(artifact_path=None, run_id=run_id, model_uuid=model_id, model_id=model_id),
+    )
+
+
+def _signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    text: Mapping[str, Any] = {"type": "string"}
+    return ModelSignature(
+        inputs=Schema([ColSpec(**text)]),
+        outputs=Schema([ColSpec(**text)]),
+        params=ParamSchema([ParamSpec("max_new_tokens", "long", 32)]),
+    )

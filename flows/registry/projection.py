@@ -1,0 +1,270 @@
+"""MLflow's registered versions and aliases: a projection of the promotion journal, reconciled until it equals it.
+
+MLflow's aliases are last-writer-wins and can be moved by hand, so they decide nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.prefect_api.events import tell
+from flows.registry.journal import Candidate, Promotion, Version, append, head, history, rolled_back, standing
+from flows.registry.package import logged_model
+from flows.tracking.runs import Tracking, answered
+from stages.runtime.contract import StageError
+from stages.runtime.stores import Objects
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+IDENTITY, CANDIDATE, CARRIER = "enginery.identity", "enginery.candidate", "enginery.logged_model"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The journal in `objects` and its projection in MLflow."""
+
+    objects: Objects
+    tracking: Tracking
+
+    @property
+    def client(self) -> MlflowClient:
+        """MLflow's client."""
+        return self.tracking.client
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a promotion or a rollback came to.
+
+    Attributes:
+        version: the number that the alias stands on, or that was asked for and not promoted (see `note`).
+        new: the version was registered now.
+        moved: the journal has a new entry.
+        note: why nothing moved; empty when it did.
+    """
+
+    version: str
+    logged_model: str
+    new: bool
+    moved: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Drift:
+    """An alias in MLflow that is not what the journal says. `found` is None where MLflow has no such alias."""
+
+    model: str
+    alias: str
+    journal: str
+    found: str | None
+
+
+def release(
+    registry: Registry, candidate: Candidate, engine: Path, alias: str, why: str = "", card: str = ""
+) -> Release:
+    """Register a candidate, once for the same engines, and promote it unless a person rolled it back.
+
+    Args:
+        registry: journal and MLflow.
+        candidate: what passed.
+        engine: verified folder of the executable it serves.
+        alias: to move.
+        why: for the journal.
+        card: what people read of the version, in Markdown.
+
+    Raises:
+        StageError: it did not pass, or what it serves was not judged; nothing is registered then.
+        Unavailable: MLflow does not answer.
+    """
+    candidate.check()
+    with answered(registry.tracking.uri):
+        version, new = _register(registry, candidate, engine, card)
+    return _promote(registry, version, alias, why, new=new, again=False)
+
+
+def promote(registry: Registry, model: str, number: str, alias: str, why: str = "") -> Release:
+    """Make an alias stand on a registered version because a person says so, even one that was rolled back.
+
+    Raises:
+        StageError: there is no such version, or no recipe registered it.
+        Unavailable: MLflow does not answer.
+    """
+    with answered(registry.tracking.uri):
+        version = next((one for one in versions(registry, model) if one.number == number), None)
+    if version is None:
+        have = ", ".join(one.number for one in versions(registry, model))
+        raise StageError(f"no recipe registered version {number} of {model}", limit=have or "no version")
+    return _promote(registry, version, alias, why, new=False, again=True)
+
+
+def rollback(registry: Registry, model: str, alias: str, why: str = "") -> Release:
+    """Append an entry that points to what the alias stood on before the version it stands on now.
+
+    Raises:
+        StageError: nothing stood before, or the registry has lost it.
+        Unavailable: MLflow does not answer.
+    """
+
+    def before(entries: list[Promotion]) -> Version:
+        stack = standing(entries)
+        if len(stack) < 2:
+            raise StageError(
+                f"{model}@{alias} has no version to go back to",
+                measured=f"{len(stack)} promoted",
+                limit="2 promoted",
+                remedy=f"`enginery promote {model} VERSION` moves the alias to any registered version.",
+            )
+        _check_present(registry, stack[-2])
+        return stack[-2]
+
+    entry = append(registry.objects, model, alias, "rollback", before, why)
+    assert entry is not None
+    reconcile(registry, model)
+    return Release(entry.version.number, entry.version.logged_model, new=False, moved=True, note="")
+
+
+def reconcile(registry: Registry, model: str) -> list[Drift]:
+    """Make MLflow's aliases equal the journal and tell subscribers of it; returns what was put right.
+
+    Raises:
+        StageError: the registry has lost a version that an alias must stand on.
+        Unavailable: MLflow does not answer.
+    """
+    mended: list[Drift] = []
+    while wrong := drift(registry, model):
+        for one in wrong:
+            entry = head(registry.objects, model, one.alias)
+            assert entry is not None
+            _check_present(registry, entry.version)
+            with answered(registry.tracking.uri):
+                registry.client.set_registered_model_alias(model, one.alias, entry.version.number)
+        mended += wrong  # and look again: another process may have appended meanwhile
+    tell(registry.objects, model)
+    return mended
+
+
+def drift(registry: Registry, model: str) -> list[Drift]:
+    """Aliases of the journal that MLflow has elsewhere: moved by hand, or not moved yet."""
+    should = {entry.alias: entry.version.number for entry in history(registry.objects, model)}
+    with answered(registry.tracking.uri):
+        stands = _aliases(registry.client, model) or {}
+    return [Drift(model, alias, n, stands.get(alias)) for alias, n in should.items() if stands.get(alias) != n]
+
+
+def versions(registry: Registry, model: str) -> list[Version]:
+    """The versions that recipes registered, lowest number first."""
+    found = registry.client.search_model_versions(f"name = '{model}'")
+    ours = [one for one in found if CANDIDATE in one.tags]
+    return [
+        Version(
+            number=str(one.version),
+            logged_model=one.tags.get(CARRIER, ""),
+            candidate=Candidate.model_validate_json(one.tags[CANDIDATE]),
+        )
+        for one in sorted(ours, key=lambda one: int(one.version))
+    ]
+
+
+def _promote(registry: Registry, version: Version, alias: str, why: str, *, new: bool, again: bool) -> Release:
+    model, note = version.candidate.model, ""
+
+    def chosen(entries: list[Promotion]) -> Version | None:
+        nonlocal note
+        note = _why_not(entries, version, again=again)
+        return None if note else version
+
+    entry = append(registry.objects, model, alias, "promote", chosen, why)
+    reconcile(registry, model)
+    return Release(version.number, version.logged_model, new=new, moved=entry is not None, note=note)
+
+
+def _why_not(entries: list[Promotion], version: Version, *, again: bool) -> str:
+    if entries and entries[-1].version.same(version):
+        return f"{entries[-1].alias} stands on version {version.number} already"
+    undone = None if again else rolled_back(entries).get(version.number)
+    if undone is None:
+        return ""
+    reason = f": {undone.why}" if undone.why else ""
+    return (
+        f"version {version.number} was rolled back by {undone.who} on {undone.when[:10]}{reason}; "
+        f"`enginery promote {version.candidate.model} {version.number}` puts it back"
+    )
+
+
+def _register(registry: Registry, candidate: Candidate, engine: Path, card: str) -> tuple[Version, bool]:
+    """The version of these engines, and whether it was made now.
+
+    MLflow has no put-if-absent: of several versions of the same engines the lowest number stays, the rest go.
+    """
+    if found := _of_identity(registry, candidate):
+        return found, False
+    client, served = registry.client, candidate.executables[candidate.serves]
+    carrier = logged_model(registry.tracking, engine, candidate.model, served.fingerprint, candidate.run)
+    _create_model(client, candidate.model)
+    made = client.create_model_version(
+        candidate.model,
+        carrier.artifact_location,  # not models:/ID, which MLflow looks up wherever its global URI points
+        run_id=candidate.run,
+        model_id=carrier.model_id,
+        description=card or "; ".join(f"{target}: {status}" for target, status in candidate.targets.items()),
+        tags={
+            IDENTITY: candidate.identity,
+            CANDIDATE: candidate.model_dump_json(),
+            CARRIER: carrier.model_id,
+            "enginery.fingerprint": served.fingerprint,
+            "enginery.target": served.target,
+            "enginery.targets": json.dumps(candidate.targets),
+            "enginery.verdict": "passed",
+        },
+    )
+    first = _of_identity(registry, candidate)
+    assert first is not None
+    new = first.number == str(made.version)
+    if not new:
+        client.delete_model_version(candidate.model, made.version)
+    return first, new
+
+
+def _of_identity(registry: Registry, candidate: Candidate) -> Version | None:
+    """The lowest version of the same engines; the journal's record of it is this candidate's, with its verdict."""
+    for version in versions(registry, candidate.model):
+        if version.candidate.identity == candidate.identity:
+            return version.model_copy(update={"candidate": candidate})
+    return None
+
+
+def _check_present(registry: Registry, version: Version) -> None:
+    with answered(registry.tracking.uri):
+        stands = any(one.same(version) for one in versions(registry, version.candidate.model))
+    if not stands:
+        raise StageError(
+            f"MLflow has lost version {version.number} of {version.candidate.model}, which the journal promoted",
+            remedy="Run its recipe again: what is sealed is registered anew and promoted.",
+        )
+
+
+def _aliases(client: MlflowClient, model: str) -> dict[str, str] | None:
+    """Alias -> version number, None when no model is registered so."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: str(number) for alias, number in client.get_registered_model(model).aliases.items()}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _create_model(client: MlflowClient, model: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

@@ -1,0 +1,180 @@
+"""A run as one HTML file: verdict first, then what was measured, what was made and how to make it again.
+
+The file asks for nothing from anywhere, holds no script and escapes every text that it was given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.reporting.charts import curve_chart, interval_chart, number, size, steps_chart
+from flows.results import GateResult, RunResult, StepResult
+from stages.runtime.artifacts import BLOBS, Store
+from stages.runtime.contract import Manifest
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from markupsafe import Markup
+
+Reports = Mapping[tuple[str, str], Mapping[str, Any]]
+Curves = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+CURVE = "curve.json"
+"""A file of this name in an artifact holds {metric: [[step, value], ...]}: it outlives the run that drew it."""
+MOST_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of the table."""
+
+    step: StepResult
+    size_bytes: float | None
+    parameters: float | None
+    perplexity: Mapping[str, float]
+
+
+def write_report(
+    result: RunResult,
+    manifests: Mapping[str, Manifest],
+    reports: Reports,
+    recipe_text: str,
+    command: Sequence[str],
+    path: Path,
+    *,
+    curves: Curves | None = None,
+) -> None:
+    """Write the report of a run.
+
+    Args:
+        result: what it came to.
+        manifests: step name -> manifest of its artifact.
+        reports: (artifact, corpus) -> content of its `report.json`.
+        recipe_text: the recipe as it ran.
+        command: argv of the run.
+        path: the file to write.
+        curves: step name -> metric -> (step, value) points, see `curves_of`.
+    """
+    corpora = list(dict.fromkeys(corpus for _, corpus in reports))
+    rows = [_row(step, manifests, reports) for step in result.steps if step.kind != "report"]
+    charted = [row for row in rows if row.step.kind != "corpus"]
+    page = _template().render(
+        result=result,
+        failed=[gate for gate in result.gates if not gate.passed],
+        gates=[(gate, _gate_chart(gate)) for gate in result.gates],
+        rows=rows,
+        corpora=corpora,
+        measurements=[step for step in result.steps if step.kind == "report"],
+        chart=steps_chart([(row.step.name, row.size_bytes, row.perplexity) for row in charted], corpora),
+        curves={
+            step: [curve_chart(name, _thinned(points)) for name, points in drawn.items()]
+            for step, drawn in (curves or {}).items()
+        },
+        manifests=manifests,
+        versions=_versions(manifests),
+        made_at=sorted({f"{one.provenance.host} ({one.provenance.device})" for one in manifests.values()}),
+        commits=sorted({one.provenance.commit for one in manifests.values() if one.provenance.commit}),
+        recipe=recipe_text,
+        command=reproduce(command),
+    )
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole.write_text(page, encoding="utf-8")
+    whole.replace(path)
+
+
+def curves_of(
+    store: Store, manifests: Mapping[str, Manifest], events: Iterable[Mapping[str, Any]] = ()
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """What stages drew, by step: the curve in the artifact, else what the run's record heard while it was made.
+
+    Args:
+        store: where the artifacts are.
+        manifests: step name -> manifest.
+        events: of the record; those that say `metric` count.
+    """
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for event in events:
+        if event.get("event") == "metric":
+            points = found.setdefault(event["step"], {}).setdefault(event["name"], [])
+            points.append((float(event["at_step"]), float(event["value"])))
+    for step, manifest in manifests.items():
+        entry = manifest.files.get(CURVE)
+        data = store.objects.read(f"{BLOBS}{entry.sha256[:2]}/{entry.sha256}") if entry else None
+        if data is not None:
+            drawn = json.loads(data)
+            found[step] = {name: [(float(x), float(y)) for x, y in points] for name, points in drawn.items()}
+    return {step: found[step] for step in manifests if step in found}
+
+
+def reproduce(command: Sequence[str]) -> str:
+    """The command line that ran, as one may paste it."""
+    return shlex.join([Path(command[0]).name, *command[1:]]) if command else ""
+
+
+def _row(step: StepResult, manifests: Mapping[str, Manifest], reports: Reports) -> Row:
+    manifest = manifests.get(step.name)
+    metrics = step.metrics
+    weight = metrics.get("size_bytes", float(manifest.size_bytes) if manifest else None)
+    scores = {
+        corpus: float(report["measures"]["perplexity"])
+        for (artifact, corpus), report in reports.items()
+        if artifact == step.name and "perplexity" in report["measures"]
+    }
+    return Row(step, weight, metrics.get("parameters"), scores)
+
+
+def _gate_chart(gate: GateResult) -> Markup | str:
+    if gate.measured is None:
+        return ""
+    low = gate.measured if gate.low is None else gate.low
+    high = gate.measured if gate.high is None else gate.high
+    return interval_chart(gate.measured, low, high, gate.limit, upper=_upper(gate))
+
+
+def _upper(gate: GateResult) -> bool:
+    """Whether the limit is an upper one; the sentence says which, since a result has one limit only."""
+    return "at least" not in gate.text
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    stride = -(-len(points) // MOST_POINTS) or 1
+    return [*points[::stride], *([points[-1]] if points and (len(points) - 1) % stride else [])]
+
+
+def _versions(manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for manifest in manifests.values():
+        found |= manifest.work.requires
+    return dict(sorted(found.items()))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = Path(__file__).parent / "templates"
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "number": number, "duration": duration}
+    return environment.get_template("report.html")

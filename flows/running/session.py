@@ -1,0 +1,280 @@
+"""One run of a recipe, whoever drives it: its steps, its verdict, its report, its registered version."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from flows.prefect_api.retry import AWAY_S, patiently
+from flows.recipe.model import Recipe
+from flows.results import PlanLine, StepResult
+from flows.running.child_process import Launcher, Order
+from flows.running.leftover_servers import end_orphaned_servers
+from flows.running.placement import load_pools
+from flows.running.plan import Planned, check_start, needs, resolve
+from flows.running.run_records import Record, as_yaml, open_run
+from flows.running.step_queue import Slots
+from flows.running.work_pool import Dispatcher
+from flows.settings import Settings, enter
+from flows.tracking.runs import RecipeRun, StepRun, Tracking, open_tracking
+from stages import stage
+from stages.measures.size import size_bytes
+from stages.runtime.artifacts import Store
+from stages.runtime.contract import Image, Interrupted, Kind, Manifest, Progress, StageError
+from stages.runtime.execute import Outcome
+from stages.runtime.fingerprint import fingerprint
+from stages.runtime.parts import drop
+from stages.runtime.progress import Listeners, Silent
+
+
+class Terminal(Protocol):
+    """Who shows a run to a person."""
+
+    def for_step(self, name: str) -> Progress:
+        """The listener of one step."""
+
+    def started(self, step: str) -> None:
+        """A step begins to run."""
+
+    def finished(self, step: str, seconds: float, cached: bool, why: str) -> None:
+        """A step's artifact is sealed."""
+
+    def failed(self, step: str, text: str) -> None:
+        """A step broke."""
+
+    def line(self, text: str) -> None:
+        """A sentence about the whole run."""
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Keeps a step's notes and curve in the run's record."""
+
+    record: Record
+    step: str
+
+    def advanced(self, done: float, total: float) -> None:
+        """See Progress. A bar is not worth a record."""
+
+    def metric(self, name: str, value: float, step: int) -> None:
+        """See Progress."""
+        self.record.log({"event": "metric", "step": self.step, "name": name, "value": value, "at_step": step})
+
+    def note(self, text: str) -> None:
+        """See Progress."""
+        self.record.log({"event": "note", "step": self.step, "text": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Everything that the steps of one run share. `done` and `remade` fill up while it runs."""
+
+    recipe: Recipe
+    settings: Settings
+    store: Store
+    terminal: Terminal
+    record: Record
+    planned: Mapping[str, Planned]
+    launcher: Launcher
+    slots: Slots
+    tracking: Tracking
+    mlflow: RecipeRun
+    started: float
+    done: dict[str, StepResult] = field(default_factory=dict)
+    remade: set[str] = field(default_factory=set)
+    errors: dict[str, BaseException] = field(default_factory=dict)
+
+    @property
+    def nothing_to_run(self) -> bool:
+        """Whether every step is sealed and none is forced."""
+        return all(one.manifest and not one.order.force for one in self.planned.values())
+
+
+def plan(recipe: Recipe, settings: Settings, terminal: Terminal | None = None) -> list[PlanLine]:
+    """What a run would do, step by step: hit or miss, the first field that differs, what it needs."""
+    enter(settings)
+    planned = _planned(recipe, settings, settings.connect(), terminal.for_step if terminal else lambda _: Silent())
+    return [
+        PlanLine(
+            name=name,
+            stage=one.order.stage,
+            hit=one.manifest is not None and not one.order.force,
+            why="asked for by --force or --from" if one.order.force else one.why,
+            fingerprint=one.identity,
+            needs=needs(one),
+        )
+        for name, one in planned.items()
+    ]
+
+
+@contextmanager
+def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[Session]:
+    """A session with the embedded lock held, the record and the MLflow run open; closed by how the block ends."""
+    pooled = settings.launcher == "pool"
+    away_s = AWAY_S if pooled else 0.0
+    scratch = patiently(lambda: enter(settings), away_s=away_s)
+    with nullcontext() if pooled else _alone(scratch, terminal):
+        end_orphaned_servers(os.environ["PREFECT_HOME"])
+        record = open_run(scratch, recipe, sys.argv)
+        try:
+            store = patiently(settings.connect, away_s=away_s)
+            planned = patiently(lambda: _planned(recipe, settings, store, terminal.for_step), away_s=away_s)
+            tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
+            tags = {"enginery.store": store.uri}
+            with tracking.run(recipe.name, record.name, tags, as_yaml(recipe)) as mlflow:
+                yield Session(
+                    recipe=recipe,
+                    settings=settings,
+                    store=store,
+                    terminal=terminal,
+                    record=record,
+                    planned=planned,
+                    launcher=_launcher(store, settings, record),
+                    slots=Slots(settings.jobs),
+                    tracking=tracking,
+                    mlflow=mlflow,
+                    started=time.monotonic(),
+                )
+        except BaseException as error:
+            record.failed(error)
+            raise
+
+
+def run_step(session: Session, name: str, *listeners: Progress) -> StepResult:
+    """Bring one step to its sealed artifact; the steps it reads must be done.
+
+    Raises:
+        StageError: the stage's own; the step's MLflow run says so too.
+    """
+    planned = session.planned[name]
+    tracked = session.mlflow.child(name, planned.order.work.params)
+    forced = planned.order.force or bool(session.remade & set(planned.after))
+    if planned.manifest and not forced:
+        outcome = Outcome(planned.identity, planned.manifest, cached=True, changed=False)
+        return _done(session, planned, outcome, 0.0, tracked)
+    progress = Listeners(
+        (session.terminal.for_step(name), Recorder(session.record, name), tracked.progress, *listeners)
+    )
+    try:
+        with _slot(session, name):
+            session.launcher.check_open(name)
+            session.terminal.started(name)
+            session.record.log({"event": "started", "step": name, "why": planned.why})
+            began = time.monotonic()
+            order = replace(planned.order, force=forced)
+            _scatter(session, order, progress)
+            outcome = session.launcher.run(order, progress)
+    except Interrupted:
+        tracked.interrupted()
+        raise
+    except BaseException as error:
+        tracked.failed(error)
+        session.terminal.failed(name, str(error))
+        raise
+    if forced and outcome.changed:
+        session.remade.add(name)
+    return _done(session, planned, outcome, time.monotonic() - began, tracked)
+
+
+def _scatter(session: Session, order: Order, progress: Progress) -> None:
+    """Have the parts of a step computed at once, where its work is divided and the settings say where."""
+    if stage(order.stage).divided is None:
+        return
+    if order.force:
+        drop(session.store.objects, fingerprint(order.work))
+    if session.settings.shards:
+        from flows.running.dask_parts import scatter
+
+        scatter(order, session.launcher, session.settings.shards, progress)
+
+
+def _launcher(store: Store, settings: Settings, record: Record) -> Launcher:
+    launcher = Launcher(store, settings.launcher, settings.threads, record.folder / "steps")
+    if settings.launcher == "pool":
+        launcher.dispatcher = Dispatcher(store, load_pools(), settings.threads, record.name)
+    return launcher
+
+
+def _planned(
+    recipe: Recipe, settings: Settings, store: Store, listener: Callable[[str], Progress]
+) -> dict[str, Planned]:
+    steps = recipe.expanded()
+    names = [step.name for step in steps]
+    for name in sorted(settings.force - set(names)):
+        raise StageError(f"--force names no step: {name!r}", limit=", ".join(names))
+    devices = load_pools().devices_of_stages() if settings.launcher == "pool" else {}
+    planned = resolve(steps, store, listener, settings.force, devices)
+    if settings.from_step is not None:
+        again = check_start(planned, settings.from_step)
+        planned = resolve(steps, store, listener, settings.force | again, devices)
+    return planned
+
+
+@contextmanager
+def _alone(scratch: Path, terminal: Terminal) -> Iterator[None]:
+    """One embedded run at a time beside a store: SQLite and two cores serve one well."""
+    with (scratch / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            terminal.line("another run is going on beside this store; this one waits for it to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _slot(session: Session, name: str) -> Iterator[None]:
+    """Steps that compute share the slots; those that only move bytes run beside them."""
+    if stage(session.planned[name].order.stage).image is Image.BASE:
+        yield
+        return
+    with session.slots.take(list(session.planned).index(name)):
+        yield
+
+
+def _done(session: Session, planned: Planned, outcome: Outcome, seconds: float, tracked: StepRun) -> StepResult:
+    manifest = outcome.manifest
+    result = StepResult(
+        name=planned.name,
+        stage=planned.order.stage,
+        kind=manifest.kind,
+        fingerprint=outcome.identity,
+        uri=f"{session.store.uri}#{outcome.identity}",
+        cached=outcome.cached,
+        seconds=round(seconds, 2),
+        peak_rss_bytes=manifest.provenance.peak_rss_bytes,
+        metrics={"size_bytes": float(model_size(manifest)), **manifest.metrics},
+        why="" if outcome.cached else planned.why,
+    )
+    tracked.finished(manifest, outcome.identity, session.store.uri, outcome.cached, session.store)
+    session.record.log(
+        {"event": "sealed", "step": planned.name, "fingerprint": outcome.identity, "cached": outcome.cached}
+    )
+    session.done[planned.name] = result
+    session.terminal.finished(planned.name, seconds, outcome.cached, result.why)
+    return result
+
+
+def manifest_of(session: Session, name: str) -> Manifest:
+    """The manifest of a step that is done."""
+    found = session.store.manifest(session.done[name].fingerprint)
+    if found is None:
+        raise StageError(f"the artifact of {name} was removed while the run went on", remedy="Run again.")
+    return found
+
+
+MODELS = (Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE)
+
+
+def model_size(manifest: Manifest) -> int:
+    """Bytes of a model's own files; of all files where the artifact is no model."""
+    if manifest.kind not in MODELS:
+        return manifest.size_bytes
+    return size_bytes({name: entry.size for name, entry in manifest.files.items()})

@@ -1,0 +1,199 @@
+"""MLflow's webhooks over TLS: an alias that moved is announced at once, where polling would find it later.
+
+A webhook is believed when its signature is that of the shared secret, its time is fresh and its delivery is new. What
+it says is looked up in the registry, so that the event is the very one that polling would send.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from starlette.concurrency import run_in_threadpool
+
+from flows.prefect_api.events import has_server
+from flows.recipe.model import Recipe
+from flows.settings import Settings
+from flows.tracking.runs import Tracking, open_tracking
+from flows.triggers.watch import announce
+from flows.triggers.watched_alias import Alias, arrival, parse
+from stages.runtime.artifacts import Store
+from stages.runtime.contract import StageError, Unavailable
+
+SECRET = "ENGINERY_WEBHOOK_SECRET"  # noqa: S105 - the name of the variable that holds it
+SHORTEST_SECRET = 16
+FRESH_S = 300
+LARGEST_BYTES = 1 << 20
+CONFIRM_S = 10.0
+"""MLflow gives up on an answer after 30 seconds."""
+
+
+@dataclass
+class Deliveries:
+    """The deliveries of the last minutes, each of which is taken once."""
+
+    _taken: dict[str, float] = field(default_factory=dict)
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, delivery: str, now: float) -> bool:
+        """Whether a delivery is new; it is taken then."""
+        with self._guard:
+            # Older ones are refused for their time, whichever side of now it lay on.
+            self._taken = {one: when for one, when in self._taken.items() if now - when < 2 * FRESH_S}
+            if delivery in self._taken:
+                return False
+            self._taken[delivery] = now
+            return True
+
+    def give_back(self, delivery: str) -> None:
+        """A delivery that could not be acted on: MLflow sends it again under the same id."""
+        with self._guard:
+            self._taken.pop(delivery, None)
+
+
+def verified(secret: str, headers: Mapping[str, str], body: bytes, now: float) -> str:
+    """The delivery id of a webhook that MLflow signed lately.
+
+    Raises:
+        HTTPException: 401, its signature or its time is not to be believed.
+    """
+    delivery, stamp = headers.get("x-mlflow-delivery-id", ""), headers.get("x-mlflow-timestamp", "")
+    signature = headers.get("x-mlflow-signature", "")
+    signed = f"{delivery}.{stamp}.".encode() + body
+    expected = b"v1," + base64.b64encode(hmac.new(secret.encode(), signed, hashlib.sha256).digest())
+    if not delivery or not hmac.compare_digest(expected, signature.encode()):
+        raise HTTPException(401, "the signature is not that of the shared secret")
+    if not re.fullmatch(r"\d{1,15}", stamp) or abs(now - int(stamp)) > FRESH_S:
+        raise HTTPException(401, f"the time is more than {FRESH_S} s off")
+    return delivery
+
+
+def application(
+    alias: Alias, recipe: str, secret: str, store: Store, tracking: Tracking, say: Callable[[str], None]
+) -> FastAPI:
+    """The web application: POST / takes webhooks, GET /health says that it is there."""
+    app = FastAPI(title="Enginery's webhooks", docs_url=None, redoc_url=None, openapi_url=None)
+    deliveries = Deliveries()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/")
+    async def receive(request: Request) -> dict[str, str]:
+        body = await _read(request)
+        delivery = verified(secret, request.headers, body, time.time())
+        version = _moved(body, alias)
+        if not deliveries.take(delivery, time.time()):
+            raise HTTPException(409, "this delivery was taken already")
+        if version is None:
+            return {"status": "nothing to do"}
+        try:
+            found = await run_in_threadpool(arrival, tracking, alias, version, recipe)
+            await run_in_threadpool(announce, store, found, say, confirm_s=CONFIRM_S)
+        except Unavailable as error:
+            deliveries.give_back(delivery)
+            say(f"version {version} of {alias.uri} was not announced: {error}")
+            raise HTTPException(503, error.what) from error
+        except StageError as error:
+            say(f"version {version} of {alias.uri} was not announced: {error}")
+            raise HTTPException(422, error.what) from error
+        return {"status": "announced"}
+
+    return app
+
+
+def serve(
+    uri: str,
+    recipe: Recipe,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    cert: Path,
+    key: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Listen until told to stop.
+
+    Raises:
+        StageError: there is no Prefect server, secret or certificate, or the port is taken.
+    """
+    alias, secret = parse(uri, recipe), os.environ.get(SECRET, "")
+    if not has_server():
+        raise StageError(
+            "webhooks are announced on a Prefect server, and none is named",
+            remedy="Set PREFECT_API_URL, or use `enginery watch`, which runs the recipe itself.",
+        )
+    if len(secret) < SHORTEST_SECRET:
+        raise StageError(
+            f"${SECRET} is {'too short' if secret else 'not set'}",
+            measured=f"{len(secret)} characters",
+            limit=f"{SHORTEST_SECRET} characters",
+            remedy="Set the secret that the webhook was created with.",
+        )
+    _check_certificate(cert, key)
+    store = settings.connect()
+    app = application(alias, recipe.name, secret, store, open_tracking(store.scratch), say)
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise StageError(
+            f"port {port} of {host} cannot be listened on ({error.strerror})", remedy="Name another with --port."
+        ) from error
+    config = uvicorn.Config(
+        app,
+        ssl_certfile=str(cert),
+        ssl_keyfile=str(key),
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    say(f"listening on https://{host}:{listening.getsockname()[1]}/ for {alias.uri}, recipe {recipe.name}")
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _check_certificate(cert: Path, key: Path) -> None:
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise StageError(
+            f"{cert} and {key} are no certificate with its key ({error})", remedy="Give both as PEM files."
+        ) from error
+
+
+async def _read(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_BYTES:
+            raise HTTPException(413, "a webhook is not that large")
+    return bytes(body)
+
+
+def _moved(body: bytes, alias: Alias) -> str | None:
+    """The version that a webhook says the alias was put on, None for any other webhook."""
+    try:
+        said: Any = json.loads(body)
+        data = said["data"]
+        kind = (said["entity"], said["action"], data.get("name"), data.get("alias"))
+        version = str(data.get("version", ""))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HTTPException(400, "this is no webhook of MLflow's") from error
+    if kind != ("model_version_alias", "created", alias.model, alias.name):
+        return None
+    return version

@@ -1,0 +1,153 @@
+"""Proof from the written bytes that a graph is the checkpoint's model: its few bits, its tensors, its numbers.
+
+Shapes: N windows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from stages.adapters.onnxruntime import open_session
+from stages.graphs import onnx_graph
+from stages.graphs.onnx_graph import Held
+from stages.graphs.parity import parity, require_parity
+from stages.models.anatomy.blocks import named_tensors
+from stages.models.layers import rounded_cache
+from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear, quantized_modules
+from stages.runtime.contract import StageError
+
+SLACK_BYTES = 1 << 20
+"""Room for what a graph holds beyond the checkpoint's tensors: shapes, zero points, rotary frequencies."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a checkpoint's graph must hold.
+
+    Attributes:
+        quantized: (bits, values) of each distinct quantized weight -> how many are like it.
+        rounding: weight -> the scale by which its activations are rounded, for those that are.
+        caches: scales of rounded keys and values.
+        size_bytes: of all tensors, each distinct one once, block scales as the graph holds them.
+        logits_NTV: on the parity windows, without the rounding of activations and caches.
+    """
+
+    quantized: Counter[tuple[int, int]]
+    rounding: dict[str, frozenset[float]]
+    caches: Counter[float]
+    size_bytes: int
+    logits_NTV: NDArray[np.float32]
+
+
+def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64]) -> Expected:
+    """Read a loaded checkpoint before it is exported."""
+    names: dict[int, str] = {}
+    for name, tensor in named_tensors(model):
+        names.setdefault(id(tensor), name)
+    distinct = {id(tensor): tensor for _, tensor in named_tensors(model)}
+    modules = quantized_modules(model).values()
+    weights = {id(m.weight): (m.weight.numel(), getattr(m, "bits", 8)) for m in modules}
+    rounded = [m for m in modules if isinstance(m, QuantizedLinear) and m.input_scale is not None]
+    scales = {names[id(m.weight)]: m.input_scale for m in rounded}
+    try:
+        for module in rounded:
+            module.input_scale = None
+        with rounded_cache.left_float(model), torch.inference_mode():
+            logits_NTV = model(input_ids=torch.from_numpy(ids_NT), use_cache=False).logits.numpy()
+    finally:
+        for module in rounded:
+            module.input_scale = scales[names[id(module.weight)]]
+    return Expected(
+        Counter((bits, values * 8 // bits if bits == 4 else values) for values, bits in weights.values()),
+        {name: frozenset({float(scale)}) for name, scale in scales.items() if scale is not None},
+        Counter(rounded_cache.scales(model)),
+        sum(tensor.numel() * tensor.element_size() for tensor in distinct.values()) + _wider_scales(modules),
+        logits_NTV,
+    )
+
+
+def require_effect(written: Held, wanted: Expected) -> None:
+    """The graph holds each quantized weight as integers, rounds what the checkpoint rounds, and each tensor once.
+
+    Raises:
+        StageError: it does not.
+    """
+    if written.quantized != wanted.quantized:
+        raise StageError(
+            "the graph does not hold the checkpoint's quantized weights as integers",
+            measured=f"{written.quantized.total()} tensors",
+            limit=f"{wanted.quantized.total()} tensors",
+            remedy="Report it with the checkpoint's quantization.json.",
+        )
+    if written.rounding != wanted.rounding:
+        raise StageError(
+            "the graph does not round the activations that the checkpoint rounds",
+            measured=_first_difference(written.rounding, wanted.rounding),
+            remedy="Report it with the checkpoint's quantization.json.",
+        )
+    if written.caches != wanted.caches:
+        raise StageError(
+            "the graph does not round the keys and values that the checkpoint rounds",
+            measured=f"{written.caches.total()} tensors",
+            limit=f"{wanted.caches.total()} tensors, by the checkpoint's scales",
+            remedy="Report it with the checkpoint's quantization.json.",
+        )
+    limit = wanted.size_bytes + SLACK_BYTES
+    if not wanted.size_bytes * 0.99 <= written.size_bytes <= limit:
+        raise StageError(
+            "the graph's weights are not the checkpoint's",
+            measured=f"{written.size_bytes} bytes",
+            limit=f"{wanted.size_bytes} to {limit} bytes",
+            remedy="Report it: a tensor is stored twice or in another format.",
+        )
+
+
+def require_numbers(path: Path, ids_NT: NDArray[np.int64], logits_NTV: NDArray[np.float32]) -> float:
+    """Compare graph and torch on whole windows and behind padding, both without the rounding of activations.
+
+    Returns:
+        The largest logit difference, in standard deviations.
+
+    Raises:
+        StageError: they differ.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".parity-") as folder:
+        model = onnx_graph.load(path)
+        changed = onnx_graph.drop_rounding(model) + onnx_graph.widen_fp4(model)
+        twin = Path(folder) / path.name if changed else path
+        if changed:
+            onnx_graph.save(model, twin)
+        session = open_session(twin, literal=True)
+    whole = parity(ids_NT, logits_NTV, session.logits(ids_NT))
+    require_parity(whole, "the graph and the torch model")
+    # A causal model says the same of the first half whatever follows; padding before it must not matter.
+    half, pad = ids_NT.shape[1] // 2, 3
+    ids_1T = np.concatenate([np.zeros((1, pad), np.int64), ids_NT[:1, :half]], axis=1)
+    mask_1T = np.concatenate([np.zeros((1, pad), np.int64), np.ones((1, half), np.int64)], axis=1)
+    padded = parity(ids_NT[:1, :half], logits_NTV[:1, :half], session.logits(ids_1T, mask_1T)[:, pad:])
+    require_parity(padded, "the padded graph and the torch model")
+    return max(whole.logit_difference, padded.logit_difference)
+
+
+def _wider_scales(modules: Iterable[QuantizedLinear | QuantizedEmbedding]) -> int:
+    """Bytes that scales take more in a graph, where those of a single level are float32."""
+    scales = {
+        id(module.weight_scale): module.weight_scale
+        for module in modules
+        if not (isinstance(module, QuantizedLinear) and module.form.two_level)
+    }
+    return sum(scale.numel() * (4 - scale.element_size()) for scale in scales.values())
+
+
+def _first_difference(written: Mapping[str, frozenset[float]], wanted: Mapping[str, frozenset[float]]) -> str:
+    name = min(name for name in written.keys() | wanted.keys() if written.get(name) != wanted.get(name))
+    return f"{name} by {sorted(written.get(name, ()))} instead of {sorted(wanted.get(name, ()))}"

@@ -1,0 +1,215 @@
+"""A causal language model as an ONNX graph: inputs input_ids and attention_mask, output logits.
+
+Shapes: N sequences, T tokens, V vocabulary, H hidden, I inputs and O outputs of a linear map.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.graphs import onnx_graph
+from stages.models.anatomy import blocks as anatomy
+from stages.models.layers import quantized_linear, rounded_cache
+from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
+from stages.models.layers.sparse_linear import SparseLinear
+from stages.models.low_rank.planning import filled
+from stages.runtime.contract import StageError
+
+INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
+FUSED_ATTENTION = 23
+"""The first opset with operators for attention, rotary embedding and RMS norm."""
+FOUR_BIT_FLOATS = 23
+"""The first opset that dequantizes E2M1."""
+
+
+def densify(model: PreTrainedModel) -> None:
+    """Make sparse maps dense in place, and one with the product beside them where that is float: no engine takes them.
+
+    A graph then holds and multiplies what the dense model's would.
+    """
+    for path, one in list(model.named_modules()):
+        if not (isinstance(one, ResidualLinear) and isinstance(one.dense, SparseLinear)):
+            continue
+        w_OI, low = one.dense.dense().detach(), one.low
+        assert isinstance(low, SharedLinear)
+        if isinstance(low.basis, nn.Linear) and isinstance(low.coefficient, nn.Linear):
+            model.set_submodule(
+                path, filled(w_OI + low.coefficient.weight.detach() @ low.basis.weight.detach(), one.dense.bias)
+            )
+        else:
+            one.dense = filled(w_OI, one.dense.bias)
+
+
+class Causal(nn.Module):
+    """The model as engines call it. `fused`: attention is one operator, not products and a softmax."""
+
+    def __init__(self, model: PreTrainedModel, *, fused: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.fused = fused
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """logits_NTV."""
+        steps_T = torch.arange(input_ids.shape[1])
+        past_TT = steps_T[None, :] <= steps_T[:, None]
+        # Padding attends to itself: a row without any key would turn into NaN and reach the others.
+        own_TT = steps_T[None, :] == steps_T[:, None]
+        mask = past_TT & ((attention_mask[:, None, None, :] > 0) | own_TT)
+        if not self.fused:
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        positions_NT = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        logits: Tensor = self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions_NT, use_cache=False
+        ).logits
+        return logits
+
+
+class Product(nn.Module):
+    """A linear map whose weight lies as w_IO, the order that MatMul reads."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().t().contiguous(), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        y = torch.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def to_onnx(model: PreTrainedModel, opset: int) -> ir.Model:
+    """Export; the model's weights are laid out anew in place, so it is of no use afterwards.
+
+    Args:
+        model: from `load_model`, with its quantized modules.
+        opset: version of the ONNX operators, at least 21.
+
+    Raises:
+        StageError: attention reads a sliding window, the opset has no four-bit floats, or the exporter refuses, with
+            its own text.
+    """
+    _refuse_sliding_window(model)
+    _refuse_fp4(model, opset)
+    first_names = _first_names(model)
+    lay_out(model)
+    fused = opset >= FUSED_ATTENTION
+    rounded_cache.use(model, "sdpa" if fused else "eager")
+    ids_NT = torch.arange(16).view(2, 8) % model.config.vocab_size
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                Causal(model, fused=fused).eval(),
+                (ids_NT, torch.ones_like(ids_NT)),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(INPUTS),
+                output_names=[OUTPUT],
+                dynamic_shapes={name: axes for name in INPUTS},
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise StageError(
+                f"the exporter could not turn {type(model).__name__} into ONNX",
+                measured=str(error).strip().splitlines()[0],
+                remedy="Report it with the checkpoint's config.json.",
+            ) from error
+    assert program is not None
+    exported: Any = program.model
+    onnx_graph.pack_weights(exported.graph)
+    clean(exported, first_names)
+    return exported
+
+
+def lay_out(model: PreTrainedModel) -> None:
+    """Turn weights to [I, O] in place, so that they keep their names and no Transpose stands in the graph.
+
+    A weight that another module reads as rows (tied embedding) stays as it is.
+    """
+    quantized_linear.for_export(model)
+    places = dict(model.named_modules())
+    uses = Counter(id(tensor) for module in places.values() for tensor in module._parameters.values())
+    for name, module in places.items():
+        if isinstance(module, nn.Linear) and uses[id(module.weight)] == 1:
+            quantized_linear.replace(model, name, Product(module))
+
+
+def clean(model: ir.Model, first_names: Mapping[str, str]) -> None:
+    """Take out what says where and when a graph was made; weights get the names they have in the checkpoint."""
+    model.producer_name, model.producer_version, model.doc_string = "enginery", "", None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith("model."):
+            inner = name.removeprefix("model.")
+            value.name = first_names.get(inner, inner)
+
+
+def _first_names(model: PreTrainedModel) -> dict[str, str]:
+    """Every name of every tensor -> the first name of the same tensor, under which checkpoints store it."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in anatomy.named_tensors(model)}
+
+
+def _refuse_fp4(model: PreTrainedModel, opset: int) -> None:
+    floats = [
+        name
+        for name, module in quantized_linear.quantized_modules(model).items()
+        if isinstance(module, quantized_linear.QuantizedLinear) and module.form.name in ("nvfp4", "mxfp4")
+    ]
+    if floats and opset < FOUR_BIT_FLOATS:
+        raise StageError(
+            f"opset {opset} has no four-bit floats",
+            measured=f"{len(floats)} maps like {floats[0]}",
+            limit=f"opset {FOUR_BIT_FLOATS}",
+            remedy=f"Set `opset: {FOUR_BIT_FLOATS}`.",
+        )
+
+
+def _refuse_sliding_window(model: PreTrainedModel) -> None:
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
+    if slides and window < config.max_position_embeddings:
+        raise StageError(
+            "attention over a sliding window cannot be exported",
+            measured=f"a window of {window} tokens",
+            limit=f"full attention over {config.max_position_embeddings} tokens",
+            remedy="Set max_position_embeddings in config.json to the window if that is enough.",
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it misses torchvision, which a language model does not need
+    try:
+        with warnings.catch_warnings():
+            # Both inputs share their axes on purpose.
+            warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
+            # torch's own tree of inputs, copied by torch.
+            warnings.filterwarnings("ignore", message="`isinstance\\(treespec", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

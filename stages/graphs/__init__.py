@@ -1,0 +1,4 @@
+"""ONNX graphs without torch: reading, editing, lowering to ONNX Runtime, checks of what became of them.
+
+May be imported from here: anything, by `export` and `compile`. Never comes in: torch; the TensorRT image has none.
+"""

@@ -1,0 +1,113 @@
+"""Proof that a graph with integer kernels computes what it was made from.
+
+End to end, the two need not agree when activations are rounded: their sums differ in the last digit, and a value that
+lies between two steps may fall to either. So the float part is compared end to end without rounding, and each integer
+product for itself, on the activations that it was given.
+
+Shapes: N windows, T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from stages.adapters.onnxruntime import open_session
+from stages.graphs import onnx_graph, ort_lowering
+from stages.graphs.parity import parity, require_parity
+from stages.runtime.contract import StageError
+
+PRODUCT_LIMIT = 1e-4
+"""Largest difference of a product's values over the largest of them; fp32 sums of scaled integers reach 1e-6."""
+
+
+def require_same_numbers(source: Path, engine: Path, ids_NT: NDArray[np.int64]) -> float:
+    """Compare engine and graph end to end, without the rounding of activations.
+
+    Returns:
+        The largest logit difference, in standard deviations.
+
+    Raises:
+        StageError: they differ, or the engine's own logits are not finite.
+    """
+    with tempfile.TemporaryDirectory(dir=engine.parent, prefix=".twin-") as folder:
+        twin, model = Path(folder) / engine.name, onnx_graph.load(source)
+        rounded = onnx_graph.drop_rounding(model)
+        onnx_graph.save(model, twin)
+        reference_NTV = open_session(twin, literal=True).logits(ids_NT)
+        if rounded:
+            ort_lowering.lower(model)
+            onnx_graph.save(model, twin)
+        found_NTV = open_session(twin if rounded else engine).logits(ids_NT)
+    found = parity(ids_NT, reference_NTV, found_NTV)
+    require_parity(found, "the engine and the graph")
+    return found.logit_difference
+
+
+def require_exact_products(engine: Path, ids_NT: NDArray[np.int64]) -> float:
+    """Compute every integer product again in float64 from the activations that the engine saw.
+
+    Returns:
+        The largest difference over the largest value of its product; 0 without integer products.
+
+    Raises:
+        StageError: a product differs.
+    """
+    model = onnx_graph.load(engine)
+    products = [node for node in model.graph if node.op_type == ort_lowering.INTEGER_PRODUCT]
+    if not products:
+        return 0.0
+    with tempfile.TemporaryDirectory(dir=engine.parent, prefix=".products-") as folder:
+        exposed = Path(folder) / engine.name
+        onnx_graph.save(_exposed(model, products), exposed)
+        seen = open_session(exposed).outputs(ids_NT)
+    worst = 0.0
+    for node in products:
+        x, scale = _activation(node)
+        expected = _product(seen[str(x.name)], scale, _array(node.inputs[1]), _array(node.inputs[3]))
+        difference = float(np.abs(seen[str(node.outputs[0].name)] - expected).max() / np.abs(expected).max())
+        if not difference <= PRODUCT_LIMIT:
+            raise StageError(
+                f"the engine's product with {node.inputs[1].name if node.inputs[1] else node.name} is not exact",
+                measured=f"{difference:.3g} of its largest value",
+                limit=PRODUCT_LIMIT,
+                remedy="Report it with this processor's name.",
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _exposed(model: ir.Model, products: list[ir.Node]) -> ir.Model:
+    """The graph with what goes into each product, and what comes out, as further outputs."""
+    wanted = [_activation(node)[0] for node in products] + [node.outputs[0] for node in products]
+    for value in dict.fromkeys(wanted):
+        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+        if value not in model.graph.outputs:
+            model.graph.outputs.append(value)
+    return model
+
+
+def _activation(node: ir.Node) -> tuple[ir.Value, NDArray[np.float32]]:
+    """What is rounded before a product, and the step."""
+    assert node.inputs[0] is not None
+    rounding = node.inputs[0].producer()
+    assert rounding is not None and rounding.inputs[0] is not None
+    return rounding.inputs[0], _array(rounding.inputs[1])
+
+
+def _array(value: ir.Value | None) -> NDArray[np.float32]:
+    assert value is not None and value.const_value is not None
+    found: NDArray[np.float32] = value.const_value.numpy()
+    return found
+
+
+def _product(
+    x_NTI: NDArray[np.float32], scale: NDArray[np.float32], q_IO: NDArray[np.float32], scale_O: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    q_NTI = np.clip(np.rint(x_NTI / scale), -128, 127).astype(np.float64)
+    product: NDArray[np.float64] = q_NTI @ q_IO.astype(np.float64) * (float(scale) * scale_O.astype(np.float64))
+    return product

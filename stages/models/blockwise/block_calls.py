@@ -1,0 +1,208 @@
+"""How a model runs its stacks of blocks: what enters them, the arguments of each block, and what leaves.
+
+Shapes: N windows, T tokens, S tokens of an encoder, H hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy.blocks import Block
+from stages.models.memory.pages import release
+from stages.runtime.contract import StageError
+
+PROBE = 8
+"""Tokens that suffice where only what a block does matters, not what comes out."""
+READ = object()
+"""In a block's arguments: what the stack before gives, see `filled`."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks in a row.
+
+    Attributes:
+        inner: the module that embeds their tokens and holds their last norm.
+        blocks: in order.
+        after: the stack whose outputs these blocks read as well.
+        plain: keyword arguments of `inner` that keep it from caching.
+    """
+
+    inner: nn.Module
+    blocks: Sequence[Block]
+    after: Stack | None
+    plain: Mapping[str, Any]
+
+    def run(self, ids_NT: Tensor, read_NSH: Tensor | None = None) -> Tensor:
+        """What leaves its last norm, [N, T, H]."""
+        read = {} if read_NSH is None else {"encoder_hidden_states": read_NSH}
+        out: Tensor = self.inner(input_ids=ids_NT, **read, **self.plain)[0]
+        return out
+
+
+def stacks(model: PreTrainedModel) -> list[Stack]:
+    """The model's stack, or its encoder and its decoder.
+
+    Raises:
+        StageError: the architecture is not understood.
+    """
+    blocks = anatomy.blocks(model)
+    if not model.config.is_encoder_decoder:
+        return [Stack(anatomy.decoder(model), blocks, None, _uncached(model))]
+    kinds = {kind: [block for block in blocks if block.stack == kind] for kind in ("encoder", "decoder")}
+    if not all(kinds.values()):
+        raise StageError(f"the stacks of {type(model).__name__} are not an encoder and a decoder")
+    encoder = Stack(model.get_encoder(), kinds["encoder"], None, {})
+    return [encoder, Stack(model.get_decoder(), kinds["decoder"], encoder, _uncached(model))]
+
+
+def single(model: PreTrainedModel) -> Stack:
+    """The stack of a model that has one.
+
+    Raises:
+        StageError: it has an encoder and a decoder.
+    """
+    anatomy.decoder(model)
+    return stacks(model)[0]
+
+
+def arguments(model: PreTrainedModel | Stack, tokens: int) -> list[dict[str, Any]]:
+    """The keyword arguments with which each block is called for one window of `tokens` tokens.
+
+    Where a block reads what the stack before gives, READ stands for it.
+
+    Raises:
+        StageError: the model has two stacks, or no block of a second one reads the first as it is.
+    """
+    stack = model if isinstance(model, Stack) else single(model)
+    short, returned = _arguments(stack, min(tokens, PROBE))
+    if stack.after is not None and not all(any(value is READ for value in one.values()) for one in short):
+        raise StageError(f"{type(stack.inner).__name__} changes what it reads of the encoder: it is not understood")
+    if tokens <= PROBE:
+        return short
+    # Blocks that return nothing but hidden states need not run: they hand on what came.
+    plain = all(isinstance(one, Tensor) or len(one) == 1 for one in returned)
+    return _arguments(stack, tokens, returned if plain else [])[0]
+
+
+def filled(kwargs: Mapping[str, Any], read_NSH: Tensor | None) -> dict[str, Any]:
+    """A block's arguments with what it reads of the stack before."""
+    return {name: read_NSH if value is READ else value for name, value in kwargs.items()}
+
+
+@torch.no_grad()
+def embedded(model: PreTrainedModel | Stack, ids_NT: Tensor) -> Tensor:
+    """x_NTH that enters the first block."""
+    stack = model if isinstance(model, Stack) else single(model)
+    entered: list[Tensor] = []
+
+    def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+        raise _Entered
+
+    hook = stack.blocks[0].module.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        x_NTH: Tensor | None = None
+        for index, ids_1T in enumerate(ids_NT.split(1)):
+            with suppress(_Entered):
+                stack.run(ids_1T, _nothing(stack, 1))
+            x_1TH = entered.pop()
+            x_NTH = x_1TH.new_empty(len(ids_NT), *x_1TH.shape[1:]) if x_NTH is None else x_NTH
+            x_NTH[index] = x_1TH[0]
+    finally:
+        hook.remove()
+    release(stack.inner)  # a text's tokens stand all over the table, which is wide beside a small model's blocks
+    assert x_NTH is not None
+    return x_NTH
+
+
+@torch.no_grad()
+def left(stack: Stack, x_NTH: Tensor) -> Tensor:
+    """What the stack gives for these outputs of its last block: its last norm of them, where it has one."""
+    given: list[Tensor] = []
+    ids_1T = torch.zeros(1, x_NTH.shape[1], dtype=torch.int64)
+    with _handing_on(stack, _arguments(stack, 1)[1], given):
+        parts = []
+        for x_1TH in x_NTH.split(1):
+            given[:] = [x_1TH]
+            parts.append(stack.run(ids_1T, _nothing(stack, 1)))
+    return torch.cat(parts)
+
+
+class _Entered(Exception):
+    """Ends a run at the first block."""
+
+
+def _uncached(model: PreTrainedModel) -> dict[str, Any]:
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+
+def _nothing(stack: Stack, tokens: int) -> Tensor | None:
+    """In the place of what the stack before gives."""
+    if stack.after is None:
+        return None
+    config: Any = stack.inner.config
+    return torch.zeros(1, tokens, config.hidden_size)
+
+
+def _arguments(stack: Stack, tokens: int, instead: Sequence[Any] = ()) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Keyword arguments and return value of each block; `instead`: the kinds of value that blocks are to hand on."""
+    caught: list[dict[str, Any]] = []
+    returned: list[Any] = []
+    modules = [block.module for block in stack.blocks]
+    read_1TH = _nothing(stack, tokens)
+    names = {id(one): inspect.signature(one.forward) for one in modules}
+
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = names[id(module)].bind(*args, **kwargs)
+        rest = [name for name, one in names[id(module)].parameters.items() if one.kind is one.VAR_KEYWORD]
+        named = dict(given.arguments)
+        for name in rest:
+            named |= named.pop(name, {})
+        del named[next(iter(given.arguments))]  # the hidden states
+        caught.append({name: READ if value is read_1TH is not None else value for name, value in named.items()})
+
+    def leave(module: nn.Module, _args: Any, out: Any) -> None:
+        returned.append(out)
+        release(module)  # its turn comes later
+
+    hooks = [one.register_forward_pre_hook(enter, with_kwargs=True) for one in modules]
+    hooks += [one.register_forward_hook(leave) for one in modules]
+    try:
+        with torch.no_grad(), _handing_on(stack, instead, []):
+            stack.run(torch.zeros(1, tokens, dtype=torch.int64), read_1TH)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return caught, returned
+
+
+@contextmanager
+def _handing_on(stack: Stack, kinds: Sequence[Any], given: list[Tensor]) -> Iterator[None]:
+    """Within it, blocks return what they are given, in the form of `kinds`; the first one what is `given`, if it is."""
+
+    def handing(kind: Any, first: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x_NTH = args[0] if args else kwargs["hidden_states"]
+            x_NTH = given[0] if first and given else x_NTH
+            return (x_NTH, *kind[1:]) if isinstance(kind, tuple) else x_NTH
+
+        return forward
+
+    modules = [block.module for block in stack.blocks]
+    for one, kind in zip(modules, kinds, strict=False):
+        one.forward = handing(kind, one is modules[0])
+    try:
+        yield
+    finally:
+        for one in modules:
+            one.__dict__.pop("forward", None)

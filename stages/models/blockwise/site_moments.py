@@ -1,0 +1,115 @@
+"""What the maps of one site read in two models side by side, and the map that makes the one answer like the other.
+
+Shapes: M tokens at once, I inputs and O outputs of a map.
+
+Source: least squares on the inputs of both models, as in GPTAQ (Li et al. 2025) and QEP (Arai and Ichikawa 2025); the
+drift of the residual stream is added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stages.algorithms.correction import DAMPING, STRENGTH, agreement, corrected, inverse_root
+from stages.algorithms.products import product
+from stages.models.blockwise.run import check_finite
+
+
+@dataclass
+class Moments:
+    """What the maps of one site read over a part of the calibration text, as sums over its tokens.
+
+    Attributes:
+        moment_II: z z^T of the compressed model's inputs.
+        drift_II: (x - z) z^T, the dense model's inputs less the compressed one's.
+        residual_OI: by path, (r - s) z^T for a map whose output is added to the stream: r what the dense model adds
+            it to, s what the compressed one does.
+    """
+
+    moment_II: Tensor
+    drift_II: Tensor
+    residual_OI: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, x_MI: Tensor, z_MI: Tensor, gaps: Mapping[str, Tensor]) -> None:
+        """Add tokens: both models' inputs, and by path the gap between what both add to, [M, O]."""
+        self.moment_II += product(z_MI.T, z_MI)
+        # The drift is small beside the inputs: eight bits of mantissa are enough for it, and twice as fast.
+        short_MI = z_MI.bfloat16()
+        self.drift_II += (x_MI.float() - z_MI).bfloat16().T @ short_MI
+        for path, gap_MO in gaps.items():
+            sum_OI = (gap_MO.bfloat16().T @ short_MI).float()
+            self.residual_OI[path] = self.residual_OI[path] + sum_OI if path in self.residual_OI else sum_OI
+
+
+@dataclass
+class Seen(Moments):
+    """The whole text, the sums divided by its tokens.
+
+    Attributes:
+        half: sums over the first half of every few windows' tokens.
+        tokens: of the whole text.
+        damping: of a fit, a share of the mean squared input.
+    """
+
+    half: Moments | None = None
+    tokens: int = 0
+    damping: float = DAMPING
+
+    def target(self, path: str, w_OI: Tensor) -> Tensor:
+        """W*, float32: the map to compress instead of `w_OI`."""
+        return self.targets({path: w_OI})[path]
+
+    def targets(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same for several maps of the site at once, which takes less time."""
+        w_OI, sizes = torch.cat(list(maps.values())).float(), [len(one) for one in maps.values()]
+        strength = STRENGTH
+        if self.half is not None:
+            parts = (self.half, self._rest(self.half))
+            residuals = [_stacked(part, maps) for part in parts]
+            strength = agreement(
+                w_OI, [p.moment_II for p in parts], [p.drift_II for p in parts], residuals, self.damping
+            )
+            del parts, residuals
+        new_OI = corrected(w_OI, self.root_II, self.drift_II, _stacked(self, maps), strength=strength)
+        return dict(zip(maps, new_OI.split(sizes), strict=True))
+
+    def _rest(self, half: Moments) -> Moments:
+        """The other half's sums: not kept, since moments of wide maps are the most that a pass holds."""
+        residual = {path: self.residual_OI[path] * self.tokens - sum_OI for path, sum_OI in half.residual_OI.items()}
+        return Moments(
+            (self.moment_II * self.tokens).sub_(half.moment_II),
+            (self.drift_II * self.tokens).sub_(half.drift_II),
+            residual,
+        )
+
+    @cached_property
+    def root_II(self) -> Tensor:
+        """Of the damped moment's inverse, upper, float32."""
+        return inverse_root(self.moment_II, self.damping)
+
+
+def _stacked(part: Moments, maps: Mapping[str, Tensor]) -> Tensor | None:
+    if not part.residual_OI.keys() & maps.keys():
+        return None
+    none = {path: torch.zeros(len(w_OI), w_OI.shape[1]) for path, w_OI in maps.items()}
+    return torch.cat([part.residual_OI.get(path, none[path]) for path in maps])
+
+
+def whole(name: str, one: Moments, other: Moments, tokens: int) -> Seen:
+    """The text from its halves; what `other` holds is used up.
+
+    Raises:
+        StageError: what the maps called `name` read is not finite.
+    """
+    residual = {path: other.residual_OI[path].add_(sum_OI).div_(tokens) for path, sum_OI in one.residual_OI.items()}
+    moment_II = other.moment_II.add_(one.moment_II).div_(tokens)
+    drift_II = other.drift_II.add_(one.drift_II).div_(tokens)
+    seen = Seen(moment_II, drift_II, residual, one, tokens)
+    for moment in (seen.moment_II, seen.drift_II, *residual.values()):
+        check_finite(name, moment)
+    return seen

@@ -1,0 +1,68 @@
+"""Techniques of one pass that change weights alone, and what several of them do to a map.
+
+Shapes: M tokens at once, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.models.anatomy.blocks import Block
+from stages.models.blockwise.compress import Compressed
+from stages.models.blockwise.site_moments import Seen
+
+
+class Change(Protocol):
+    """What is done to a site's maps; see `twin.Technique`."""
+
+    def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> Mapping[str, Compressed]:
+        """New tensors for the maps that read one input, by path in the block."""
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put a map's new tensors in its place."""
+
+
+@dataclass(frozen=True)
+class OnWeights:
+    """A change as a technique that leaves what maps read as it is."""
+
+    change: Change
+
+    def enter(self, block: Block) -> None:
+        """See Technique."""
+
+    def begin(self, names: Sequence[str], peak: float) -> None:
+        """See Technique."""
+
+    def read(self, name: str, z_MI: Tensor) -> Tensor:
+        """See Technique."""
+        return z_MI
+
+    def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> Mapping[str, Compressed]:
+        """See Technique."""
+        return self.change.compress(block, maps, seen)
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """See Technique."""
+        self.change.apply(model, path, tensors)
+
+
+def put(model: PreTrainedModel, path: str, w_OI: Tensor) -> None:
+    """Give the linear map called `path` these weights."""
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    linear.weight = nn.Parameter(w_OI.to(linear.weight.dtype).contiguous(), requires_grad=False)
+
+
+def mended(maps: Mapping[str, nn.Linear], seen: Seen, but: str = "") -> dict[str, Compressed]:
+    """Maps whose output goes into the residual stream, fitted to make up for what it has drifted."""
+    return {
+        path: Compressed({"weight": seen.target(path, one.weight.detach())}, {})
+        for path, one in maps.items()
+        if path != but and path in seen.residual_OI
+    }

@@ -1,0 +1,203 @@
+"""Tensors in safetensors files, one at a time: mapped when read, written without a second copy of them in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stages.models.memory.pages import forget
+from stages.runtime.contract import StageError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+_TYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The format's names, in the order in which its own writer lays tensors out: aligned ones first."""
+
+_SHORT = {"U8": 1, "I16": 2}
+"""Types in which positions of weights are written, and their bytes."""
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, tensor by tensor, in the bytes that the format's own writer gives.
+
+    A tensor that is the view of a mapped file is given back once it is written.
+
+    Args:
+        path: a new file, or one that is replaced and that no tensor is a view of.
+        tensors: of any strides; each is stored row-major.
+
+    Raises:
+        StageError: a tensor has a type that the format does not know.
+    """
+    write_parts(path, {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, _given_back(tensors))
+
+
+def write_parts(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    parts: Callable[[str], Iterable[Tensor]],
+) -> None:
+    """Write a safetensors file of tensors that are computed piece by piece.
+
+    Args:
+        path: as for `write`.
+        tensors: name -> type and shape.
+        parts: name -> the tensor's values in row-major order, in any number of pieces of its type.
+
+    Raises:
+        StageError: a tensor has a type that the format does not know.
+    """
+    order = {dtype: place for place, dtype in enumerate(_TYPES)}
+    if odd := [name for name, (dtype, _) in tensors.items() if dtype not in order]:
+        raise StageError(f"{odd[0]} cannot be stored", measured=tensors[odd[0]][0], limit=", ".join(_TYPES.values()))
+    names = sorted(tensors, key=lambda name: (order[tensors[name][0]], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        dtype, shape = tensors[name]
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        for name in names:
+            for part in parts(name):
+                if part.numel():
+                    data = part.detach().cpu().contiguous().flatten().view(torch.uint8)
+                    stream.write(data.numpy().data)
+
+
+def _given_back(tensors: Mapping[str, Tensor]) -> Callable[[str], Iterator[Tensor]]:
+    def parts(name: str) -> Iterator[Tensor]:
+        yield tensors[name]
+        forget(tensors[name])
+
+    return parts
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name, a view of its mapped file.
+
+    Raises:
+        StageError: a file is missing, cut short or a pickle.
+    """
+    return {name: opened.get_tensor(name) for name, opened in _places(folder)}
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape, read from the headers alone.
+
+    Raises:
+        StageError: as `read`.
+    """
+    return {name: tuple(opened.get_slice(name).get_shape()) for name, opened in _places(folder)}
+
+
+def dtypes(folder: Path) -> dict[str, str]:
+    """Every tensor's type as the format calls it (F32, BF16, I8, ...), read from the headers alone.
+
+    Raises:
+        StageError: as `read`.
+    """
+    return {name: opened.get_slice(name).get_dtype() for name, opened in _places(folder)}
+
+
+def stored_parameters(folder: Path) -> int:
+    """Numbers that a float checkpoint stores, read from the headers alone.
+
+    Short whole numbers say where others stand: they count by their bytes, four a parameter.
+    """
+    kinds = dtypes(folder)
+    return sum(-(-math.prod(shape) * _SHORT.get(kinds[name], 4) // 4) for name, shape in shapes(folder).items())
+
+
+def _places(folder: Path) -> Iterator[tuple[str, Any]]:
+    for file in weight_files(folder):
+        with _opened(file) as opened:
+            for name in opened.keys():
+                yield name, opened
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise StageError(
+            f"{file.name} is damaged or cut short",
+            measured=f"{file.stat().st_size} bytes, {error}",
+            remedy="Fetch the checkpoint again.",
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        StageError: there are none, one is missing, or they are pickles.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):
+            raise StageError(f"{INDEX} names a file outside the checkpoint")
+        files = [folder / name for name in names]
+        if lost := [file.name for file in files if not file.is_file()]:
+            raise StageError(f"{folder.name} lacks {lost[0]}", measured=f"{len(lost)} of {len(files)} shards missing")
+        return files
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise StageError(
+            f"{pickles[0]} is a pickle, which can run code when it is loaded",
+            limit=WEIGHTS,
+            remedy="Convert it where you trust it: model.save_pretrained(folder, safe_serialization=True).",
+        )
+    raise StageError(f"{folder.name} has no {WEIGHTS}", remedy="Give a checkpoint in Hugging Face layout.")
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """A JSON object; {} for an optional file that is absent.
+
+    Raises:
+        StageError: it is missing or not one.
+    """
+    if optional and not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StageError(
+            f"{path.parent.name} has no {path.name}", remedy="Give a checkpoint in Hugging Face layout."
+        ) from error
+    except ValueError as error:
+        raise StageError(f"{path.name} is not JSON", measured=str(error)) from error
+    if not isinstance(found, dict):
+        raise StageError(f"{path.name} is no JSON object", measured=type(found).__name__)
+    return found

@@ -1,0 +1,166 @@
+"""Maps as products of thin ones, fitted in one pass to what the dense model gives.
+
+Shapes: I inputs, O outputs, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.algorithms import basis, low_rank, low_rank_sparse
+from stages.algorithms.refit import output_errors
+from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy.blocks import Block
+from stages.models.blockwise.compress import Compressed, compress
+from stages.models.blockwise.site_moments import Seen
+from stages.models.blockwise.technique import OnWeights
+from stages.models.layers import sparse_linear
+from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
+from stages.models.layers.sparse_linear import SparseLinear
+from stages.models.low_rank.planning import RANK_STEP, Measured, Plan, filled
+from stages.runtime.contract import Progress, StageError
+
+
+@dataclass(frozen=True)
+class Done:
+    """The table of a finished compression, and the loss that was expected of it in nats a token, to second order."""
+
+    rows: list[dict[str, Any]]
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be put on bases, and how much goes.
+
+    Attributes:
+        kinds: roles joined by `+`: maps that may share a basis, in a block or across `group` neighbours.
+        keep: share of the blocks' parameters that stays.
+        group: most neighbours on one basis; 1 for none.
+        names: paths of the maps that may change; None for every one that stands on no basis.
+        sparse: of maps alone: share of what a map keeps that goes to single weights beside its product, where these
+            make its outputs better than a product of the same size.
+    """
+
+    kinds: Sequence[str]
+    keep: float
+    group: int = 1
+    names: Collection[str] | None = None
+    sparse: float = 0.0
+
+
+def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Path, progress: Progress) -> Done:
+    """Put maps on bases of low rank until at most `asked.keep` of the blocks' parameters are left.
+
+    Args:
+        model: is changed.
+        ids_NT: calibration windows.
+        asked: where and how much.
+        partial: folder for state.
+        progress: told of both passes.
+
+    Raises:
+        StageError: so much cannot be saved, or an activation is not finite.
+    """
+    kinds, group, keep = asked.kinds, asked.group, asked.keep
+    measured = Measured(model, kinds, group, asked.names)
+    measured.measure(ids_NT, partial, lambda done, total: progress.advanced(done / total, 2))
+    total = anatomy.block_parameters(model)
+    wanted = total - int(keep * total)
+    if measured.most < wanted:
+        raise StageError(
+            f"bases for {', '.join(kinds)} in groups of up to {group} cannot save so much",
+            measured=f"keep {1 - measured.most / total:.4f} at best",
+            limit=f"keep {keep}",
+            remedy="Raise `keep`, or allow more maps.",
+        )
+    plans = measured.plan(wanted)
+    del measured  # its moments are the larger part of what is held
+    rows = compress(
+        model,
+        ids_NT,
+        OnWeights(LowRank(plans, asked.sparse)),
+        partial,
+        lambda done, total: progress.advanced(1 + done / total, 2),
+        progress.note,
+        progress.metric,
+    )
+    return Done(rows, sum(plan.option.damage / len(plan.part.paths) for plan in plans.values()))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Compression of the planned maps into products of thin ones, each fitted to what the dense model gives."""
+
+    plans: Mapping[str, Plan]
+    sparse: float = 0.0
+
+    def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
+        """See Technique. A shared basis stands already; a map alone gets the best for what it reads now."""
+        made = {}
+        for inner, linear in maps.items():
+            if plan := self.plans.get(f"{block.name}.{inner}"):
+                target_OI = seen.target(inner, linear.weight.detach())
+                path = f"{block.name}.{inner}"
+                made[inner] = (
+                    _with_sparse(path, plan, target_OI, seen.moment_II, self.sparse)
+                    if self.sparse and plan.basis is None
+                    else _product(path, plan, target_OI, seen.moment_II)
+                )
+        return made
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """See Technique."""
+        old, plan = model.get_submodule(path), self.plans[path]
+        inner = filled(tensors["right"], None) if plan.basis is None else plan.basis
+        old = old.dense if isinstance(old, ResidualLinear) else old
+        old = old.coefficient if isinstance(old, SharedLinear) else old
+        assert isinstance(old, nn.Linear | SparseLinear)
+        if "values" not in tensors:
+            model.set_submodule(path, SharedLinear(inner, filled(tensors["left"], old.bias)))
+            return
+        part = sparse_linear.filled(tensors, old.out_features, old.in_features, old.bias)
+        model.set_submodule(path, ResidualLinear(part, SharedLinear(inner, filled(tensors["left"], None))))
+
+
+def _product(path: str, plan: Plan, target_OI: Tensor, moment_II: Tensor) -> Compressed:
+    if plan.basis is not None:
+        right_rI = plan.basis.weight.detach()
+        tensors = {"left": basis.fitted(target_OI, right_rI, moment_II).float()}
+    else:
+        left_Or, right_rI = low_rank.cut(low_rank.factors(target_OI, moment_II, plan.importance_O), plan.option.rank)
+        tensors = {"left": left_Or.float().contiguous(), "right": right_rI.float().contiguous()}
+    (error,) = output_errors(target_OI, [tensors["left"] @ right_rI.float()], moment_II)
+    return Compressed(tensors, _row(path, plan, plan.option.rank, error))
+
+
+def _with_sparse(path: str, plan: Plan, target_OI: Tensor, moment_II: Tensor, share: float) -> Compressed:
+    """A thinner product and single weights in the parameters of the planned one, or that one where it loses less."""
+    rank = max(RANK_STEP, int((1 - share) * plan.option.rank / RANK_STEP) * RANK_STEP)
+    best, alone = low_rank_sparse.within(target_OI, moment_II, plan.option.rank, rank, plan.importance_O)
+    tensors = {"left": best.left_Or, "right": best.right_rI}
+    # In what is judged by: the error of outputs by their importance, of which the others of the row know nothing.
+    more: dict[str, Any] = {"error_against_product_alone": 1.0 if best is alone else best.error / alone.error}
+    if best is alone:
+        more |= {"sparse_weights": 0, "sparse": "none: a product of the same size loses less"}
+    else:
+        tensors |= sparse_linear.tensors(best.sparse_OI)
+        more |= {"sparse_weights": len(tensors["values"])}
+    (error,) = output_errors(target_OI, [best.left_Or @ best.right_rI + best.sparse_OI], moment_II)
+    return Compressed(tensors, _row(path, plan, len(best.right_rI), error) | more)
+
+
+def _row(path: str, plan: Plan, rank: int, error: float) -> dict[str, Any]:
+    paths = plan.part.paths
+    return {
+        "rank": rank,
+        "shares_with": [other for other in paths if other != path],
+        "predicted_loss_nats": plan.option.damage / len(paths),
+        "output_error_ratio": error,
+    }

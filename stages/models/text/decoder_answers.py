@@ -1,0 +1,83 @@
+"""What an encoder-decoder answers to windows of text: its decoder reads that while it is compressed or taught.
+
+Where only texts are at hand, the model's own answers are the pairs that its decoder meets in use.
+
+Shapes: N windows, S tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from stages.models.memory.pages import release
+from stages.models.memory.saved_state import read_record, restore, save_state
+from stages.runtime.contract import StageError
+
+NOTHING = -1
+"""In the place of a token: past the end of an answer. It counts for nothing."""
+TOGETHER = 32
+"""Windows answered side by side: reading the weights once for each token takes most of the time."""
+
+
+def answered(
+    model: PreTrainedModel,
+    ids_NS: Tensor,
+    path: Path,
+    advanced: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """What the decoder reads: its first token and the likeliest answer, token by token; NOTHING after its end.
+
+    Args:
+        model: an encoder-decoder with its head.
+        ids_NS: windows. The last token of each becomes the one that ends a text, in place.
+        path: where answers are kept; those kept there are taken from there.
+        advanced: told (windows answered, N).
+
+    Returns:
+        ids_NS, int64, of the decoder.
+
+    Raises:
+        StageError: the model does not say how an answer begins, or its windows are shorter.
+
+    Source: Kim and Rush 2016, Sequence-Level Knowledge Distillation, with the likeliest tokens in place of a beam.
+    """
+    name, most = type(model).__name__, getattr(model.config, "max_position_embeddings", None)
+    if most is not None and ids_NS.shape[1] > most:
+        raise StageError(f"{name} reads no windows of this length", measured=ids_NS.shape[1], limit=most)
+    own = model.generation_config or GenerationConfig()
+    if own.decoder_start_token_id is None and own.bos_token_id is None:
+        raise StageError(
+            f"{name} does not say how an answer begins",
+            measured="neither decoder_start_token_id nor bos_token_id",
+            remedy="Give generation_config.json beside the checkpoint.",
+        )
+    ends = [own.eos_token_id] if isinstance(own.eos_token_id, int) else list(own.eos_token_id or [])
+    if ends:
+        ids_NS[:, -1] = ends[0]
+    found_NS = torch.full_like(ids_NS, NOTHING)
+    if read_record(path) is None:
+        # All else is the model's own: which token comes first, which are never said.
+        plain = GenerationConfig(max_new_tokens=ids_NS.shape[1] - 1, num_beams=1, do_sample=False)
+        for start in range(0, len(ids_NS), TOGETHER):
+            part = slice(start, start + TOGETHER)
+            _answer(model, ids_NS[part], found_NS[part], plain, ends)
+            advanced(min(start + TOGETHER, len(ids_NS)), len(ids_NS))
+        release(model)  # what comes next takes one block after the other
+        save_state(path, {"ids": found_NS}, {})
+    restore(path, {"ids": found_NS})
+    return found_NS
+
+
+@torch.no_grad()
+def _answer(model: PreTrainedModel, ids_NS: Tensor, found_NS: Tensor, how: GenerationConfig, ends: list[int]) -> None:
+    said_NT = model.generate(input_ids=ids_NS, attention_mask=torch.ones_like(ids_NS), generation_config=how)
+    # The first token may be the one that ends a text, too. Where an answer ended, the others' went on.
+    ended_NT = torch.isin(said_NT, torch.tensor(ends, dtype=said_NT.dtype))
+    ended_NT[:, 0] = False
+    counts_NT = ended_NT.cumsum(1) == 0
+    found_NS[:, : said_NT.shape[1]] = torch.where(counts_NT, said_NT, NOTHING)

@@ -1,0 +1,140 @@
+"""Which blocks a model can do without, and what the others do to make up for it.
+
+Shapes: N windows, T tokens, M = N T, H = O hidden, F feed-forward channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stages.algorithms.block_influence import influence
+from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy.blocks import Block
+from stages.models.blockwise.block_calls import arguments, embedded
+from stages.models.blockwise.run import check_finite
+
+CANDIDATES = 10
+"""Blocks tried in a round: those that cost least in the round before. All of them take three times as long and the
+choice is the same on the models that were measured."""
+
+Enough = Callable[[Sequence[int]], bool]
+"""Whether it is enough that these blocks go."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A block that goes.
+
+    Attributes:
+        block: its index.
+        cost: its influence, or the KL to the whole model in nats a token once it and those before it are gone.
+    """
+
+    block: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A model, how its blocks are called, and what the whole model predicts of each window, [T / 2, V]."""
+
+    model: PreTrainedModel
+    blocks: Sequence[Block]
+    calls: Sequence[Mapping[str, Any]]
+    log_p: Sequence[Tensor]
+
+    def kl(self, x_NTH: Tensor, start: int, gone: Collection[int]) -> float:
+        """From the state before block `start` on, without the blocks that are gone."""
+        for x in _states(self.blocks, self.calls, x_NTH, gone, start):
+            x_NTH = x
+        total, count = 0.0, 0
+        for log_p_TV, x_1TH in zip(self.log_p, x_NTH.split(1), strict=True):
+            gap_TV = _log(self.model, x_1TH).neg_().add_(log_p_TV)
+            total, count = total + float(gap_TV.mul_(log_p_TV.exp()).sum()), count + len(gap_TV)
+        return total / count
+
+
+def least_influential(
+    model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Callable[[int], None]
+) -> list[Dropped]:
+    """Blocks in the order in which they go, those that change least what passes through them; arguments as `greedy`.
+
+    Raises:
+        StageError: an activation is not finite.
+    """
+    blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
+    with torch.no_grad():
+        first_NTH = embedded(model, ids_NT)
+        states = [first_NTH, *_states(blocks, calls, first_NTH, (), 0)]
+    found = [influence(x.flatten(0, 1), y.flatten(0, 1)) for x, y in pairwise(states)]
+    gone: list[Dropped] = []
+    for index in sorted(range(len(found)), key=lambda index: (found[index], index))[:-1]:
+        if enough([one.block for one in gone]):
+            break
+        gone.append(Dropped(index, found[index]))
+        advanced(len(gone))
+    return gone
+
+
+def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Callable[[int], None]) -> list[Dropped]:
+    """Blocks in the order in which they go: each round the one without which the KL to the whole model is least.
+
+    Args:
+        model: is not changed; computed in bfloat16, whose noise is far below the differences between blocks.
+        ids_NT: a few windows.
+        enough: whether the blocks chosen so far suffice.
+        advanced: told the number of blocks chosen.
+
+    Returns:
+        The blocks; all but one if it is never enough.
+
+    Raises:
+        StageError: an activation is not finite.
+
+    Source: greedy removal by measured loss, as in Song et al., SLEB (2024), algorithm 1, with KL for the perplexity.
+    """
+    blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
+    gone: list[Dropped] = []
+    candidates = [block.index for block in blocks]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        first_NTH = embedded(model, ids_NT)
+        whole = _states(blocks, calls, first_NTH, (), 0)
+        measure = _Measure(model, blocks, calls, [_log(model, x_1TH) for x_1TH in whole[-1].split(1)])
+        del whole
+        while candidates and len(gone) < len(blocks) - 1 and not enough([one.block for one in gone]):
+            without = [one.block for one in gone]
+            states = [first_NTH, *_states(blocks, calls, first_NTH, without, 0)]
+            tried = {index: measure.kl(states[index], index + 1, without) for index in candidates}
+            order = sorted(tried, key=lambda index: (tried[index], index))
+            gone.append(Dropped(order[0], tried[order[0]]))
+            left = [block.index for block in blocks if block.index not in {one.block for one in gone}]
+            candidates = [index for index in order[1:] if index in left][:CANDIDATES] or left
+            advanced(len(gone))
+    return gone
+
+
+def _states(
+    blocks: Sequence[Block], calls: Sequence[Mapping[str, Any]], x_NTH: Tensor, gone: Collection[int], start: int
+) -> list[Tensor]:
+    """The state after each block from `start` on; a block that is gone hands on what it gets."""
+    found = []
+    for block, kwargs in list(zip(blocks, calls, strict=True))[start:]:
+        if block.index not in gone:
+            returned = block.module(x_NTH, **kwargs)
+            x_NTH = returned[0] if isinstance(returned, tuple) else returned
+            check_finite(block.name, x_NTH)
+        found.append(x_NTH)
+    return found
+
+
+def _log(model: PreTrainedModel, x_1TH: Tensor) -> Tensor:
+    # Every second position: neighbours say much the same, and the head is a fifth of a small model's work.
+    logits_TV: Tensor = anatomy.head(model)(anatomy.last_norm(model)(x_1TH[0, ::2]))
+    return logits_TV.float().log_softmax(-1)

@@ -1,0 +1,51 @@
+"""Blocks that go: what is left of each stack is numbered anew, and the configuration follows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.models.anatomy import blocks as anatomy
+from stages.runtime.contract import StageError
+
+_DECODER_DEPTH = ("decoder_layers", "num_decoder_layers")
+
+
+def drop_blocks(model: PreTrainedModel, dropped: Collection[int]) -> None:
+    """Take blocks out of a model of any architecture.
+
+    Args:
+        model: with one or two stacks.
+        dropped: indices as `anatomy.blocks` counts them.
+
+    Raises:
+        StageError: a stack would have none left, or its first block holds what the others read.
+    """
+    first = 0
+    for path, layers in anatomy.stacks(model).items():
+        before, config = len(layers), model.config
+        kept = [place for place in range(before) if first + place not in dropped]
+        first += before
+        _check(path, layers, kept)
+        two = config.is_encoder_decoder and "decoder" in path.split(".")
+        depth = next(name for name in _DECODER_DEPTH if hasattr(config, name)) if two else "num_hidden_layers"
+        for name, value in config.to_dict().items():
+            if isinstance(value, list) and len(value) == before and not config.is_encoder_decoder:
+                setattr(config, name, [value[place] for place in kept])
+        setattr(config, depth, len(kept))
+        remaining = nn.ModuleList(layers[place] for place in kept)
+        anatomy.replace(model, layers, remaining)
+        for place, block in enumerate(remaining):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = place  # type: ignore[assignment]
+
+
+def _check(path: str, layers: nn.ModuleList, kept: list[int]) -> None:
+    if not kept:
+        raise StageError(f"{path} would have no block left", remedy="Drop fewer.")
+    positions = any(getattr(one, "has_relative_attention_bias", False) for one in layers[0].modules())
+    if positions and kept[0] != 0:
+        raise StageError(f"{path}.0 holds the positions that all its blocks read", remedy="Keep that block.")

@@ -1,0 +1,269 @@
+"""Zeros in a model's maps: how many where, which, and the masks beside the weights.
+
+Shapes: N windows, T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.algorithms.allocation import allocate
+from stages.algorithms.basis import damped
+from stages.algorithms.refit import output_errors, refit
+from stages.algorithms.sparsegpt import DAMPING, pruned
+from stages.algorithms.sparsity import Keep, by_rows, largest, of_each, packed, prices, unpacked, wanda
+from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy.blocks import Block
+from stages.models.blockwise.compress import Compressed, compress
+from stages.models.blockwise.gradients import gradients
+from stages.models.blockwise.run import SITES, sensitivities
+from stages.models.blockwise.site_moments import Seen
+from stages.models.blockwise.technique import OnWeights, put
+from stages.models.memory.pages import forget
+from stages.runtime.contract import Progress, StageError
+
+MASKS = "masks.safetensors"
+SHARES = tuple(step / 20 for step in range(2, 20))
+"""Shares of kept weights that a map may be given; fewer than a tenth ruins any map."""
+PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}
+COLUMNS = 64
+"""Columns that SparseGPT decides together where no pattern says how many."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How weights are chosen: `method`, an N:M `pattern` or the share to `keep`, and `names`, the maps' paths."""
+
+    method: str
+    pattern: str | None
+    keep: float
+    names: Collection[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Zeros and all weights of the masked maps."""
+
+    zeros: int
+    weights: int
+
+
+def sparsified(
+    model: PreTrainedModel, ids_NT: Tensor, how: How, partial: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """Put zeros into every map of every block; returns a row a map.
+
+    Raises:
+        StageError: an activation is not finite, a map is not dense, or so many zeros cannot be had.
+    """
+    passes = _Passes(progress, 1 + (how.pattern is None))
+    shares = budgets(model, ids_NT, how, partial, passes.next()) if how.pattern is None else {}
+    kept = keepers(model, how, shares)
+    if how.method in ("wanda", "sparsegpt"):
+        technique = OnWeights(Masked(kept, mend=how.method == "sparsegpt"))
+        return compress(model, ids_NT, technique, partial, passes.next(), progress.note, progress.metric)
+    if how.method == "gradient":
+        found = gradients(model, ids_NT, partial, passes.next())
+        gradient = {path: g_OI for block in found for path, g_OI in block.items() if path in kept}
+        scores = {path: g_OI * model.get_submodule(path).weight.detach().abs() for path, g_OI in gradient.items()}
+    else:
+        scores = {path: model.get_submodule(path).weight.detach().abs() for path in kept}
+    rows = []
+    for path in kept:
+        mask_OI = kept[path][0](scores[path])
+        put(model, path, model.get_submodule(path).weight.detach() * mask_OI)
+        rows.append({"layer": path, "zeros": float((~mask_OI).float().mean())})
+    return rows
+
+
+class _Passes:
+    """Several passes as one advance from nothing to all."""
+
+    def __init__(self, progress: Progress, count: int) -> None:
+        self._progress, self._count, self._begun = progress, count, 0
+
+    def next(self) -> Callable[[float, float], None]:
+        before = self._begun
+        self._begun += 1
+        return lambda done, total: self._progress.advanced(before + done / total, self._count)
+
+
+def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The dense maps of all blocks by path.
+
+    Raises:
+        StageError: a map stands on a basis: its factors' zeros would not be the map's.
+    """
+    found: dict[str, nn.Linear] = {}
+    for block in anatomy.blocks(model):
+        for inner, one in anatomy.maps(block).items():
+            path = f"{block.name}.{inner}"
+            if not isinstance(one, nn.Linear):
+                raise StageError(
+                    f"{path} is no dense map", remedy="Prune single weights before sharing or factorizing."
+                )
+            found[path] = one
+    return found
+
+
+def keepers(model: PreTrainedModel, how: How, shares: Mapping[str, float]) -> dict[str, tuple[Keep, int]]:
+    """Path -> how a mask is chosen there, and how many columns are decided together.
+
+    Raises:
+        StageError: a pattern's group does not divide a map's inputs.
+    """
+    maps = {path: one for path, one in linears(model).items() if path in how.names}
+    if how.pattern is None:
+        return {path: (largest(share), _divisor(maps[path].in_features)) for path, share in shares.items()}
+    kept, group = PATTERNS[how.pattern]
+    for path, one in maps.items():
+        if one.in_features % group:
+            raise StageError(
+                f"{how.pattern} does not divide the inputs of {path}",
+                measured=f"{one.in_features} inputs",
+                limit=f"a multiple of {group}",
+                remedy="Give no `pattern`, or one that divides.",
+            )
+    return dict.fromkeys(maps, (of_each(kept, group), group))
+
+
+def _divisor(inputs: int) -> int:
+    return next(columns for columns in range(min(COLUMNS, inputs), 0, -1) if inputs % columns == 0)
+
+
+def budgets(
+    model: PreTrainedModel, ids_NT: Tensor, how: How, partial: Path, advanced: Callable[[float, float], None]
+) -> dict[str, float]:
+    """Path -> share of weights that stays, `how.keep` over all, least where the measured loss is least.
+
+    Raises:
+        StageError: `keep` is below the least share of every map, or an activation is not finite.
+    """
+    maps = {path: one for path, one in linears(model).items() if path in how.names}
+    keep, options = how.keep, {}
+    for block, statistics in sensitivities(model, ids_NT, anatomy.ROLES, partial, advanced):
+        for role in anatomy.projections(block):
+            moment_II, importance_O = statistics.moments[SITES[role]], statistics.gradients[role]
+            path = f"{block.name}.{anatomy.path(role)}"
+            if path not in maps:
+                continue
+            options[path] = prices(maps[path].weight.detach(), moment_II, importance_O, SHARES)
+    total = sum(one.weight.numel() for one in maps.values())
+    best = sum(max(option.saved for option in found) for found in options.values())
+    if best < total - int(keep * total):
+        raise StageError(
+            "pruning single weights cannot remove so much",
+            measured=f"keep {1 - best / total:.4f} at best",
+            limit=f"keep {keep}",
+            remedy="Raise `keep`.",
+        )
+    chosen = allocate([options[path] for path in maps], total - int(keep * total))
+    return {path: SHARES[one.rank] if one.saved else 1.0 for path, one in zip(maps, chosen, strict=True)}
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Zeros in every map of a site as a technique of one pass.
+
+    Attributes:
+        keepers: by path: how a mask is chosen, and how many columns are decided together.
+        mend: by SparseGPT towards what the dense model gives, what stays fitted; otherwise Wanda's mask alone.
+    """
+
+    keepers: Mapping[str, tuple[Keep, int]]
+    mend: bool
+
+    def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
+        """See Technique."""
+        mine = {inner: one for inner, one in maps.items() if f"{block.name}.{inner}" in self.keepers}
+        if not mine:
+            return {}
+        keeps, groups = zip(*(self.keepers[f"{block.name}.{inner}"] for inner in mine), strict=True)
+        weights = {inner: one.weight.detach().float() for inner, one in mine.items()}
+        if not self.mend:
+            made = [
+                w_OI * keep(wanda(w_OI, seen.moment_II)) for keep, w_OI in zip(keeps, weights.values(), strict=True)
+            ]
+            targets = list(weights.values())
+        else:  # what one input is read by is mended as one map: the columns' costs are the same
+            seen.damping = DAMPING
+            targets = list(seen.targets(weights).values())
+            sizes = [len(w_OI) for w_OI in targets]
+            new_OI = _mended(torch.cat(targets), seen, by_rows(keeps, sizes), groups[0])
+            made = list(new_OI.split(sizes))
+        return {
+            inner: _row(w_OI, target_OI, new_OI, seen.moment_II)
+            for (inner, w_OI), target_OI, new_OI in zip(weights.items(), targets, made, strict=True)
+        }
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """See Technique."""
+        put(model, path, tensors["weight"])
+
+
+def _mended(target_OI: Tensor, seen: Seen, keep: Keep, group: int) -> Tensor:
+    w_OI = pruned(target_OI, seen.moment_II, keep, group, damping=seen.damping, root_II=seen.root_II)
+    return refit(w_OI, target_OI, damped(seen.moment_II, seen.damping).float(), w_OI != 0)
+
+
+def _row(w_OI: Tensor, target_OI: Tensor, new_OI: Tensor, moment_II: Tensor) -> Compressed:
+    cut, left = output_errors(target_OI, [w_OI * (new_OI != 0), new_OI], moment_II)
+    zeros = float((new_OI == 0).float().mean())
+    row = {"zeros": zeros, "output_error_ratio_cut": cut, "output_error_ratio": left}
+    return Compressed({"weight": new_OI.contiguous()}, row)
+
+
+def save_masks(model: PreTrainedModel, names: Collection[str], output: Path) -> None:
+    """Write which weights are not zero: a bit each, and the number of columns.
+
+    Of the maps in `names`, and of those that had zeros before.
+    """
+    found = {path: one for path, one in linears(model).items() if path in names or bool((one.weight == 0).any())}
+    maps = {f"{path}.weight": one for path, one in found.items()}
+    bits = {name: packed(one.weight != 0) for name, one in maps.items()}
+    # One entry alone: of several the file format leaves the order open.
+    columns = json.dumps({name: one.in_features for name, one in maps.items()})
+    save_file(bits, output / MASKS, {"columns": columns})
+
+
+def proven(model: PreTrainedModel, how: How, output: Path) -> Found:
+    """Zeros of the written checkpoint, `model` loaded from it, against its masks and what was asked.
+
+    Raises:
+        StageError: a weight stands where a mask says zero, or zeros are too few.
+    """
+    zeros = weights = 0
+    bits = load_file(output / MASKS)
+    for path in how.names:
+        w_OI = model.get_submodule(path).weight.detach()
+        stands_OI = w_OI != 0
+        wrong = int((stands_OI & ~unpacked(bits[f"{path}.weight"], w_OI.shape[1])).sum())
+        if how.pattern:
+            most, group = PATTERNS[how.pattern]
+            wrong += int((stands_OI.unflatten(1, (-1, group)).sum(2) > most).sum())
+        if wrong:
+            raise StageError(
+                f"{path} does not have the zeros that were asked",
+                measured=f"{wrong} weights too many",
+                limit=0,
+                remedy="This is a defect: please report it with the recipe.",
+            )
+        zeros, weights = zeros + int((~stands_OI).sum()), weights + w_OI.numel()
+        forget(w_OI)
+    if not how.pattern and weights - zeros > how.keep * weights:
+        raise StageError(
+            "the written checkpoint has fewer zeros than were asked",
+            measured=f"{weights - zeros} weights stand",
+            limit=f"{how.keep * weights:.0f}",
+            remedy="This is a defect: please report it with the recipe.",
+        )
+    return Found(zeros, weights)

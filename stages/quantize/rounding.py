@@ -1,0 +1,204 @@
+"""Choose, site by site, how a model's maps are rounded, and put the rounded maps in their places.
+
+Shapes: O outputs, I inputs, F factors of a site, M tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.algorithms.grids import E4M3_TOP, nearest_e4m3
+from stages.algorithms.refit import output_errors
+from stages.algorithms.rounding import fake_round, round_rows
+from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy.blocks import Block
+from stages.models.blockwise.compress import Compressed
+from stages.models.blockwise.site_moments import Seen
+from stages.models.blockwise.sites import maps
+from stages.models.layers import quantized_linear
+from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from stages.models.memory.pages import forget
+from stages.quantize.input_ranges import Decision
+from stages.quantize.movable_scales import Site, fold
+from stages.quantize.stored_forms import rounded
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a map is stored and read: the form of its weights, the block of a scale, the form of its inputs."""
+
+    form: str
+    block: int | None = None
+    input_form: str | None = None
+
+
+DAMPING = 0.3
+"""Of the fits, a share of the mean squared input: what few bits lose is small, and a calibration text says little of
+most directions. INT4 fitted on 8 windows of a book lost a sixth more KL on the rest of the book with 0.01, and a
+quarter more on another text; with 0.1, a fortieth and an eighth. INT8 and FP8 care little."""
+HEADROOM = 2.0
+"""FP8 ranges reach so many times the largest value seen: a float is as precise there, and nothing saturates."""
+
+
+def quantize_tables(model: PreTrainedModel) -> list[str]:
+    """INT8 rows for the embedding and the head; one table where they are tied. Returns the replaced paths."""
+    embedding, head = anatomy.embedding(model), anatomy.head(model)
+    table_VH: Tensor = embedding.weight  # type: ignore[assignment]
+    new = QuantizedEmbedding(*table_VH.shape)
+    new.weight, new.weight_scale = round_rows(table_VH.detach())
+    out = QuantizedLinear(int(head.in_features), int(head.out_features), bias=head.bias is not None)  # type: ignore[arg-type]
+    out.bias = head.bias  # type: ignore[assignment]
+    tied = head.weight is table_VH
+    out.weight, out.weight_scale = (
+        (new.weight, new.weight_scale) if tied else round_rows(head.weight.detach())  # type: ignore[operator]
+    )
+    names = {id(module): name for name, module in model.named_modules()}
+    anatomy.replace(model, embedding, new)
+    anatomy.replace(model, head, out)
+    return [names[id(embedding)], names[id(head)]]
+
+
+def names(model: PreTrainedModel) -> list[str]:
+    """Paths in the model of every float map of its blocks, each under every name it has there."""
+    return [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in maps(block)]
+
+
+def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
+    """Round every map to nearest by its weights alone. Returns a row a map."""
+    rows = []
+    for block in anatomy.blocks(model):
+        for path, one in maps(block).items():
+            name = f"{block.name}.{path}"
+            if name not in rounding.precision:
+                continue
+            w_OI, asked = one.weight.detach(), rounding.precision[name]
+            rounding.apply(model, name, rounded(w_OI, asked.form, asked.block, None, search=rounding.search))
+            new = model.get_submodule(name)
+            assert isinstance(new, QuantizedLinear)
+            missed = (new.dequantized() - w_OI).square().sum() / w_OI.square().sum().clamp_min(1e-30)
+            rows.append({"layer": name, "block": block.index, "format": asked.form, "error": float(missed)})
+            forget(w_OI)
+    return rows
+
+
+@dataclass
+class Rounding:
+    """A technique for `twin.compress`: every map of the blocks to few bits.
+
+    Attributes:
+        precision: by path in the model.
+        search: scales are searched; otherwise the format's own.
+        input_scales: by path; FP8 scales that nobody decided are found on the way.
+        notes: by path, what the table and `quantization.json` say of a map.
+    """
+
+    precision: Mapping[str, Precision]
+    search: bool = True
+    input_scales: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _speaks: dict[str, str] = field(default_factory=dict)
+    _factors: list[tuple[Site, Tensor]] = field(default_factory=list)
+
+    def take(self, decisions: Sequence[Decision]) -> None:
+        """Follow what was decided for sites; their factors are folded when their block's turn comes."""
+        for one in decisions:
+            self._factors.append((one.site, one.factor_F))
+            for name in one.site.readers.keys() & self.precision.keys():
+                self.notes[name] = one.note
+                if one.input_scale is not None:
+                    self.input_scales[name] = one.input_scale
+
+    def enter(self, block: Block) -> None:
+        """See `twin.Technique`. A map that one site reads with is written by another (v, up, a basis)."""
+        for site, factor_F in self._factors:
+            if site.block == block.index and not bool((factor_F == 1).all()):
+                fold(site, factor_F)
+        # A site holds its maps: what is rounded is to leave memory.
+        self._factors = [one for one in self._factors if one[0].block != block.index]
+
+    def begin(self, names: Sequence[str], peak: float) -> None:
+        """Take the range of FP8 inputs from the dense model's."""
+        here = [name for name in names if name in self.precision]
+        # What the site reads is asked by its first map, which may be one that stays as it is.
+        self._speaks = {names[0]: here[0]} if here else {}
+        for name in here:
+            if self.precision[name].input_form == "fp8_e4m3" and name not in self.notes:
+                self.input_scales[name] = HEADROOM * peak / E4M3_TOP or 1.0
+
+    def read(self, name: str, z_MI: Tensor) -> Tensor:
+        """The inputs as the map will read them."""
+        speaks = self._speaks.get(name, "")
+        scale = self.input_scales.get(speaks)
+        if scale is None:
+            return z_MI
+        form = self.precision[speaks].input_form
+        return fake_round(z_MI, scale) if form == "int8" else nearest_e4m3(z_MI / scale) * scale
+
+    def compress(self, block: Block, found: Mapping[str, nn.Module], seen: Seen) -> dict[str, Compressed]:
+        """See `twin.Technique`. Maps that are rounded alike are rounded as one: their columns are the same."""
+        seen.damping = DAMPING
+        made: dict[str, Compressed] = {}
+        alike: dict[Precision, dict[str, nn.Linear]] = {}
+        for path, one in found.items():
+            asked = self.precision.get(f"{block.name}.{path}")
+            if asked and isinstance(one, nn.Linear):  # a tensor of two sites is rounded already at the second
+                alike.setdefault(asked, {})[path] = one
+        for asked, together in alike.items():
+            weights = {path: one.weight.detach() for path, one in together.items()}
+            targets = list((seen.targets(weights) if self.search else weights).values())
+            root_II = seen.root_II if self.search else None
+            tensors = rounded(torch.cat(targets), asked.form, asked.block, root_II, search=self.search)
+            sizes = [len(target_OI) for target_OI in targets]
+            for index, path in enumerate(together):
+                own = {name: (t.split(sizes)[index] if t.ndim else t).clone() for name, t in tensors.items()}
+                made[path] = self._compressed(f"{block.name}.{path}", together[path], own, targets[index], seen)
+        return made
+
+    def _compressed(
+        self, name: str, old: nn.Linear, tensors: dict[str, Tensor], target_OI: Tensor, seen: Seen
+    ) -> Compressed:
+        if (scale := self.input_scales.get(name)) is not None:
+            tensors["input_scale"] = torch.tensor(scale)
+        new, asked = self._module(old, name, tensors), self.precision[name]
+        plain, ours = output_errors(target_OI, [nearest(old.weight.detach(), asked), new.dequantized()], seen.moment_II)
+        return Compressed(tensors, {"format": asked.form, "error_nearest": plain, "error": ours})
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """See `twin.Technique`."""
+        weight = model.get_submodule(path).weight
+        # Tied maps and bases that stand at several places keep one tensor.
+        for name, old in list(model.named_modules()):
+            if getattr(old, "weight", None) is not weight:
+                continue
+            own = {key: tensor if tensor.ndim else tensor.clone() for key, tensor in tensors.items()}
+            if isinstance(old, QuantizedLinear):
+                old.put(own)
+            else:
+                quantized_linear.replace(model, name, self._module(old, path, own))
+
+    def _module(self, old: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+        assert isinstance(old, nn.Linear)
+        asked = self.precision[name]
+        new = QuantizedLinear(
+            old.in_features,
+            old.out_features,
+            form=asked.form,
+            block=asked.block,
+            input_form=asked.input_form if "input_scale" in tensors else None,
+        )
+        new.bias = None if old.bias is None else old.bias.detach()
+        new.put(tensors)
+        return new
+
+
+def nearest(w_OI: Tensor, asked: Precision, *, search: bool = False) -> Tensor:
+    """The map as it is read again when its weights are rounded to nearest."""
+    made = QuantizedLinear(w_OI.shape[1], w_OI.shape[0], form=asked.form, block=asked.block)
+    made.put(rounded(w_OI, asked.form, asked.block, None, search=search))
+    return made.dequantized()

@@ -1,0 +1,152 @@
+"""The course of a training run: step, check, save, step back from a loss that left its course, resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from torch import Tensor
+
+from stages.algorithms.schedule import batch, cosine
+from stages.recover import student
+from stages.recover.student import HeldOut, Learner, Record
+from stages.runtime.contract import Progress, StageError
+
+LARGEST_JUMP = 4.0
+"""A loss this many times the median of the last ones is a jump: batches of one text differ by less than 2."""
+REMEMBERED = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Length and rate of a run, and how often it is checked and saved."""
+
+    steps: int
+    batch_windows: int
+    learning_rate: float
+    warmup_steps: int
+    check_every_steps: int
+    patience: int
+    seed: int
+    written_windows: int = 0
+
+
+def train(
+    plan: Plan,
+    made: Learner,
+    held: Sequence[HeldOut],
+    start: Callable[[], Mapping[str, Tensor]],
+    partial: Path,
+    progress: Progress,
+) -> Record:
+    """Train, or go on from the state in `partial`, until the steps are done or patience ends.
+
+    Args:
+        plan: how long and how fast.
+        made: student, lessons, optimizer.
+        held: windows to judge by.
+        start: gives the tensors that the student began with, if a step must be taken back before the first save.
+        partial: where state is kept; a state saved there is gone on from.
+        progress: told of every step.
+
+    Returns:
+        Where the run ended; the best weights lie in `partial`.
+
+    Raises:
+        StageError: the loss left its course again after the rate was halved.
+    """
+    record = student.resume(made, partial)
+    if record is None:
+        record = _fresh(made, held, progress)
+    else:
+        progress.note(f"goes on from step {record.step} of {plan.steps}, saved before it was cut off")
+    began, first = time.monotonic(), record.step
+    while record.step < plan.steps and record.checks_since_best < plan.patience:
+        share = cosine(record.step, plan.steps, plan.warmup_steps)
+        chosen = batch(record.step, plan.batch_windows, len(made.ids_NT), plan.seed, plan.written_windows)
+        loss = student.learn(made, chosen, plan.learning_rate * record.rate_factor * share)
+        if jumped(loss, record.losses):
+            record = _rolled_back(made, start, partial, progress, record, loss)
+            continue
+        record.step += 1
+        record.losses = [*record.losses, loss][-REMEMBERED:]
+        made.updates.check_one(record.step)
+        record.point("kl", loss, record.step)
+        progress.metric("kl", loss, record.step)
+        progress.advanced(record.step, plan.steps)
+        if record.step % plan.check_every_steps == 0 or record.step == plan.steps:
+            _check(made, held, record, progress)
+            student.save(made, partial, record)
+    if record.step > first:
+        _tell_rate(
+            (record.step - first) * plan.batch_windows * made.labels_NT.shape[1], time.monotonic() - began, progress
+        )
+    return record
+
+
+def jumped(loss: float, losses: Sequence[float]) -> bool:
+    """Whether a loss is not finite, or far above the median of those before it."""
+    # A comparison with NaN is false, so that this order catches it too.
+    if not loss < float("inf"):
+        return True
+    return len(losses) >= REMEMBERED // 2 and loss > LARGEST_JUMP * sorted(losses)[len(losses) // 2]
+
+
+def _tell_rate(tokens: int, seconds: float, progress: Progress) -> None:
+    rate = max(1, round(tokens / seconds))
+    progress.note(f"read {rate} tokens a second here; `tokens: 20 min at {rate}/s` is a budget of twenty minutes")
+
+
+def _fresh(made: Learner, held: Sequence[HeldOut], progress: Progress) -> Record:
+    record = Record()
+    kl, goal = _scored(made, held, record, progress)
+    record.kl_before = record.best_kl = kl
+    record.before = record.best = goal
+    return record
+
+
+def _check(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> None:
+    kl, goal = _scored(made, held, record, progress)
+    record.checks_since_best += 1
+    if goal < record.best:
+        record.best, record.best_kl, record.best_step, record.checks_since_best = goal, kl, record.step, 0
+
+
+def _scored(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> tuple[float, float]:
+    """Mean KL and mean score by the goal."""
+    scores = student.score(made, held)
+    for role, one in scores.items():
+        points = {"kl": one.kl} | ({"excess": one.excess} if made.goal.kl_weight < 1 else {})
+        for name, value in points.items():
+            record.point(f"{name}_{role}_held_out", value, record.step)
+            progress.metric(f"{name}_{role}_held_out", value, record.step)
+    return fmean(one.kl for one in scores.values()), fmean(made.goal.of(one) for one in scores.values())
+
+
+def _rolled_back(
+    made: Learner,
+    start: Callable[[], Mapping[str, Tensor]],
+    partial: Path,
+    progress: Progress,
+    record: Record,
+    loss: float,
+) -> Record:
+    what = f"the loss left its course at step {record.step + 1}"
+    if record.rate_factor < 1:
+        raise StageError(
+            f"{what}, again after the learning rate was halved",
+            measured=f"loss {loss:.4g}, {record.losses[-1] if record.losses else record.kl_before:.4g} before",
+            limit=f"{LARGEST_JUMP} times the median of the last {REMEMBERED} losses",
+            remedy="Lower `learning_rate`, or look at the text for passages unlike the rest.",
+        )
+    back = student.resume(made, partial)
+    if back is None:
+        student.take(made, start())
+        kl, goal = record.kl_before, record.before
+        back = Record(kl_before=kl, best_kl=kl, before=goal, best=goal)
+    back.rate_factor = 0.5
+    progress.note(f"{what} ({loss:.4g}): back to step {back.step} at half the learning rate")
+    return back

@@ -1,0 +1,57 @@
+"""What recovery did to a checkpoint, read from the bytes before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.models.checkpoint.loading import load_model
+from stages.recover.weight_updates import is_sparse
+from stages.runtime.contract import StageError
+
+
+def changes(before: Path, after: Path, *, zeros_stay: bool, mended: bool = True) -> list[dict[str, Any]]:
+    """A row a tensor: how far it moved relative to its norm, and its share of zeros.
+
+    Args:
+        before: the checkpoint that came.
+        after: the one that was written.
+        zeros_stay: whether the zeros of sparse matrices had to.
+        mended: whether training found anything better than what came.
+
+    Raises:
+        StageError: no tensor changed, the structure did, or a zero that had to stay is none.
+    """
+    old, new = (dict(load_model(folder).named_parameters()) for folder in (before, after))
+    rows = [_row(name, old[name].detach(), new[name].detach()) for name in old if name in new]
+    changed = sum(row["relative_change"] > 0 for row in rows)
+    if new.keys() != old.keys() or bool(changed) != mended:
+        raise StageError(
+            "recovery changed no tensor of the checkpoint, or its structure, or what it meant to leave",
+            measured=f"{changed} of {len(old)} tensors differ, {len(new)} written",
+            limit="the same tensors with other values",
+        )
+    if zeros_stay:
+        wrong = [
+            name for name in old if is_sparse(old[name].detach()) and int(((old[name] == 0) & (new[name] != 0)).sum())
+        ]
+        if wrong:
+            raise StageError(
+                f"{wrong[0]} lost zeros that had to stay",
+                measured=f"{len(wrong)} tensors",
+                limit=0,
+                remedy="This is a defect: please report it with the recipe.",
+            )
+    return rows
+
+
+def _row(name: str, old: Tensor, new: Tensor) -> dict[str, Any]:
+    gone = (new - old).float().norm() / old.float().norm().clamp_min(1e-30)
+    return {
+        "tensor": name,
+        "relative_change": 0.0 if torch.equal(old, new) else float(gone),
+        "zeros": float((new == 0).float().mean()),
+    }

@@ -1,0 +1,298 @@
+"""A student that learns from a teacher: its optimizer, its state on disk, its held-out score.
+
+Shapes: N windows, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stages.algorithms.distillation import Targets, compared, distill
+from stages.models.anatomy import blocks as anatomy
+from stages.models.memory.saved_state import read_record, restore, save_state
+from stages.recover.headless import Apart
+from stages.recover.matched_blocks import inputs_of
+from stages.recover.teacher_answers import Lessons
+from stages.recover.weight_updates import Updates, listen
+from stages.runtime.contract import StageError
+
+LARGEST_GRADIENT = 1.0
+"""Gradients are scaled down to this norm."""
+ACTIVATION_BYTES = 60
+"""A block keeps about this many bytes for its backward pass, a token and hidden unit."""
+MOST_ACTIVATIONS = 4 * 2**30
+"""Blocks that would keep more bytes than this are computed again in the backward pass: a third more time."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Windows that are never trained on, with the teacher's last hidden states."""
+
+    name: str
+    ids_NT: Tensor
+    teacher_NTH: Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a held-out text: mean KL to the teacher and cross-entropy less the teacher's, nats a token."""
+
+    kl: float
+    excess: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The loss: shares of divergence and cross-entropy, and how much the inputs of listened-to blocks count."""
+
+    kl_weight: float
+    temperature: float
+    hidden_weight: float
+
+    def of(self, score: Score) -> float:
+        """What a held-out score is worth by this goal, nats a token; what the teacher itself has is 0."""
+        return self.kl_weight * score.kl + (1 - self.kl_weight) * score.excess
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Student, lessons, optimizer.
+
+    Attributes:
+        ids_NT: windows to learn from, as the student reads them.
+        labels_NT: the next token of each position, -1 where it counts for nothing.
+        at_once: windows of one forward pass; a step of more accumulates gradients.
+        listened: the student's blocks whose inputs count, in the lessons' order.
+    """
+
+    student: Apart
+    teacher: Apart
+    ids_NT: Tensor
+    labels_NT: Tensor
+    lessons: Lessons
+    updates: Updates
+    optimizer: torch.optim.AdamW
+    goal: Goal
+    at_once: int
+    listened: Mapping[str, nn.Module]
+
+
+@dataclass
+class Record:
+    """Where a run stands; saved beside the tensors.
+
+    Attributes:
+        kl_before: mean held-out KL before the first step.
+        best_kl: the same at the best step.
+        before: mean held-out score by the goal (`Goal.of`) before the first step.
+        best: the lowest of those since.
+        curve: metric -> [step, value] pairs, so that a resumed run draws the whole of it.
+    """
+
+    step: int = 0
+    kl_before: float = 0.0
+    best_kl: float = 0.0
+    before: float = 0.0
+    best: float = 0.0
+    best_step: int = 0
+    rate_factor: float = 1.0
+    losses: list[float] = field(default_factory=list)
+    checks_since_best: int = 0
+    curve: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def point(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        self.curve.setdefault(name, []).append([step, value])
+
+
+def learner(
+    student: Apart,
+    teacher: Apart,
+    ids_NT: Tensor,
+    lessons: Lessons,
+    updates: Updates,
+    *,
+    goal: Goal,
+    at_once: int,
+    listened: Mapping[str, nn.Module],
+    written: int = 0,
+) -> Learner:
+    """Give what is moved an optimizer, and compute blocks again where their activations would not fit.
+
+    Args:
+        student: what learns.
+        teacher: whose head judges.
+        ids_NT: windows to learn from.
+        lessons: the teacher's answers on them.
+        updates: how the student's weights learn.
+        goal: the loss.
+        at_once: windows of one forward pass.
+        listened: the student's blocks whose inputs count.
+        written: how many windows at the end the teacher wrote itself; their tokens are no truth to predict.
+
+    Raises:
+        StageError: an encoder, which sees the next token, is to predict it.
+    """
+    blocks = anatomy.blocks(student.model)
+    if goal.kl_weight < 1 and any(block.stack == "encoder" for block in blocks):
+        why = "answers the teacher's texts, which are no truth" if student.source else "sees the next token"
+        raise StageError(
+            f"{type(student.model).__name__} {why}, so that predicting it teaches nothing",
+            measured=f"kl_weight {goal.kl_weight}",
+            limit="kl_weight 1",
+        )
+    listen(updates)
+    hidden = student.head.weight_VH.shape[1]
+    if at_once * ids_NT.shape[1] * hidden * len(blocks) * ACTIVATION_BYTES > MOST_ACTIVATIONS:
+        for block in blocks:
+            block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
+    moved = list(updates.moved.values())
+    optimizer = torch.optim.AdamW(moved, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    labels_NT = student.labels(ids_NT)
+    labels_NT[len(ids_NT) - written :] = -1
+    return Learner(student, teacher, ids_NT, labels_NT, lessons, updates, optimizer, goal, at_once, listened)
+
+
+@torch.no_grad()
+def held_out(teacher: Apart, name: str, ids_NT: Tensor) -> HeldOut:
+    """Run the teacher once over the windows; its hidden states are a hundredth of its logits."""
+    return HeldOut(name, ids_NT, torch.cat([teacher.hidden(ids_1T) for ids_1T in ids_NT.split(1)]))
+
+
+@torch.no_grad()
+def score(made: Learner, held: Sequence[HeldOut]) -> dict[str, Score]:
+    """How near the student is to the teacher on each held-out text."""
+    found: dict[str, Score] = {}
+    for one in held:
+        total, count = torch.zeros(2), 0
+        labels_NT, counted_NT = made.student.labels(one.ids_NT), made.student.counted(one.ids_NT)
+        for n, ids_1T in enumerate(one.ids_NT.split(1)):
+            at = counted_NT[n]
+            student_MH, teacher_MH = made.student.hidden(ids_1T)[0][at], one.teacher_NTH[n][at]
+            sides = compared(made.student.head, made.teacher.head, student_MH, teacher_MH, labels_NT[n][at])
+            total, count = total + torch.stack([side_M.sum() for side_M in sides]), count + len(student_MH)
+        kl, excess = (total / count).tolist()
+        found[one.name] = Score(kl, excess)
+    return found
+
+
+def last_score(record: Record, held: Sequence[HeldOut]) -> dict[str, Score]:
+    """The scores at the best step, from the curve, if that is where the student stands; else none."""
+    if record.best_step != record.step:
+        return {}
+    last = {name: points[-1][1] for name, points in record.curve.items()}
+    return {
+        one.name: Score(last[f"kl_{one.name}_held_out"], last.get(f"excess_{one.name}_held_out", 0.0)) for one in held
+    }
+
+
+def learn(made: Learner, chosen: Sequence[int], rate: float) -> float:
+    """One step of the optimizer on some windows; returns the loss. A loss that is not finite changes nothing."""
+    total = 0.0
+    for first in range(0, len(chosen), made.at_once):
+        part = list(chosen[first : first + made.at_once])
+        loss = _loss(made, part) * (len(part) / len(chosen))
+        total += float(loss.detach())
+        if not torch.isfinite(loss):
+            break
+        loss.backward()
+    else:
+        _step(made, rate)
+    made.optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _loss(made: Learner, chosen: list[int]) -> Tensor:
+    lesson, ids_NT = made.lessons.of(chosen), made.ids_NT[chosen]
+    counted_NT = made.student.counted(ids_NT)
+    with inputs_of(made.listened) as heard:
+        student_MH = made.student.hidden(ids_NT)[counted_NT]
+    counted_M = counted_NT.flatten()
+    loss = distill(
+        made.student.head,
+        student_MH,
+        Targets(lesson.targets.tokens_Nk[counted_M], lesson.targets.log_p_Nk[counted_M]),
+        made.labels_NT[chosen][counted_NT],
+        kl_weight=made.goal.kl_weight,
+        temperature=made.goal.temperature,
+    )
+    for name, target_NTH in zip(made.listened, lesson.states, strict=True):
+        target_MH = target_NTH[counted_NT].float()
+        gap_M = (heard[name][counted_NT].float() - target_MH).square().mean(-1)
+        # A few tokens carry states a thousand times as large as the others', in one model or in both: each counts
+        # relative to its own, and one that only the student makes huge by the logarithm of how much.
+        loss = loss + made.goal.hidden_weight * torch.log1p(gap_M / target_MH.square().mean(-1)).mean()
+    return loss
+
+
+def _step(made: Learner, rate: float) -> None:
+    nn.utils.clip_grad_norm_(list(made.updates.moved.values()), LARGEST_GRADIENT)
+    for group in made.optimizer.param_groups:
+        group["lr"] = rate
+    made.optimizer.step()
+    made.updates.put()
+
+
+def save(made: Learner, folder: Path, record: Record) -> None:
+    """Write state to go on from; the best weights are kept in a file of their own.
+
+    Raises:
+        StageError: a weight stands where a sparse update has to leave a zero.
+    """
+    moved = made.updates.moved
+    made.updates.check(list(made.updates.masks))
+    state = {f"weight.{name}": tensor for name, tensor in moved.items()}
+    for name, tensor in moved.items():
+        moments = made.optimizer.state[tensor]
+        state[f"mean.{name}"], state[f"square.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+    if record.best_step == record.step:
+        save_state(_best(folder, record.step), moved, {})
+    save_state(folder / "state.safetensors", state, vars(record))
+    for stale in folder.glob("best-*.safetensors"):
+        if stale != _best(folder, record.best_step):
+            stale.unlink()
+
+
+def resume(made: Learner, folder: Path) -> Record | None:
+    """Put the last saved state into the learner; None when none was saved."""
+    path, moved = folder / "state.safetensors", made.updates.moved
+    read = read_record(path)
+    if read is None:
+        return None
+    record = Record(**read)
+    moments: dict[str, Tensor] = {}
+    for name, tensor in moved.items():
+        mean, square = torch.empty_like(tensor), torch.empty_like(tensor)
+        made.optimizer.state[tensor] = {"step": torch.tensor(float(record.step)), "exp_avg": mean, "exp_avg_sq": square}
+        moments |= {f"mean.{name}": mean, f"square.{name}": square}
+    restore(path, {f"weight.{name}": tensor for name, tensor in moved.items()} | moments)
+    made.updates.put()
+    return record
+
+
+def take(made: Learner, tensors: Mapping[str, Any]) -> None:
+    """Give the student these tensors and a fresh optimizer."""
+    with torch.no_grad():
+        for name, tensor in made.updates.moved.items():
+            tensor.copy_(tensors[name])
+    made.optimizer.state.clear()
+    made.updates.put()
+
+
+def take_best(made: Learner, folder: Path, record: Record) -> None:
+    """Put the tensors of the best held-out score into the student."""
+    if record.best_step != record.step:
+        restore(_best(folder, record.best_step), made.updates.moved)
+        made.updates.put()
+
+
+def _best(folder: Path, step: int) -> Path:
+    return folder / f"best-{step}.safetensors"

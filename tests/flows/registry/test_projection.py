@@ -1,0 +1,316 @@
+"""The journal decides, MLflow follows; nothing registers twice, nothing is lost by a kill."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from flows.registry import package
+from flows.registry.journal import Candidate, Executable, append, head, history, models
+from flows.registry.projection import Drift, Registry, drift, promote, reconcile, release, rollback, versions
+from stages.runtime.contract import StageError
+from stages.runtime.stores import LocalObjects
+from tests.flows.recorded import tracking_in
+
+MODEL, ALIAS = "smollm2", "champion"
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch) -> Registry:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Registry(LocalObjects(tmp_path / "store"), tracking_in(tmp_path / "mlflow"))
+
+
+@pytest.fixture
+def engine(tmp_path) -> Path:
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    (folder / "engine.json").write_text('{"target": "onnxruntime:cpu"}')
+    (folder / "model.onnx").write_bytes(b"weights")
+    return folder
+
+
+def candidate(registry, letter, *, passed=True, judged=True, run=None, model=MODEL):
+    run = run or registry.client.create_run(registry.tracking.experiment_id).info.run_id
+    return Candidate(
+        model=model,
+        serves="cpu",
+        executables={
+            "cpu": Executable(fingerprint=letter * 64, target="onnxruntime:cpu", judged=judged),
+            "gpu": Executable(fingerprint=f"{letter}9" * 32, target="tensorrt_rtx:sm_89", judged=False),
+        },
+        verdict={"passed": passed, "gates": []},
+        run=run,
+    )
+
+
+def served(registry):
+    return registry.client.get_model_version_by_alias(MODEL, ALIAS).version
+
+
+def logged(registry):
+    return registry.client.search_logged_models([registry.tracking.experiment_id])
+
+
+def test_release_registers_promotes_and_says_what_was_not_judged(registry, engine):
+    asked = candidate(registry, "a")
+    made = release(registry, asked, engine, ALIAS, why="first")
+    assert (made.version, made.new, made.moved, made.note) == ("1", True, True, "")
+    version = registry.client.get_model_version_by_alias(MODEL, ALIAS)
+    targets = {"onnxruntime:cpu": "judged", "tensorrt_rtx:sm_89": "compiled, not judged"}
+    assert json.loads(version.tags["enginery.targets"]) == targets
+    assert version.tags["enginery.fingerprint"] == "a" * 64 and version.tags["enginery.target"] == "onnxruntime:cpu"
+    assert version.run_id == asked.run and "tensorrt_rtx:sm_89: compiled, not judged" in version.description
+    (entry,) = history(registry.objects, MODEL)
+    assert entry == head(registry.objects, MODEL, ALIAS)
+    assert (entry.number, entry.action, entry.previous, entry.why) == (1, "promote", None, "first")
+    assert entry.candidate == asked and "@" in entry.who and entry.when
+    outputs = registry.client.get_run(asked.run).outputs.model_outputs
+    assert [one.model_id for one in outputs] == [made.logged_model] == [one.model_id for one in logged(registry)]
+    assert models(registry.objects) == [MODEL] and drift(registry, MODEL) == []
+
+
+def test_release_of_the_same_engines_registers_nothing_new(registry, engine):
+    release(registry, candidate(registry, "a"), engine, ALIAS)
+    again = candidate(registry, "a").model_copy(update={"verdict": {"passed": True, "gates": ["changed"]}})
+    made = release(registry, again, engine, ALIAS)
+    assert (made.version, made.new, made.moved) == ("1", False, False) and "already" in made.note
+    assert len(history(registry.objects, MODEL)) == len(versions(registry, MODEL)) == len(logged(registry)) == 1
+    assert release(registry, candidate(registry, "b"), engine, ALIAS).version == "2"  # no number was burned
+
+
+def test_release_under_another_name_shares_the_logged_model(registry, engine):
+    one = release(registry, candidate(registry, "a"), engine, ALIAS)
+    two = release(registry, candidate(registry, "a", model="other"), engine, ALIAS)
+    assert two.new and two.logged_model == one.logged_model and len(logged(registry)) == 1
+
+
+@pytest.mark.parametrize(("change", "text"), [({"passed": False}, "hold its gates"), ({"judged": False}, "not judged")])
+def test_release_of_what_did_not_pass_leaves_alias_and_registry_alone(registry, engine, change, text):
+    release(registry, candidate(registry, "a"), engine, ALIAS)
+    with pytest.raises(StageError, match=text):
+        release(registry, candidate(registry, "b", **change), engine, ALIAS)
+    assert len(versions(registry, MODEL)) == len(history(registry.objects, MODEL)) == 1 and served(registry) == 1
+    assert len(logged(registry)) == 1
+
+
+def test_rollback_goes_back_step_by_step_and_refuses_at_the_first(registry, engine):
+    for letter in "abc":
+        release(registry, candidate(registry, letter), engine, ALIAS)
+    assert int(served(registry)) == 3
+    back = rollback(registry, MODEL, ALIAS, why="slow")
+    assert (back.version, back.moved) == ("2", True) and int(served(registry)) == 2
+    assert rollback(registry, MODEL, ALIAS).version == "1" and int(served(registry)) == 1
+    with pytest.raises(StageError, match="no version to go back to"):
+        rollback(registry, MODEL, ALIAS)
+    entries = history(registry.objects, MODEL)
+    assert [(e.number, e.action, e.version.number, e.previous) for e in entries] == [
+        (1, "promote", "1", None),
+        (2, "promote", "2", "1"),
+        (3, "promote", "3", "2"),
+        (4, "rollback", "2", "3"),
+        (5, "rollback", "1", "2"),
+    ]
+
+
+def test_rerun_after_a_rollback_does_not_undo_it_but_a_person_can(registry, engine):
+    for letter in "abc":
+        release(registry, candidate(registry, letter), engine, ALIAS)
+    rollback(registry, MODEL, ALIAS, why="slow")
+    rollback(registry, MODEL, ALIAS)
+    for letter in "bc":
+        made = release(registry, candidate(registry, letter), engine, ALIAS)
+        assert not made.moved and "was rolled back by" in made.note and int(served(registry)) == 1
+    assert "slow" in made.note
+    assert promote(registry, MODEL, "3", ALIAS, why="fixed").moved and int(served(registry)) == 3
+    assert rollback(registry, MODEL, ALIAS).version == "1"
+    assert release(registry, candidate(registry, "d"), engine, ALIAS).moved and int(served(registry)) == 4
+
+
+def test_promote_an_unknown_version_names_those_there_are(registry, engine):
+    release(registry, candidate(registry, "a"), engine, ALIAS)
+    registry.client.create_model_version(MODEL, "file:///by/hand")
+    with pytest.raises(StageError, match=r"version 2 of smollm2; limit 1"):
+        promote(registry, MODEL, "2", ALIAS)
+    with pytest.raises(StageError, match="no version"):
+        promote(registry, "nothing", "1", ALIAS)
+
+
+def test_alias_moved_by_hand_is_reported_and_put_back(registry, engine):
+    for letter in "ab":
+        release(registry, candidate(registry, letter), engine, ALIAS)
+    registry.client.set_registered_model_alias(MODEL, ALIAS, "1")
+    registry.client.set_registered_model_alias(MODEL, "someones", "1")
+    assert drift(registry, MODEL) == [Drift(MODEL, ALIAS, "2", "1")]
+    assert reconcile(registry, MODEL) == [Drift(MODEL, ALIAS, "2", "1")]
+    assert drift(registry, MODEL) == [] and int(served(registry)) == 2
+    registry.client.delete_registered_model_alias(MODEL, ALIAS)
+    assert drift(registry, MODEL) == [Drift(MODEL, ALIAS, "2", None)] and reconcile(registry, MODEL)
+    assert registry.client.get_registered_model(MODEL).aliases == {ALIAS: 2, "someones": 1}
+
+
+def test_aliases_of_one_model_stand_apart(registry, engine):
+    release(registry, candidate(registry, "a"), engine, ALIAS)
+    release(registry, candidate(registry, "b"), engine, "challenger")
+    assert int(served(registry)) == 1 and head(registry.objects, MODEL, "challenger").version.number == "2"
+    assert [e.number for e in history(registry.objects, MODEL)] == [1, 2]
+    with pytest.raises(StageError, match="no version to go back to"):
+        rollback(registry, MODEL, "challenger")
+
+
+def test_registry_that_lost_its_versions_is_rebuilt_by_the_next_run(registry, engine, tmp_path):
+    for letter in "ab":
+        release(registry, candidate(registry, letter), engine, ALIAS)
+    rebuilt = Registry(registry.objects, tracking_in(tmp_path / "new"))
+    with pytest.raises(StageError, match="lost version 2"):
+        reconcile(rebuilt, MODEL)
+    with pytest.raises(StageError, match="lost version 1"):
+        rollback(rebuilt, MODEL, ALIAS)
+    made = release(rebuilt, candidate(rebuilt, "b"), engine, ALIAS)
+    assert (made.version, made.new, made.moved) == ("1", True, True) and int(served(rebuilt)) == 1
+    assert not release(rebuilt, candidate(rebuilt, "b"), engine, ALIAS).moved
+    with pytest.raises(StageError, match="lost version 1"):  # the one before, not the same engines under an old number
+        rollback(rebuilt, MODEL, ALIAS)
+    release(rebuilt, candidate(rebuilt, "c"), engine, ALIAS)
+    assert rollback(rebuilt, MODEL, ALIAS).version == "1"
+
+
+def test_concurrent_promoters_each_get_a_number_of_their_own(registry, engine):
+    for letter in "abcd":
+        release(registry, candidate(registry, letter), engine, ALIAS)
+    known = versions(registry, MODEL)
+    begin, mine = threading.Barrier(8), []
+
+    def one(i):
+        begin.wait()
+        for n in range(5):
+            chosen = known[(i + n) % 4]
+            mine.append(append(registry.objects, MODEL, ALIAS, "promote", lambda _, c=chosen: c, "race"))
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    entries = history(registry.objects, MODEL)
+    assert [e.number for e in entries] == list(range(1, 45))
+    assert sorted(e.number for e in mine) == list(range(5, 45))
+    assert all(b.previous == a.version.number for a, b in itertools.pairwise(entries))
+    reconcile(registry, MODEL)
+    assert str(served(registry)) == entries[-1].version.number
+
+
+def test_journal_entry_of_a_user_without_a_name_says_its_number(registry, engine, monkeypatch):
+    def nameless():
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    release(registry, candidate(registry, "a"), engine, ALIAS)
+    assert head(registry.objects, MODEL, ALIAS).who.startswith(f"uid {os.getuid()}@")
+
+
+def test_journal_beside_strange_files_reads_its_entries_only(registry, engine):
+    release(registry, candidate(registry, "a"), engine, ALIAS)
+    registry.objects.put(f"promotions/{MODEL}/.put-left-over", b"half")
+    assert len(history(registry.objects, MODEL)) == 1 and history(registry.objects, MODEL, "nobody") == []
+    assert head(registry.objects, "nothing", ALIAS) is None and models(registry.objects) == [MODEL]
+
+
+CASES = ("half a logged model", "before the version", "before the journal", "before the alias")
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from flows import registry
+from flows.tracking.runs import Tracking
+from mlflow import MlflowClient, pyfunc
+from mlflow.store.model_registry import sqlalchemy_store as _
+from mlflow.store.tracking import sqlalchemy_store as _
+from stages.runtime.stores import LocalObjects
+from tests.flows.recorded import tracking_in
+from tests.flows.registry.test_projection import CASES, candidate
+
+def release(where, root, run):
+    die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    if where == "half a logged model":
+        MlflowClient.log_model_artifacts = die
+    if where == "before the version":
+        MlflowClient.create_model_version = die
+    if where == "before the journal":
+        registry.append = die
+    if where == "before the alias":
+        registry.reconcile = die
+    made = registry.Registry(LocalObjects(root / "store"), tracking_in(root / "mlflow"))
+    registry.release(made, candidate(made, "a", run=run), root / "engine", "champion")
+
+pyfunc.save_model  # imported once, before the forks
+for where, run in zip(CASES, sys.argv[2:]):
+    if (pid := os.fork()) == 0:
+        release(where, Path(sys.argv[1], where), run)
+        os._exit(7)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL, where
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder for each case in which a release was killed, with the MLflow run it belonged to."""
+    root, runs = tmp_path_factory.mktemp("killed"), {}
+    for where in CASES:
+        (root / where / "engine").mkdir(parents=True)
+        (root / where / "engine" / "model.onnx").write_bytes(b"weights")
+        tracking = tracking_in(root / where / "mlflow")
+        runs[where] = tracking.client.create_run(tracking.experiment_id).info.run_id
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(root), *runs.values()],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        cwd=root,
+    )
+    assert done.returncode == 0, done.stderr
+    return root, runs
+
+
+@pytest.mark.parametrize("where", CASES)
+def test_release_killed_between_its_steps_comes_to_one_version(killed, where):
+    root, runs = killed
+    registry = Registry(LocalObjects(root / where / "store"), tracking_in(root / where / "mlflow"))
+    made = release(registry, candidate(registry, "a", run=runs[where]), root / where / "engine", ALIAS)
+    assert made.version == "1" and made.new == (where in ("half a logged model", "before the version"))
+    assert made.moved == (where != "before the alias")
+    assert len(versions(registry, MODEL)) == len(history(registry.objects, MODEL)) == len(logged(registry)) == 1
+    assert int(served(registry)) == 1 and drift(registry, MODEL) == []
+    (carrier,) = logged(registry)
+    assert str(carrier.status) == "READY" and carrier.model_id == made.logged_model
+
+
+def test_release_by_two_at_once_keeps_the_lowest_version(registry, engine, monkeypatch):
+    asked = candidate(registry, "a")
+    client = registry.client
+    create = type(client).create_model_version
+
+    def overtaken(self, name, *args, **kwargs):  # another process registers the same engines first
+        create(self, name, *args, **kwargs)
+        return create(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(type(client), "create_model_version", overtaken)
+    made = release(registry, asked, engine, ALIAS)
+    assert (made.version, made.new) == ("1", False) and [one.number for one in versions(registry, MODEL)] == ["1"]
+
+
+def test_package_of_other_code_is_another_logged_model(registry, engine, tmp_path, monkeypatch):
+    run = candidate(registry, "a").run
+    one = package.logged_model(registry.tracking, engine, MODEL, "a" * 64, run)
+    other = tmp_path / "served.py"
+    other.write_text(package.SERVED.read_text() + "\n# changed\n")
+    monkeypatch.setattr(package, "SERVED", other)
+    two = package.logged_model(registry.tracking, engine, MODEL, "a" * 64, run)
+    assert one.model_id != two.model_id
+    assert package.logged_model(registry.tracking, engine, MODEL, "a" * 64, run).model_id == two.model_id

@@ -1,0 +1,188 @@
+"""The registered model answers where neither the project nor its store can be seen."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from flows.registry.journal import Candidate, Executable
+from flows.registry.package import travelling_code
+from flows.registry.projection import Registry, release
+from flows.tracking.runs import quiet
+from stages.runtime.fingerprint import ROOT
+from stages.runtime.stores import LocalObjects
+from tests.flows.recorded import tracking_in
+
+WORDS = ("<end>", "the", "capital", "of", "france", "is", "paris", "and", "rome", "italy")
+FOLLOWS = {"is": "paris", "paris": "and", "and": "rome", "rome": "is", "italy": "<end>", "the": "italy"}
+"""What the engine of these tests says after each word; its answers can be read off."""
+
+
+def chain(folder: Path) -> Path:
+    """An engine whose next word depends on the last one only."""
+    folder.mkdir(parents=True)
+    table_VV = np.zeros((len(WORDS), len(WORDS)), np.float32)
+    for word, after in FOLLOWS.items():
+        table_VV[WORDS.index(word), WORDS.index(after)] = 9
+    shape = ["batch", "sequence"]
+    ids, mask = (
+        helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in ("input_ids", "attention_mask")
+    )
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*shape, len(WORDS)])
+    gather = helper.make_node("Gather", ["table", "input_ids"], ["logits"])
+    graph = helper.make_graph([gather], "chain", [ids, mask], [logits], [numpy_helper.from_array(table_VV, "table")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, folder / "model.onnx")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    facts = {
+        "target": "onnxruntime:cpu",
+        "backend": "onnxruntime",
+        "architectures": [],
+        "executable": "model.onnx",
+        "vocabulary": len(WORDS),
+        "maximum_tokens": 64,
+    }
+    (folder / "engine.json").write_text(json.dumps(facts))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 0, "bos_token_id": None}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """MLflow's URI and the logged model's folder of a registered engine whose own folder is gone."""
+    root = tmp_path_factory.mktemp("served")
+    registry = Registry(LocalObjects(root / "store"), tracking_in(root / "mlflow"))
+    run = registry.client.create_run(registry.tracking.experiment_id).info.run_id
+    candidate = Candidate(
+        model="chain",
+        serves="cpu",
+        executables={"cpu": Executable(fingerprint="a" * 64, target="onnxruntime:cpu", judged=True)},
+        verdict={"passed": True},
+        run=run,
+    )
+    engine = chain(root / "engine")
+    made = release(registry, candidate, engine, "champion")
+    engine.rename(root / "elsewhere")
+    location = registry.client.get_logged_model(made.logged_model).artifact_location
+    return registry.tracking.uri, Path(location.removeprefix("file://"))
+
+
+def asked(uri, where, script):
+    """Run a script in another process that sees the installed libraries and nothing of the project."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COV", "ENGINERY"))}
+    ran = subprocess.run(
+        [sys.executable, "-I", "-W", "error:.*(enginery|stages).*", "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=where,
+        env={**env, "MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1]), ran.stderr
+
+
+SCRIPT = """
+import importlib.util, json, sys
+sys.path[:] = [path for path in sys.path if path != "PROJECT"]
+assert importlib.util.find_spec("flows") is None and importlib.util.find_spec("stages") is None
+import mlflow, pandas
+model = mlflow.pyfunc.load_model("models:/chain@champion")
+import stages, sys
+print(json.dumps({
+    "list": model.predict(["The capital of France is".lower()], params={"max_new_tokens": 3}),
+    "table": model.predict(pandas.DataFrame({"prompt": ["italy and", "the"]}), params={"max_new_tokens": 2}),
+    "one": len(model.predict(["france is"])),
+    "code": stages.__file__,
+    "heavy": [name for name in ("torch", "transformers", "boto3") if name in sys.modules],
+    "loader": model.metadata.flavors["python_function"]["loader_module"],
+}))
+"""
+
+
+def test_registered_model_answers_where_the_project_cannot_be_seen(registered, tmp_path):
+    uri, folder = registered
+    said, stderr = asked(uri, tmp_path, SCRIPT.replace("PROJECT", str(ROOT)))
+    assert said["list"] == [answer(["is"], 3)]
+    assert said["table"] == [answer(["and"], 2), answer(["the"], 2)] and said["one"] == 1
+    assert Path(said["code"]).is_relative_to(folder) and said["heavy"] == []
+    assert said["loader"] == "mlflow.pyfunc.loaders.code_model" and "Warning" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def answer(words, most):
+    """What follows the last word, by the table."""
+    found = []
+    while len(found) < most and (after := FOLLOWS[(words + found)[-1]]) != "<end>":
+        found.append(after)
+    return " ".join(found)
+
+
+def test_registered_model_pins_what_it_needs_and_takes_texts(registered):
+    _, folder = registered
+    pinned = (folder / "requirements.txt").read_text().split()
+    assert all("==" in line for line in pinned)
+    assert {line.split("==")[0] for line in pinned} == {"mlflow", "numpy", "onnxruntime", "pydantic", "tokenizers"}
+    described = (folder / "MLmodel").read_text()
+    assert '"type": "string"' in described and "max_new_tokens" in described
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]
+
+
+def carried(folder):
+    """What MLflow hands to the model: where its artifacts lie."""
+    return SimpleNamespace(
+        artifacts={
+            "engine": str(folder / "artifacts" / "engine"),
+            "digests": str(folder / "artifacts" / "digests.json"),
+        }
+    )
+
+
+@pytest.fixture
+def served(registered):
+    quiet()
+    from flows.registry.served import Served
+
+    return Served()
+
+
+def test_served_takes_lists_and_tables_alike(registered, served):
+    import pandas as pd
+
+    served.load_context(carried(registered[1]))
+    texts = ["italy and", "the"]
+    assert served.predict(None, texts, {"max_new_tokens": 2}) == [answer(["and"], 2), answer(["the"], 2)]
+    assert served.predict(None, pd.DataFrame({"any": texts}), {"max_new_tokens": 1}) == ["rome", "italy"]
+    assert served.predict(None, ["is"]) == [answer(["is"], 32)]
+
+
+def test_served_engine_of_changed_bytes_is_refused(registered, served, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(registered[1], folder)
+    weights = next(folder.rglob("model.onnx"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(ValueError, match=r"model.onnx of the registered engine is not what was judged"):
+        served.load_context(carried(folder))
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model.onnx of the registered engine is missing"):
+        served.load_context(carried(folder))
+
+
+def test_travelling_code_brings_no_training_and_no_flows(tmp_path):
+    package = travelling_code(tmp_path)
+    names = {path.relative_to(tmp_path).as_posix() for path in package.rglob("*.py")}
+    assert "stages/serving/engine.py" in names and "stages/__init__.py" in names
+    assert not [name for name in names if name.startswith("flows") or "recover" in name or "tests" in name]

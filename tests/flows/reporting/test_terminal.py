@@ -1,0 +1,127 @@
+"""What a person sees: plain lines at a sane rate, bars on a terminal, tables with the figures."""
+
+import io
+import threading
+
+import pytest
+from rich.console import Console
+
+from flows.reporting.tables import duration, number, show_result, size
+from flows.reporting.terminal import TerminalProgress
+from tests.flows.test_cli import result
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def plain():
+    stream, clock = io.StringIO(), Clock()
+    return TerminalProgress(stream, clock=clock), stream, clock
+
+
+def test_plain_lines_come_each_tenth_with_the_time_left(plain):
+    terminal, stream, clock = plain
+    with terminal:
+        terminal.started("int8")
+        for done in range(1, 101):
+            clock.now = done / 10
+            terminal.for_step("int8").advanced(done, 100)
+        terminal.finished("int8", 10.0, cached=False, why="params.x: 1 -> 2")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "int8: started" and lines[-1] == "int8: done in 10 s (params.x: 1 -> 2)"
+    assert lines[1:4] == ["int8: 10%, 9.0 s left", "int8: 20%, 8.0 s left", "int8: 30%, 7.0 s left"]
+    assert len(lines) == 12
+
+
+def test_plain_lines_come_each_quarter_minute_of_slow_work(plain):
+    terminal, stream, clock = plain
+    for second in range(61):
+        clock.now = float(second)
+        terminal.advanced("slow", second, 10_000)
+    assert len(stream.getvalue().splitlines()) == 1 + 4
+    assert "left" in stream.getvalue()
+
+
+def test_plain_lines_start_over_when_a_step_begins_a_second_part(plain):
+    terminal, stream, _ = plain
+    terminal.advanced("a", 10, 10)
+    terminal.advanced("a", 0, 0)
+    terminal.advanced("a", 1, 10)
+    assert stream.getvalue().splitlines() == ["a: started", "a: 100%", "a: 10%, 0.0 s left"]
+
+
+def test_plain_lines_say_cached_failed_and_notes(plain):
+    terminal, stream, _ = plain
+    terminal.finished("a", 0.0, cached=True)
+    terminal.failed("b", "it broke")
+    terminal.for_step("c").note("[bold]12 layers")
+    terminal.for_step("c").metric("loss", 1.0, 1)
+    assert stream.getvalue().splitlines() == ["a: cached", "b: failed: it broke", "c: [bold]12 layers"]
+
+
+def test_bars_show_running_steps_and_leave_a_line_when_done():
+    stream = io.StringIO()
+    terminal = TerminalProgress(stream, live=True)
+    with terminal:
+        terminal.started("dense")
+        terminal.started("dense")
+        terminal.advanced("dense", 1, 4)
+        terminal.advanced("late", 1, 4)
+        bars = {task.description: task.percentage for task in terminal._bars.shown.tasks}
+        assert bars == {"dense": 25.0, "late": 25.0}
+        terminal.finished("dense", 3.0, cached=False)
+        terminal.line("[x] a sentence")
+        assert [task.description for task in terminal._bars.shown.tasks] == ["late"]
+    assert "dense: done in 3.0 s" in stream.getvalue() and "[x] a sentence" in stream.getvalue()
+
+
+def test_terminal_hears_many_threads_without_mixing_lines(plain):
+    terminal, stream, _ = plain
+
+    def work(name: str) -> None:
+        for done in range(1, 11):
+            terminal.advanced(name, done, 10)
+        terminal.finished(name, 1.0, cached=False)
+
+    threads = [threading.Thread(target=work, args=(f"s{i}",)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 8 * 12 and all(line.startswith("s") and line.count(":") == 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (duration(0.44), "0.4 s"),
+        (duration(59.4), "59 s"),
+        (duration(185), "3 min 05 s"),
+        (duration(7830), "2 h 10 min"),
+        (size(940), "940 B"),
+        (size(89_600_000), "89.6 MB"),
+        (size(5.6e9), "5.60 GB"),
+        (number(None), "-"),
+        (number(21.714), "21.71"),
+        (number(134_515_008.0), "134,515,008"),
+    ],
+)
+def test_figures_are_said_as_people_say_them(made, said):
+    assert made == said
+
+
+def test_result_table_gives_a_judged_step_the_perplexity_of_its_measurement():
+    stream = io.StringIO()
+    show_result(result(passed=False), Console(file=stream, width=140))
+    said = stream.getvalue()
+    cpu = next(line for line in said.splitlines() if line.startswith("│ cpu"))
+    assert "90.0 MB" in cpu and "21.7" in cpu and "params.x: [1] -> 2" in cpu
+    gate = next(line for line in said.splitlines() if "perplexity / dense" in line)
+    assert "1.2..1.41" in gate and "NO" in gate
+    assert "not passed in 1 min 15 s" in said
