@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -60,13 +60,10 @@ def settle(
     store: str | None = None,
     jobs: int | None = None,
     threads: int | None = None,
-    output: Path | None = None,
-    from_step: str | None = None,
-    force: Iterable[str] = (),
     launcher: str | None = None,
     shards: str | None = None,
 ) -> Settings:
-    """Settings from what was asked, the environment and this machine.
+    """Settings from what was asked, the environment and this machine; what one run is asked besides stays as it is.
 
     By default one step computes at a time, on all cores; with `pool`, where others compute, as many as wait.
 
@@ -84,9 +81,6 @@ def settle(
         store=store or default_store(),
         jobs=jobs,
         threads=threads,
-        output=output.absolute() if output else None,
-        from_step=from_step,
-        force=frozenset(force),
         launcher=launcher,
         shards=_shards(os.environ.get("ENGINERY_SHARDS", "") if shards is None else shards),
     )

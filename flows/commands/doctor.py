@@ -90,7 +90,7 @@ def _aliases(settings: Settings) -> Iterator[Line]:
         if not names:
             return
         from flows.registry import projection
-        from flows.tracking.runs import open_tracking
+        from flows.tracking.connect import open_tracking
 
         found = projection.Registry(store.objects, open_tracking(store.scratch))
         moved = [one for name in names for one in projection.drift(found, name)]

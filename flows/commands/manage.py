@@ -112,7 +112,7 @@ def doctor(store: StoreOption = None) -> int:
 
 def _registry(store: Store) -> Registry:
     from flows.registry.projection import Registry
-    from flows.tracking.runs import open_tracking
+    from flows.tracking.connect import open_tracking
 
     return Registry(store.objects, open_tracking(store.scratch))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ import typer
 from flows.commands.options import JsonOption, RecipeArgument, SetOption, StoreOption, cells, console, say_json, table
 
 if TYPE_CHECKING:
-    from flows.recipe.model import Recipe
+    from flows.recipe.expand import Expanded
 
 TEMPLATE = Path(__file__).with_name("template.yaml")
 
@@ -28,7 +29,7 @@ def init(
     ),
 ) -> None:
     """Write a recipe for your own checkpoint and text."""
-    from flows.recipe.model import load_recipe
+    from flows.recipe.read import load_recipe
     from stages.runtime.contract import StageError
 
     if output.exists():
@@ -65,27 +66,25 @@ def run(
     ] = None,
 ) -> int:
     """Run a recipe; what is sealed is not made again."""
-    from flows.recipe.model import load_recipe
+    from flows.recipe.expand import expanded
+    from flows.recipe.read import load_recipe
     from flows.reporting.tables import show_result
     from flows.reporting.terminal import TerminalProgress
     from flows.settings import enter, settle
 
-    settings = settle(
-        store=store,
-        jobs=jobs,
-        threads=threads,
-        output=output,
+    settings = replace(
+        settle(store=store, jobs=jobs, threads=threads, launcher=launcher),
+        output=output.absolute() if output else None,
         from_step=from_step,
         force=frozenset(force or ()),
-        launcher=launcher,
     )
-    loaded = load_recipe(recipe, sets or ())
-    _check_steps(loaded, [*(force or ()), *([from_step] if from_step else [])])
+    asked = expanded(load_recipe(recipe, sets or ()))
+    _check_steps(asked, [*(force or ()), *([from_step] if from_step else [])])
     enter(settings)
     from flows.pipeline.optimize import optimize
 
     with TerminalProgress() as terminal:
-        result = optimize(loaded, settings, terminal)
+        result = optimize(asked, settings, terminal)
     if as_json:
         say_json(result)
     else:
@@ -100,27 +99,28 @@ def plan(
     recipe: RecipeArgument, sets: SetOption = None, store: StoreOption = None, as_json: JsonOption = False
 ) -> None:
     """Say what a run would make, why, and what it needs."""
-    from flows.recipe.model import load_recipe
+    from flows.recipe.expand import expanded
+    from flows.recipe.read import load_recipe
     from flows.reporting.terminal import TerminalProgress
     from flows.results import PlanLine, PlanResult
     from flows.settings import enter, settle
 
     settings = settle(store=store)
-    loaded = load_recipe(recipe, sets or ())
+    asked = expanded(load_recipe(recipe, sets or ()))
     enter(settings)
     # The session plans; the flow around it would load Prefect for nothing.
     from flows.running.session import plan as look_ahead
 
     with TerminalProgress() as terminal:
-        planned = look_ahead(loaded, settings, terminal)
+        planned = look_ahead(asked, settings, terminal)
     lines = [
         PlanLine(name=one.name, stage=one.stage, hit=one.hit, why=one.why, fingerprint=one.fingerprint, needs=one.needs)
         for one in planned
     ]
     if as_json:
-        say_json(PlanResult(recipe=loaded.name, store=settings.connect().uri, steps=lines))
+        say_json(PlanResult(recipe=asked.recipe.name, store=settings.connect().uri, steps=lines))
         return
-    shown = table(f"Plan of {loaded.name}", "step", "stage", "sealed", "why it is made", "needs")
+    shown = table(f"Plan of {asked.recipe.name}", "step", "stage", "sealed", "why it is made", "needs")
     for line in lines:
         shown.add_row(*cells(line.name, line.stage, "yes" if line.hit else "no", line.why, line.needs))
     console().print(shown)
@@ -130,7 +130,7 @@ def plan(
 
 def recipes() -> None:
     """List the recipes that come with enginery."""
-    from flows.recipe.model import SHIPPED, shipped
+    from flows.recipe.read import SHIPPED, shipped
 
     for name in shipped():
         lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
@@ -155,10 +155,10 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _check_steps(recipe: Recipe, names: list[str]) -> None:
+def _check_steps(asked: Expanded, names: list[str]) -> None:
     from stages.runtime.contract import StageError
 
-    known = [step.name for step in recipe.expanded()]
+    known = [step.name for step in asked.steps]
     for name in names:
         if name not in known:
             raise StageError(f"the recipe has no step {name!r}", limit=", ".join(known))

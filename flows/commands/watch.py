@@ -36,7 +36,7 @@ def watch(
     The same bytes at two places are one checkpoint. With $PREFECT_API_URL an event is sent, and the recipe's automation
     starts the run; without it the recipe runs here.
     """
-    from flows.recipe.model import load_recipe
+    from flows.recipe.read import load_recipe
     from flows.settings import enter, settle
 
     loaded = load_recipe(recipe, sets or ())
@@ -65,15 +65,15 @@ def hooks(
     An alias that moved is announced. $ENGINERY_WEBHOOK_SECRET is the webhook's secret. `enginery watch
     models:/NAME@ALIAS` does the same by polling.
     """
-    from flows.recipe.model import load_recipe
+    from flows.recipe.read import load_recipe
     from flows.settings import enter, settle
 
     loaded = load_recipe(recipe)
     settings = settle(store=store)
     enter(settings)
-    from flows.triggers.webhooks import serve
+    from flows.triggers.webhooks import Address, serve
 
-    serve(uri, loaded, settings, host=host, port=port, cert=cert, key=key, say=typer.echo)
+    serve(uri, loaded, settings, Address(host=host, port=port, cert=cert, key=key), typer.echo)
 
 
 def seconds(text: str) -> float:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from flows.judging.gates import CHAMPION, Verdict, judge
-from flows.recipe.model import executable_here
 from flows.registry.journal import Candidate, Executable, head
 from flows.registry.model_card import Compared, card, compared
 from flows.registry.projection import Registry, release
@@ -92,7 +91,7 @@ def _judged(session: Session, champion: Champion) -> tuple[Verdict | None, Repor
     """The verdict over all gates, and every report by (artifact, corpus)."""
     recipe = session.recipe
     reports: Reports = {}
-    for step in recipe.expanded():
+    for step in session.steps:
         if step.measures:
             folder = session.store.checkout(session.done[step.name].fingerprint)
             reports[step.measures, step.corpus] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -132,7 +131,7 @@ def _engines(session: Session) -> dict[str, Executable]:
         if step.kind is Kind.ENGINE:
             folder = session.store.checkout(step.fingerprint)
             target = json.loads((folder / "engine.json").read_text(encoding="utf-8"))["target"]
-            executed = executable_here(session.recipe.step(name))
+            executed = next(one.executable for one in session.steps if one.name == name)
             found[name] = Executable(fingerprint=step.fingerprint, target=target, judged=executed)
     return found
 

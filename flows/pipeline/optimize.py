@@ -8,24 +8,23 @@ from typing import Any, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.pipeline.conclude import conclude
-from flows.pipeline.pages import RunLog, show
+from flows.pipeline.pages import show
+from flows.prefect_api.progress import RunLog
 from flows.prefect_api.retry import patiently
-from flows.recipe.model import Recipe, load_recipe
+from flows.recipe.check import check_recipe
+from flows.recipe.expand import Expanded, expanded
+from flows.recipe.model import Recipe
+from flows.recipe.read import load_recipe
 from flows.reporting.terminal import TerminalProgress
 from flows.results import RunResult
-from flows.running.session import Session, Terminal, opened, plan, run_step
+from flows.running.session import Session, Terminal, opened, run_step
 from flows.settings import Settings, settle
-from flows.triggers.arrival_records import begin
 from stages.runtime.contract import Interrupted, StageError, Unavailable
-
-__all__ = ["optimize", "optimize_recipe", "plan"]
 
 _SESSIONS: dict[str, Session] = {}
 """Sessions of this process by run name: a flow's parameters must be plain data, and an open store is not."""
@@ -34,7 +33,7 @@ _STEPS_AT_ONCE = 64
 """Threads, nearly all of which wait: for the steps they read, or for a slot."""
 
 
-def optimize(recipe: Recipe, settings: Settings, terminal: Terminal) -> RunResult:
+def optimize(asked: Expanded, settings: Settings, terminal: Terminal) -> RunResult:
     """Run a recipe and return what it came to.
 
     Without a Prefect server a run starts a temporary one, which costs about ten seconds; a run whose every step is
@@ -44,14 +43,14 @@ def optimize(recipe: Recipe, settings: Settings, terminal: Terminal) -> RunResul
         StageError: a step failed; everything sealed before stays.
         KeyboardInterrupt: stopped by a person; running steps were ended.
     """
-    with opened(recipe, settings, terminal) as session:
+    with opened(asked, settings, terminal) as session:
         if session.nothing_to_run and not os.environ.get("PREFECT_API_URL"):
             for name in session.planned:
                 run_step(session, name)
             return conclude(session)
         _SESSIONS[session.record.name] = session
         try:
-            return RunResult.model_validate(optimize_recipe(recipe, session.record.name))
+            return RunResult.model_validate(optimize_recipe(asked.recipe, session.record.name))
         except RuntimeError as error:
             # Prefect has no class of its own for a temporary server that did not come up.
             if "ephemeral Prefect API server" not in str(error):
@@ -65,33 +64,42 @@ def optimize(recipe: Recipe, settings: Settings, terminal: Terminal) -> RunResul
             del _SESSIONS[session.record.name]
 
 
-_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_STEPS_AT_ONCE))
+RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_STEPS_AT_ONCE))
 
 
-def _named() -> str:
+def recipe_of_run() -> str:
+    """The name of a flow run: its recipe's."""
     recipe = flow_run.get_parameters()["recipe"]
     return recipe.name if isinstance(recipe, Recipe) else str(recipe).rpartition("/")[2].removesuffix(".yaml")
 
 
-@flow(name="optimize", flow_run_name=_named, task_runner=_RUNNER)
-def optimize_recipe(recipe: Recipe | str, run: str = "", checkpoint: str = "") -> dict[str, Any] | State[Any]:
+@flow(name="optimize", flow_run_name=recipe_of_run, task_runner=RUNNER)
+def optimize_recipe(recipe: Recipe | str, run: str = "") -> dict[str, Any]:
     """Optimize a model as a recipe says: its steps, the verdict, the promotion.
 
     Args:
         recipe: what to do: the name of a shipped recipe, the s3:// URI of its YAML, or the recipe itself.
         run: name of a run that was opened by the command line; empty for one that begins here.
-        checkpoint: a source for the recipe's fetch step, with `#KEY` after it where it arrived; empty for the recipe's.
     """
     if run in _SESSIONS:
         return _driven(_SESSIONS[run])
-    if isinstance(recipe, str):
-        recipe = load_recipe(recipe)
-    recipe.check()
-    if checkpoint:
-        recipe, holder = begin(settle().connect().objects, recipe, checkpoint, str(flow_run.get_id()))
-        if holder:
-            return Completed(message=f"Flow run {holder} has this checkpoint; retry that one to run it again.")
-    with TerminalProgress() as terminal, opened(recipe, settle(), terminal) as session:
+    return drive(as_recipe(recipe))
+
+
+def as_recipe(given: Recipe | str) -> Recipe:
+    """The recipe that a flow's parameter names or is, checked.
+
+    Raises:
+        RecipeError: it is missing or wrong.
+    """
+    recipe = load_recipe(given) if isinstance(given, str) else given
+    check_recipe(recipe)
+    return recipe
+
+
+def drive(recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe inside the flow run that goes on; returns its RunResult as JSON values."""
+    with TerminalProgress() as terminal, opened(expanded(recipe), settle(), terminal) as session:
         _SESSIONS[session.record.name] = session
         try:
             return _driven(session)

@@ -6,7 +6,7 @@ from prefect import flow, get_run_logger
 
 from flows.registry.projection import Registry, Release, promote, rollback
 from flows.settings import enter, settle
-from flows.tracking.runs import open_tracking
+from flows.tracking.connect import open_tracking
 
 
 @flow(name="promote", flow_run_name="{model} {version} as {alias}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from flows.prefect_api.retry import patiently
-from flows.recipe.model import load_recipe
+from flows.recipe.read import load_recipe
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import ROOT
 

@@ -7,15 +7,23 @@ from collections.abc import Iterator
 
 from pydantic import ValidationError
 
+from flows.recipe.expand import executable_here, expanded, upstream
 from flows.recipe.located_yaml import Fault
 from flows.recipe.located_yaml import Path as Field
-from flows.recipe.model import Gate, Judge, Recipe, Step, executable_here, upstream
+from flows.recipe.model import Gate, Judge, Recipe, RecipeError, Step
 from stages import STAGES, stage
 from stages.runtime.contract import Kind, StageError
 
 CHAMPION = "champion"
 _RUNS = (Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE)
 """Kinds that answer, so that they can be judged."""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise RecipeError unless the steps, the judging and the gates fit together."""
+    found = faults(recipe)
+    if found:
+        raise RecipeError("\n".join(f"{_dotted(fault.path, recipe)}: {fault.text}" for fault in found))
 
 
 def faults(recipe: Recipe) -> list[Fault]:
@@ -29,7 +37,7 @@ def faults(recipe: Recipe) -> list[Fault]:
     if not found:
         found += [*_precisions(recipe), *_judge(recipe), *_register(recipe)]
     if not found:
-        found += _gates(recipe)
+        found += [*_measured(recipe), *_gates(recipe)]
     return found
 
 
@@ -156,10 +164,12 @@ def _judge(recipe: Recipe) -> Iterator[Fault]:
         names = getattr(judge, what)
         if len(set(names)) < len(names):
             yield Fault(("judge", what), "a name stands twice; allowed: each once")
+
+
+def _measured(recipe: Recipe) -> Iterator[Fault]:
     taken = {step.name for step in recipe.steps}
-    for name in [f"validate-{a}-{c}" for a in (judge.baseline, *judge.artifacts) for c in judge.corpora]:
-        if name in taken:
-            yield Fault(("judge",), f"a step is called {name!r} as this measurement would be; allowed: another name")
+    for name in [step.name for step in expanded(recipe).steps if step.measures and step.name in taken]:
+        yield Fault(("judge",), f"a step is called {name!r} as this measurement would be; allowed: another name")
 
 
 def _named(recipe: Recipe, path: Field, name: str, kinds: tuple[Kind, ...]) -> Iterator[Fault]:
@@ -208,3 +218,11 @@ def _score_gate(recipe: Recipe, judge: Judge, here: Field, gate: Gate) -> Iterat
 def _register(recipe: Recipe) -> Iterator[Fault]:
     if recipe.register_as and recipe.judge is None:
         yield Fault(("register",), "only what was judged is promoted; allowed: together with `judge`")
+
+
+def _dotted(path: Field, recipe: Recipe) -> str:
+    """A path as `--set` writes it: a step by its name, a gate by its number."""
+    parts = list(path)
+    if len(parts) > 1 and parts[0] == "steps" and isinstance(parts[1], int):
+        parts[1] = recipe.steps[parts[1]].name
+    return ".".join(str(part) for part in parts) or "recipe"

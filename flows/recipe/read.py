@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -15,6 +16,50 @@ from flows.recipe.located_yaml import Fault, Located, read_yaml, scalar
 from flows.recipe.located_yaml import Path as Field
 from flows.recipe.model import Gate, Judge, Recipe, RecipeError, Register, Step
 from stages import STAGES, stage
+
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+def load_recipe(source: str | Path, sets: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: a YAML file, its s3:// URI, or the bare name of a shipped recipe.
+        sets: changes such as `steps.int8.params.scheme=int4_weight_only`.
+
+    Raises:
+        RecipeError: it is missing or wrong; every mistake at once.
+    """
+    if str(source).startswith("s3://"):
+        from stages.adapters.s3_client import fetch_object, parse
+
+        with TemporaryDirectory() as folder:
+            local = Path(folder, str(source).rpartition("/")[2])
+            fetch_object(*parse(str(source)), local, lambda _: None)
+            return read_recipe(local, sets)
+    return read_recipe(recipe_path(source), sets)
+
+
+def shipped() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def recipe_path(source: str | Path) -> Path:
+    """The file of a recipe given as a path or as a shipped name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if not path.is_file() and not path.suffix and len(path.parts) == 1 and text in shipped():
+        return SHIPPED / f"{text}.yaml"
+    if not path.is_file():
+        raise RecipeError(
+            f"there is no recipe {text!r}; give a YAML file or one of the shipped: {', '.join(shipped())}"
+        )
+    return path
 
 
 def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.tracking.runs import Tracking, answered, quiet
+from flows.tracking.connect import Tracking, answered, quiet
 from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree
 
 if TYPE_CHECKING:

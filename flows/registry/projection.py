@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.prefect_api.events import tell
+from flows.registry.announce import tell
 from flows.registry.journal import Candidate, Promotion, Version, append, head, history, rolled_back, standing
 from flows.registry.package import logged_model
-from flows.tracking.runs import Tracking, answered
+from flows.tracking.connect import Tracking, answered
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Objects
 

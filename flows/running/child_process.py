@@ -12,20 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flows.running.cgroup_memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
+from flows.running.order import Order, Pool
 from stages import stage
 from stages.__main__ import rebuilt
 from stages.adapters.connect import connect
 from stages.runtime.artifacts import Store
-from stages.runtime.contract import DoesNotFit, Interrupted, Params, Progress, StageError, Work
+from stages.runtime.contract import DoesNotFit, Interrupted, Progress, StageError
 from stages.runtime.execute import Outcome, execute
 from stages.runtime.fingerprint import ROOT, canonical, fingerprint
 from stages.runtime.progress import forward
-
-if TYPE_CHECKING:
-    from flows.running.work_pool import Dispatcher
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT", "TZ")
 _OUTSIDE = (
@@ -42,27 +40,6 @@ _OUTSIDE = (
 )
 _STORE = ("AWS_", "ENGINERY_", "COVERAGE_", "MPLCONFIGDIR", "OPENBLAS_")
 _REACH_OUTSIDE = ("fetch", "corpus")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """One step to run: the definition's name, pinned params, identity."""
-
-    step: str
-    stage: str
-    params: Params
-    work: Work
-    force: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        """The order as JSON values, with where bytes lie, which the identity leaves out."""
-        return {
-            "work": self.work.model_dump(mode="json"),
-            "params": self.params.model_dump(mode="json"),
-            "step": self.step,
-            "stage": self.stage,
-            "force": self.force,
-        }
 
 
 @dataclass
@@ -83,7 +60,7 @@ class Launcher:
     threads: int
     logs: Path
     minutes: float | None = None
-    dispatcher: Dispatcher | None = None
+    dispatcher: Pool | None = None
     _running: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
     _closed: bool = False

@@ -16,9 +16,10 @@ from prefect.concurrency.sync import concurrency
 from prefect.runtime import flow_run
 from prefect.states import Failed
 
-from flows.pipeline.pages import Bar, RunLog
+from flows.prefect_api.progress import Bar, RunLog
 from flows.prefect_api.retry import patiently
-from flows.running.child_process import Launcher, Order
+from flows.running.child_process import Launcher
+from flows.running.order import Order
 from flows.running.progress_relay import Sender
 from stages import stage
 from stages.__main__ import described

@@ -21,7 +21,8 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner
 from prefect_dask.task_runners import DaskTaskRunner, PrefectDaskFuture
 
-from flows.running.child_process import Launcher, Order
+from flows.running.child_process import Launcher
+from flows.running.order import Order
 from flows.settings import LOCAL_SHARDS, cores
 from stages import stage
 from stages.adapters.connect import connect

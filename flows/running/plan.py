@@ -5,14 +5,14 @@ Every identity is known before anything runs, since a fingerprint needs only the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import tenacity
 
-from flows.recipe.model import PlannedStep
-from flows.running.child_process import Order
+from flows.recipe.expand import PlannedStep
+from flows.running.order import Order
 from stages import stage
 from stages.adapters.connect import pins
 from stages.runtime.artifacts import Store
@@ -46,7 +46,7 @@ class Planned:
 
 
 def resolve(
-    steps: list[PlannedStep],
+    steps: Sequence[PlannedStep],
     store: Store,
     listener: Callable[[str], Progress],
     forced: frozenset[str] = frozenset(),

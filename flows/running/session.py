@@ -6,24 +6,27 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from flows.prefect_api.retry import AWAY_S, patiently
+from flows.recipe.expand import Expanded, PlannedStep
 from flows.recipe.model import Recipe
 from flows.results import PlanLine, StepResult
-from flows.running.child_process import Launcher, Order
+from flows.running.child_process import Launcher
 from flows.running.leftover_servers import end_orphaned_servers
+from flows.running.order import Order
 from flows.running.placement import load_pools
 from flows.running.plan import Planned, check_start, needs, resolve
 from flows.running.run_records import Record, as_yaml, open_run
 from flows.running.step_queue import Slots
 from flows.running.work_pool import Dispatcher
 from flows.settings import Settings, enter
-from flows.tracking.runs import RecipeRun, StepRun, Tracking, open_tracking
+from flows.tracking.connect import Tracking, open_tracking
+from flows.tracking.runs import RecipeRun, StepRun, recipe_run
 from stages import stage
 from stages.measures.size import size_bytes
 from stages.runtime.artifacts import Store
@@ -77,6 +80,7 @@ class Session:
     """Everything that the steps of one run share. `done` and `remade` fill up while it runs."""
 
     recipe: Recipe
+    steps: Sequence[PlannedStep]
     settings: Settings
     store: Store
     terminal: Terminal
@@ -97,10 +101,10 @@ class Session:
         return all(one.manifest and not one.order.force for one in self.planned.values())
 
 
-def plan(recipe: Recipe, settings: Settings, terminal: Terminal | None = None) -> list[PlanLine]:
+def plan(asked: Expanded, settings: Settings, terminal: Terminal | None = None) -> list[PlanLine]:
     """What a run would do, step by step: hit or miss, the first field that differs, what it needs."""
     enter(settings)
-    planned = _planned(recipe, settings, settings.connect(), terminal.for_step if terminal else lambda _: Silent())
+    planned = _planned(asked.steps, settings, settings.connect(), terminal.for_step if terminal else lambda _: Silent())
     return [
         PlanLine(
             name=name,
@@ -115,9 +119,9 @@ def plan(recipe: Recipe, settings: Settings, terminal: Terminal | None = None) -
 
 
 @contextmanager
-def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[Session]:
+def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[Session]:
     """A session with the embedded lock held, the record and the MLflow run open; closed by how the block ends."""
-    pooled = settings.launcher == "pool"
+    recipe, pooled = asked.recipe, settings.launcher == "pool"
     away_s = AWAY_S if pooled else 0.0
     scratch = patiently(lambda: enter(settings), away_s=away_s)
     with nullcontext() if pooled else _alone(scratch, terminal):
@@ -125,12 +129,13 @@ def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[S
         record = open_run(scratch, recipe, sys.argv)
         try:
             store = patiently(settings.connect, away_s=away_s)
-            planned = patiently(lambda: _planned(recipe, settings, store, terminal.for_step), away_s=away_s)
+            planned = patiently(lambda: _planned(asked.steps, settings, store, terminal.for_step), away_s=away_s)
             tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
             tags = {"enginery.store": store.uri}
-            with tracking.run(recipe.name, record.name, tags, as_yaml(recipe)) as mlflow:
+            with recipe_run(tracking, recipe.name, record.name, tags, as_yaml(recipe)) as mlflow:
                 yield Session(
                     recipe=recipe,
+                    steps=asked.steps,
                     settings=settings,
                     store=store,
                     terminal=terminal,
@@ -203,9 +208,8 @@ def _launcher(store: Store, settings: Settings, record: Record) -> Launcher:
 
 
 def _planned(
-    recipe: Recipe, settings: Settings, store: Store, listener: Callable[[str], Progress]
+    steps: Sequence[PlannedStep], settings: Settings, store: Store, listener: Callable[[str], Progress]
 ) -> dict[str, Planned]:
-    steps = recipe.expanded()
     names = [step.name for step in steps]
     for name in sorted(settings.force - set(names)):
         raise StageError(f"--force names no step: {name!r}", limit=", ".join(names))

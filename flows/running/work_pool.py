@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
 
-    from flows.running.child_process import Order
+    from flows.running.order import Order
 
 RUNNER = "run-stage"
 POLL_S = 1.0

@@ -5,15 +5,12 @@ Steps run in threads at once, so every call names its run: the fluent interface 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import os
 import socket
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,79 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.tracking.batches import Buffer, flattened, now, send, valid_key
+from flows.tracking.connect import Tracking, answered
 from stages.runtime.artifacts import BLOBS, Store
-from stages.runtime.contract import Interrupted, Manifest, StageError, Unavailable
+from stages.runtime.contract import Interrupted, Manifest
 from stages.runtime.fingerprint import digest_bytes
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    pass
 
-EXPERIMENT = "enginery"
 SMALL_BYTES = 1_000_000
 """Files below this size are logged when a person could read them; all others are named in files.json."""
 READABLE = frozenset({".json", ".jsonl", ".txt", ".yaml", ".yml", ".csv", ".md", ".html"})
 FLUSH_S = 2.0
-NOISE = (
-    r"Type object <class 'prefect\.server\.",  # SQLAlchemy about Prefect's tables, when MLflow sets up all of a process
-    r"The ``noload`` loader strategy is deprecated",  # SQLAlchemy about MLflow's own tables
-    r".*Any type hint is inferred as AnyType",  # MLflow about a class of its own
-    r".*An input example was not provided",  # the signature is stated, and an example would load the model
-)
-"""What MLflow's modules warn of and nobody here can mend."""
-PASSING = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"})
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """A place where runs are recorded.
-
-    Attributes:
-        client: MLflow's client for `uri`; safe to use from several threads.
-        uri: tracking and registry URI.
-        experiment_id: where every run of ours lives.
-    """
-
-    client: MlflowClient
-    uri: str
-    experiment_id: str
-
-    @contextmanager
-    def run(
-        self, recipe_name: str, run_id: str, tags: Mapping[str, str] | None = None, recipe_text: str = ""
-    ) -> Iterator[RecipeRun]:
-        """One recipe run as a parent run; ended as finished, failed or killed by how the block ends."""
-        _end_orphans(self)
-        ours = {"enginery.run": run_id, "enginery.recipe": recipe_name, "enginery.process": _process()}
-        made = self.client.create_run(
-            self.experiment_id, run_name=recipe_name, tags={**_source(), **ours, **(tags or {})}
-        )
-        parent = RecipeRun(self, made.info.run_id)
-        writer = threading.Thread(target=parent.write_until_closed, name="mlflow-curves", daemon=True)
-        writer.start()
-        status = "FAILED"
-        try:
-            if recipe_text:
-                self.client.log_text(parent.id, recipe_text, "recipe.yaml")
-            yield parent
-            status = "FINISHED"
-        except (KeyboardInterrupt, Interrupted):
-            status = "KILLED"
-            raise
-        finally:
-            parent.closed.set()
-            writer.join()
-            parent.end_children()
-            self.client.set_terminated(parent.id, status)
-
-    def link(self, run_id: str) -> str:
-        """Where a person sees a run: a page of the server, or the command that serves the embedded database.
-
-        $ENGINERY_MLFLOW_PAGES is the address for people where that is not the one for programs.
-        """
-        if self.uri.startswith("http"):
-            pages = os.environ.get("ENGINERY_MLFLOW_PAGES") or self.uri
-            return f"{pages.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
-        return f"mlflow ui --backend-store-uri {self.uri}"
 
 
 @dataclass(frozen=True)
@@ -134,6 +70,35 @@ class RecipeRun:
         """A step that neither finished nor failed was cut off."""
         for step in self.steps:
             step.interrupted()
+
+
+@contextmanager
+def recipe_run(
+    tracking: Tracking, recipe_name: str, run_id: str, tags: Mapping[str, str] | None = None, recipe_text: str = ""
+) -> Iterator[RecipeRun]:
+    """One recipe run as a parent run; ended as finished, failed or killed by how the block ends."""
+    _end_orphans(tracking)
+    ours = {"enginery.run": run_id, "enginery.recipe": recipe_name, "enginery.process": _process()}
+    made = tracking.client.create_run(
+        tracking.experiment_id, run_name=recipe_name, tags={**_source(), **ours, **(tags or {})}
+    )
+    parent = RecipeRun(tracking, made.info.run_id)
+    writer = threading.Thread(target=parent.write_until_closed, name="mlflow-curves", daemon=True)
+    writer.start()
+    status = "FAILED"
+    try:
+        if recipe_text:
+            tracking.client.log_text(parent.id, recipe_text, "recipe.yaml")
+        yield parent
+        status = "FINISHED"
+    except (KeyboardInterrupt, Interrupted):
+        status = "KILLED"
+        raise
+    finally:
+        parent.closed.set()
+        writer.join()
+        parent.end_children()
+        tracking.client.set_terminated(parent.id, status)
 
 
 class StepRun:
@@ -247,66 +212,6 @@ class StepRun:
                 listed[name] = {"sha256": entry.sha256, "size": entry.size, "logged": whole}
             Path(folder, "files.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
             self._tracking.client.log_artifacts(self.id, folder)
-
-
-def open_tracking(scratch: Path, *, uri: str = "", experiment: str = EXPERIMENT) -> Tracking:
-    """Open MLflow, once, under a lock: SQLite's migrations race at first use.
-
-    Args:
-        scratch: folder of the embedded database and its artifacts.
-        uri: where to record; by default $MLFLOW_TRACKING_URI, else SQLite below `scratch`.
-        experiment: its name.
-
-    Raises:
-        Unavailable: MLflow does not answer.
-    """
-    quiet()
-    from mlflow import MlflowClient
-
-    scratch.mkdir(parents=True, exist_ok=True)
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{scratch.absolute() / 'mlflow.db'}"
-    # A server keeps artifacts where it was told to; a bare database would put them below the working directory.
-    remote = uri.startswith(("http://", "https://", "databricks"))
-    location = None if remote else (scratch.absolute() / "mlartifacts").as_uri()
-    with (scratch / "mlflow.lock").open("w") as lock, answered(uri):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            return Tracking(client, uri, client.create_experiment(experiment, artifact_location=location))
-    if found.lifecycle_stage != "active":
-        raise StageError(
-            f"MLflow's experiment {experiment!r} was deleted",
-            remedy=f"Restore it: mlflow experiments restore -x {found.experiment_id}",
-        )
-    return Tracking(client, uri, found.experiment_id)
-
-
-@contextmanager
-def answered(uri: str) -> Iterator[None]:
-    """Turn MLflow's errors into ours: Unavailable where a retry may help, else StageError with its text."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code in PASSING:
-            raise Unavailable(
-                f"MLflow at {uri} does not answer as it should ({error})",
-                remedy="Start it and see its log, or unset MLFLOW_TRACKING_URI to record in the embedded database.",
-            ) from error
-        raise StageError(f"MLflow at {uri} refused: {error}") from error
-
-
-def quiet() -> None:
-    """Keep MLflow from calling home, from looking for git and from telling of its migrations. Call before import."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    for name in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _source() -> dict[str, str]:

@@ -15,10 +15,12 @@ from prefect import flow, get_run_logger
 
 from flows.pipeline.optimize import optimize
 from flows.prefect_api.events import CONFIRM_S, deliver, has_server
-from flows.recipe.model import Recipe, load_recipe
+from flows.recipe.expand import expanded
+from flows.recipe.model import Recipe
+from flows.recipe.read import load_recipe
 from flows.reporting.terminal import TerminalProgress
 from flows.settings import Settings, enter, settle
-from flows.tracking.runs import open_tracking
+from flows.tracking.connect import open_tracking
 from flows.triggers.arrival_records import Arrival, arrived, checkpoint, finish, finished, on_source
 from flows.triggers.checkpoint_scan import Prefix, look
 from flows.triggers.watched_alias import arrival, parse, standing
@@ -168,7 +170,7 @@ def _run_here(one: Arrival, recipe: Recipe, settings: Settings, store: Store, sa
         say(f"running {recipe.name} on {record.name} ({record.key[:12]})")
         try:
             with TerminalProgress() as terminal:
-                result = optimize(on_source(recipe, record.uri, record.digest), settings, terminal)
+                result = optimize(expanded(on_source(recipe, record.uri, record.digest)), settings, terminal)
         except (Interrupted, Unavailable):
             raise
         except StageError as error:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from flows.recipe.model import Recipe
-from flows.tracking.runs import Tracking, answered
+from flows.tracking.connect import Tracking, answered
 from flows.triggers.arrival_records import Arrival, moved_alias
 from stages.adapters.sources import SCHEMES
 from stages.runtime.contract import StageError

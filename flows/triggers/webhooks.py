@@ -28,7 +28,7 @@ from starlette.concurrency import run_in_threadpool
 from flows.prefect_api.events import has_server
 from flows.recipe.model import Recipe
 from flows.settings import Settings
-from flows.tracking.runs import Tracking, open_tracking
+from flows.tracking.connect import Tracking, open_tracking
 from flows.triggers.watch import announce
 from flows.triggers.watched_alias import Alias, arrival, parse
 from stages.runtime.artifacts import Store
@@ -117,15 +117,21 @@ def application(
     return app
 
 
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where webhooks are listened for, and the PEM files that prove it."""
+
+    host: str
+    port: int
+    cert: Path
+    key: Path
+
+
 def serve(
     uri: str,
     recipe: Recipe,
     settings: Settings,
-    *,
-    host: str,
-    port: int,
-    cert: Path,
-    key: Path,
+    address: Address,
     say: Callable[[str], None],
 ) -> None:
     """Listen until told to stop.
@@ -146,24 +152,25 @@ def serve(
             limit=f"{SHORTEST_SECRET} characters",
             remedy="Set the secret that the webhook was created with.",
         )
-    _check_certificate(cert, key)
+    _check_certificate(address.cert, address.key)
     store = settings.connect()
     app = application(alias, recipe.name, secret, store, open_tracking(store.scratch), say)
     try:
-        listening = socket.create_server((host, port))
+        listening = socket.create_server((address.host, address.port))
     except OSError as error:
         raise StageError(
-            f"port {port} of {host} cannot be listened on ({error.strerror})", remedy="Name another with --port."
+            f"port {address.port} of {address.host} cannot be listened on ({error.strerror})",
+            remedy="Name another with --port.",
         ) from error
     config = uvicorn.Config(
         app,
-        ssl_certfile=str(cert),
-        ssl_keyfile=str(key),
+        ssl_certfile=str(address.cert),
+        ssl_keyfile=str(address.key),
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    say(f"listening on https://{host}:{listening.getsockname()[1]}/ for {alias.uri}, recipe {recipe.name}")
+    say(f"listening on https://{address.host}:{listening.getsockname()[1]}/ for {alias.uri}, recipe {recipe.name}")
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -97,7 +97,8 @@ def code_digest(module: str) -> str:
         if name in seen or path is None or name.startswith(_NOT_CONTENT):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        pending += _imports(tree)
+        # `stages` itself is the table of all stages: following it would tie every stage to every other.
+        pending += [one for one in imported(tree) if one.startswith("stages.")]
         seen[name] = digest_bytes(ast.dump(_without_docstrings(tree)).encode())
     return digest_bytes(canonical(sorted(seen.items())))
 
@@ -112,16 +113,15 @@ def _source(module: str) -> Path | None:
     return None
 
 
-def _imports(tree: ast.AST) -> list[str]:
+def imported(tree: ast.AST) -> list[str]:
+    """What a module's code may import, wherever the import stands: modules, their packages, and names in them."""
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    names += [name.rpartition(".")[0] for name in names]  # a package's own module runs first
-    # `stages` itself is the table of all stages: following it would tie every stage to every other.
-    return [name for name in names if name.startswith("stages.")]
+    return names + [name.rpartition(".")[0] for name in names]  # a package's own module runs first
 
 
 def _without_docstrings(tree: ast.AST) -> ast.AST:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.tracking.batches import Buffer, flattened, now, send
-from flows.tracking.runs import open_tracking
+from flows.tracking.connect import open_tracking
 from stages.runtime.execute import commit, device_name
 from tests.benchmarks.chart import page
 from tests.benchmarks.results import Row, columns, summary

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flows.tracking.runs import open_tracking
+from flows.tracking.connect import open_tracking
 from stages.models.anatomy.blocks import blocks, norms
 from stages.models.checkpoint.loading import load_model
 from stages.runtime.contract import StageError

@@ -6,7 +6,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from flows.tracking.runs import Tracking, open_tracking
+from flows.tracking.connect import Tracking, open_tracking
 from stages.runtime.artifacts import entries
 from stages.runtime.contract import Kind, Manifest, Provenance, Work
 from stages.runtime.fingerprint import fingerprint

@@ -13,7 +13,7 @@ import pytest
 
 from flows.cli import main
 from flows.commands.schema import FOLDER
-from flows.recipe.model import load_recipe
+from flows.recipe.read import load_recipe
 from flows.results import GateResult, ModelResult, PlanLine, RunResult, StepResult
 from flows.running.run_records import open_run
 from stages.runtime.contract import DoesNotFit, FileEntry, Interrupted, Kind, Manifest, Provenance, StageError, Work
@@ -79,8 +79,8 @@ def optimized(monkeypatch):
     """Stand-ins for the flow: what `optimize` returns or raises, and what it was called with."""
     seen = types.SimpleNamespace(answer=result(), recipe=None, settings=None)
 
-    def optimize(recipe, settings, terminal):
-        seen.recipe, seen.settings = recipe, settings
+    def optimize(asked, settings, terminal):
+        seen.recipe, seen.settings = asked.recipe, settings
         terminal.started("dense")
         terminal.for_step("dense").advanced(1, 2)
         terminal.finished("dense", 1.0, cached=False, why="")
@@ -405,12 +405,12 @@ def test_sweep_takes_an_artifact_away(opened, capsys):
 
 def test_promote_rollback_and_reconcile_say_where_the_alias_stands(capsys, monkeypatch):
     from flows.registry import journal, projection
-    from flows.tracking import runs
+    from flows.tracking import connect
 
     calls = []
     moved = projection.Release(version="2", logged_model="", new=False, moved=True, note="")
     stays = projection.Release(version="1", logged_model="", new=False, moved=False, note="it stood there")
-    monkeypatch.setattr(runs, "open_tracking", lambda scratch: None)
+    monkeypatch.setattr(connect, "open_tracking", lambda scratch: None)
     monkeypatch.setattr(projection, "promote", lambda *asked: calls.append(asked[1:]) or moved)
     monkeypatch.setattr(projection, "rollback", lambda *asked: calls.append(asked[1:]) or stays)
     monkeypatch.setattr(journal, "models", lambda objects: ["m", "n"])

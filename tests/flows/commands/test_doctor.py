@@ -117,11 +117,11 @@ def test_doctor_exit_code_is_1_only_when_something_needed_is_missing(monkeypatch
 
 def test_doctor_reports_an_alias_that_was_moved_by_hand(lines, monkeypatch):
     from flows.registry import journal, projection
-    from flows.tracking import runs
+    from flows.tracking import connect
 
     assert "aliases" not in lines()
     monkeypatch.setattr(journal, "models", lambda objects: ["m"])
-    monkeypatch.setattr(runs, "open_tracking", lambda scratch: None)
+    monkeypatch.setattr(connect, "open_tracking", lambda scratch: None)
     monkeypatch.setattr(projection, "drift", lambda found, model: [projection.Drift(model, "champion", "2", None)])
     found = lines()["aliases"]
     assert not found.ok and "m@champion is on nothing, the journal says 2" in found.text
@@ -132,5 +132,5 @@ def test_doctor_reports_an_alias_that_was_moved_by_hand(lines, monkeypatch):
     def broken(scratch):
         raise StageError("MLflow is gone")
 
-    monkeypatch.setattr(runs, "open_tracking", broken)
+    monkeypatch.setattr(connect, "open_tracking", broken)
     assert "MLflow is gone" in lines()["aliases"].text

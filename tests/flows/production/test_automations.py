@@ -16,10 +16,10 @@ from prefect.events.actions import SendNotification
 from prefect.states import Completed, Running
 from pydantic import BaseModel
 
-from flows.pipeline.optimize import optimize_recipe
 from flows.prefect_api.events import Announcement, _send
 from flows.production.automations import HEARTBEAT, apply, on_arrival, queue_alert, standard, zombies
 from flows.recipe.model import Recipe
+from flows.triggers.on_checkpoint import optimize_checkpoint
 from stages.runtime.contract import StageError
 from tests.flows.prefect_server import deployed, events, eventually, prefect_api, runs_of
 from tests.flows.triggers.test_watch import recipe
@@ -65,9 +65,9 @@ def test_arrival_starts_the_real_flow_by_the_form_of_its_parameters(prefect_api,
     held = {"recipe": made.model_dump(mode="json", by_alias=True, exclude_none=True)}
     from prefect.utilities.callables import parameter_schema
 
-    schema = parameter_schema(optimize_recipe)
+    schema = parameter_schema(optimize_checkpoint)
     deployment = client.create_deployment(
-        client.create_flow(optimize_recipe),
+        client.create_flow(optimize_checkpoint),
         f"on-{made.name}",
         parameters=held,
         parameter_openapi_schema=schema.model_dump(),

@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.commands.schema import FOLDER, schemas
+from flows.recipe.check import check_recipe
+from flows.recipe.expand import executable_here, expanded, upstream
 from flows.recipe.located_yaml import read_yaml, scalar
-from flows.recipe.model import Recipe, RecipeError, executable_here, load_recipe, shipped, upstream
+from flows.recipe.model import Recipe, RecipeError
+from flows.recipe.read import load_recipe, shipped
 from flows.running.run_records import as_yaml
 from stages import STAGES, stage
 from stages.runtime.contract import Kind
@@ -172,7 +175,7 @@ def test_recipe_without_steps_judge_or_gates(tmp_path):
     head = "recipe: 1\nname: a\n"
     assert "steps: required" in refused(written(tmp_path, head))[0]
     step = head + "steps: [{name: dense, stage: fetch, params: {source: 'x://y'}}]\n"
-    assert [p.name for p in load_recipe(written(tmp_path, step)).expanded()] == ["dense"]
+    assert [p.name for p in expanded(load_recipe(written(tmp_path, step))).steps] == ["dense"]
     assert "together with `judge`" in refused(written(tmp_path, step + "register: {model: a}\n"))[0]
     assert "needs `judge`" in refused(written(tmp_path, step + "gates: [{measure: perplexity, at_most: 2}]\n"))[0]
     assert "nothing is judged" in refused(written(tmp_path, step + "gates: [{measure: size_bytes, at_most: 2}]\n"))[0]
@@ -314,7 +317,7 @@ def test_source_relative_is_found_beside_the_recipe_then_in_the_working_director
 
 
 def test_expanded_measures_baseline_and_executable_artifacts_on_each_corpus(tmp_path):
-    planned = {p.name: p for p in load_recipe(written(tmp_path)).expanded()}
+    planned = {p.name: p for p in expanded(load_recipe(written(tmp_path))).steps}
     validated = [name for name in planned if name.startswith("validate-")]
     assert validated == [
         "validate-dense-text",
@@ -336,7 +339,7 @@ def test_expanded_measures_baseline_and_executable_artifacts_on_each_corpus(tmp_
 
 def test_expanded_without_trace_or_with_few_windows(tmp_path):
     recipe = load_recipe(written(tmp_path), ["judge.trace=false", "judge.windows=3", "judge.artifacts=[cpu, int8]"])
-    validated = {p.name: p for p in recipe.expanded() if p.stage == "validate"}
+    validated = {p.name: p for p in expanded(recipe).steps if p.stage == "validate"}
     assert list(validated) == [f"validate-{a}-{c}" for a in ("dense", "cpu", "int8") for c in ("text", "other")]
     assert {p.params["windows"] for p in validated.values()} == {3}
 
@@ -344,7 +347,7 @@ def test_expanded_without_trace_or_with_few_windows(tmp_path):
 def test_expanded_steps_fit_the_real_definitions(tmp_path):
     recipe = load_recipe(written(tmp_path))
     kinds = {}
-    for planned in recipe.expanded():
+    for planned in expanded(recipe).steps:
         definition = stage(planned.stage)
         definition.params.model_validate(planned.params)
         for role, source in planned.inputs.items():
@@ -386,16 +389,17 @@ def test_precision_that_an_architecture_cannot_have_is_refused(tmp_path, scheme,
 
 def test_check_of_a_recipe_without_a_file_names_the_field(tmp_path):
     recipe = load_recipe(written(tmp_path))
-    recipe.check()
+    check_recipe(recipe)
     data = recipe.model_dump(by_alias=True)
     data["steps"][3]["inputs"]["model"] = "nothing"
     with pytest.raises(RecipeError, match=r"^steps\.shared\.inputs\.model: there is no step 'nothing'"):
-        Recipe.model_validate(data).check()
+        check_recipe(Recipe.model_validate(data))
 
 
 def test_reading_recipes_imports_nothing_that_computes(tmp_path):
     code = (
-        "import sys; from flows.recipe.model import Recipe, load_recipe; load_recipe('smollm2-135m').expanded();"
+        "import sys; from flows.recipe.expand import expanded; from flows.recipe.model import Recipe;"
+        "from flows.recipe.read import load_recipe; expanded(load_recipe('smollm2-135m'));"
         "Recipe.model_json_schema();"
         "print([m for m in ('torch', 'mlflow', 'prefect', 'transformers', 'onnx') if m in sys.modules])"
     )
@@ -417,7 +421,7 @@ class TestReal:
         schema = json.loads((FOLDER / "recipe.json").read_text(encoding="utf-8"))
         jsonschema.Draft202012Validator.check_schema(schema)
         jsonschema.validate(recipe.model_dump(mode="json", by_alias=True, exclude_unset=True), schema)
-        for planned in recipe.expanded():
+        for planned in expanded(recipe).steps:
             stage(planned.stage).params.model_validate(planned.params)
 
     def test_smollm2_recipe_holds_what_the_main_job_promises(self):

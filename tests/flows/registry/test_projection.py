@@ -226,8 +226,8 @@ CASES = ("half a logged model", "before the version", "before the journal", "bef
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from flows import registry
-from flows.tracking.runs import Tracking
+from flows.registry import projection
+from flows.tracking.connect import Tracking
 from mlflow import MlflowClient, pyfunc
 from mlflow.store.model_registry import sqlalchemy_store as _
 from mlflow.store.tracking import sqlalchemy_store as _
@@ -242,11 +242,11 @@ def release(where, root, run):
     if where == "before the version":
         MlflowClient.create_model_version = die
     if where == "before the journal":
-        registry.append = die
+        projection.append = die
     if where == "before the alias":
-        registry.reconcile = die
-    made = registry.Registry(LocalObjects(root / "store"), tracking_in(root / "mlflow"))
-    registry.release(made, candidate(made, "a", run=run), root / "engine", "champion")
+        projection.reconcile = die
+    made = projection.Registry(LocalObjects(root / "store"), tracking_in(root / "mlflow"))
+    projection.release(made, candidate(made, "a", run=run), root / "engine", "champion")
 
 pyfunc.save_model  # imported once, before the forks
 for where, run in zip(CASES, sys.argv[2:]):

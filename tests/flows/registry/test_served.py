@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from flows.registry.journal import Candidate, Executable
 from flows.registry.package import travelling_code
 from flows.registry.projection import Registry, release
-from flows.tracking.runs import quiet
+from flows.tracking.connect import quiet
 from stages.runtime.fingerprint import ROOT
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in

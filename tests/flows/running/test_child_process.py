@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from flows.running.child_process import Launcher, Order
+from flows.running.child_process import Launcher
+from flows.running.order import Order
 from stages import stage
 from stages.adapters.connect import pins
 from stages.runtime.contract import Interrupted, StageError

@@ -15,8 +15,9 @@ from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.running import dask_parts
-from flows.running.child_process import Launcher, Order
+from flows.running.child_process import Launcher
 from flows.running.dask_parts import LEAST_UNITS, MOST_UNITS, divided, scatter
+from flows.running.order import Order
 from flows.settings import settle
 from stages import stage
 from stages.adapters.connect import connect

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from flows.recipe.model import load_recipe
+from flows.recipe.read import load_recipe
 from flows.running.run_records import find_run, open_run, records
 from flows.settings import enter, settle
 from stages.runtime.contract import Interrupted, StageError

@@ -13,7 +13,8 @@ import pytest
 
 from flows.tracking import runs as module
 from flows.tracking.batches import flattened, valid_key
-from flows.tracking.runs import Tracking, answered, open_tracking
+from flows.tracking.connect import Tracking, answered, open_tracking
+from flows.tracking.runs import recipe_run
 from stages.runtime.contract import Interrupted, StageError, Unavailable
 from tests.flows.recorded import sealed, tracking_in
 
@@ -36,7 +37,7 @@ def read(tracking, run_id, name):
 def test_run_with_a_finished_step_has_params_metrics_tags_and_files(tracking, store):
     files = {"config.json": b'{"a": 1}', "model.safetensors": b"x" * 50, "big.json": b"1" * 1_000_001}
     name, manifest = sealed(store, files, metrics={"parameters": 7.0}, method="basis", keep=0.95)
-    with tracking.run("smollm2", "run-1", {"why": "test"}, "recipe: 1\n") as parent:
+    with recipe_run(tracking, "smollm2", "run-1", {"why": "test"}, "recipe: 1\n") as parent:
         step = parent.child("shared", {"method": "basis", "search": {"keep": 0.95, "ranks": [1, 2]}})
         step.finished(manifest, name, store.uri, cached=False, store=store)
         parent.summary({"passed": 1.0}, {"verdict": "passed"})
@@ -65,7 +66,7 @@ def test_run_with_a_finished_step_has_params_metrics_tags_and_files(tracking, st
 
 def test_curve_is_in_mlflow_while_the_step_runs(tracking, monkeypatch):
     monkeypatch.setattr(module, "FLUSH_S", 0.05)
-    with tracking.run("r", "1") as parent:
+    with recipe_run(tracking, "r", "1") as parent:
         step = parent.child("healed", {"tokens": 5})
         for i in range(3):
             step.progress.metric("kl", 1 / (i + 1), i)
@@ -87,7 +88,7 @@ def test_curve_is_in_mlflow_while_the_step_runs(tracking, monkeypatch):
 
 
 def test_metric_of_a_dense_curve_neither_waits_nor_loses_its_ends(tracking):
-    with tracking.run("r", "1") as parent:
+    with recipe_run(tracking, "r", "1") as parent:
         step = parent.child("healed", {})
         started = time.monotonic()
         for i in range(5_000):
@@ -108,7 +109,7 @@ def test_flush_when_mlflow_fails_keeps_the_points_for_later(tracking, monkeypatc
     def refuse(*_, **__):
         raise MlflowException("down")
 
-    with tracking.run("r", "1") as parent:
+    with recipe_run(tracking, "r", "1") as parent:
         step = parent.child("healed", {"a": 1})
         step.metric("kl", 1.0, 0)
         with monkeypatch.context() as down:
@@ -130,7 +131,7 @@ def test_flush_when_mlflow_fails_keeps_the_points_for_later(tracking, monkeypatc
     [(KeyboardInterrupt(), "KILLED"), (Interrupted("stop"), "KILLED"), (StageError("bad"), "FAILED")],
 )
 def test_run_that_raises_ends_with_its_steps(tracking, error, status):
-    with pytest.raises(type(error)), tracking.run("r", "1") as parent:
+    with pytest.raises(type(error)), recipe_run(tracking, "r", "1") as parent:
         step = parent.child("healed", {})
         failed = parent.child("pruned", {})
         failed.failed(StageError("what", measured=3, limit=2))
@@ -153,7 +154,7 @@ def test_steps_of_many_threads_keep_their_own_figures(tracking, store):
                 step.flush()
         step.finished(made[i][1], made[i][0], store.uri, cached=False, store=store)
 
-    with tracking.run("r", "1") as parent:
+    with recipe_run(tracking, "r", "1") as parent:
         threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
@@ -172,7 +173,7 @@ def test_steps_of_many_threads_keep_their_own_figures(tracking, store):
 def test_cached_run_of_25_steps_stays_cheap(tracking, store):
     name, manifest = sealed(store, {"a.json": b"1"}, metrics={f"m{i}": 1.0 for i in range(8)})
     started = time.process_time()
-    with tracking.run("r", "1", recipe_text="recipe: 1") as parent:
+    with recipe_run(tracking, "r", "1", recipe_text="recipe: 1") as parent:
         for i in range(25):
             parent.child(f"s{i}", {f"p{j}": j for j in range(10)}).finished(manifest, name, store.uri, True, store)
     assert time.process_time() - started < 2  # processor time, since others may use the machine
@@ -183,14 +184,15 @@ def test_cached_run_of_25_steps_stays_cheap(tracking, store):
 
 def test_killed_run_is_ended_by_the_next_one(tracking):
     script = (
-        "import os, signal, sys; from pathlib import Path; from flows.tracking.runs import open_tracking\n"
-        "with open_tracking(Path(sys.argv[1])).run('r', 'first') as parent:\n"
+        "import os, signal, sys; from pathlib import Path; from flows.tracking.connect import open_tracking\n"
+        "from flows.tracking.runs import recipe_run\n"
+        "with recipe_run(open_tracking(Path(sys.argv[1])), 'r', 'first') as parent:\n"
         "    parent.child('healed', {}); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     folder = Path(tracking.uri.removeprefix("sqlite:///")).parent
     done = subprocess.run([sys.executable, "-c", script, str(folder)], check=False, env={**os.environ})
     assert done.returncode == -9
-    with tracking.run("r", "second") as parent:
+    with recipe_run(tracking, "r", "second") as parent:
         states = {
             run.info.run_name: run.info.status for run in children_of_all(tracking) if run.info.run_id != parent.id
         }
@@ -202,7 +204,7 @@ def children_of_all(tracking):
 
 
 def test_open_by_several_processes_at_first_use_migrates_once(tmp_path):
-    script = "import sys; from pathlib import Path; from flows.tracking.runs import open_tracking\n"
+    script = "import sys; from pathlib import Path; from flows.tracking.connect import open_tracking\n"
     script += "print(open_tracking(Path(sys.argv[1])).experiment_id)"
     env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     ran = [
@@ -254,7 +256,7 @@ def test_answered_tells_a_refusal_from_an_outage():
 
 def test_flattened_long_values_and_odd_keys_are_taken_by_mlflow(tracking):
     params = {"a": {"x*y": None, "empty": {}}, "text": "z" * 7000, **{f"p{i}": i for i in range(150)}}
-    with tracking.run("r", "1") as parent:
+    with recipe_run(tracking, "r", "1") as parent:
         parent.child("s", params).interrupted()
         parent.child("t", {}).interrupted()
     by_name = {run.info.run_name: run.data.params for run in children(tracking, parent.id)}

@@ -238,11 +238,11 @@ def test_arrival_that_is_forgotten_is_new_with_another_event(store):
 
 
 def test_flow_run_of_an_arrival_that_another_has_ends_at_once(prefect_api, store, monkeypatch):
-    from flows.pipeline.optimize import optimize_recipe
+    from flows.triggers.on_checkpoint import optimize_checkpoint
 
     monkeypatch.setenv("ENGINERY_STORE", str(store.objects.root))
     begin(store.objects, recipe(), f"s3://b/x#{KEY}", "the first")
-    state = optimize_recipe(recipe(), checkpoint=f"s3://b/x#{KEY}", return_state=True)
+    state = optimize_checkpoint(recipe(), f"s3://b/x#{KEY}", return_state=True)
     assert state.is_completed() and "the first has this checkpoint" in state.message
 
 

@@ -6,6 +6,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from flows.recipe.expand import expanded
 from flows.recipe.read import read_recipe
 from flows.running.plan import resolve
 from stages import stage
@@ -270,7 +271,7 @@ def test_fuse_in_a_recipe_reads_many_steps_in_order_and_is_idempotent(three, sto
     recipe = read_recipe(path)
 
     def made(recipe):
-        planned = resolve(recipe.expanded(), store, lambda _name: Silent())
+        planned = resolve(expanded(recipe).steps, store, lambda _name: Silent())
         for one in planned.values():
             order = one.order
             outcome = execute(stage(order.stage), order.params, order.work, store, Silent(), step=order.step)

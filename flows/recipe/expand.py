@@ -1,0 +1,104 @@
+"""A recipe to the steps that run: its own, then the measurements that `judge` asks for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flows.recipe.model import Judge, Recipe, Step
+from stages import stage
+from stages.runtime.contract import Kind
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step as it runs. No two of a recipe bear one name.
+
+    Attributes:
+        inputs: role -> name of the step it reads.
+        measures: the step that this one measures, empty for a step of the recipe.
+        corpus: the corpus it is measured on; with `measures` the identity of a measurement.
+        traced: it only draws the curve of the intermediate checkpoints; no gate reads it.
+        executable: its artifact can be executed by the runtimes of a machine without a GPU.
+    """
+
+    name: str
+    stage: str
+    inputs: dict[str, str]
+    params: dict[str, Any]
+    measures: str = ""
+    corpus: str = ""
+    traced: bool = False
+    executable: bool = True
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A recipe, checked, and the steps that run for it, in an order in which none reads a later one."""
+
+    recipe: Recipe
+    steps: tuple[PlannedStep, ...]
+
+
+def expanded(recipe: Recipe) -> Expanded:
+    """The recipe's steps, then the measurements that `judge` asks for."""
+    own = [PlannedStep(s.name, s.stage, s.roles(), dict(s.params), executable=executable_here(s)) for s in recipe.steps]
+    measured = [] if recipe.judge is None else list(_measurements(recipe, recipe.judge))
+    return Expanded(recipe, (*own, *_named_apart(measured)))
+
+
+def executable_here(step: Step) -> bool:
+    """Whether the artifact of a step can be executed by the runtimes of this machine without a GPU."""
+    return step.stage != "compile" or step.params.get("backend") == "onnxruntime"
+
+
+def upstream(recipe: Recipe, name: str) -> set[str]:
+    """The names of all steps that `name` reads, directly or through others."""
+    known = {step.name: set(step.roles().values()) for step in recipe.steps}
+    found: set[str] = set()
+    pending = list(known.get(name, ()))
+    while pending:
+        source = pending.pop()
+        if source not in found:
+            found.add(source)
+            pending += known.get(source, ())
+    return found
+
+
+def measurement_name(artifact: str, corpus: str) -> str:
+    """How the measurement of an artifact on a corpus is called, where no other one is called so."""
+    return f"validate-{artifact}-{corpus}"
+
+
+def _named_apart(measured: Iterable[PlannedStep]) -> Iterator[PlannedStep]:
+    """Names hold dashes: `a-b` on `c` and `a` on `b-c` read alike. None holds a dot, which tells them apart."""
+    found = list(measured)
+    bearers = Counter(step.name for step in found)
+    for step in found:
+        alike = bearers[step.name] > 1
+        yield replace(step, name=f"validate-{step.measures}.{step.corpus}") if alike else step
+
+
+def _measurements(recipe: Recipe, judge: Judge) -> Iterator[PlannedStep]:
+    executed = [name for name in judge.artifacts if executable_here(recipe.step(name))]
+    for artifact in dict.fromkeys([judge.baseline, *executed]):
+        for corpus in judge.corpora:
+            yield _measurement(judge, recipe.step(artifact), corpus, against=artifact != judge.baseline)
+    if not judge.trace:
+        return
+    above = set().union(*(upstream(recipe, name) for name in judge.artifacts))
+    for step in recipe.steps:
+        between = step.name in above and judge.baseline in upstream(recipe, step.name)
+        if between and step.name not in judge.artifacts and stage(step.stage).output is Kind.CHECKPOINT:
+            yield _measurement(judge, step, judge.corpora[0], traced=True)
+
+
+def _measurement(judge: Judge, step: Step, corpus: str, *, against: bool = False, traced: bool = False) -> PlannedStep:
+    artifact, target = step.name, "torch:cpu" if stage(step.stage).output is Kind.CHECKPOINT else "onnxruntime:cpu"
+    params: dict[str, Any] = {"split": judge.split, "window_tokens": judge.window_tokens, "target": target}
+    if judge.windows is not None:
+        params["windows"] = judge.windows
+    inputs = {"model": artifact, "text": corpus} | ({"baseline": judge.baseline} if against else {})
+    return PlannedStep(measurement_name(artifact, corpus), "validate", inputs, params, artifact, corpus, traced)
