@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from stages import stage
@@ -19,6 +20,10 @@ from stages.runtime.stores import LocalObjects
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A test is no clock: what takes how long is `make bench`'s, and machines are busy.
+hypothesis.settings.register_profile("enginery", deadline=None)
+hypothesis.settings.load_profile("enginery")
 
 Seal = Callable[..., Outcome]
 

@@ -29,7 +29,7 @@ def test_contributing_added_stage_passes_its_test(tmp_path, tiny):
             "-p",
             "no:cacheprovider",
             "tests/stages/test_halve.py",
-            "tests/test_boundaries.py",
+            "tests/test_architecture.py",
         ],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "ENGINERY_TEST_CACHE": str(tiny.parent), "PYTHONPATH": str(tmp_path)},

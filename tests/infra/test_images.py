@@ -49,7 +49,11 @@ def test_every_requirement_is_pinned_in_constraints():
 
 def test_version_of_the_images_is_that_of_the_project():
     version = PROJECT["version"]
-    files = [*(ROOT / "infra" / "pools").glob("*.json"), ROOT / "infra" / "compose.yaml", ROOT / "flows" / "pools.py"]
+    files = [
+        *(ROOT / "infra" / "pools").glob("*.json"),
+        ROOT / "infra" / "compose.yaml",
+        ROOT / "flows" / "running" / "placement.py",
+    ]
     for path in files:
         found = re.findall(r"enginery/(?:\{image\}|\w+):([\w.]+)", path.read_text())
         assert found and set(found) == {version}, path

@@ -6,7 +6,6 @@ import torch
 import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from testsstages.models import families
 from transformers import AutoModelForCausalLM
 
 from stages.models.blockwise import compress
@@ -16,6 +15,7 @@ from stages.models.text.windows import windows
 from stages.runtime.contract import StageError
 from stages.share import SHARE, ShareParams
 from tests.conftest import sealer
+from tests.stages.models import families
 
 PARAMS = {"keep": 0.93, "windows": 6, "window_tokens": 64}
 

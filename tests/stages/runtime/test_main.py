@@ -214,9 +214,8 @@ def test_each_kind_of_error_has_its_exit_code_and_event(tmp_path, capfd, monkeyp
 
     from dataclasses import replace
 
-    from testsstages.runtime import trial
-
     import stages
+    from tests.stages.runtime import trial
 
     monkeypatch.setitem(stages.STAGES, "trial", "tests.stages.runtime.trial:TRIAL")
     monkeypatch.setattr(trial, "TRIAL", replace(TRIAL, run=failing))
