@@ -37,10 +37,10 @@ from stages.runtime.fingerprint import (
     ROOT,
     assert_installed,
     canonical,
-    code_digest,
     fingerprint,
     first_difference,
     required,
+    stage_digest,
 )
 from stages.runtime.stores import LocalObjects
 
@@ -60,7 +60,7 @@ def work_of(stage: Stage[Any], params: Params, inputs: Mapping[str, str]) -> Wor
     """The identity of running `stage` with pinned `params` on inputs given as role -> fingerprint."""
     return Work(
         stage=stage.name,
-        code=code_digest(f"stages.{stage.name}"),
+        code=stage_digest(stage.name),
         params=params.identity(),
         inputs=dict(sorted(inputs.items())),
         requires=required(stage.image),
@@ -149,7 +149,7 @@ def check(stage: Stage[Any], work: Work, store: Store) -> None:
         kinds[role] = manifest.kind
     check_kinds(stage, kinds)
     assert_installed(work.requires)
-    here = code_digest(f"stages.{stage.name}")
+    here = stage_digest(stage.name)
     if here != work.code:
         raise StageError(
             f"the code of {stage.name} here is not the code that was planned",

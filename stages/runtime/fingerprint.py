@@ -103,6 +103,12 @@ def code_digest(module: str) -> str:
     return digest_bytes(canonical(sorted(seen.items())))
 
 
+def stage_digest(name: str) -> str:
+    """Digest of the code of a stage: of its file, or of `stage` in its folder, and of what they import."""
+    folder = f"stages.{name}.stage"
+    return code_digest(folder if _source(folder) else f"stages.{name}")
+
+
 def _source(module: str) -> Path | None:
     if module.split(".")[0] not in ("stages", "flows"):
         return None

@@ -18,7 +18,7 @@ from stages import stage
 from stages.adapters.connect import pins
 from stages.runtime.artifacts import Store
 from stages.runtime.execute import execute, work_of
-from stages.runtime.fingerprint import ROOT, canonical, code_digest, digest_bytes, digest_file
+from stages.runtime.fingerprint import ROOT, canonical, code_digest, digest_bytes, digest_file, stage_digest
 from stages.runtime.progress import forward
 from tests.benchmarks import results
 from tests.benchmarks.peers import PEERS, Peer
@@ -155,7 +155,7 @@ def _keys(bench: Bench, techniques: Sequence[Technique]) -> dict[str, str]:
     """Name -> identity of the row: code, params, and the identities of what it reads."""
     keys: dict[str, str] = {}
     for one in techniques:
-        own = digest_file(HERE / "controls.py") if one.stage in CONTROLS else code_digest(f"stages.{one.stage}")
+        own = digest_file(HERE / "controls.py") if one.stage in CONTROLS else stage_digest(one.stage)
         read = {role: bench.identities.get(name) or keys[name] for role, name in one.inputs.items()}
         params = adapted(one, bench.options) | ({"as_long_as": keys[one.as_long_as]} if one.as_long_as else {})
         keys[one.name] = _key(bench, {"stage": one.stage, "params": params, "inputs": read, "code": own})

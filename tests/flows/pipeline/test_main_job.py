@@ -15,6 +15,7 @@ import pytest
 
 from flows.commands.schema import FOLDER
 from stages.adapters.connect import connect
+from stages.runtime.fingerprint import ROOT
 
 JOB, CUT = Path(__file__).with_name("job.yaml"), Path(__file__).with_name("cut.yaml")
 PLAIN = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
@@ -23,11 +24,11 @@ KEPT = {k: v for k, v in os.environ.items() if k.startswith(("COVERAGE_", "COV_"
 pytestmark = pytest.mark.timeout(1200)  # a whole run of every stage, beside other tests
 
 
-def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=560):
+def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=560, through=("flows.cli",)):
     """Run the command in a child; returns (JSON object or None, output, errors)."""
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
-        env={**PLAIN, **KEPT, "HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[3]), **(env or {})},
+        [sys.executable, "-m", *map(str, (*through, *arguments))],
+        env={**PLAIN, **KEPT, "HOME": str(home), "PYTHONPATH": str(ROOT), **(env or {})},
         cwd=cwd or home,
         capture_output=True,
         text=True,
@@ -55,7 +56,8 @@ def common(home, tiny):
 
 @pytest.fixture(scope="module")
 def first(common, home):
-    return enginery("run", *common, "--json", "--output", home / "out", home=home)[0]
+    through = ("tests.flows.walk", home / "walk.json")
+    return enginery("run", *common, "--json", "--output", home / "out", home=home, through=through)[0]
 
 
 def test_run_whole_recipe_passes_and_fits_its_schema(first):
@@ -67,6 +69,25 @@ def test_run_whole_recipe_passes_and_fits_its_schema(first):
     assert first["model"]["targets"] == ["onnxruntime:cpu"]
     assert any("sm_89" in one for one in first["compiled"])
     assert Path(first["report"]).stat().st_size < 1_000_000
+
+
+def test_run_enters_each_room_once_on_its_way_and_the_recipe_only_before_the_pipeline(first, home):
+    walked = json.loads((home / "walk.json").read_text())
+    assert walked["rooms"] == [
+        "commands",
+        "recipe",
+        "reporting",  # the terminal is opened before anything runs
+        "pipeline",
+        "running",
+        "prefect_api",
+        "tracking",
+        "registry",  # the champion is looked up before it is judged against
+        "judging",
+    ]
+    assert walked["late"] == []
+    # What starts a run without a person, and what a team's Prefect is given, are no part of this one.
+    others = {path.parent.name for path in Path(ROOT, "flows").glob("*/__init__.py")} - set(walked["rooms"])
+    assert others == {"triggers", "production"}
 
 
 def test_run_share_and_prune_each_removed_a_twentieth_by_the_tensors(first):
@@ -171,7 +192,7 @@ def test_recover_killed_goes_on_and_ends_in_the_same_bytes(first, home, tiny, tm
     changed = ["--set", f"steps.dense.params.source={tiny}"]
     whole = enginery("run", CUT, "--store", home / "store", *changed, "--json", home=home)[0]
     arguments = [sys.executable, "-m", "flows.cli", "run", str(CUT), "--store", str(tmp_path / "store"), *changed]
-    env = {**PLAIN, **KEPT, "HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[3])}
+    env = {**PLAIN, **KEPT, "HOME": str(home), "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(arguments, env=env, stdout=log, stderr=log, start_new_session=True)
         partial: list[Path] = []

@@ -344,6 +344,34 @@ def test_expanded_without_trace_or_with_few_windows(tmp_path):
     assert {p.params["windows"] for p in validated.values()} == {3}
 
 
+def test_measurements_whose_names_read_alike_are_two(tmp_path):
+    twice = [
+        {"name": "cpu-a", "stage": "compile", "inputs": {"graph": "graph"}, "params": {"backend": "onnxruntime"}},
+        {"name": "a-text", "stage": "corpus", "params": {"source": "pydoc://topics", "splits": {"test": 1.0}}},
+    ]
+    data = load_recipe(written(tmp_path)).model_dump(by_alias=True)
+    data["steps"] += twice
+    data["judge"] |= {"artifacts": ["cpu", "cpu-a"], "corpora": ["text", "a-text"]}
+    recipe = Recipe.model_validate(data)
+    check_recipe(recipe)
+    measured = [step for step in expanded(recipe).steps if step.measures]
+    # `cpu` on `a-text` and `cpu-a` on `text` were both called validate-cpu-a-text: a gate read the other's report.
+    assert len({step.name for step in measured}) == len(measured)
+    by_identity = {(step.measures, step.corpus): step for step in measured}
+    assert len(by_identity) == len(measured)
+    for (artifact, corpus), step in by_identity.items():
+        assert (step.inputs["model"], step.inputs["text"]) == (artifact, corpus)
+        alike = step.name != f"validate-{artifact}-{corpus}"
+        assert alike == ((artifact, corpus) in {("cpu", "a-text"), ("cpu-a", "text")})
+
+
+def test_step_called_as_a_traced_measurement_is_refused(tmp_path):
+    data = load_recipe(written(tmp_path)).model_dump(by_alias=True)
+    data["steps"].append({**data["steps"][1], "name": "validate-int8-text"})
+    with pytest.raises(RecipeError, match="a step is called 'validate-int8-text' as this measurement would be"):
+        check_recipe(Recipe.model_validate(data))
+
+
 def test_expanded_steps_fit_the_real_definitions(tmp_path):
     recipe = load_recipe(written(tmp_path))
     kinds = {}
