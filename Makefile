@@ -36,12 +36,13 @@ test: install  ## the tests, with branch coverage
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
-check: install  ## ruff, mypy --strict, import boundaries
+check: install  ## ruff, mypy --strict, import boundaries, the map of the house
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache | tail -5
 	@$(BIN)/lint-imports --no-cache > /dev/null
+	@$(BIN)/python -m tests.architecture
 
 real-test: install  ## a slice on the real model: fetch to verdict, short texts
 	@$(BIN)/python -m pytest -m real tests/real
