@@ -10,7 +10,7 @@ COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check real-test service-test bench bench-engine images schemas clean gpu-test \
+.PHONY: help install run test check real-test fault-test service-test bench bench-engine images schemas clean gpu-test \
   production-env production-up production-submit production-watch production-down production-test
 
 help:  ## list the targets
@@ -46,6 +46,9 @@ check: install  ## ruff, mypy --strict, import boundaries, the map of the house
 
 real-test: install  ## a slice on the real model: fetch to verdict, short texts
 	@$(BIN)/python -m pytest -m real tests/real
+
+fault-test: install  ## whole runs, kills and clusters in processes of their own: each more than 20 s
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault -n 2 --dist load --durations 5 tests/flows tests/stages
 
 service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered
 	@$(BIN)/python -m pytest -m service tests/services tests/flows

@@ -9,6 +9,8 @@ import pytest
 
 from stages.runtime.contract import PARTIAL
 
+pytestmark = pytest.mark.fault
+
 SHORT = {"windows": 4, "window_tokens": 128}
 ROOT = Path(__file__).parents[2]
 CASES = {

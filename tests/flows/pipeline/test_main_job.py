@@ -21,7 +21,7 @@ JOB, CUT = Path(__file__).with_name("job.yaml"), Path(__file__).with_name("cut.y
 PLAIN = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
 KEPT = {k: v for k, v in os.environ.items() if k.startswith(("COVERAGE_", "COV_"))}
 
-pytestmark = pytest.mark.timeout(1200)  # a whole run of every stage, beside other tests
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(1200)]  # a whole run of every stage, beside other tests
 
 
 def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=560, through=("flows.cli",)):

@@ -111,6 +111,7 @@ def test_cluster_without_worker_or_scheduler_is_said_to_be_unavailable(cluster, 
             assert "ENGINERY_SHARDS" in told.value.remedy
 
 
+@pytest.mark.fault
 def test_cluster_computes_the_missing_parts_and_the_step_gathers_the_undivided_bytes(
     prefect, cluster, launcher, shared_store, dense, topics, tmp_path
 ):
@@ -139,6 +140,7 @@ def test_part_that_fails_says_so_with_its_own_error(prefect, launcher, topics):
         scatter(one, launcher, "threads:2", Heard())
 
 
+@pytest.mark.fault
 def test_scatter_that_is_stopped_ends_its_children_and_raises(prefect, launcher, dense, topics):
     class Stopping(Heard):
         def note(self, text):
