@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flows.reporting.format import number
 from stages.measures.interval import Floats, Interval, bootstrap
 from stages.runtime.contract import StageError
 
@@ -226,9 +227,9 @@ def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Inte
         else:
             bad = interval.high if word == "at most" else interval.low
             passed = bad <= limit if word == "at most" else bad >= limit
-            said = f"measured {_number(interval.point)}"
+            said = f"measured {number(interval.point)}"
             if interval.low != interval.high:
-                said += f" (95% interval {_number(interval.low)} to {_number(interval.high)})"
+                said += f" (95% interval {number(interval.low)} to {number(interval.high)})"
         yield Result(
             measure=gate.measure,
             against=gate.against,
@@ -240,13 +241,9 @@ def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Inte
             high=_finite(interval.high) if interval else None,
             limit=limit,
             passed=passed,
-            text=f"{name}: {said}, limit {word} {_number(limit)}: {'passed' if passed else 'FAILED'}",
+            text=f"{name}: {said}, limit {word} {number(limit)}: {'passed' if passed else 'FAILED'}",
         )
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10_000 and math.isfinite(value) else f"{value:.4g}"
