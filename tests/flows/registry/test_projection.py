@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.registry import package
+from flows.registry import package, projection
 from flows.registry.journal import Candidate, Executable, append, head, history, models
-from flows.registry.projection import Drift, Registry, drift, promote, reconcile, release, rollback, versions
+from flows.registry.projection import Drift, Registry, drift, promote, reconcile, rollback, versions
 from stages.runtime.contract import StageError
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in
@@ -47,6 +47,13 @@ def candidate(registry, letter, *, passed=True, judged=True, run=None, model=MOD
         verdict={"passed": passed, "gates": []},
         run=run,
     )
+
+
+def release(registry, candidate, engine, alias, why=""):
+    """A promotion to its end, as a run does it: version, journal, and MLflow's alias after them."""
+    made = projection.release(registry, candidate, engine, alias, why)
+    reconcile(registry, candidate.model)
+    return made
 
 
 def served(registry):
@@ -226,7 +233,7 @@ CASES = ("half a logged model", "before the version", "before the journal", "bef
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from flows import registry
+from flows.registry import projection
 from flows.tracking.runs import Tracking
 from mlflow import MlflowClient, pyfunc
 from mlflow.store.model_registry import sqlalchemy_store as _
@@ -234,6 +241,7 @@ from mlflow.store.tracking import sqlalchemy_store as _
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in
 from tests.flows.registry.test_projection import CASES, candidate
+from tests.flows.registry.test_projection import release as released
 
 def release(where, root, run):
     die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
@@ -242,11 +250,11 @@ def release(where, root, run):
     if where == "before the version":
         MlflowClient.create_model_version = die
     if where == "before the journal":
-        registry.append = die
+        projection.append = die
     if where == "before the alias":
-        registry.reconcile = die
-    made = registry.Registry(LocalObjects(root / "store"), tracking_in(root / "mlflow"))
-    registry.release(made, candidate(made, "a", run=run), root / "engine", "champion")
+        MlflowClient.set_registered_model_alias = die
+    made = projection.Registry(LocalObjects(root / "store"), tracking_in(root / "mlflow"))
+    released(made, candidate(made, "a", run=run), root / "engine", "champion")
 
 pyfunc.save_model  # imported once, before the forks
 for where, run in zip(CASES, sys.argv[2:]):
