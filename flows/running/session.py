@@ -14,9 +14,10 @@ from typing import Protocol
 
 from flows.prefect_api.retry import AWAY_S, patiently
 from flows.recipe.model import Recipe
-from flows.results import PlanLine, StepResult
+from flows.results import PlanLine, RunResult, StepResult
 from flows.running.child_process import Launcher, Order
 from flows.running.leftover_servers import end_orphaned_servers
+from flows.running.loose_ends import LooseEnds
 from flows.running.placement import load_pools
 from flows.running.plan import Planned, check_start, needs, resolve
 from flows.running.run_records import Record, as_yaml, open_run
@@ -74,7 +75,11 @@ class Recorder:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """Everything that the steps of one run share. `done` and `remade` fill up while it runs."""
+    """Everything that the steps of one run share. `done` and `remade` fill up while it runs.
+
+    Attributes:
+        ended: the result once nothing undoes it, empty before: what breaks from then on makes no failure of the run.
+    """
 
     recipe: Recipe
     settings: Settings
@@ -90,6 +95,12 @@ class Session:
     done: dict[str, StepResult] = field(default_factory=dict)
     remade: set[str] = field(default_factory=set)
     errors: dict[str, BaseException] = field(default_factory=dict)
+    ended: list[RunResult] = field(default_factory=list)
+
+    @property
+    def loose(self) -> LooseEnds:
+        """Who is told of what breaks after the run has ended."""
+        return LooseEnds(self.record, self.terminal.line)
 
     @property
     def nothing_to_run(self) -> bool:
@@ -123,12 +134,15 @@ def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[S
     with nullcontext() if pooled else _alone(scratch, terminal):
         end_orphaned_servers(os.environ["PREFECT_HOME"])
         record = open_run(scratch, recipe, sys.argv)
+        ended: list[RunResult] = []
         try:
             store = patiently(settings.connect, away_s=away_s)
             planned = patiently(lambda: _planned(recipe, settings, store, terminal.for_step), away_s=away_s)
             tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
             tags = {"enginery.store": store.uri}
-            with tracking.run(recipe.name, record.name, tags, as_yaml(recipe)) as mlflow:
+            followed = tracking.run(recipe.name, record.name, tags, as_yaml(recipe))
+            loose, remedy = LooseEnds(record, terminal.line), "The next run beside it ends it there."
+            with loose.closed(followed, ended, "the end of MLflow's run", remedy) as mlflow:
                 yield Session(
                     recipe=recipe,
                     settings=settings,
@@ -141,9 +155,11 @@ def opened(recipe: Recipe, settings: Settings, terminal: Terminal) -> Iterator[S
                     tracking=tracking,
                     mlflow=mlflow,
                     started=time.monotonic(),
+                    ended=ended,
                 )
         except BaseException as error:
-            record.failed(error)
+            if not ended:
+                record.failed(error)
             raise
 
 
