@@ -14,8 +14,9 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.pipeline.conclude import conclude
+from flows.pipeline.finish import finish
 from flows.pipeline.pages import RunLog, show
+from flows.pipeline.verdict import judged
 from flows.prefect_api.retry import patiently
 from flows.recipe.model import Recipe, load_recipe
 from flows.reporting.terminal import TerminalProgress
@@ -29,6 +30,8 @@ __all__ = ["optimize", "optimize_recipe", "plan"]
 
 _SESSIONS: dict[str, Session] = {}
 """Sessions of this process by run name: a flow's parameters must be plain data, and an open store is not."""
+
+_SAME = "The report and `enginery explain last` say the same."
 
 _STEPS_AT_ONCE = 64
 """Threads, nearly all of which wait: for the steps they read, or for a slot."""
@@ -48,13 +51,16 @@ def optimize(recipe: Recipe, settings: Settings, terminal: Terminal) -> RunResul
         if session.nothing_to_run and not os.environ.get("PREFECT_API_URL"):
             for name in session.planned:
                 run_step(session, name)
-            return conclude(session)
+            return finish(session, judged(session))
         _SESSIONS[session.record.name] = session
         try:
             return RunResult.model_validate(optimize_recipe(recipe, session.record.name))
-        except RuntimeError as error:
+        except Exception as error:
+            if session.ended:
+                session.loose.tell(error, "the end of Prefect's flow run", _SAME)
+                return session.ended[-1]
             # Prefect has no class of its own for a temporary server that did not come up.
-            if "ephemeral Prefect API server" not in str(error):
+            if not isinstance(error, RuntimeError) or "ephemeral Prefect API server" not in str(error):
                 raise
             raise Unavailable(
                 "Prefect's temporary server did not start in time",
@@ -107,12 +113,20 @@ def _driven(session: Session) -> dict[str, Any]:
             after = [futures[one] for one in planned.after]
             futures[name] = named.submit(session.record.name, name, wait_for=after, return_state=False)
         _await(session, futures)
-        result = patiently(lambda: conclude(session), say=session.terminal.line)
-        show(session, result)
+        result = _end(session)
     except BaseException:
         session.launcher.stop()
         raise
     return result.model_dump(mode="json")
+
+
+def _end(session: Session) -> RunResult:
+    """Verdict, end, page. Only the end is tried again: a second verdict might compare a model with itself, promoted."""
+    judgement = patiently(lambda: judged(session), say=session.terminal.line)
+    result = patiently(lambda: finish(session, judgement), say=session.terminal.line)
+    with session.loose.told("the flow run's page in Prefect", _SAME):
+        show(session, result)
+    return result
 
 
 def _await(session: Session, futures: Mapping[str, PrefectFuture[str]]) -> None:
