@@ -31,8 +31,6 @@ __all__ = ["optimize", "optimize_recipe", "plan"]
 _SESSIONS: dict[str, Session] = {}
 """Sessions of this process by run name: a flow's parameters must be plain data, and an open store is not."""
 
-_SAME = "The report and `enginery explain last` say the same."
-
 _STEPS_AT_ONCE = 64
 """Threads, nearly all of which wait: for the steps they read, or for a slot."""
 
@@ -57,7 +55,7 @@ def optimize(recipe: Recipe, settings: Settings, terminal: Terminal) -> RunResul
             return RunResult.model_validate(optimize_recipe(recipe, session.record.name))
         except Exception as error:
             if session.ended:
-                session.loose.tell(error, "the end of Prefect's flow run", _SAME)
+                session.loose.tell(error, "the end of Prefect's flow run", _same(session))
                 return session.ended[-1]
             # Prefect has no class of its own for a temporary server that did not come up.
             if not isinstance(error, RuntimeError) or "ephemeral Prefect API server" not in str(error):
@@ -124,9 +122,13 @@ def _end(session: Session) -> RunResult:
     """Verdict, end, page. Only the end is tried again: a second verdict might compare a model with itself, promoted."""
     judgement = patiently(lambda: judged(session), say=session.terminal.line)
     result = patiently(lambda: finish(session, judgement), say=session.terminal.line)
-    with session.loose.told("the flow run's page in Prefect", _SAME):
+    with session.loose.told("the flow run's page in Prefect", _same(session)):
         show(session, result)
     return result
+
+
+def _same(session: Session) -> str:
+    return f"The report and `enginery explain {session.record.name}` say the same."
 
 
 def _await(session: Session, futures: Mapping[str, PrefectFuture[str]]) -> None:
