@@ -54,7 +54,7 @@ def optimize(recipe: Recipe, settings: Settings, terminal: Terminal) -> RunResul
         try:
             return RunResult.model_validate(optimize_recipe(recipe, session.record.name))
         except Exception as error:
-            if session.ended:
+            if session.ended:  # it may have promoted: Prefect's end of the flow run does not undo that
                 session.loose.tell(error, "the end of Prefect's flow run", _same(session))
                 return session.ended[-1]
             # Prefect has no class of its own for a temporary server that did not come up.

@@ -35,6 +35,10 @@ def is_result(path, _text):
     return path.name == "result.json"
 
 
+def of_engine(_source, target):
+    return "/out/cpu/" in str(target)
+
+
 def of_report(_source, target):
     return str(target).endswith("out/report.html")
 
@@ -77,7 +81,7 @@ PUT, ALIAS = "stages.runtime.stores.LocalObjects.put", "mlflow.MlflowClient.set_
 PAGE = "flows.reporting.report._template"
 
 BEFORE = {
-    "copies": Break(where="shutil.copyfile", error=FULL),
+    "copies": Break(where="shutil.copyfile", error=FULL, on=of_engine),
     "report": Break(where=PAGE, error=FULL),
     "report's copy": Break(where="shutil.copyfile", error=FULL, on=of_report),
     "MLflow's figures": Break(where=SUMMARY, error=REFUSED),
