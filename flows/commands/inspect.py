@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the runs of a store, the newest last."""
-    from flows.reporting.tables import duration
+    from flows.reporting.format import duration
     from flows.results import RunsResult
     from flows.running.run_records import records
 
@@ -48,7 +48,7 @@ def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the artifacts of a store, the newest last."""
-    from flows.reporting.tables import size
+    from flows.reporting.format import size
     from flows.results import Listed, ListResult
 
     found = opened(store)
@@ -92,7 +92,7 @@ def inspect(artifact: ArtifactArgument, store: StoreOption = None, as_json: Json
 
 def explain(run: RunArgument, store: StoreOption = None) -> None:
     """Say what a run did, and why."""
-    from flows.reporting.tables import duration, number
+    from flows.reporting.format import duration, number
     from flows.running.run_records import find_run
 
     record = find_run(scratch_of(store), run)
@@ -120,7 +120,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Put two artifacts or two runs side by side."""
-    from flows.reporting.tables import number
+    from flows.reporting.format import number
 
     found = opened(store)
     left, right = _measures(found, a), _measures(found, b)
@@ -161,8 +161,8 @@ def logs(
 
 def verify(artifact: ArtifactArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Hash every byte of an artifact."""
+    from flows.reporting.format import size
     from flows.reporting.inspect_artifact import find_artifact
-    from flows.reporting.tables import size
     from flows.results import VerifyResult
 
     found = opened(store)
@@ -176,7 +176,7 @@ def verify(artifact: ArtifactArgument, store: StoreOption = None, as_json: JsonO
 
 
 def _show(seen: Inspection) -> None:
-    from flows.reporting.tables import duration, number, size
+    from flows.reporting.format import duration, number, size
 
     step = f" of step {seen.step}" if seen.step else ""
     typer.echo(f"{seen.kind} {seen.fingerprint}{step}, {size(seen.size_bytes)} in {seen.uri}")

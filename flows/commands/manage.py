@@ -80,8 +80,8 @@ def sweep(
 
     Drafts, downloads and files that no artifact names, once they are older than 24 hours.
     """
+    from flows.reporting.format import size
     from flows.reporting.inspect_artifact import find_artifact
-    from flows.reporting.tables import size
 
     found = opened(store)
     if artifact:

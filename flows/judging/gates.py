@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flows.reporting.format import number
+from flows.results import GateResult
 from stages.measures.interval import Floats, Interval, bootstrap
 from stages.runtime.contract import StageError
 
@@ -52,37 +54,12 @@ class Gate(Protocol):
         """Lower limit."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One gate applied to one artifact as executed on one target, on one corpus.
-
-    Attributes:
-        target: what the artifact was executed on; empty where its bytes alone were measured.
-        measured: the point estimate; None when it is no finite number or the gate is not applicable.
-        low: lower end of the interval, None like `measured`.
-        high: upper end of the interval, None like `measured`.
-        text: the result in one sentence.
-    """
-
-    measure: str
-    against: str | None
-    artifact: str
-    target: str
-    corpus: str
-    measured: float | None
-    low: float | None
-    high: float | None
-    limit: float
-    passed: bool
-    text: str
-
-
 @dataclass(frozen=True)
 class Verdict:
     """All gates of a recipe. `targets` are the judged artifacts that were executed, with what executed them."""
 
     passed: bool
-    results: tuple[Result, ...]
+    results: tuple[GateResult, ...]
     targets: Mapping[str, str]
 
 
@@ -104,7 +81,7 @@ def judge(
         StageError: a gate speaks of nothing that was measured, or of documents that cannot be paired.
     """
     executed = {name: target for name, target in targets.items() if target}
-    results: list[Result] = []
+    results: list[GateResult] = []
     for gate in gates:
         found = [
             r for artifact in _artifacts(gate, sizes, targets) for r in _apply(gate, artifact, reports, sizes, executed)
@@ -138,7 +115,7 @@ def _apply(
     reports: Mapping[tuple[str, str], Report],
     sizes: Mapping[str, int],
     targets: Mapping[str, str],
-) -> Iterator[Result]:
+) -> Iterator[GateResult]:
     corpora = [""] if gate.measure == SIZE else _corpora(gate, artifact, reports)
     for corpus in corpora:
         if gate.against == CHAMPION and not _known(CHAMPION, reports, sizes):
@@ -210,7 +187,7 @@ def _check_paired(ours: Report, theirs: Report, which: str) -> None:
         raise StageError(f"a document stands twice in the reports of {which}", remedy=remedy)
 
 
-def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Interval | None) -> Iterator[Result]:
+def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Interval | None) -> Iterator[GateResult]:
     bounds: Sequence[tuple[str, float | None]] = (("at most", gate.at_most), ("at least", gate.at_least))
     asked = [(word, limit) for word, limit in bounds if limit is not None]
     if not asked:
@@ -226,10 +203,10 @@ def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Inte
         else:
             bad = interval.high if word == "at most" else interval.low
             passed = bad <= limit if word == "at most" else bad >= limit
-            said = f"measured {_number(interval.point)}"
+            said = f"measured {number(interval.point)}"
             if interval.low != interval.high:
-                said += f" (95% interval {_number(interval.low)} to {_number(interval.high)})"
-        yield Result(
+                said += f" (95% interval {number(interval.low)} to {number(interval.high)})"
+        yield GateResult(
             measure=gate.measure,
             against=gate.against,
             artifact=artifact,
@@ -240,13 +217,9 @@ def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Inte
             high=_finite(interval.high) if interval else None,
             limit=limit,
             passed=passed,
-            text=f"{name}: {said}, limit {word} {_number(limit)}: {'passed' if passed else 'FAILED'}",
+            text=f"{name}: {said}, limit {word} {number(limit)}: {'passed' if passed else 'FAILED'}",
         )
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10_000 and math.isfinite(value) else f"{value:.4g}"

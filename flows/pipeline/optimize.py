@@ -12,8 +12,9 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.pipeline.conclude import conclude
+from flows.pipeline.finish import finish
 from flows.pipeline.pages import show
+from flows.pipeline.verdict import judged
 from flows.prefect_api.progress import RunLog
 from flows.prefect_api.retry import patiently
 from flows.recipe.check import check_recipe
@@ -47,13 +48,16 @@ def optimize(asked: Expanded, settings: Settings, terminal: Terminal) -> RunResu
         if session.nothing_to_run and not os.environ.get("PREFECT_API_URL"):
             for name in session.planned:
                 run_step(session, name)
-            return conclude(session)
+            return finish(session, judged(session))
         _SESSIONS[session.record.name] = session
         try:
             return RunResult.model_validate(optimize_recipe(asked.recipe, session.record.name))
-        except RuntimeError as error:
+        except Exception as error:
+            if session.ended:  # it may have promoted: Prefect's end of the flow run does not undo that
+                session.loose.tell(error, "the end of Prefect's flow run", _same(session))
+                return session.ended[-1]
             # Prefect has no class of its own for a temporary server that did not come up.
-            if "ephemeral Prefect API server" not in str(error):
+            if not isinstance(error, RuntimeError) or "ephemeral Prefect API server" not in str(error):
                 raise
             raise Unavailable(
                 "Prefect's temporary server did not start in time",
@@ -115,12 +119,24 @@ def _driven(session: Session) -> dict[str, Any]:
             after = [futures[one] for one in planned.after]
             futures[name] = named.submit(session.record.name, name, wait_for=after, return_state=False)
         _await(session, futures)
-        result = patiently(lambda: conclude(session), say=session.terminal.line)
-        show(session, result)
+        result = _end(session)
     except BaseException:
         session.launcher.stop()
         raise
     return result.model_dump(mode="json")
+
+
+def _end(session: Session) -> RunResult:
+    """Verdict, end, page. Only the end is tried again: a second verdict might compare a model with itself, promoted."""
+    judgement = patiently(lambda: judged(session), say=session.terminal.line)
+    result = patiently(lambda: finish(session, judgement), say=session.terminal.line)
+    with session.loose.told("the flow run's page in Prefect", _same(session)):
+        show(session, result)
+    return result
+
+
+def _same(session: Session) -> str:
+    return f"The report and `enginery explain {session.record.name}` say the same."
 
 
 def _await(session: Session, futures: Mapping[str, PrefectFuture[str]]) -> None:

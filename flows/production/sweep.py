@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow, get_run_logger
 
-from flows.reporting.tables import size
+from flows.reporting.format import size
 from flows.settings import enter, settle
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flows.registry.journal import Candidate
-from flows.reporting.tables import number, size
+from flows.reporting.format import number, size
 from flows.results import GateResult, StepResult
 
 

@@ -67,7 +67,9 @@ class Drift:
 def release(
     registry: Registry, candidate: Candidate, engine: Path, alias: str, why: str = "", card: str = ""
 ) -> Release:
-    """Register a candidate, once for the same engines, and promote it unless a person rolled it back.
+    """Register a candidate, once for the same engines, and enter it in the journal unless a person rolled it back.
+
+    From the entry on it is promoted: `reconcile` makes MLflow's alias follow, now or whenever it is asked to.
 
     Args:
         registry: journal and MLflow.
@@ -84,7 +86,7 @@ def release(
     candidate.check()
     with answered(registry.tracking.uri):
         version, new = _register(registry, candidate, engine, card)
-    return _promote(registry, version, alias, why, new=new, again=False)
+    return _entered(registry, version, alias, why, new=new, again=False)
 
 
 def promote(registry: Registry, model: str, number: str, alias: str, why: str = "") -> Release:
@@ -99,7 +101,9 @@ def promote(registry: Registry, model: str, number: str, alias: str, why: str = 
     if version is None:
         have = ", ".join(one.number for one in versions(registry, model))
         raise StageError(f"no recipe registered version {number} of {model}", limit=have or "no version")
-    return _promote(registry, version, alias, why, new=False, again=True)
+    made = _entered(registry, version, alias, why, new=False, again=True)
+    reconcile(registry, model)
+    return made
 
 
 def rollback(registry: Registry, model: str, alias: str, why: str = "") -> Release:
@@ -170,16 +174,15 @@ def versions(registry: Registry, model: str) -> list[Version]:
     ]
 
 
-def _promote(registry: Registry, version: Version, alias: str, why: str, *, new: bool, again: bool) -> Release:
-    model, note = version.candidate.model, ""
+def _entered(registry: Registry, version: Version, alias: str, why: str, *, new: bool, again: bool) -> Release:
+    note = ""
 
     def chosen(entries: list[Promotion]) -> Version | None:
         nonlocal note
         note = _why_not(entries, version, again=again)
         return None if note else version
 
-    entry = append(registry.objects, model, alias, "promote", chosen, why)
-    reconcile(registry, model)
+    entry = append(registry.objects, version.candidate.model, alias, "promote", chosen, why)
     return Release(version.number, version.logged_model, new=new, moved=entry is not None, note=note)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from flows.reporting.format import short_number, short_size
+
 WIDTH = 860
 ROW = 28
 LABEL = 150
@@ -53,21 +55,6 @@ def log_ticks(low: float, high: float) -> list[float]:
     return coarse if len(coarse) >= 3 else fine
 
 
-def number(value: float) -> str:
-    """A figure with four digits that matter."""
-    if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def size(value: float) -> str:
-    """Bytes as a person reads them."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.{0 if value >= 100 * scale else 1}f} {unit}"
-    return f"{value:.0f} B"
-
-
 def steps_chart(rows: Sequence[tuple[str, float | None, Mapping[str, float]]], corpora: Sequence[str]) -> Markup:
     """One row a step: its size as a bar, its perplexity on each corpus as a dot."""
     height = ROW * len(rows) + 52
@@ -79,14 +66,14 @@ def steps_chart(rows: Sequence[tuple[str, float | None, Mapping[str, float]]], c
     if dots:
         for tick in log_ticks(dots.low, dots.high) if dots.log else ticks(dots.low, dots.high):
             body.append(_line(dots(tick), 26, dots(tick), height - 22, "grid"))
-            body.append(_text(dots(tick), height - 6, number(tick), "middle tick"))
+            body.append(_text(dots(tick), height - 6, short_number(tick), "middle tick"))
     for i, (name, weight, scores) in enumerate(rows):
         y = 26 + ROW * i + ROW / 2
         body.append(_text(LABEL - 10, y + 4, name, "end name"))
         if weight:
             width = max(1.0, bars(weight) - LABEL)
             body.append(f'<rect class="bar" x="{LABEL}" y="{y - 7}" width="{width:.1f}" height="14" rx="2"/>')
-            body.append(_text(LABEL + width + 6, y + 4, size(weight), "start value"))
+            body.append(_text(LABEL + width + 6, y + 4, short_size(weight), "start value"))
         body += _dots(scores, corpora, dots, y)
     return _svg(WIDTH, height, body, "Size and perplexity after each step")
 
@@ -98,7 +85,7 @@ def _dots(scores: Mapping[str, float], corpora: Sequence[str], scale: Scale | No
     for i, (x, corpus, value) in enumerate(placed):
         kind = f"series{corpora.index(corpus) % 4}"
         found.append(f'<circle class="dot {kind}" cx="{x}" cy="{y}" r="5">{_title(corpus, value)}</circle>')
-        waiting.append(number(value))
+        waiting.append(short_number(value))
         if i + 1 == len(placed) or placed[i + 1][0] - x > 50:  # figures of dots that nearly touch stand together
             found.append(_text(x + 9, y + 4, " / ".join(waiting), "start value"))
             waiting = []
@@ -116,7 +103,8 @@ def interval_chart(measured: float, low: float, high: float, limit: float, *, up
         _line(scale(low), 12, scale(high), 12, "interval"),
         f'<circle class="dot series0" cx="{scale(measured)}" cy="12" r="4.5"/>',
     ]
-    said = f"measured {number(measured)}, interval {number(low)} to {number(high)}, limit {number(limit)}"
+    at, bottom, top, edged = (short_number(value) for value in (measured, low, high, limit))
+    said = f"measured {at}, interval {bottom} to {top}, limit {edged}"
     return _svg(220, 24, body, said)
 
 
@@ -131,14 +119,14 @@ def curve_chart(name: str, points: Sequence[tuple[float, float]]) -> Markup:
     body = [_text(8, 14, name, "start head")]
     for tick in log_ticks(up.low, up.high) if up.log else ticks(up.low, up.high):
         body.append(_line(56, up(tick), width - 14, up(tick), "grid"))
-        body.append(_text(50, up(tick) + 4, number(tick), "end tick"))
+        body.append(_text(50, up(tick) + 4, short_number(tick), "end tick"))
     for tick in ticks(across.low, across.high):
-        body.append(_text(across(tick), height - 10, number(tick), "middle tick"))
+        body.append(_text(across(tick), height - 10, short_number(tick), "middle tick"))
     path = " ".join(f"{across(x)},{up(y)}" for x, y in points)
     body.append(f'<polyline class="curve" points="{path}"/>')
     if len(points) == 1:
         body.append(f'<circle class="dot series0" cx="{across(points[0][0])}" cy="{up(points[0][1])}" r="4"/>')
-    said = f"{name}: {number(points[0][1])} at first, {number(points[-1][1])} at last"
+    said = f"{name}: {short_number(points[0][1])} at first, {short_number(points[-1][1])} at last"
     return _svg(width, height, body, said)
 
 
@@ -170,7 +158,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def _title(corpus: str, value: float) -> str:
-    return f"<title>{escape(corpus)}: {number(value)}</title>"
+    return f"<title>{escape(corpus)}: {short_number(value)}</title>"
 
 
 def _svg(width: float, height: float, body: Sequence[str], said: str) -> Markup:

@@ -10,11 +10,12 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.reporting.charts import curve_chart, interval_chart, number, size, steps_chart
+from flows.reporting.charts import curve_chart, interval_chart, steps_chart
+from flows.reporting.format import duration, short_number, short_size
 from flows.results import GateResult, RunResult, StepResult
 from stages.runtime.artifacts import BLOBS, Store
 from stages.runtime.contract import Manifest
@@ -155,15 +156,6 @@ def _versions(manifests: Mapping[str, Manifest]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 @cache
 def _template() -> Template:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -176,5 +168,6 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "number": number, "duration": duration}
+    seconds = partial(duration, tenths_below_s=60)
+    environment.filters |= {"size": short_size, "number": short_number, "duration": seconds}
     return environment.get_template("report.html")

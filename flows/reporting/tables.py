@@ -1,4 +1,4 @@
-"""What a person reads when a run has ended: steps, gates, where things lie; and figures as people say them."""
+"""What a person reads when a run has ended: steps, gates, where things lie."""
 
 from __future__ import annotations
 
@@ -6,35 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.reporting.format import duration, number, size
 from flows.results import GateResult, RunResult, StepResult
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them, in powers of ten: 940 B, 2.1 kB, 89.6 MB."""
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def number(value: float | None) -> str:
-    """A measure in a table: whole numbers with separators, others in four digits, a dash for none."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def show_result(result: RunResult, console: Console) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from flows.reporting.tables import duration
+from flows.reporting.format import duration
 
 EVERY_SHARE, EVERY_SECONDS = 0.1, 15.0
 """How often a plain line is worth writing."""

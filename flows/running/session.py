@@ -15,9 +15,10 @@ from typing import Protocol
 from flows.prefect_api.retry import AWAY_S, patiently
 from flows.recipe.expand import Expanded, PlannedStep
 from flows.recipe.model import Recipe
-from flows.results import PlanLine, StepResult
+from flows.results import PlanLine, RunResult, StepResult
 from flows.running.child_process import Launcher
 from flows.running.leftover_servers import end_orphaned_servers
+from flows.running.loose_ends import LooseEnds
 from flows.running.order import Order
 from flows.running.placement import load_pools
 from flows.running.plan import Planned, check_start, needs, resolve
@@ -77,7 +78,11 @@ class Recorder:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """Everything that the steps of one run share. `done` and `remade` fill up while it runs."""
+    """Everything that the steps of one run share. `done` and `remade` fill up while it runs.
+
+    Attributes:
+        ended: the result once nothing undoes it, empty before: what breaks from then on makes no failure of the run.
+    """
 
     recipe: Recipe
     steps: Sequence[PlannedStep]
@@ -94,6 +99,12 @@ class Session:
     done: dict[str, StepResult] = field(default_factory=dict)
     remade: set[str] = field(default_factory=set)
     errors: dict[str, BaseException] = field(default_factory=dict)
+    ended: list[RunResult] = field(default_factory=list)
+
+    @property
+    def loose(self) -> LooseEnds:
+        """Who is told of what breaks after the run has ended."""
+        return LooseEnds(self.record, self.terminal.line)
 
     @property
     def nothing_to_run(self) -> bool:
@@ -127,12 +138,15 @@ def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[
     with nullcontext() if pooled else _alone(scratch, terminal):
         end_orphaned_servers(os.environ["PREFECT_HOME"])
         record = open_run(scratch, recipe, sys.argv)
+        ended: list[RunResult] = []
         try:
             store = patiently(settings.connect, away_s=away_s)
             planned = patiently(lambda: _planned(asked.steps, settings, store, terminal.for_step), away_s=away_s)
             tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
             tags = {"enginery.store": store.uri}
-            with recipe_run(tracking, recipe.name, record.name, tags, as_yaml(recipe)) as mlflow:
+            followed = recipe_run(tracking, recipe.name, record.name, tags, as_yaml(recipe))
+            loose, remedy = LooseEnds(record, terminal.line), "The next run beside it ends it there."
+            with loose.closed(followed, ended, "the end of MLflow's run", remedy) as mlflow:
                 yield Session(
                     recipe=recipe,
                     steps=asked.steps,
@@ -146,9 +160,11 @@ def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[
                     tracking=tracking,
                     mlflow=mlflow,
                     started=time.monotonic(),
+                    ended=ended,
                 )
         except BaseException as error:
-            record.failed(error)
+            if not ended:
+                record.failed(error)
             raise
 
 

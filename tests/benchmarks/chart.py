@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from markupsafe import escape
 
-from flows.reporting.charts import Scale, log_ticks, number
+from flows.reporting.charts import Scale, log_ticks
+from flows.reporting.format import short_number
 from tests.benchmarks.results import Row, summary
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 70, 730, 30, 430
@@ -39,15 +40,15 @@ def _scatter(points: Sequence[tuple[str, float, float]], peers: Sequence[str], l
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against {escape(label)}">']
     for tick in log_ticks(across.low, across.high):
         parts.append(f'<line class="grid" x1="{across(tick)}" x2="{across(tick)}" y1="{TOP}" y2="{BOTTOM}"/>')
-        parts.append(f'<text class="middle" x="{across(tick)}" y="{BOTTOM + 18}">{number(tick)}</text>')
+        parts.append(f'<text class="middle" x="{across(tick)}" y="{BOTTOM + 18}">{short_number(tick)}</text>')
     for tick in log_ticks(up.low, up.high):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{up(tick)}" y2="{up(tick)}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 8}" y="{up(tick) + 4}">{number(tick)}</text>')
+        parts.append(f'<text class="end" x="{LEFT - 8}" y="{up(tick) + 4}">{short_number(tick)}</text>')
     parts.append(f'<text class="middle" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 8}">{escape(label)}</text>')
     parts.append(f'<text x="4" y="{TOP - 12}">loss, % of the dense perplexity, log scale</text>')
     for name, x, y in points:
         kind = ' class="peer"' if name in peers else ""
-        said = f"{escape(name)}: {number(y)}% at {number(x)}"
+        said = f"{escape(name)}: {short_number(y)}% at {short_number(x)}"
         parts.append(f'<circle{kind} cx="{across(x)}" cy="{up(y)}" r="4.5"><title>{said}</title></circle>')
         parts.append(f'<text x="{across(x) + 8}" y="{up(y) + 4}">{escape(name)}</text>')
     return "".join(parts) + "</svg>"

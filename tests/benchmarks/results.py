@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from flows.reporting.tables import size
+from flows.reporting.format import size
 
 COLUMNS = (
     "technique",

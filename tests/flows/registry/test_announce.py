@@ -10,9 +10,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.prefect_api.events import MODEL_PROMOTED, MODEL_ROLLED_BACK
 from flows.registry.announce import promotion, tell
 from flows.registry.journal import JOURNAL, head, history
-from flows.registry.projection import reconcile, release, rollback
+from flows.registry.projection import reconcile, rollback
 from tests.flows.prefect_server import events, prefect_api
-from tests.flows.registry.test_projection import ALIAS, MODEL, candidate, engine, registry, served
+from tests.flows.registry.test_projection import ALIAS, MODEL, candidate, engine, registry, release, served
 
 NOWHERE = "http://127.0.0.1:9/api"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.registry import package
+from flows.registry import package, projection
 from flows.registry.journal import Candidate, Executable, append, head, history, models
-from flows.registry.projection import Drift, Registry, drift, promote, reconcile, release, rollback, versions
+from flows.registry.projection import Drift, Registry, drift, promote, reconcile, rollback, versions
 from stages.runtime.contract import StageError
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in
@@ -47,6 +47,13 @@ def candidate(registry, letter, *, passed=True, judged=True, run=None, model=MOD
         verdict={"passed": passed, "gates": []},
         run=run,
     )
+
+
+def release(registry, candidate, engine, alias, why=""):
+    """A promotion to its end, as a run does it: version, journal, and MLflow's alias after them."""
+    made = projection.release(registry, candidate, engine, alias, why)
+    reconcile(registry, candidate.model)
+    return made
 
 
 def served(registry):
@@ -234,6 +241,7 @@ from mlflow.store.tracking import sqlalchemy_store as _
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in
 from tests.flows.registry.test_projection import CASES, candidate
+from tests.flows.registry.test_projection import release as released
 
 def release(where, root, run):
     die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
@@ -244,9 +252,9 @@ def release(where, root, run):
     if where == "before the journal":
         projection.append = die
     if where == "before the alias":
-        projection.reconcile = die
+        MlflowClient.set_registered_model_alias = die
     made = projection.Registry(LocalObjects(root / "store"), tracking_in(root / "mlflow"))
-    projection.release(made, candidate(made, "a", run=run), root / "engine", "champion")
+    released(made, candidate(made, "a", run=run), root / "engine", "champion")
 
 pyfunc.save_model  # imported once, before the forks
 for where, run in zip(CASES, sys.argv[2:]):

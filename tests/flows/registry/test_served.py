@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flows.registry.journal import Candidate, Executable
 from flows.registry.package import travelling_code
-from flows.registry.projection import Registry, release
+from flows.registry.projection import Registry, reconcile, release
 from flows.tracking.connect import quiet
 from stages.runtime.fingerprint import ROOT
 from stages.runtime.stores import LocalObjects
@@ -75,6 +75,7 @@ def registered(tmp_path_factory):
     )
     engine = chain(root / "engine")
     made = release(registry, candidate, engine, "champion")
+    reconcile(registry, candidate.model)
     engine.rename(root / "elsewhere")
     location = registry.client.get_logged_model(made.logged_model).artifact_location
     return registry.tracking.uri, Path(location.removeprefix("file://"))

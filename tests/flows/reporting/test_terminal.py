@@ -6,7 +6,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from flows.reporting.tables import duration, number, show_result, size
+from flows.reporting.tables import show_result
 from flows.reporting.terminal import TerminalProgress
 from tests.flows.test_cli import result
 
@@ -95,25 +95,6 @@ def test_terminal_hears_many_threads_without_mixing_lines(plain):
         thread.join()
     lines = stream.getvalue().splitlines()
     assert len(lines) == 8 * 12 and all(line.startswith("s") and line.count(":") == 1 for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("made", "said"),
-    [
-        (duration(0.44), "0.4 s"),
-        (duration(59.4), "59 s"),
-        (duration(185), "3 min 05 s"),
-        (duration(7830), "2 h 10 min"),
-        (size(940), "940 B"),
-        (size(89_600_000), "89.6 MB"),
-        (size(5.6e9), "5.60 GB"),
-        (number(None), "-"),
-        (number(21.714), "21.71"),
-        (number(134_515_008.0), "134,515,008"),
-    ],
-)
-def test_figures_are_said_as_people_say_them(made, said):
-    assert made == said
 
 
 def test_result_table_gives_a_judged_step_the_perplexity_of_its_measurement():

@@ -1,0 +1,213 @@
+"""The end of a run: copies, report, MLflow, and the promotion last; then what can only be told of a promoted version.
+
+Every part can be done again without harm. One that breaks before the promotion ends the run, and nothing is promoted.
+From the journal's entry on nothing ends it: the record says at once what it came to, and what breaks then is told.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flows.pipeline.verdict import Judgement
+from flows.prefect_api.retry import AWAY_S, patiently
+from flows.registry.journal import Candidate, head
+from flows.registry.model_card import card
+from flows.registry.projection import Registry, reconcile, release
+from flows.reporting.report import curves_of, write_report
+from flows.results import ModelResult, RunResult
+from flows.running.session import Session, manifest_of
+from flows.tracking.connect import answered
+from stages.runtime.contract import StageError
+
+
+def finish(session: Session, judgement: Judgement) -> RunResult:
+    """End a judged run. To do it again does no harm: the same engines are registered and promoted once.
+
+    Raises:
+        StageError: a part before the promotion broke, as do other errors; nothing is promoted then.
+        Unavailable: the store or MLflow does not answer; another try may help.
+        KeyboardInterrupt: as it came; where the model is promoted by then, the record says so.
+    """
+    candidate = _candidate(session, judgement)
+    outputs = _copied(session, judgement)
+    result = _result(session, judgement, candidate, outputs)
+    _report(session, judgement, result)
+    _measured(session, judgement, result)
+    if candidate is None:
+        session.record.finish(result)
+        session.ended.append(result)
+        return result
+    result, note = _promoted(session, judgement, candidate, result)
+    _completed(session, judgement, result, note)
+    return result
+
+
+def _candidate(session: Session, judgement: Judgement) -> Candidate | None:
+    """What is to be promoted; None where a gate failed, or nothing is judged or asked to be registered."""
+    register, verdict = session.recipe.register_as, judgement.verdict
+    if register is None or verdict is None or not verdict.passed:
+        return None
+    said = {"passed": verdict.passed, "gates": [one.model_dump(mode="json") for one in judgement.gates]}
+    candidate = Candidate(
+        model=register.model,
+        serves=judgement.serves,
+        executables=dict(judgement.engines),
+        verdict=said,
+        run=session.mlflow.id,
+    )
+    candidate.check()
+    return candidate
+
+
+def _result(session: Session, judgement: Judgement, candidate: Candidate | None, outputs: dict[str, str]) -> RunResult:
+    """What the run comes to; the version's number is empty until it stands."""
+    model, register = None, session.recipe.register_as
+    if candidate and register:
+        targets = [target for target, status in candidate.targets.items() if status == "judged"]
+        model = ModelResult(name=register.model, version="", alias=register.alias, targets=targets)
+    return RunResult(
+        run=session.record.name,
+        passed=judgement.passed,
+        seconds=round(time.monotonic() - session.started, 2),
+        report=str(_page(session)),
+        store=session.store.uri,
+        steps=[session.done[name] for name in session.planned],
+        gates=judgement.gates,
+        model=model,
+        executed=[f"{name} on {one.target}" for name, one in judgement.engines.items() if one.judged],
+        compiled=[f"{name} for {one.target}" for name, one in judgement.engines.items() if not one.judged],
+        outputs=outputs,
+    )
+
+
+def _copied(session: Session, judgement: Judgement) -> dict[str, str]:
+    """What lies where; with --output, copies that one may move and change."""
+    into = session.settings.output
+    found = {"report": str(into / "report.html" if into else _page(session))}
+    for name in list(judgement.engines) or [session.recipe.steps[-1].name]:
+        view = session.store.checkout(session.done[name].fingerprint)
+        found[name] = str(into / name if into else view)
+        for path in sorted(view.rglob("*")) if into else ():
+            if path.is_file():
+                _copy(path, Path(found[name]) / path.relative_to(view))
+    return found
+
+
+def _report(session: Session, judgement: Judgement, result: RunResult) -> None:
+    """The report in the record's folder, and with --output beside the engines."""
+    manifests = {name: manifest_of(session, name) for name in session.planned}
+    command = session.record.facts.get("command", [])
+    curves = curves_of(session.store, manifests, session.record.events())
+    page = _page(session)
+    write_report(result, manifests, judgement.reports, session.record.recipe(), command, page, curves=curves)
+    if session.settings.output:
+        _copy(page, session.settings.output / page.name)
+
+
+def _measured(session: Session, judgement: Judgement, result: RunResult) -> None:
+    """Figures, verdict and report in MLflow's run."""
+    metrics = {"seconds": result.seconds, **{one.key: one.challenger for one in judgement.beside}}
+    metrics |= {f"champion.{one.key}": one.champion for one in judgement.beside if one.champion is not None}
+    for gate in result.gates:
+        if gate.measured is not None:
+            metrics[".".join(filter(None, ["gate", gate.measure, gate.artifact, gate.corpus]))] = gate.measured
+    tags = {
+        "enginery.verdict": "passed" if result.passed else "failed",
+        "enginery.executed": ", ".join(result.executed),
+        "enginery.compiled": ", ".join(result.compiled),
+    }
+    with answered(session.tracking.uri):
+        session.mlflow.summary(metrics, tags)
+        session.mlflow.artifact(_page(session))
+
+
+def _promoted(session: Session, judgement: Judgement, candidate: Candidate, result: RunResult) -> tuple[RunResult, str]:
+    """Register and promote, and record the result with the version at once; also why nothing moved, if so."""
+    model = result.model
+    assert model is not None
+    engine = session.store.checkout(candidate.executables[candidate.serves].fingerprint)
+    run, champion = session.record.name, judgement.champion.version
+    words = card(candidate, session.recipe.name, run, result.steps, result.gates, judgement.beside, champion)
+    why = f"run {run} passed its gates"
+    try:
+        made = release(_registry(session), candidate, engine, model.alias, why=why, card=words)
+        result = _ended(session, result, made.version)
+        return result, made.note
+    except BaseException as error:
+        # The entry may stand for all that: its answer was lost on the way, or a Ctrl-C came right behind it.
+        version = _entered(session, candidate, model.alias)
+        if not version:
+            raise
+        result = _ended(session, result, version)
+        if not isinstance(error, Exception):
+            raise
+        return result, f"{model.name} version {version} is promoted; the store said so late ({error})"
+
+
+def _entered(session: Session, candidate: Candidate, alias: str) -> str:
+    """The version that this very run has promoted, empty where it has not or nobody can say."""
+    try:
+        entry = head(session.store.objects, candidate.model, alias)
+    except (StageError, OSError):
+        return ""
+    return entry.version.number if entry and entry.candidate.run == candidate.run else ""
+
+
+def _ended(session: Session, result: RunResult, version: str) -> RunResult:
+    """The result of a run whose model stands, in memory and on record before anything else is done."""
+    assert result.model is not None
+    result = result.model_copy(update={"model": result.model.model_copy(update={"version": version})})
+    session.ended.append(result)
+    with session.loose.told("the record of the result", f"The report holds the same: {result.report}"):
+        session.record.finish(result)
+    return result
+
+
+def _completed(session: Session, judgement: Judgement, result: RunResult, note: str) -> None:
+    """Have MLflow, report and record follow a promotion; for all of them together a service may be away AWAY_S."""
+    model = result.model
+    assert model is not None
+    named = f"{model.name} version {model.version}"
+    again = f"`enginery explain {result.run}` names {named}; the same recipe run again writes a whole report."
+
+    def tagged() -> None:
+        with answered(session.tracking.uri):
+            session.mlflow.summary(tags={"enginery.version": f"{model.name} {model.version}"})
+            session.mlflow.artifact(_page(session))
+
+    def recorded() -> None:
+        if session.record.result is None:
+            session.record.finish(result)
+
+    parts: tuple[tuple[str, Callable[[], object], str], ...] = (
+        (
+            "MLflow's alias",
+            lambda: reconcile(_registry(session), model.name),
+            f"Run `enginery reconcile {model.name}`.",
+        ),
+        ("the report with the version", lambda: _report(session, judgement, result), again),
+        ("the version in MLflow's run", tagged, again),
+        ("the record of the result", recorded, f"The report holds the same: {result.report}"),
+        ("the word on the version", lambda: session.terminal.line(note) if note else None, note),
+    )
+    until = time.monotonic() + AWAY_S
+    for what, part, remedy in parts:
+        with session.loose.told(what, remedy):
+            patiently(part, away_s=max(0, round(until - time.monotonic())), say=session.loose.heard)
+
+
+def _registry(session: Session) -> Registry:
+    return Registry(session.store.objects, session.tracking)
+
+
+def _page(session: Session) -> Path:
+    return session.record.folder / "report.html"
+
+
+def _copy(path: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.unlink(missing_ok=True)
+    shutil.copyfile(path, copy)

@@ -1,0 +1,313 @@
+"""The end of a run: a run that fails has promoted nothing, and one that has promoted does not fail."""
+
+# ruff: noqa: F811 - fixtures that other modules define are imported and then named as arguments
+
+import itertools
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from flows.cli import main
+from flows.pipeline import optimize
+from flows.pipeline.finish import finish
+from flows.pipeline.verdict import judged
+from flows.prefect_api import retry
+from flows.running.session import Session, run_step
+from stages.runtime.contract import StageError, Unavailable
+from tests.flows.pipeline.tiny_run import place, sealed  # noqa: F401
+
+FULL = OSError(28, "No space left on device")
+REFUSED = MlflowException("not like this", error_code=3)  # INVALID_PARAMETER_VALUE
+AWAY = MlflowException("the database is gone", error_code=1)  # INTERNAL_ERROR
+
+
+def in_journal(_objects, key, _data):
+    return key.startswith("promotions/")
+
+
+def is_result(path, _text):
+    return path.name == "result.json"
+
+
+def of_engine(_source, target):
+    return "/out/cpu/" in str(target)
+
+
+def of_report(_source, target):
+    return str(target).endswith("out/report.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Break:
+    """A function that breaks: from its call number `at` on, or at that call `once`; after its work if `done`.
+
+    Only calls of which `on` is true count.
+    """
+
+    where: str
+    error: BaseException
+    at: int = 1
+    once: bool = False
+    done: bool = False
+    on: Any = lambda *_, **__: True
+
+    @contextmanager
+    def now(self):
+        whole, calls = resolve_name(self.where), itertools.count(1)
+
+        def breaking(*args, **kwargs):
+            call = next(calls) if self.on(*args, **kwargs) else 0
+            breaks = call == self.at if self.once else call >= self.at
+            if breaks and self.done:
+                whole(*args, **kwargs)
+            if breaks:
+                raise self.error
+            return whole(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.where, breaking)
+            patch.setattr("flows.pipeline.finish.AWAY_S", 0)
+            yield
+
+
+SUMMARY, ARTIFACT = "flows.tracking.runs.RecipeRun.summary", "flows.tracking.runs.RecipeRun.artifact"
+PUT, ALIAS = "stages.runtime.stores.LocalObjects.put", "mlflow.MlflowClient.set_registered_model_alias"
+PAGE = "flows.reporting.report._template"
+
+BEFORE = {
+    "copies": Break(where="shutil.copyfile", error=FULL, on=of_engine),
+    "report": Break(where=PAGE, error=FULL),
+    "report's copy": Break(where="shutil.copyfile", error=FULL, on=of_report),
+    "MLflow's figures": Break(where=SUMMARY, error=REFUSED),
+    "MLflow that stays away": Break(where=SUMMARY, error=AWAY),
+    "MLflow's copy of the report": Break(where=ARTIFACT, error=FULL),
+    "logged model": Break(where="flows.registry.projection.logged_model", error=FULL),
+    "version": Break(where="mlflow.MlflowClient.create_model_version", error=REFUSED),
+    "journal": Break(where=PUT, error=Unavailable("the store is gone"), on=in_journal),
+}
+
+AFTER = {
+    "alias": Break(where=ALIAS, error=REFUSED),
+    "alias while MLflow stays away": Break(where=ALIAS, error=AWAY),
+    "event": Break(where="flows.registry.projection.tell", error=RuntimeError("no such event")),
+    "report with the version": Break(where=PAGE, error=FULL, at=2),
+    "its copy": Break(where="shutil.copyfile", error=FULL, at=2, on=of_report),
+    "MLflow's tag": Break(where=SUMMARY, error=REFUSED, at=2),
+    "MLflow's report": Break(where=ARTIFACT, error=FULL, at=2),
+    "record": Break(where="flows.running.run_records._write", error=FULL, once=True, on=is_result),
+    "record's last line": Break(where="flows.running.run_records.Record._ended", error=FULL),
+    "closing of MLflow's run": Break(where="flows.tracking.runs.RecipeRun.end_children", error=REFUSED),
+}
+
+
+def page_of(result):
+    return Path(result.report).read_text(encoding="utf-8")
+
+
+def made(session):
+    for name in session.planned:
+        run_step(session, name)
+    return session
+
+
+@pytest.mark.parametrize("part", BEFORE)
+def test_part_that_breaks_before_the_promotion_fails_the_run_and_promotes_nothing(place, part):
+    broken, place.output = BEFORE[part], place.folder / "out"
+    with broken.now(), pytest.raises((OSError, StageError)) as raised:
+        place.run()
+    assert broken.error in (raised.value, raised.value.__cause__)
+    assert place.promoted == [] and place.alias == ""
+    assert place.state == "error" and str(broken.error) in place.record.line().error
+    assert place.followed(place.record.name).info.status == "FAILED"
+
+
+def test_run_broken_at_one_part_after_the_other_comes_to_one_version(place):
+    place.output = place.folder / "out"
+    for part in ("report's copy", "MLflow's copy of the report", "version", "journal"):
+        with BEFORE[part].now(), pytest.raises((OSError, StageError)):
+            place.run()
+    result = place.run()
+    assert result.passed and place.state == "passed" and place.loose == []
+    assert place.promoted == place.versions == ["1"] and place.alias == "1"
+    assert result.outputs == {"report": str(place.output / "report.html"), "cpu": str(place.output / "cpu")}
+    assert (place.output / "cpu" / "model.onnx").read_bytes() == b"weights"
+    assert (place.output / "report.html").read_text() == page_of(result)
+
+
+@pytest.mark.parametrize("part", AFTER)
+def test_part_that_breaks_after_the_promotion_is_told_and_the_run_has_passed(place, part):
+    broken, place.output = AFTER[part], place.folder / "out"
+    with broken.now():
+        result = place.run()
+    assert result.passed and result.model.version == "1"
+    assert place.promoted == ["1"] and place.alias == ("" if part.startswith("alias") else "1")
+    assert place.state == "passed" and place.record.line().model == f"{place.model} 1"
+    (told,) = {(one["what"], one["error"], one["remedy"]) for one in place.loose}
+    assert str(broken.error) in told[1]
+    assert all(any(text in line for line in place.terminal.lines) for text in told)
+
+    again = place.run()
+    assert again.passed and again.model == result.model and place.state == "passed" and place.loose == []
+    assert place.promoted == place.versions == ["1"] and place.alias == "1"
+    assert "version 1" in page_of(again)
+    assert place.followed(again.run).data.tags["enginery.version"] == f"{place.model} 1"
+
+
+def test_promotion_comes_after_report_and_mlflow_which_then_name_the_version(place, monkeypatch):
+    seen, whole = SimpleNamespace(), resolve_name(PUT)
+
+    def put(objects, key, data):
+        if key.startswith("promotions/"):
+            seen.page = (place.record.folder / "report.html").read_text()
+            seen.tags = place.followed(place.record.name).data.tags
+            seen.result = place.record.result
+        return whole(objects, key, data)
+
+    monkeypatch.setattr(PUT, put)
+    result = place.run()
+    assert "To be registered as" in seen.page and "version 1" not in seen.page and seen.result is None
+    assert seen.tags["enginery.verdict"] == "passed" and "enginery.version" not in seen.tags
+    assert "version 1" in page_of(result) and "To be registered as" not in page_of(result)
+    followed = place.followed(result.run)
+    assert followed.data.tags["enginery.version"] == f"{place.model} 1" and followed.info.status == "FINISHED"
+    assert Path(place.client.download_artifacts(followed.info.run_id, "report.html")).read_text() == page_of(result)
+    assert place.record.result == result and result.model.version == "1"
+
+
+def test_terminal_and_log_that_are_gone_fail_no_promoted_run(place):
+    place.run()
+    place.terminal.gone = True
+    with AFTER["MLflow's tag"].now():
+        assert place.run().passed
+    assert {one["what"] for one in place.loose} == {"the version in MLflow's run", "the word on the version"}
+    assert any("stands on version 1 already" in one["remedy"] for one in place.loose)
+    log = Break(
+        where="flows.running.run_records.Record.log", error=FULL, on=lambda _, said: said["event"] == "loose end"
+    )
+    with AFTER["MLflow's tag"].now(), log.now():
+        assert place.run().passed
+    assert place.state == "passed" and place.loose == []
+
+
+def test_full_disk_after_the_promotion_leaves_a_passed_run(place):
+    disk = [Break(where=f"flows.running.run_records.{name}", error=FULL, on=is_result) for name in ("_write",)]
+    disk += [AFTER["report with the version"], AFTER["MLflow's report"], AFTER["closing of MLflow's run"]]
+    with disk[0].now(), disk[1].now(), disk[2].now(), disk[3].now():
+        assert place.run().passed
+    assert place.promoted == ["1"] and not (place.record.folder / "failure.json").exists()
+    assert len({one["what"] for one in place.loose}) == 4
+
+
+INTERRUPTED = {
+    "before the alias": Break(where=ALIAS, error=KeyboardInterrupt()),
+    "behind the journal's entry": Break(where=PUT, error=KeyboardInterrupt(), on=in_journal, done=True),
+    "while the record is written": Break(
+        where="flows.running.run_records._write", error=KeyboardInterrupt(), once=True, on=is_result
+    ),
+    "while MLflow's run is closed": Break(
+        where="flows.tracking.runs.RecipeRun.end_children", error=KeyboardInterrupt()
+    ),
+}
+
+
+@pytest.mark.parametrize("where", INTERRUPTED)
+def test_interrupt_after_the_promotion_leaves_a_record_that_says_passed(place, where):
+    with INTERRUPTED[where].now(), pytest.raises(KeyboardInterrupt):
+        place.run()
+    assert place.promoted == ["1"]
+    line = place.record.line()
+    assert (line.state, line.model, line.error) == ("passed", f"{place.model} 1", "")
+    assert place.run().passed and place.promoted == place.versions == ["1"] and place.alias == "1"
+
+
+def test_interrupt_before_the_promotion_leaves_a_record_that_says_interrupted(place):
+    with Break(where=SUMMARY, error=KeyboardInterrupt()).now(), pytest.raises(KeyboardInterrupt):
+        place.run()
+    assert place.state == "interrupted" and place.promoted == [] and place.alias == ""
+
+
+def test_journal_whose_answer_is_lost_has_promoted(place):
+    with Break(where=PUT, error=FULL, on=in_journal, done=True).now():
+        result = place.run()
+    assert result.passed and result.model.version == "1" and place.state == "passed"
+    assert place.promoted == ["1"] and place.alias == "1"
+    assert any("No space left" in line for line in place.terminal.lines)
+
+
+def test_end_done_twice_registers_and_promotes_once(place):
+    with place.session() as session:
+        judgement = judged(made(session))
+        one, two = finish(session, judgement), finish(session, judgement)
+    assert one.model == two.model and place.promoted == place.versions == ["1"] and place.alias == "1"
+    assert place.record.result == two and place.state == "passed"
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(retry, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(optimize, "show", lambda session, result: None)
+
+
+def test_end_is_tried_again_while_mlflow_is_away_and_for_no_other_error(place, hurried):
+    with place.session() as session, Break(where=SUMMARY, error=AWAY, once=True).now():
+        assert optimize._end(made(session)).passed
+    assert place.promoted == place.versions == ["1"] and sum("tried again" in one for one in place.terminal.lines) == 1
+    with pytest.raises(OSError), place.session() as session, Break(where=SUMMARY, error=FULL, once=True).now():
+        optimize._end(made(session))
+    assert place.state == "error"
+
+
+def test_end_tried_again_does_not_judge_the_model_against_itself(place, hurried):
+    place.gates = ("measure: size_bytes, artifact: cpu, against: champion, at_most: 0.5",)
+    lost = Break(where=PUT, error=Unavailable("no answer"), on=in_journal, done=True, once=True)
+    unread = Break(where="flows.pipeline.finish.head", error=Unavailable("no answer"), once=True)
+    with place.session() as session, lost.now(), unread.now():
+        assert optimize._end(made(session)).passed
+    assert place.promoted == ["1"] and place.alias == "1" and place.state == "passed"
+
+
+def test_prefect_that_breaks_after_the_end_fails_no_run(place, monkeypatch):
+    def page(session, result):
+        raise RuntimeError("no such page")
+
+    def flow(recipe, run):
+        optimize._end(made(optimize._SESSIONS[run]))
+        raise RuntimeError("the flow run has no state")
+
+    monkeypatch.setattr(optimize, "show", page)
+    monkeypatch.setattr(optimize, "optimize_recipe", flow)
+    monkeypatch.setattr(Session, "nothing_to_run", False)
+    result = place.run()
+    assert result.passed and place.promoted == ["1"] and place.state == "passed"
+    assert [one["error"] for one in place.loose] == [
+        "RuntimeError: no such page",
+        "RuntimeError: the flow run has no state",
+    ]
+
+
+def test_gate_that_fails_is_reported_and_recorded_and_promotes_nothing(place):
+    place.gates = ("measure: perplexity, against: dense, at_most: 0.5",)
+    with AFTER["closing of MLflow's run"].now():
+        result = place.run()
+    assert not result.passed and result.model is None and place.state == "gate failed"
+    assert place.promoted == place.versions == [] and "Nothing was registered" in page_of(result)
+    assert place.followed(result.run).data.tags["enginery.verdict"] == "failed"
+
+
+def test_command_exits_0_and_names_the_remedy_where_the_alias_broke_and_1_where_a_part_before_it(place, capsys):
+    words = ["run", str(place.recipe), "--store", str(place.root / "store")]
+    with BEFORE["MLflow's figures"].now():
+        assert main(words) == 1
+    assert "not like this" in capsys.readouterr().err and place.promoted == []
+    with AFTER["alias"].now():
+        assert main(words) == 0
+    said = capsys.readouterr()
+    assert f"registered: {place.model} version 1" in said.out and "MLflow's alias did not come about" in said.err
+    assert f"enginery reconcile {place.model}" in said.err
+    assert main(["reconcile", place.model, "--store", str(place.root / "store")]) == 0 and place.alias == "1"
