@@ -137,7 +137,7 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
 
         assert text_NT is not None
         fitted_NT = text_NT[: max(2, len(text_NT) // FITTED)] if rounding.notes else text_NT
-        rows = compress(model, fitted_NT, rounding, output / PARTIAL, progress.advanced, progress.note, progress.metric)
+        rows = compress(model, fitted_NT, rounding, output / PARTIAL, progress)
     names = [row["layer"] for row in rows]
     for row in rows:
         row |= rotated.get(row["layer"], {})
