@@ -9,8 +9,7 @@ from stages.models.blockwise.compress import compress
 from stages.models.blockwise.sites import OUTPUT, added_to, listening, sites
 from stages.models.blockwise.technique import Compressed
 from stages.models.checkpoint.loading import load_model
-from stages.quantize import rounding as precision
-from stages.quantize.rounding import Precision
+from stages.quantize.rounding import Precision, Rounding, names
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.stages.models.families import family
@@ -160,8 +159,7 @@ def test_compress_fitted_to_the_dense_outputs_loses_less_than_without(folders, t
     for strength in (0.0, 0.5):
         monkeypatch.setattr(site_moments, "corrected", with_strength(strength))
         model = load_model(folders["llama"])
-        names = precision.names(model)
-        rounding = precision.Rounding(dict.fromkeys(names, Precision("int4", 16)))
+        rounding = Rounding(dict.fromkeys(names(model), Precision("int4", 16)))
         compress(model, ids(32), rounding, tmp_path / str(strength))
         with torch.no_grad():
             told[strength] = float((model(ids(32)).logits - dense(ids(32)).logits).square().mean())
@@ -231,7 +229,7 @@ def test_compress_of_two_stacks_goes_on_from_either_to_the_same_tensors(folders,
 
     def compressed(state, stop=None):
         model = load_model(folders["t5"])
-        rounding = precision.Rounding(dict.fromkeys(precision.names(model), Precision("int4", 8)))
+        rounding = Rounding(dict.fromkeys(names(model), Precision("int4", 8)))
 
         class Stopping(Silent):
             def advanced(self, done, _total):
