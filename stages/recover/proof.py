@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.models.checkpoint.loading import load_model
+from stages.models.checkpoint.loading import load_model, stored_parameters
+from stages.recover.checks import MASKS
 from stages.recover.weight_updates import is_sparse
-from stages.runtime.contract import StageError
+from stages.runtime.contract import Metrics, StageError
+
+
+def proven(update: str, before: Path, after: Path, mended: bool) -> Metrics:
+    """Write what became of each tensor, and count those that changed between the two checkpoints on disk.
+
+    Raises:
+        StageError: see `changes`.
+    """
+    rows = changes(before, after, zeros_stay=update == "sparse", mended=mended)
+    if (before / MASKS).is_file():
+        shutil.copyfile(before / MASKS, after / MASKS)
+    (after / "layers.json").write_text(
+        json.dumps({"update": update, "layers": rows}, indent=1) + "\n", encoding="utf-8"
+    )
+    changed = sum(row["relative_change"] > 0 for row in rows)
+    return {"changed_tensors": float(changed), "parameters": float(stored_parameters(after))}
 
 
 def changes(before: Path, after: Path, *, zeros_stay: bool, mended: bool = True) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,18 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
+from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from stages.recover.student import HeldOut, Learner
-
-LITTLE = 0.1
-"""Held-out score, nats: a cut that costs no more may leave nothing that so short a training can mend."""
-MASKS = "masks.safetensors"
-"""What `prune` puts beside the weights where single ones went."""
 
 
 def tokens_of(budget: Any) -> Any:
@@ -93,13 +84,16 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     `curve.json` holds every score, `layers.json` how far each tensor moved.
     """
     from stages.models.checkpoint.loading import load_model, save_model
-    from stages.recover import student as training
-    from stages.recover.loop import Plan, train
+    from stages.recover.checks import check
+    from stages.recover.loop import Plan, take_what_helped, train
+    from stages.recover.pair import side_by_side
+    from stages.recover.proof import proven
+    from stages.recover.student import last_score, score
     from stages.recover.weight_updates import begin
 
-    _check(params, inputs)
+    check(inputs, params.update)
     saved, partial = load_model(inputs["model"]), output / PARTIAL
-    made, held = _learner(params, inputs, saved, partial, progress)
+    made, held = side_by_side(params, inputs, saved, partial, progress)
     plan = Plan(**params.model_dump(include={field.name for field in fields(Plan)}), steps=params.steps)
 
     def start() -> Mapping[str, Tensor]:
@@ -107,29 +101,13 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
         return begin(params.update, {name: fresh[name] for name in made.updates.saved}, params.rank, params.seed)
 
     record = train(plan, made, held, start, partial, progress)
-    mended = record.best_step > 0
-    judged = "held-out KL" if params.kl_weight == 1 else "held-out score"
-    if not mended and record.best > LITTLE:
-        raise StageError(
-            "recovery did not help",
-            measured=f"{judged} {record.best:.4f} before, none lower in {record.step} steps",
-            limit=f"a lower {judged} than before",
-            remedy="Lower `learning_rate`, give more `tokens` or text nearer to the held-out one, or drop the step.",
-        )
-    if mended:
-        training.take_best(made, partial, record)
-    else:
-        training.take(made, start())
-        progress.note(
-            f"little was lost and nothing mended: {judged} {record.best:.4f} before, none lower in {record.step} "
-            "steps; the weights stay as they came"
-        )
-    after = training.last_score(record, held) or training.score(made, held)
+    mended = take_what_helped(made, record, start, partial, progress)
+    after = last_score(record, held) or score(made, held)
     made.updates.finish()
     save_model(saved, output, like=inputs["model"])
     (output / "curve.json").write_text(json.dumps(record.curve) + "\n", encoding="utf-8")
     return {
-        **_proven(params, inputs["model"], output, mended),
+        **proven(params.update, inputs["model"], output, mended),
         **{f"kl_{role}_after": one.kl for role, one in after.items()},
         **({f"excess_{role}_after": one.excess for role, one in after.items()} if params.kl_weight < 1 else {}),
         "kl_before": record.kl_before,
@@ -138,116 +116,6 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
         "best_step": float(record.best_step),
         "tokens": float(record.step * params.batch_windows * params.window_tokens),
     }
-
-
-def _learner(
-    params: RecoverParams, inputs: Mapping[str, Path], saved: PreTrainedModel, partial: Path, progress: Progress
-) -> tuple[Learner, list[HeldOut]]:
-    """Student and teacher side by side, the teacher's answers below `partial`, and what is judged by."""
-    import torch
-
-    from stages.models.checkpoint.loading import load_tokenizer
-    from stages.models.text.windows import windows
-    from stages.recover import student as training
-    from stages.recover.headless import load_apart
-    from stages.recover.matched_blocks import listened
-    from stages.recover.teacher_answers import Lessons
-    from stages.recover.teacher_text import write
-    from stages.recover.weight_updates import updates
-
-    tokenizer, tokens = load_tokenizer(inputs["model"]), params.window_tokens
-    ids_NT = windows(inputs["text"], "train", tokenizer, tokens)
-    roles = [role for role in ("text", "other") if role in inputs]
-    judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
-    if saved.config.is_encoder_decoder:
-        ids_NT = ids_NT[: params.steps * params.batch_windows]
-        ids_NT, judged = _with_answers(inputs["teacher"], ids_NT, judged, partial, progress)
-    student, teacher = (load_apart(inputs[role], tokens) for role in ("model", "teacher"))
-    given, written = len(ids_NT), params.written_windows
-    ids_NT = torch.cat([ids_NT, ids_NT.new_zeros(written, ids_NT.shape[1])])
-    pairs = listened(student.model, teacher.model) if params.hidden_weight else []
-    if pairs and student.model.config.hidden_size != teacher.model.config.hidden_size:
-        progress.note("the teacher's hidden states are of another width: the student learns from its tokens alone")
-        pairs = []
-    lessons = Lessons(
-        teacher,
-        ids_NT,
-        partial / "teacher",
-        tokens_kept=params.teacher_tokens,
-        temperature=params.temperature,
-        listened={theirs.name: theirs.module for _, theirs in pairs},
-    )
-    if written:
-        write(teacher, ids_NT[given:], params.seed, partial / "written.safetensors", lessons, given)
-    made = training.learner(
-        student,
-        teacher,
-        ids_NT,
-        lessons,
-        updates(params.update, saved, student.model, rank=params.rank, seed=params.seed),
-        goal=training.Goal(params.kl_weight, params.temperature, params.hidden_weight),
-        at_once=-(-params.batch_windows // params.accumulate),
-        listened={mine.name: mine.module for mine, _ in pairs},
-        written=written,
-    )
-    return made, [training.held_out(teacher, role, judged[role]) for role in roles]
-
-
-def _with_answers(
-    folder: Path, ids_NS: Tensor, judged: dict[str, Tensor], partial: Path, progress: Progress
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Windows of an encoder-decoder: the text, and what the teacher answers to it, kept below `partial`."""
-    import torch
-
-    from stages.models.checkpoint.loading import load_model
-    from stages.models.text.decoder_answers import answered
-
-    teacher = load_model(folder, dtype=torch.bfloat16)
-    progress.note(f"the teacher answers {len(ids_NS)} windows of the text, which its decoder learns from")
-    found = {}
-    for name, text_NS in {"train": ids_NS, **judged}.items():
-        found[name] = torch.cat([text_NS, answered(teacher, text_NS, partial / f"answers-{name}.safetensors")], dim=1)
-    return found.pop("train"), found
-
-
-def _check(params: RecoverParams, inputs: Mapping[str, Path]) -> None:
-    """Raise StageError unless model and teacher speak the same tokens, and the model can learn in the way asked."""
-    from stages.models.checkpoint.loading import QUANTIZATION, load_config, load_tokenizer
-
-    model, teacher = inputs["model"], inputs["teacher"]
-    sizes = [load_config(folder).vocab_size for folder in (model, teacher)]
-    if sizes[0] != sizes[1] or load_tokenizer(model).get_vocab() != load_tokenizer(teacher).get_vocab():
-        raise StageError(
-            "model and teacher do not speak the same tokens",
-            measured=f"vocabulary of {sizes[1]} in the teacher",
-            limit=f"the model's own, {sizes[0]}",
-            remedy="Give as teacher the checkpoint that the model was made from.",
-        )
-    for role in ("model", "teacher"):
-        if (inputs[role] / QUANTIZATION).is_file():
-            raise StageError(
-                f"a quantized checkpoint cannot {'learn' if role == 'model' else 'teach'}",
-                remedy="Put `recover` before `quantize`.",
-            )
-    if (model / MASKS).is_file() and params.update != "sparse":
-        raise StageError(
-            f"`update: {params.update}` would fill the zeros that {MASKS} keeps", remedy="Give `update: sparse`."
-        )
-
-
-def _proven(params: RecoverParams, before: Path, after: Path, mended: bool) -> Metrics:
-    """Write what became of each tensor, and count those that changed between the two checkpoints on disk."""
-    from stages.models.checkpoint.loading import stored_parameters
-    from stages.recover.proof import changes
-
-    rows = changes(before, after, zeros_stay=params.update == "sparse", mended=mended)
-    if (before / MASKS).is_file():
-        shutil.copyfile(before / MASKS, after / MASKS)
-    (after / "layers.json").write_text(
-        json.dumps({"update": params.update, "layers": rows}, indent=1) + "\n", encoding="utf-8"
-    )
-    changed = sum(row["relative_change"] > 0 for row in rows)
-    return {"changed_tensors": float(changed), "parameters": float(stored_parameters(after))}
 
 
 RECOVER = Stage(
