@@ -17,7 +17,7 @@ from stages.models.blockwise.compress import compress
 from stages.models.checkpoint import compressed_tensors, editing
 from stages.models.checkpoint.loading import save_model
 from stages.models.layers import rounded_cache
-from stages.models.layers.quantized_linear import annotate
+from stages.models.layers.quantization_spec import annotate
 from stages.quantize import cache_ranges, plan, proof, rounding
 from stages.quantize.rounding import Rounding
 from stages.runtime.contract import PARTIAL, Metrics, Progress

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
 from stages.models.checkpoint import editing
+from stages.models.checkpoint.files import dtypes
 from stages.models.checkpoint.loading import save_model
 from stages.models.layers import rounded_cache
-from stages.models.layers.quantized_linear import annotate, stored_dtypes
+from stages.models.layers.quantization_spec import annotate
 from stages.quantize import cache_ranges, plan
 from stages.quantize.rounding import names
 from stages.runtime.contract import Metrics, Progress, StageError
@@ -122,12 +123,12 @@ def proven(before: Path, after: Path, form: str, rows: Sequence[dict[str, Any]])
     Raises:
         StageError: the checkpoint had none of more bits to begin with, or one that was cast is not written so.
     """
-    stored = stored_dtypes(after)
+    stored = dtypes(after)
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (before, after)]
-    if not any(dtype in _WIDE for dtype in stored_dtypes(before).values()):
+    if not any(dtype in _WIDE for dtype in dtypes(before).values()):
         raise StageError(
             "the checkpoint holds no tensor of more than 16 bits",
-            measured=", ".join(sorted(set(stored_dtypes(before).values()))),
+            measured=", ".join(sorted(set(dtypes(before).values()))),
             limit="at least one in float32",
             remedy="Drop the step.",
         )

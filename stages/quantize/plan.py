@@ -17,7 +17,7 @@ from stages.models.anatomy.blocks import LLAMA_TYPE, check_type
 from stages.models.checkpoint.editing import calibration
 from stages.models.checkpoint.loading import load_model
 from stages.models.layers import rounded_cache
-from stages.models.layers.quantized_linear import describe
+from stages.models.layers.quantization_spec import describe
 from stages.models.memory.saved_state import settle
 from stages.quantize import cache_ranges, mixed_precision, rotation_choice
 from stages.quantize.input_ranges import Decision, How, decided

@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
-from stages.models.layers.quantized_linear import quantized_modules, stored_dtypes
+from stages.models.checkpoint.files import dtypes
+from stages.models.layers.quantized_linear import quantized_modules
 from stages.runtime.contract import Metrics, StageError
 
 SMALL = ("I8", "U8", "F8_E4M3", "I32")
@@ -25,7 +26,7 @@ def proven(before: Path, after: Path, names: Sequence[str]) -> Metrics:
     Raises:
         StageError: there is none, one of `names` is there in float, or the checkpoint did not shrink.
     """
-    stored = stored_dtypes(after)
+    stored = dtypes(after)
     floats = [name for name in names if stored.get(f"{name}.weight", "I8") not in SMALL]
     integers = sum(dtype in SMALL and name.endswith((".weight", ".weight_packed")) for name, dtype in stored.items())
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (before, after)]

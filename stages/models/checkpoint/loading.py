@@ -24,7 +24,7 @@ from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
 from stages.models.checkpoint import compressed_tensors, files, uneven_sizes
 from stages.models.checkpoint.files import INDEX, WEIGHTS, read_json, stored_parameters
-from stages.models.layers import low_rank_linear, quantized_linear, rounded_cache, sparse_linear
+from stages.models.layers import low_rank_linear, quantization_spec, rounded_cache, sparse_linear
 from stages.models.memory import pages
 from stages.runtime.contract import StageError
 
@@ -43,7 +43,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
     """A checkpoint as a model in eval mode, with its surgery and its quantized layers.
 
     The class is the one that the configuration names. The files are mapped, not copied: at `dtype` equal to the stored
-    one, a weight takes memory when it is read, and `mapped.release` gives it back. Nothing that the model does to its
+    one, a weight takes memory when it is read, and `pages.release` gives it back. Nothing that the model does to its
     weights reaches the file. Every linear map is an nn.Linear, whatever way its architecture lays the file out.
 
     Args:
@@ -67,7 +67,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
                 low_rank_linear.install(model, structure)
         if quantization := read_json(folder / QUANTIZATION, optional=True):
             with _following(QUANTIZATION):
-                quantized_linear.install(model, quantization)
+                quantization_spec.install(model, quantization)
                 if "kv_cache" in quantization:
                     rounded_cache.install(model, quantization["kv_cache"])
         elif compressed:
@@ -139,7 +139,7 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path, layout: str 
     folder.mkdir(parents=True, exist_ok=True)
     reference = classes.plain(model)
     config, structure = _configured(model), _structure(model, reference)
-    quantization = quantized_linear.describe(model)
+    quantization = quantization_spec.describe(model)
     turned = classes.transposed(model, reference)
     once = {names[0]: tensor.detach() for names, tensor in _distinct(model)}
     once = {name: tensor for name, tensor in once.items() if not classes.left_out(model, name, tensor)}

@@ -291,7 +291,7 @@ def test_memory_that_runs_out_is_not_called_a_damaged_description(copy, monkeypa
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     (copy / "quantization.json").write_text(json.dumps({"layers": {}}))
-    monkeypatch.setattr("stages.models.layers.quantized_linear.install", full)
+    monkeypatch.setattr("stages.models.layers.quantization_spec.install", full)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         load_model(copy)
 

@@ -7,13 +7,12 @@ from torch import nn
 
 from stages.graphs.onnx_graph import pack_weights
 from stages.models.checkpoint.loading import load_model
+from stages.models.layers.quantization_spec import describe, install
 from stages.models.layers.quantized_linear import (
     FORMS,
     QuantizedEmbedding,
     QuantizedLinear,
-    describe,
     for_export,
-    install,
     pack_int4,
     quantized_modules,
     stored_dtypes,

@@ -21,7 +21,7 @@ from stages.graphs.parity import parity
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.layers import rounded_cache
-from stages.models.layers.quantized_linear import annotate
+from stages.models.layers.quantization_spec import annotate
 from stages.models.text.windows import windows
 from stages.quantize import cache_ranges
 from stages.quantize.stage import QuantizeParams, quantize
