@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from stages.models.anatomy import blocks as anatomy
 from stages.models.blockwise.block_calls import stacks
 from stages.models.blockwise.block_sites import at_sites
-from stages.models.blockwise.streams import Ends, Streams, Turn, beside, entering, resumed, save_streams, through, turns
+from stages.models.blockwise.streams import Ends, Streams, Turn, beside, entering, resumed, save_streams, turns
 from stages.models.blockwise.technique import Technique
 from stages.models.memory.pages import forget, release, trim
 from stages.models.memory.saved_state import read_record, save_state
@@ -77,9 +77,7 @@ def compress(
     every, total = stacks(model), len(anatomy.blocks(model))
     parts = [ids_NT, answered(model, ids_NT, state / "answers.safetensors")] if len(every) > 1 else [ids_NT]
     done, streams = resumed(state)
-    rows = _restored(model, technique, state, done)
-    if done:
-        progress.note(f"goes on after block {done} of {total}, saved before it was cut off")
+    rows = _restored(model, technique, state, done, progress)
     saved = time.monotonic()
     for stack, part_NT in zip(every, parts, strict=True):
         first = stack.blocks[0].index
@@ -88,8 +86,7 @@ def compress(
         before, each = turns(stack, part_NT.shape[1], reads, gone)
         if not there:
             streams = None  # the encoder's were read: they go before the decoder's come
-            streams = entering(stack, part_NT, reads, ends)
-            through(before, streams.dense_NTH)
+            streams = entering(stack, part_NT, reads, before, ends)
         assert streams is not None
         trim()
         for turn in each[max(0, done - first) :]:
@@ -128,16 +125,21 @@ def _file(index: int) -> str:
     return f"block-{index:04d}.safetensors"
 
 
-def _restored(model: PreTrainedModel, technique: Technique, state: Path, done: int) -> list[dict[str, Any]]:
+def _restored(
+    model: PreTrainedModel, technique: Technique, state: Path, done: int, progress: Progress
+) -> list[dict[str, Any]]:
     """The rows of the first `done` blocks; their new maps are put in."""
     rows: list[dict[str, Any]] = []
-    for index, block in enumerate(anatomy.blocks(model)[:done]):
+    blocks = anatomy.blocks(model)
+    for index, block in enumerate(blocks[:done]):
         record = read_record(state / _file(index))
         if record is None:
             continue  # this block is gone: every other one's file is written before the streams
         technique.enter(block)
         _apply(model, technique, state / _file(index))
         rows += record["rows"]
+    if done:
+        progress.note(f"goes on after block {done} of {len(blocks)}, saved before it was cut off")
     return rows
 
 

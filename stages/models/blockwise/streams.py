@@ -136,10 +136,12 @@ def beside(stack: Stack, ids_NT: Tensor, streams: Streams | None, state: Path) -
     return Beside((kept["dense"], kept["compressed"]), ids_NT != NOTHING)
 
 
-def entering(stack: Stack, ids_NT: Tensor, reads: Beside, ends: Ends) -> Streams:
-    """Both streams before a stack's first block."""
+def entering(stack: Stack, ids_NT: Tensor, reads: Beside, gap: Gap, ends: Ends) -> Streams:
+    """Both streams before a stack's first block, the dense one after a gap there."""
     x_NTH = embedded(stack, ids_NT if reads.counted_NT is None else ids_NT * reads.counted_NT)
-    return Streams(x_NTH, ends.enter(x_NTH))
+    z_NTH = ends.enter(x_NTH)
+    through(gap, x_NTH)
+    return Streams(x_NTH, z_NTH)
 
 
 def through(gap: Gap, x_NTH: Tensor) -> None:
