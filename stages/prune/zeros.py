@@ -28,11 +28,11 @@ from stages.models.blockwise.gradients import gradients
 from stages.models.blockwise.run import SITES, sensitivities
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights, put
+from stages.models.checkpoint.layout import MASKS
 from stages.models.memory.pages import forget
 from stages.runtime.contract import Progress, StageError
 from stages.runtime.progress import Pass
 
-MASKS = "masks.safetensors"
 SHARES = tuple(step / 20 for step in range(2, 20))
 """Shares of kept weights that a map may be given; fewer than a tenth ruins any map."""
 PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}

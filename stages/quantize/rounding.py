@@ -19,7 +19,7 @@ from stages.algorithms.rounding import fake_round, round_rows
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.site_moments import Seen
-from stages.models.blockwise.sites import maps
+from stages.models.blockwise.sites import float_maps
 from stages.models.blockwise.technique import Compressed
 from stages.models.layers import quantized_linear
 from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
@@ -66,14 +66,14 @@ def quantize_tables(model: PreTrainedModel) -> list[str]:
 
 def names(model: PreTrainedModel) -> list[str]:
     """Paths in the model of every float map of its blocks, each under every name it has there."""
-    return [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in maps(block)]
+    return [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in float_maps(block)]
 
 
 def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
     """Round every map to nearest by its weights alone. Returns a row a map."""
     rows = []
     for block in anatomy.blocks(model):
-        for path, one in maps(block).items():
+        for path, one in float_maps(block).items():
             name = f"{block.name}.{path}"
             if name not in rounding.precision:
                 continue

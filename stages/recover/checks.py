@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.models.checkpoint.loading import QUANTIZATION, load_config, load_tokenizer
+from stages.models.checkpoint.layout import MASKS, QUANTIZATION
+from stages.models.checkpoint.loading import load_config, load_tokenizer
 from stages.runtime.contract import StageError
-
-MASKS = "masks.safetensors"
-"""What `prune` puts beside the weights where single ones went."""
 
 
 def check(inputs: Mapping[str, Path], update: str) -> None:

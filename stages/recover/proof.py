@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.models.checkpoint.loading import load_model, stored_parameters
-from stages.recover.checks import MASKS
+from stages.models.checkpoint.editing import write_table
+from stages.models.checkpoint.files import stored_parameters
+from stages.models.checkpoint.layout import MASKS, carry
+from stages.models.checkpoint.loading import load_model
 from stages.recover.weight_updates import is_sparse
 from stages.runtime.contract import Metrics, StageError
 
@@ -23,11 +23,8 @@ def proven(update: str, before: Path, after: Path, mended: bool) -> Metrics:
         StageError: see `changes`.
     """
     rows = changes(before, after, zeros_stay=update == "sparse", mended=mended)
-    if (before / MASKS).is_file():
-        shutil.copyfile(before / MASKS, after / MASKS)
-    (after / "layers.json").write_text(
-        json.dumps({"update": update, "layers": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    carry(before, after, (MASKS,))
+    write_table(after, rows, update=update)
     changed = sum(row["relative_change"] > 0 for row in rows)
     return {"changed_tensors": float(changed), "parameters": float(stored_parameters(after))}
 

@@ -230,7 +230,7 @@ def _matches(target: str, name: str) -> bool:
 
 
 def _entry(name: str, group: Mapping[str, Any], old: nn.Linear) -> dict[str, Any]:
-    """What `quantized.install` makes of a map and its group."""
+    """What `quantization_spec.install` makes of a map and its group."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
     form = _FORMS.get(_scheme(weights))
     size = weights.get("group_size")

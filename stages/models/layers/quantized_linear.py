@@ -19,6 +19,7 @@ from torch.onnx import ops
 
 from stages.algorithms.grids import decode_e2m1, nearest_e4m3, power_of_two
 from stages.algorithms.rounding import fake_round
+from stages.models.anatomy import blocks as anatomy
 
 _SHOWN = "shown_as_float"
 """Of a module: its maps whose weights look like float ones to it."""
@@ -224,13 +225,8 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear | Quantized
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` wherever the module called `name` stands."""
-    places = dict(model.named_modules(remove_duplicate=False))
-    old = places[name]
-    for place, module in places.items():
-        if module is old:
-            parent, _, attribute = place.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
-            _look_float(model.get_submodule(parent), attribute)
+    for parent, attribute in anatomy.replace(model, model.get_submodule(name), new):
+        _look_float(parent, attribute)
 
 
 def _look_float(parent: nn.Module, attribute: str) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM
 
 from stages.models.anatomy import blocks as anatomy
-from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer, save_model, stored_parameters
+from stages.models.checkpoint.files import stored_parameters
+from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer, save_model
 from stages.models.layers import low_rank_linear
 from stages.runtime.contract import StageError
 from tests.stages.models.checkpoint.test_files import resident
