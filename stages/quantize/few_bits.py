@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,11 +19,9 @@ from stages.models.checkpoint.loading import save_model
 from stages.models.layers import rounded_cache
 from stages.models.layers.quantization_spec import annotate
 from stages.quantize import cache_ranges, plan, proof, rounding
+from stages.quantize.params import QuantizeParams
 from stages.quantize.rounding import Rounding
 from stages.runtime.contract import PARTIAL, Metrics, Progress
-
-if TYPE_CHECKING:
-    from stages.quantize.stage import QuantizeParams
 
 FITTED = 4
 """Where inputs are rounded, one window in so many fits maps: the fit wants fewer than the ranges, and costs more."""

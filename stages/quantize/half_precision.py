@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,9 @@ from stages.models.checkpoint.loading import save_model
 from stages.models.layers import rounded_cache
 from stages.models.layers.quantization_spec import annotate
 from stages.quantize import cache_ranges, plan
+from stages.quantize.params import QuantizeParams
 from stages.quantize.rounding import names
 from stages.runtime.contract import Metrics, Progress, StageError
-
-if TYPE_CHECKING:
-    from stages.quantize.stage import QuantizeParams
 
 FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _STORED = {"fp16": "F16", "bf16": "BF16"}

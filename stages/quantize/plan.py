@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,12 +21,10 @@ from stages.models.layers.quantization_spec import describe
 from stages.models.memory.saved_state import settle
 from stages.quantize import cache_ranges, mixed_precision, rotation_choice
 from stages.quantize.input_ranges import Decision, How, decided
+from stages.quantize.params import QuantizeParams
 from stages.quantize.rounding import Precision, Rounding
 from stages.runtime.contract import Progress, StageError
 from stages.runtime.progress import Silent
-
-if TYPE_CHECKING:
-    from stages.quantize.stage import QuantizeParams
 
 ROUNDED_INPUTS = ("int8_w8a8", "fp8_e4m3")
 

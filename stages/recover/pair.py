@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,14 +18,12 @@ from stages.models.text.decoder_answers import answered
 from stages.models.text.windows import windows
 from stages.recover.headless import Apart, load_apart
 from stages.recover.matched_blocks import listened
+from stages.recover.params import RecoverParams
 from stages.recover.student import Goal, HeldOut, Learner, held_out, learner
 from stages.recover.teacher_answers import Lessons
 from stages.recover.teacher_text import write
 from stages.recover.weight_updates import updates
 from stages.runtime.contract import Progress
-
-if TYPE_CHECKING:
-    from stages.recover.stage import RecoverParams
 
 
 def side_by_side(

@@ -10,7 +10,8 @@ from stages.models.checkpoint.loading import load_model, load_tokenizer, save_mo
 from stages.models.layers.quantized_linear import QuantizedLinear, quantized_modules
 from stages.models.text.windows import windows
 from stages.quantize.input_ranges import CUT
-from stages.quantize.stage import QuantizeParams, quantize
+from stages.quantize.params import QuantizeParams
+from stages.quantize.stage import quantize
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer

@@ -10,8 +10,9 @@ from stages.models.checkpoint.files import dtypes
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.text.windows import windows
 from stages.quantize import rotation
+from stages.quantize.params import QuantizeParams
 from stages.quantize.rounding import Precision, nearest
-from stages.quantize.stage import QuantizeParams, quantize
+from stages.quantize.stage import quantize
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.text.windows import windows
-from stages.recover.stage import RecoverParams, recover
+from stages.recover.params import RecoverParams
+from stages.recover.stage import recover
 from stages.runtime.contract import PARTIAL, StageError
 from stages.runtime.fingerprint import digest_file
 from stages.runtime.progress import Silent
@@ -153,7 +154,8 @@ import os, json, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[3]))
-from stages.recover.stage import RecoverParams, recover
+from stages.recover.params import RecoverParams
+from stages.recover.stage import recover
 from stages.runtime.progress import Silent
 class Killer(Silent):
     def metric(self, name, value, step):

@@ -24,7 +24,8 @@ from stages.models.layers import rounded_cache
 from stages.models.layers.quantization_spec import annotate
 from stages.models.text.windows import windows
 from stages.quantize import cache_ranges
-from stages.quantize.stage import QuantizeParams, quantize
+from stages.quantize.params import QuantizeParams
+from stages.quantize.stage import quantize
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer
