@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.models.anatomy.roles import ATTENTION as ATTENTION
-from stages.models.anatomy.roles import FEED_FORWARD as FEED_FORWARD
-from stages.models.anatomy.roles import is_map, maps_of, roles_of
+from stages.models.anatomy.roles import ATTENTION, FEED_FORWARD, is_map, maps_of, roles_of
 from stages.runtime.contract import StageError
 
 LLAMA_TYPE = ("llama", "mistral", "qwen2", "qwen3")
