@@ -65,7 +65,7 @@ def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress:
     else:
         # Headers and configuration are looked at before gigabytes are copied, the copy is what is hashed.
         layout.check_headers(path if path.is_dir() else path.parent, chosen.weights)
-        layout.check_config(layout.read_json(chosen.files.get("config.json", path / "config.json")), str(path))
+        layout.check_config(layout.read_given(chosen.files.get("config.json", path / "config.json")), str(path))
         _copy(chosen, output, progress)
         _check_digest(params, layout.choose(output))
     return _checked(output, progress)
@@ -93,7 +93,7 @@ def _checked(output: Path, progress: Progress) -> Metrics:
     """Prove the written checkpoint: whole, known, with a tokenizer, every number finite."""
     chosen = layout.choose(output)
     tensors = layout.check_headers(output, chosen.weights)
-    layout.check_config(layout.read_json(output / "config.json"), "config.json")
+    layout.check_config(layout.read_given(output / "config.json"), "config.json")
     layout.check_tokenizer(output)
     count = layout.parameters(tensors)
     if count == 0:

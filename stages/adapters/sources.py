@@ -5,17 +5,16 @@ A source is first *resolved*, so that it names bytes and not a moving label, the
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from stages.runtime.contract import Pins, Progress, StageError, Unavailable
+from stages.runtime.transfers import locked
 
 SCHEMES = ("file", "pypi", "hf", "s3")
 
@@ -108,7 +107,7 @@ def download(exact: str, wanted: Wanted, downloads: Path, progress: Progress) ->
     name = _folder_name(exact, wanted)
     folder, part = downloads / name, downloads / f"{name}.part"
     downloads.mkdir(parents=True, exist_ok=True)
-    with _locked(downloads / f"{part.name}.lock"):
+    with locked(downloads / f"{part.name}.lock"):
         if not folder.is_dir():
             part.mkdir(exist_ok=True)
             _fetch_into(part, exact, wanted, progress)
@@ -173,13 +172,6 @@ def _resolve(source: str, wanted: Wanted, pins: Pins, progress: Progress) -> str
 
 def _folder_name(exact: str, wanted: Wanted) -> str:
     return hashlib.sha256(f"{wanted.purpose} {exact}".encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def changed_source(source: str, found: str, asked: str) -> StageError:

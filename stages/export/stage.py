@@ -38,8 +38,7 @@ class ExportParams(Params):
 
 def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write `model.onnx` and `graph.json`, with the tokenizer beside them."""
-    from stages.export import checks as checks
-    from stages.export import to_onnx
+    from stages.export import checks, to_onnx
     from stages.graphs import onnx_graph
     from stages.models.checkpoint.loading import load_model
 

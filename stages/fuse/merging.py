@@ -18,7 +18,8 @@ from torch import Tensor
 
 from stages.algorithms import merging
 from stages.models.checkpoint import files
-from stages.models.checkpoint.loading import QUANTIZATION, STRUCTURE, load_config, load_tokenizer
+from stages.models.checkpoint.layout import QUANTIZATION, STRUCTURE
+from stages.models.checkpoint.loading import load_config, load_tokenizer
 from stages.models.memory.pages import forget
 from stages.runtime.contract import StageError
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -44,8 +42,8 @@ class FuseParams(Params):
 def fuse(params: FuseParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See FuseParams. `layers.json` says what became of each tensor. It takes seconds a gigabyte and starts over."""
     from stages.fuse import merging
-    from stages.models.checkpoint.files import WEIGHTS, stored_parameters
-    from stages.models.checkpoint.loading import TOKENIZER
+    from stages.models.checkpoint import editing, layout
+    from stages.models.checkpoint.files import stored_parameters
 
     roles = sorted((role for role in inputs if role != "base"), key=lambda role: int(role.partition(".")[2]))
     models, base = [inputs[role] for role in roles], inputs.get("base")
@@ -53,11 +51,9 @@ def fuse(params: FuseParams, inputs: Mapping[str, Path], output: Path, progress:
     merging.check_alike([*models, *([base] if base else [])])
     weights = params.weights or (1.0,) * len(models)
     fusion = merging.Fusion(params.method, weights, params.keep, params.scale, params.seed)
-    rows = merging.fuse(fusion, models, base, output / WEIGHTS, progress.advanced)
-    for name in ("config.json", "generation_config.json", *TOKENIZER):
-        if (models[0] / name).is_file():
-            shutil.copyfile(models[0] / name, output / name)
-    (output / "layers.json").write_text(json.dumps({"method": params.method, "layers": rows}, indent=1) + "\n", "utf-8")
+    rows = merging.fuse(fusion, models, base, output / layout.WEIGHTS, progress.advanced)
+    layout.carry(models[0], output, (layout.CONFIG, layout.GENERATION, *layout.TOKENIZER_FILES))
+    editing.write_table(output, rows, method=params.method)
     changed = _proven(output, [*models, *([base] if base else [])])
     return {"parameters": float(stored_parameters(output)), "changed_tensors": float(changed), **_means(rows)}
 

@@ -18,14 +18,15 @@ from transformers import PreTrainedModel
 from stages.algorithms.channels import least_important, output_error, reconstructed
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.compress import Compressed, compress
+from stages.models.blockwise.compress import compress
 from stages.models.blockwise.site_moments import Seen
-from stages.models.blockwise.technique import OnWeights, mended, put
+from stages.models.blockwise.technique import Compressed, OnWeights, mended, put
 from stages.models.memory.saved_state import read_record, save_state
 from stages.prune import structure
 from stages.prune.blocks import Dropped, greedy, least_influential
 from stages.prune.depth import drop_blocks
 from stages.runtime.contract import Progress, StageError
+from stages.runtime.progress import Pass
 
 FEW_WINDOWS = 2
 """Windows by whose loss blocks are chosen: blocks differ by far more than two windows' noise."""
@@ -62,9 +63,7 @@ def channels(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Pro
         ids_NT,
         OnWeights(Narrow("down", kept, 1)),
         asked.partial,
-        progress.advanced,
-        progress.note,
-        progress.metric,
+        progress,
     )
     model.config.intermediate_size = kept
     return rows
@@ -88,7 +87,7 @@ def heads(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progre
     if kept < 1:
         raise cannot("heads", total - each * (groups - 1), total, asked)
     technique = OnWeights(Narrow("o", kept * readers * dim, readers * dim))
-    rows = compress(model, ids_NT, technique, asked.partial, progress.advanced, progress.note, progress.metric)
+    rows = compress(model, ids_NT, technique, asked.partial, progress)
     config.num_key_value_heads, config.num_attention_heads, config.head_dim = kept, kept * readers, dim
     return rows
 
@@ -115,9 +114,7 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
         ids_NT,
         OnWeights(Mended(dropped[0], _tied(model))),
         asked.partial,
-        lambda done, all_: progress.advanced(1 + done / all_, 2),
-        progress.note,
-        progress.metric,
+        Pass(progress, 1, 2),
         gone=dropped,
     )
     drop_blocks(model, dropped)

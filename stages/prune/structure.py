@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
+from stages.models.anatomy.roles import ATTENTION, FEED_FORWARD
 from stages.models.layers.low_rank_linear import SharedLinear
 from stages.runtime.contract import StageError
 
@@ -24,12 +25,12 @@ def check_channels_free(model: PreTrainedModel) -> None:
         StageError: `down` stands on a basis with other blocks, whose columns are their channels too, or a feed-forward
             tensor is tied to another.
     """
-    _check_free(model, anatomy.FEED_FORWARD, "down", "channels")
+    _check_free(model, FEED_FORWARD, "down", "channels")
 
 
 def check_heads_free(model: PreTrainedModel) -> None:
     """Raise StageError where a block's heads cannot go alone; as `check_channels_free`."""
-    _check_free(model, anatomy.ATTENTION, "o", "heads")
+    _check_free(model, ATTENTION, "o", "heads")
 
 
 def _check_free(model: PreTrainedModel, roles: tuple[str, ...], reader: str, what: str) -> None:

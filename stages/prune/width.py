@@ -25,13 +25,15 @@ from stages.algorithms.channels import least_important, output_error, reconstruc
 from stages.algorithms.gains import fitted_gains
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.compress import Compressed, Ends, compress
+from stages.models.blockwise.compress import compress
 from stages.models.blockwise.site_moments import Seen
-from stages.models.blockwise.technique import OnWeights, put
+from stages.models.blockwise.streams import Ends
+from stages.models.blockwise.technique import Compressed, OnWeights, put
 from stages.models.memory.saved_state import read_record, save_state
 from stages.prune import stream
 from stages.prune.channels_heads import Asked, Rows, cannot
 from stages.runtime.contract import Progress, StageError
+from stages.runtime.progress import Pass
 
 READERS = ("q", "k", "v", "gate", "up")
 TOKENS_AT_ONCE = 4096
@@ -58,9 +60,7 @@ def width(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progre
         ids_NT,
         OnWeights(Held(stays_H)),
         asked.partial,
-        lambda done, all_: progress.advanced(1 + done / all_, 2),
-        progress.note,
-        progress.metric,
+        Pass(progress, 1, 2),
         ends=Ends(lambda x_NTH: x_NTH * stays_H, lambda x_NTH, z_NTH: _fit_head(model, x_NTH, z_NTH, kept_K)),
     )
     cut(model, kept_K, asked.partial)
@@ -99,7 +99,7 @@ def _chosen(model: PreTrainedModel, ids_NT: Tensor, kept: int, asked: Asked, pro
     """
     file = asked.partial / "chosen.safetensors"
     if (record := read_record(file)) is None:
-        moment_HH = stream.moment(model, ids_NT, lambda done, total: progress.advanced(done / total, 2))
+        moment_HH = stream.moment(model, ids_NT, Pass(progress, 0, 2).advanced)
         root_HH = torch.linalg.cholesky(damped(stream.readers(model))).T
         # One a round: of two dimensions that stand in for each other, one round could take both.
         count = len(root_HH) - kept

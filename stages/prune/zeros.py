@@ -23,15 +23,16 @@ from stages.algorithms.sparsegpt import DAMPING, pruned
 from stages.algorithms.sparsity import Keep, by_rows, largest, of_each, packed, prices, unpacked, wanda
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.compress import Compressed, compress
+from stages.models.blockwise.compress import compress
 from stages.models.blockwise.gradients import gradients
 from stages.models.blockwise.run import SITES, sensitivities
 from stages.models.blockwise.site_moments import Seen
-from stages.models.blockwise.technique import OnWeights, put
+from stages.models.blockwise.technique import Compressed, OnWeights, put
+from stages.models.checkpoint.layout import MASKS
 from stages.models.memory.pages import forget
 from stages.runtime.contract import Progress, StageError
+from stages.runtime.progress import Pass
 
-MASKS = "masks.safetensors"
 SHARES = tuple(step / 20 for step in range(2, 20))
 """Shares of kept weights that a map may be given; fewer than a tenth ruins any map."""
 PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}
@@ -65,14 +66,15 @@ def sparsified(
     Raises:
         StageError: an activation is not finite, a map is not dense, or so many zeros cannot be had.
     """
-    passes = _Passes(progress, 1 + (how.pattern is None))
-    shares = budgets(model, ids_NT, how, partial, passes.next()) if how.pattern is None else {}
+    passes = 1 + (how.pattern is None)
+    first, last = Pass(progress, 0, passes), Pass(progress, passes - 1, passes)
+    shares = budgets(model, ids_NT, how, partial, first.advanced) if how.pattern is None else {}
     kept = keepers(model, how, shares)
     if how.method in ("wanda", "sparsegpt"):
         technique = OnWeights(Masked(kept, mend=how.method == "sparsegpt"))
-        return compress(model, ids_NT, technique, partial, passes.next(), progress.note, progress.metric)
+        return compress(model, ids_NT, technique, partial, last)
     if how.method == "gradient":
-        found = gradients(model, ids_NT, partial, passes.next())
+        found = gradients(model, ids_NT, partial, last.advanced)
         gradient = {path: g_OI for block in found for path, g_OI in block.items() if path in kept}
         scores = {path: g_OI * model.get_submodule(path).weight.detach().abs() for path, g_OI in gradient.items()}
     else:
@@ -83,18 +85,6 @@ def sparsified(
         put(model, path, model.get_submodule(path).weight.detach() * mask_OI)
         rows.append({"layer": path, "zeros": float((~mask_OI).float().mean())})
     return rows
-
-
-class _Passes:
-    """Several passes as one advance from nothing to all."""
-
-    def __init__(self, progress: Progress, count: int) -> None:
-        self._progress, self._count, self._begun = progress, count, 0
-
-    def next(self) -> Callable[[float, float], None]:
-        before = self._begun
-        self._begun += 1
-        return lambda done, total: self._progress.advanced(before + done / total, self._count)
 
 
 def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:

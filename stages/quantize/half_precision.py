@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,51 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
-from stages.models.layers.quantized_linear import stored_dtypes
-from stages.runtime.contract import Metrics, StageError
+from stages.models.checkpoint import editing
+from stages.models.checkpoint.files import dtypes
+from stages.models.checkpoint.loading import save_model
+from stages.models.layers import rounded_cache
+from stages.models.layers.quantization_spec import annotate
+from stages.quantize import cache_ranges, plan
+from stages.quantize.params import QuantizeParams
+from stages.quantize.rounding import names
+from stages.runtime.contract import Metrics, Progress, StageError
 
 FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _STORED = {"fp16": "F16", "bf16": "BF16"}
 _WIDE = ("F32", "F64")
 _SCALE = "_scale"
 """How the names of scales of a rounded cache end: they stay as they are."""
+
+
+def in_sixteen_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
+    """Every number of a checkpoint in 16 bits, from the float checkpoint to the written one.
+
+    Raises:
+        StageError: the checkpoint is quantized already or in 16 bits, a cache's ranges need a text, or a tensor holds
+            values beyond the range.
+    """
+    model = plan.opened(inputs["model"])
+    block_parameters = anatomy.block_parameters(model)
+    maps = editing.matching(names(model), params.layers, params.skip)
+    text_NT = plan.calibration_windows(params, inputs, progress, fitted=False)
+    plan.check_cache(params, model)
+    caches = plan.rounded_caches(params, model, text_NT)
+    rows = store(model, params.scheme, maps)  # last: arithmetic of 16 bits is slow where ranges are measured
+    annotate(model, {"scheme": params.scheme, **rounded_cache.described(model)}, {})
+    save_model(model, output, like=inputs["model"])
+    editing.write_table(output, [*rows, *caches], scheme=params.scheme)
+    progress.note(f"{len(maps)} maps and all else in 16 bits")
+    return {
+        **proven(inputs["model"], output, params.scheme, rows),
+        **(cache_ranges.proven(output, caches) if caches else {}),
+        "quantized_maps": float(len(maps)),
+        "kept_maps": 0.0,
+        "rotated_maps": 0.0,
+        "block_parameters": float(block_parameters),
+        "bits_per_weight": 16.0,
+        "largest_error_ratio": max((row["error"] for row in rows), default=0.0),
+    }
 
 
 @torch.no_grad()
@@ -84,12 +121,12 @@ def proven(before: Path, after: Path, form: str, rows: Sequence[dict[str, Any]])
     Raises:
         StageError: the checkpoint had none of more bits to begin with, or one that was cast is not written so.
     """
-    stored = stored_dtypes(after)
+    stored = dtypes(after)
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (before, after)]
-    if not any(dtype in _WIDE for dtype in stored_dtypes(before).values()):
+    if not any(dtype in _WIDE for dtype in dtypes(before).values()):
         raise StageError(
             "the checkpoint holds no tensor of more than 16 bits",
-            measured=", ".join(sorted(set(stored_dtypes(before).values()))),
+            measured=", ".join(sorted(set(dtypes(before).values()))),
             limit="at least one in float32",
             remedy="Drop the step.",
         )

@@ -18,9 +18,9 @@ from stages.algorithms.refit import output_errors
 from stages.algorithms.rounding import fake_round, round_rows
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.compress import Compressed
 from stages.models.blockwise.site_moments import Seen
-from stages.models.blockwise.sites import maps
+from stages.models.blockwise.sites import float_maps
+from stages.models.blockwise.technique import Compressed
 from stages.models.layers import quantized_linear
 from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from stages.models.memory.pages import forget
@@ -66,14 +66,14 @@ def quantize_tables(model: PreTrainedModel) -> list[str]:
 
 def names(model: PreTrainedModel) -> list[str]:
     """Paths in the model of every float map of its blocks, each under every name it has there."""
-    return [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in maps(block)]
+    return [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in float_maps(block)]
 
 
 def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
     """Round every map to nearest by its weights alone. Returns a row a map."""
     rows = []
     for block in anatomy.blocks(model):
-        for path, one in maps(block).items():
+        for path, one in float_maps(block).items():
             name = f"{block.name}.{path}"
             if name not in rounding.precision:
                 continue
@@ -89,7 +89,7 @@ def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
 
 @dataclass
 class Rounding:
-    """A technique for `twin.compress`: every map of the blocks to few bits.
+    """A technique for `compress`: every map of the blocks to few bits.
 
     Attributes:
         precision: by path in the model.
@@ -115,7 +115,7 @@ class Rounding:
                     self.input_scales[name] = one.input_scale
 
     def enter(self, block: Block) -> None:
-        """See `twin.Technique`. A map that one site reads with is written by another (v, up, a basis)."""
+        """See `Technique`. A map that one site reads with is written by another (v, up, a basis)."""
         for site, factor_F in self._factors:
             if site.block == block.index and not bool((factor_F == 1).all()):
                 fold(site, factor_F)
@@ -141,7 +141,7 @@ class Rounding:
         return fake_round(z_MI, scale) if form == "int8" else nearest_e4m3(z_MI / scale) * scale
 
     def compress(self, block: Block, found: Mapping[str, nn.Module], seen: Seen) -> dict[str, Compressed]:
-        """See `twin.Technique`. Maps that are rounded alike are rounded as one: their columns are the same."""
+        """See `Technique`. Maps that are rounded alike are rounded as one: their columns are the same."""
         seen.damping = DAMPING
         made: dict[str, Compressed] = {}
         alike: dict[Precision, dict[str, nn.Linear]] = {}
@@ -170,7 +170,7 @@ class Rounding:
         return Compressed(tensors, {"format": asked.form, "error_nearest": plain, "error": ours})
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
-        """See `twin.Technique`."""
+        """See `Technique`."""
         weight = model.get_submodule(path).weight
         # Tied maps and bases that stand at several places keep one tensor.
         for name, old in list(model.named_modules()):

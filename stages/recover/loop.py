@@ -18,6 +18,8 @@ from stages.runtime.contract import Progress, StageError
 LARGEST_JUMP = 4.0
 """A loss this many times the median of the last ones is a jump: batches of one text differ by less than 2."""
 REMEMBERED = 16
+LITTLE = 0.1
+"""Held-out score, nats: a cut that costs no more may leave nothing that so short a training can mend."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,43 @@ def train(
             (record.step - first) * plan.batch_windows * made.labels_NT.shape[1], time.monotonic() - began, progress
         )
     return record
+
+
+def take_what_helped(
+    made: Learner, record: Record, start: Callable[[], Mapping[str, Tensor]], partial: Path, progress: Progress
+) -> bool:
+    """Give the student its best weights, or those that it began with where little was lost and nothing mended.
+
+    Args:
+        made: student, lessons, optimizer.
+        record: where the run ended.
+        start: gives the tensors that the student began with.
+        partial: where the best ones lie.
+        progress: told where nothing mended.
+
+    Returns:
+        Whether training mended anything.
+
+    Raises:
+        StageError: much was lost, and nothing mended.
+    """
+    judged = "held-out KL" if made.goal.kl_weight == 1 else "held-out score"
+    if record.best_step > 0:
+        student.take_best(made, partial, record)
+        return True
+    if record.best > LITTLE:
+        raise StageError(
+            "recovery did not help",
+            measured=f"{judged} {record.best:.4f} before, none lower in {record.step} steps",
+            limit=f"a lower {judged} than before",
+            remedy="Lower `learning_rate`, give more `tokens` or text nearer to the held-out one, or drop the step.",
+        )
+    student.take(made, start())
+    progress.note(
+        f"little was lost and nothing mended: {judged} {record.best:.4f} before, none lower in {record.step} "
+        "steps; the weights stay as they came"
+    )
+    return False
 
 
 def jumped(loss: float, losses: Sequence[float]) -> bool:

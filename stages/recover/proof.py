@@ -8,9 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.models.checkpoint.editing import write_table
+from stages.models.checkpoint.files import stored_parameters
+from stages.models.checkpoint.layout import MASKS, carry
 from stages.models.checkpoint.loading import load_model
 from stages.recover.weight_updates import is_sparse
-from stages.runtime.contract import StageError
+from stages.runtime.contract import Metrics, StageError
+
+
+def proven(update: str, before: Path, after: Path, mended: bool) -> Metrics:
+    """Write what became of each tensor, and count those that changed between the two checkpoints on disk.
+
+    Raises:
+        StageError: see `changes`.
+    """
+    rows = changes(before, after, zeros_stay=update == "sparse", mended=mended)
+    carry(before, after, (MASKS,))
+    write_table(after, rows, update=update)
+    changed = sum(row["relative_change"] > 0 for row in rows)
+    return {"changed_tensors": float(changed), "parameters": float(stored_parameters(after))}
 
 
 def changes(before: Path, after: Path, *, zeros_stay: bool, mended: bool = True) -> list[dict[str, Any]]:

@@ -115,8 +115,6 @@ class Record:
 
 def learner(
     student: Apart,
-    teacher: Apart,
-    ids_NT: Tensor,
     lessons: Lessons,
     updates: Updates,
     *,
@@ -129,9 +127,7 @@ def learner(
 
     Args:
         student: what learns.
-        teacher: whose head judges.
-        ids_NT: windows to learn from.
-        lessons: the teacher's answers on them.
+        lessons: the windows to learn from, and the teacher's answers on them.
         updates: how the student's weights learn.
         goal: the loss.
         at_once: windows of one forward pass.
@@ -141,7 +137,7 @@ def learner(
     Raises:
         StageError: an encoder, which sees the next token, is to predict it.
     """
-    blocks = anatomy.blocks(student.model)
+    blocks, ids_NT = anatomy.blocks(student.model), lessons.ids_NT
     if goal.kl_weight < 1 and any(block.stack == "encoder" for block in blocks):
         why = "answers the teacher's texts, which are no truth" if student.source else "sees the next token"
         raise StageError(
@@ -158,7 +154,7 @@ def learner(
     optimizer = torch.optim.AdamW(moved, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     labels_NT = student.labels(ids_NT)
     labels_NT[len(ids_NT) - written :] = -1
-    return Learner(student, teacher, ids_NT, labels_NT, lessons, updates, optimizer, goal, at_once, listened)
+    return Learner(student, lessons.teacher, ids_NT, labels_NT, lessons, updates, optimizer, goal, at_once, listened)
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ class Lessons:
     process died is computed again; computed alone, it comes out the same in every run.
 
     Attributes:
+        teacher: whose answers they are.
+        ids_NT: the windows.
         listened: the teacher's blocks whose inputs are kept, by name.
     """
 
@@ -50,7 +52,7 @@ class Lessons:
         listened: Mapping[str, nn.Module],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._teacher, self._ids_NT, self.listened = teacher, ids_NT, listened
+        self.teacher, self.ids_NT, self.listened = teacher, ids_NT, listened
         self._k, self._temperature = min(tokens_kept, len(teacher.head.weight_VH)), temperature
         count, length = len(ids_NT), teacher.length(ids_NT)
         width = teacher.model.config.hidden_size
@@ -78,7 +80,7 @@ class Lessons:
     @torch.no_grad()
     def _ask(self, n: int) -> None:
         with inputs_of(self.listened) as heard:
-            hidden_TH = self._teacher.hidden(self._ids_NT[n : n + 1])[0]
+            hidden_TH = self.teacher.hidden(self.ids_NT[n : n + 1])[0]
         self.keep(n, hidden_TH, {name: state_1TH[0] for name, state_1TH in heard.items()})
 
     @torch.no_grad()
@@ -89,7 +91,7 @@ class Lessons:
             StageError: they hold a NaN.
             OSError: the disk is full.
         """
-        targets = likeliest(self._teacher.head, hidden_TH, self._k, self._temperature)
+        targets = likeliest(self.teacher.head, hidden_TH, self._k, self._temperature)
         if not targets.log_p_Nk.isfinite().all():
             raise StageError(f"the teacher's answer on window {n} of the train split holds a NaN or an infinity")
         for kept in (self._tokens, self._log_p, *self._states):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
-import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from stages.runtime.contract import PARTIAL, FileEntry, Manifest, Progress, StageError, Work
-from stages.runtime.fingerprint import digest_file, fingerprint, first_difference
+from stages.runtime.fingerprint import differing_fields, digest_file, fingerprint, first_difference
 from stages.runtime.parts import PARTS
 from stages.runtime.stores import Objects
+from stages.runtime.sweep import DRAFTS, VIEWS, Swept, old_work, unnamed
 from stages.runtime.transfers import bar, bring, locked
 
 MANIFESTS = "artifacts/"
@@ -26,16 +24,6 @@ RELAYS = "relays/"
 KEPT_SECONDS = 24 * 3600
 """How old an unreferenced blob or a draft must be before `sweep` takes it: longer than any publication lasts."""
 _FINISHED = "finished.json"
-
-
-@dataclass(frozen=True)
-class Swept:
-    """What `sweep` removed."""
-
-    drafts: int
-    blobs: int
-    bytes: int
-    uploads: int = 0
 
 
 class Store:
@@ -134,7 +122,7 @@ class Store:
         manifest = self.manifest(identity)
         if manifest is None:
             raise StageError(f"artifact {identity[:12]} is not in {self.uri}", remedy="Run the step that makes it.")
-        view = self.scratch / "views" / identity
+        view = self.scratch / VIEWS / identity
         if view.is_dir():
             os.utime(view)  # `sweep` takes views that nobody asked for lately.
             self._verify(view, manifest, identity)
@@ -191,7 +179,7 @@ class Store:
             A folder that is otherwise empty, unless it was finished and not published. It is removed after
             publication by the caller's `discard`.
         """
-        folder = self.scratch / "drafts" / identity
+        folder = self.scratch / DRAFTS / identity
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f"{identity}.lock"):
             folder.mkdir(exist_ok=True)
@@ -204,7 +192,7 @@ class Store:
 
     def discard(self, identity: str) -> None:
         """Remove a draft whose artifact is sealed."""
-        shutil.rmtree(self.scratch / "drafts" / identity, ignore_errors=True)
+        shutil.rmtree(self.scratch / DRAFTS / identity, ignore_errors=True)
 
     def nearest(self, work: Work, step: str) -> str:
         """Why `work` is not sealed: the first field in which the nearest sealed artifact of the step differs."""
@@ -212,7 +200,7 @@ class Store:
         for _, manifest in self.manifests():
             if manifest.work.stage != work.stage:
                 continue
-            differing = _differing(manifest.work, work)
+            differing = differing_fields(manifest.work, work)
             rank = (int(manifest.provenance.step != step), differing, manifest.provenance.created)
             if best is None or rank < best[0]:
                 best = (rank, first_difference(manifest.work, work))
@@ -228,7 +216,7 @@ class Store:
         for entry in self._parsed(identity, data).files.values() if data else ():
             if self._damaged(entry):
                 self.objects.delete(_blob(entry.sha256))
-        shutil.rmtree(self.scratch / "views" / identity, ignore_errors=True)
+        shutil.rmtree(self.scratch / VIEWS / identity, ignore_errors=True)
 
     def sweep(self, *, older_than_s: float = KEPT_SECONDS) -> Swept:
         """Remove what is older than `older_than_s` and of no use: drafts, views, downloads and logs beside the store,
@@ -236,35 +224,14 @@ class Store:
         """
         before = time.time() - older_than_s
         named = {entry.sha256 for _, manifest in self.manifests() for entry in manifest.files.values()}
-        drafts = blobs = freed = 0
-        for room in ("drafts", "views", "downloads", "logs"):
-            folder = self.scratch / room
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if path.suffix != ".lock" and _newest(path) < before and not self._in_use(path):
-                    drafts += 1
-                    shared = room == "views" and not self.objects.remote  # links to the blobs themselves
-                    freed += 0 if shared else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # Files of views are links to the blobs themselves, unless these lie elsewhere.
+        drafts, freed = old_work(self.scratch, before, linked=() if self.objects.remote else (VIEWS,))
         uploads = 0
         for prefix in (MANIFESTS, BLOBS):
             count, size = self.objects.sweep_uploads(prefix, older_than_s=older_than_s)
             uploads, freed = uploads + count, freed + size
-        for found in [one for room in (BLOBS, PARTS, RELAYS) for one in self.objects.list(room)]:
-            if found.key.rpartition("/")[2] not in named and found.modified < before:
-                self.objects.delete(found.key)
-                blobs, freed = blobs + 1, freed + found.size
-        return Swept(drafts, blobs, freed, uploads)
-
-    def _in_use(self, path: Path) -> bool:
-        lock = path.parent / f"{path.name}.lock"
-        if not lock.exists():
-            return False
-        with lock.open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        blobs, size = unnamed(self.objects, (BLOBS, PARTS, RELAYS), named, before)
+        return Swept(drafts, blobs, freed + size, uploads)
 
     def _parsed(self, identity: str, data: bytes) -> Manifest:
         try:
@@ -327,18 +294,3 @@ def _clear(draft: Path) -> None:
 
 def _blob(digest: str) -> str:
     return f"{BLOBS}{digest[:2]}/{digest}"
-
-
-def _newest(path: Path) -> float:
-    try:
-        return max([path.stat().st_mtime, *(p.stat().st_mtime for p in path.rglob("*"))])
-    except FileNotFoundError:
-        return math.inf  # somebody works there
-
-
-def _differing(a: Work, b: Work) -> int:
-    old, new = a.model_dump(mode="json"), b.model_dump(mode="json")
-    count = sum(old[field] != new[field] for field in ("code", "requires", "executor"))
-    for field in ("params", "inputs"):
-        count += sum(old[field].get(key) != new[field].get(key) for key in old[field].keys() | new[field].keys())
-    return count

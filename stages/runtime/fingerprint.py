@@ -63,6 +63,15 @@ def first_difference(old: Work, new: Work) -> str:
     return ""
 
 
+def differing_fields(one: Work, other: Work) -> int:
+    """In how many fields two works of a stage differ, each of the params and inputs for itself."""
+    old, new = one.model_dump(mode="json"), other.model_dump(mode="json")
+    count = sum(old[field] != new[field] for field in ("code", "requires", "executor"))
+    for field in ("params", "inputs"):
+        count += sum(old[field].get(key) != new[field].get(key) for key in old[field].keys() | new[field].keys())
+    return count
+
+
 def _field_order(key: str) -> tuple[int, str]:
     order = ("stage", "params", "inputs", "code", "requires", "executor")
     return (order.index(key.split(".")[0]), key)

@@ -1,4 +1,4 @@
-"""Listeners of a running stage: none, several, or JSON lines from a child process to its parent."""
+"""Listeners of a running stage: none, several, one of several passes, or JSON lines from a child to its parent."""
 
 from __future__ import annotations
 
@@ -43,6 +43,27 @@ class Listeners:
         """See Progress."""
         for one in self.each:
             one.note(text)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Hears of one pass, the `place`-th of `count` from 0, and tells of all of them as one advance."""
+
+    progress: Progress
+    place: int
+    count: int
+
+    def advanced(self, done: float, total: float) -> None:
+        """See Progress."""
+        self.progress.advanced(self.place + done / total, self.count)
+
+    def metric(self, name: str, value: float, step: int) -> None:
+        """See Progress."""
+        self.progress.metric(name, value, step)
+
+    def note(self, text: str) -> None:
+        """See Progress."""
+        self.progress.note(text)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Shapes: N sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from stages.models.checkpoint.json_files import read_json
 from stages.runtime.contract import StageError
 from stages.serving.generate import Forward, greedy
 
@@ -144,14 +144,9 @@ def _ends(folder: Path, config: dict[str, Any]) -> frozenset[int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StageError(
-            f"{path.parent.name} holds no engine, graph or checkpoint",
-            measured=f"{path.name} is missing",
-            remedy="Give the folder of such an artifact.",
-        ) from error
-    except ValueError as error:
-        raise StageError(f"{path.name} is not JSON", measured=error) from error
-    return read
+    absent = StageError(
+        f"{path.parent.name} holds no engine, graph or checkpoint",
+        measured=f"{path.name} is missing",
+        remedy="Give the folder of such an artifact.",
+    )
+    return read_json(path, absent=absent)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+
+from stages.models.checkpoint import layout
 
 TOKENIZER = "tokenizer.json"
 CARRIED = (
-    "config.json",
-    "generation_config.json",
+    layout.CONFIG,
+    layout.GENERATION,
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -18,6 +19,4 @@ CARRIED = (
 
 def carry(source: Path, output: Path) -> None:
     """Copy configuration and tokenizer from one artifact to the next; what the source lacks is left out."""
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+    layout.carry(source, output, CARRIED)

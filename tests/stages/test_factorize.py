@@ -10,7 +10,8 @@ from stages.models.anatomy.blocks import block_parameters, blocks, projections
 from stages.models.checkpoint import loading
 from stages.models.checkpoint.loading import load_model, save_model
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
-from stages.recover.stage import RecoverParams, recover
+from stages.recover.params import RecoverParams
+from stages.recover.stage import recover
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer

@@ -7,7 +7,7 @@ import torch
 
 from stages.models.anatomy.blocks import block_parameters
 from stages.models.checkpoint.loading import load_model, load_tokenizer
-from stages.models.layers.quantized_linear import describe
+from stages.models.layers.quantization_spec import describe
 from stages.models.text.windows import windows
 from tests.conftest import sealer
 

@@ -13,7 +13,8 @@ from stages.models.text.decoder_answers import answered
 from stages.models.text.windows import windows
 from stages.prune.stage import PRUNE
 from stages.quantize.stage import QUANTIZE
-from stages.recover.stage import RecoverParams, recover
+from stages.recover.params import RecoverParams
+from stages.recover.stage import recover
 from stages.runtime.contract import PARTIAL, StageError
 from stages.runtime.progress import Silent
 from tests.stages.models.families import FAMILIES

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.models.anatomy.roles import ATTENTION as ATTENTION
-from stages.models.anatomy.roles import FEED_FORWARD as FEED_FORWARD
-from stages.models.anatomy.roles import is_map, maps_of, roles_of
+from stages.models.anatomy.roles import ATTENTION, FEED_FORWARD, is_map, maps_of, roles_of
 from stages.runtime.contract import StageError
 
 LLAMA_TYPE = ("llama", "mistral", "qwen2", "qwen3")
@@ -219,12 +217,16 @@ def head(model: PreTrainedModel) -> nn.Module:
     return found
 
 
-def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands. An instance that several modules hold (a shared basis) is replaced in all."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, name, new)
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Put `new` wherever `old` stands. An instance that several modules hold (a shared basis) is replaced in all.
+
+    Returns:
+        Each place: the module that holds it, and under which name.
+    """
+    places = [(one, name) for one in model.modules() for name, child in one._modules.items() if child is old]
+    for parent, name in places:
+        setattr(parent, name, new)
+    return places
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -48,7 +48,7 @@ class Heard:
         return total.float() - self.outputs[path].float().reshape(total.shape)
 
 
-def maps(block: Block) -> dict[str, nn.Linear]:
+def float_maps(block: Block) -> dict[str, nn.Linear]:
     """The float linear maps of a block by their path in it."""
     return {path: one for path, one in block.module.named_modules() if isinstance(one, nn.Linear)}
 
@@ -59,7 +59,7 @@ def sites(block: Block, x_1TH: Tensor, kwargs: Mapping[str, Any]) -> list[list[s
     Raises:
         StageError: a map does not run.
     """
-    found = maps(block)
+    found = float_maps(block)
     read: list[tuple[str, Tensor]] = []  # kept, since a freed tensor's address would be used again
     with _hooked([(one, _noting(read, path)) for path, one in found.items()]):
         _call(block, x_1TH, kwargs)

@@ -1,4 +1,4 @@
-"""Techniques of one pass that change weights alone, and what several of them do to a map.
+"""What one pass over the blocks does to a site's maps: the protocol, and techniques that change weights alone.
 
 Shapes: M tokens at once, I inputs, O outputs.
 """
@@ -7,18 +7,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.compress import Compressed
 from stages.models.blockwise.site_moments import Seen
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """One map's new tensors by name, and its row for the table."""
+
+    tensors: Mapping[str, Tensor]
+    row: Mapping[str, Any]
+
+
+class Technique(Protocol):
+    """How one site's maps are compressed. Names are paths in the model."""
+
+    def enter(self, block: Block) -> None:
+        """Told of each block in order, dense still, before it runs; what changes there must leave its outputs."""
+
+    def begin(self, names: Sequence[str], peak: float) -> None:
+        """Told the largest magnitude that a site's maps read in the dense model, before anything else of the site."""
+
+    def read(self, name: str, z_MI: Tensor) -> Tensor:
+        """What a map will read of its input: rounded, or as it is."""
+
+    def compress(self, block: Block, found: Mapping[str, nn.Linear], seen: Seen) -> Mapping[str, Compressed]:
+        """New tensors for the maps that read one input, by path in the model. Maps that are left out stay."""
+
+    def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put a map's new tensors in its place; the same tensors make the same module."""
+
+
 class Change(Protocol):
-    """What is done to a site's maps; see `twin.Technique`."""
+    """What is done to a site's maps; see `Technique`."""
 
     def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> Mapping[str, Compressed]:
         """New tensors for the maps that read one input, by path in the block."""

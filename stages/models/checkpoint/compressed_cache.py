@@ -38,7 +38,7 @@ def written(model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Tensor]]
 def read(
     model: PreTrainedModel, scheme: Mapping[str, Any] | None, stored: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `kv_cache.install` takes, under `kv_cache`, and all tensors with the scales as our modules store them.
+    """What `rounded_cache.install` takes, under `kv_cache`, and all tensors with the scales as our modules store them.
 
     Raises:
         StageError: a scheme other than FP8 with a static scale a tensor, or one without scales.

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.models.anatomy import classes
 from stages.models.checkpoint import compressed_cache
-from stages.models.layers import quantized_linear, rounded_cache
+from stages.models.layers import quantization_spec, quantized_linear, rounded_cache
 from stages.models.layers.quantized_linear import QuantizedLinear
 from stages.runtime.contract import StageError
 
@@ -194,7 +194,7 @@ def install(model: PreTrainedModel, config: Mapping[str, Any], stored: Mapping[s
         entry = layers[name] = _entry(name, group, maps[name])
         own = {key: tensors.pop(f"{stem}.{key}") for key in _KEYS if f"{stem}.{key}" in tensors}
         tensors |= {f"{stem}.{key}": tensor for key, tensor in _ours(name, own, entry).items()}
-    quantized_linear.install(model, {"layers": layers, **cache})
+    quantization_spec.install(model, {"layers": layers, **cache})
     if cache:
         rounded_cache.install(model, cache["kv_cache"])
     return tensors
@@ -230,7 +230,7 @@ def _matches(target: str, name: str) -> bool:
 
 
 def _entry(name: str, group: Mapping[str, Any], old: nn.Linear) -> dict[str, Any]:
-    """What `quantized.install` makes of a map and its group."""
+    """What `quantization_spec.install` makes of a map and its group."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
     form = _FORMS.get(_scheme(weights))
     size = weights.get("group_size")

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.models.anatomy.blocks import block_parameters
-from stages.models.checkpoint.loading import load_model, load_tokenizer, stored_parameters
-from stages.models.layers.quantized_linear import describe
+from stages.models.checkpoint.files import stored_parameters
+from stages.models.checkpoint.loading import load_model, load_tokenizer
+from stages.models.layers.quantization_spec import describe
 from stages.models.memory.pages import trim
 from stages.models.text.windows import windows
 from stages.runtime.contract import Metrics, Progress, StageError

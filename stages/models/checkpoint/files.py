@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stages.models.checkpoint.json_files import read_json
+from stages.models.checkpoint.layout import INDEX, WEIGHTS
 from stages.models.memory.pages import forget
 from stages.runtime.contract import StageError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _TYPES = {
     torch.uint64: "U64",
@@ -180,24 +181,3 @@ def weight_files(folder: Path) -> list[Path]:
             remedy="Convert it where you trust it: model.save_pretrained(folder, safe_serialization=True).",
         )
     raise StageError(f"{folder.name} has no {WEIGHTS}", remedy="Give a checkpoint in Hugging Face layout.")
-
-
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object; {} for an optional file that is absent.
-
-    Raises:
-        StageError: it is missing or not one.
-    """
-    if optional and not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StageError(
-            f"{path.parent.name} has no {path.name}", remedy="Give a checkpoint in Hugging Face layout."
-        ) from error
-    except ValueError as error:
-        raise StageError(f"{path.name} is not JSON", measured=str(error)) from error
-    if not isinstance(found, dict):
-        raise StageError(f"{path.name} is no JSON object", measured=type(found).__name__)
-    return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,12 @@ from typing import Any
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import canonical, digest_bytes, digest_file
 
-TOKENIZERS = (
-    ("tokenizer.json",),
-    ("tokenizer.model",),
-    ("vocab.json", "merges.txt"),
-    ("vocab.txt",),
-    ("spiece.model",),
-    ("vocab.json", "source.spm", "target.spm"),
-)
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "structure.json",
-    "quantization.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tokenizer.model",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -38,8 +27,22 @@ SIDE_FILES = (
     "target.spm",
     "target_vocab.json",
     "chat_template.jinja",
-    "chat_template.json",
 )
+"""Files of a tokenizer: they travel from each checkpoint to the next."""
+TOKENIZERS = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("vocab.json", "source.spm", "target.spm"),
+)
+"""Of which any suffices."""
+CONFIG, GENERATION = "config.json", "generation_config.json"
+STRUCTURE, QUANTIZATION = "structure.json", "quantization.json"
+SIDE_FILES = (CONFIG, GENERATION, STRUCTURE, QUANTIZATION, *TOKENIZER_FILES, "chat_template.json")
+MASKS = "masks.safetensors"
+"""What `prune` puts beside the weights where single ones went."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PATTERNS = (*SIDE_FILES, "*.safetensors", INDEX, "*.gguf")
@@ -96,6 +99,13 @@ def choose(path: Path) -> Chosen:
     return Chosen(_sides(path) | _weights(path, safe))
 
 
+def carry(source: Path, output: Path, names: Iterable[str]) -> None:
+    """Copy side files from one artifact to the next; what the source lacks is left out."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+
+
 def _sides(path: Path) -> dict[str, Path]:
     return {name: path / name for name in SIDE_FILES if (path / name).is_file()}
 
@@ -127,7 +137,7 @@ def _weights(path: Path, safe: list[Path]) -> dict[str, Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = read_json(index).get("weight_map")
+    found = read_given(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise StageError(f"{index} has no weight_map", remedy="Write the checkpoint again with save_pretrained.")
     return found
@@ -140,8 +150,8 @@ def _pickle(path: Path) -> StageError:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_given(path: Path) -> dict[str, Any]:
+    """A JSON object that a user gave: errors say where it lies.
 
     Raises:
         StageError: it is missing or not one.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,27 +21,18 @@ from transformers.initialization import no_init_weights
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
 from stages.models.checkpoint import compressed_tensors, files, uneven_sizes
-from stages.models.checkpoint.files import INDEX, WEIGHTS, read_json, stored_parameters
-from stages.models.layers import low_rank_linear, quantized_linear, rounded_cache, sparse_linear
+from stages.models.checkpoint.json_files import read_json, write_json
+from stages.models.checkpoint.layout import CONFIG, GENERATION, QUANTIZATION, STRUCTURE, TOKENIZER_FILES, WEIGHTS, carry
+from stages.models.layers import low_rank_linear, quantization_spec, rounded_cache, sparse_linear
 from stages.models.memory import pages
 from stages.runtime.contract import StageError
-
-__all__ = ["INDEX", "WEIGHTS", "load_config", "load_model", "load_tokenizer", "save_model", "stored_parameters"]
-
-CONFIG = "config.json"
-STRUCTURE, QUANTIZATION, GENERATION = "structure.json", "quantization.json", "generation_config.json"
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "source.spm", "target.spm", "target_vocab.json",
-    "chat_template.jinja",
-)  # fmt: skip
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A checkpoint as a model in eval mode, with its surgery and its quantized layers.
 
     The class is the one that the configuration names. The files are mapped, not copied: at `dtype` equal to the stored
-    one, a weight takes memory when it is read, and `mapped.release` gives it back. Nothing that the model does to its
+    one, a weight takes memory when it is read, and `pages.release` gives it back. Nothing that the model does to its
     weights reaches the file. Every linear map is an nn.Linear, whatever way its architecture lays the file out.
 
     Args:
@@ -67,7 +56,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
                 low_rank_linear.install(model, structure)
         if quantization := read_json(folder / QUANTIZATION, optional=True):
             with _following(QUANTIZATION):
-                quantized_linear.install(model, quantization)
+                quantization_spec.install(model, quantization)
                 if "kv_cache" in quantization:
                     rounded_cache.install(model, quantization["kv_cache"])
         elif compressed:
@@ -139,7 +128,7 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path, layout: str 
     folder.mkdir(parents=True, exist_ok=True)
     reference = classes.plain(model)
     config, structure = _configured(model), _structure(model, reference)
-    quantization = quantized_linear.describe(model)
+    quantization = quantization_spec.describe(model)
     turned = classes.transposed(model, reference)
     once = {names[0]: tensor.detach() for names, tensor in _distinct(model)}
     once = {name: tensor for name, tensor in once.items() if not classes.left_out(model, name, tensor)}
@@ -150,10 +139,8 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path, layout: str 
     files.write(folder / WEIGHTS, {called[name]: w.t() if name in turned else w for name, w in once.items()})
     for name, spec in ((CONFIG, config), (STRUCTURE, structure), (QUANTIZATION, quantization)):
         if spec:
-            _write_json(folder / name, spec)
-    for name in (*TOKENIZER, GENERATION):
-        if (like / name).is_file():
-            shutil.copyfile(like / name, folder / name)
+            write_json(folder / name, spec)
+    carry(like, folder, (*TOKENIZER_FILES, GENERATION))
 
 
 def _configured(model: PreTrainedModel) -> dict[str, Any]:
@@ -226,7 +213,3 @@ def _as(found: Tensor, old: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     made: Tensor = nn.Parameter(found.to(dtype).contiguous()) if isinstance(old, nn.Parameter) else found
     pages.forget(found)
     return made
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

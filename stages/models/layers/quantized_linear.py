@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.onnx import ops
 
 from stages.algorithms.grids import decode_e2m1, nearest_e4m3, power_of_two
 from stages.algorithms.rounding import fake_round
+from stages.models.anatomy import blocks as anatomy
 
-_NOTES = "quantization_notes"
 _SHOWN = "shown_as_float"
 """Of a module: its maps whose weights look like float ones to it."""
 
@@ -225,67 +223,10 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear | Quantized
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def install(model: nn.Module, spec: Mapping[str, Any]) -> None:
-    """Put empty quantized modules where `spec` says; the caller loads their tensors.
-
-    A module that stands at several places (the basis of a group) is replaced at all of them by one instance. Tensors
-    that the spec calls tied are one tensor afterwards.
-
-    Raises:
-        ValueError: the spec names a module that the model has not, or a shape that no map has.
-    """
-    places = dict(model.named_modules(remove_duplicate=False))
-    for name, entry in spec["layers"].items():
-        if name not in places:
-            raise ValueError(f"quantization names {name}, which the model has not")
-        replace(model, name, _empty(places[name], entry))
-    modules = quantized_modules(model)
-    for name, entry in spec["layers"].items():
-        if "tied_to" in entry:
-            modules[name].weight = modules[entry["tied_to"]].weight
-            modules[name].weight_scale = modules[entry["tied_to"]].weight_scale
-    notes = {key: value for key, value in spec.items() if key != "layers"}
-    why = {name: entry["note"] for name, entry in spec["layers"].items() if "note" in entry}
-    annotate(model, notes, why)
-
-
-def annotate(model: nn.Module, notes: Mapping[str, Any], of_layers: Mapping[str, Any]) -> None:
-    """Keep what cannot be read from the modules (scheme, reasons) for `describe`."""
-    setattr(model, _NOTES, (dict(notes), dict(of_layers)))
-
-
-def describe(model: nn.Module) -> dict[str, Any] | None:
-    """The spec with which `install` makes this model's modules; None when nothing is quantized.
-
-    A note of a rounded cache belongs to it; `kv_cache.install` makes that one's places.
-    """
-    modules = quantized_modules(model)
-    kept: tuple[dict[str, Any], dict[str, Any]] = getattr(model, _NOTES, ({}, {}))
-    notes, of_layers = kept
-    if not modules and "kv_cache" not in notes:
-        return None
-    first: dict[int, str] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    for name, module in modules.items():
-        entry = _entry(module)
-        owner = first.setdefault(id(module.weight), name)
-        if owner != name:
-            entry["tied_to"] = owner
-        if name in of_layers:
-            entry["note"] = of_layers[name]
-        layers[name] = entry
-    return {**notes, "layers": layers}
-
-
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` wherever the module called `name` stands."""
-    places = dict(model.named_modules(remove_duplicate=False))
-    old = places[name]
-    for place, module in places.items():
-        if module is old:
-            parent, _, attribute = place.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
-            _look_float(model.get_submodule(parent), attribute)
+    for parent, attribute in anatomy.replace(model, model.get_submodule(name), new):
+        _look_float(parent, attribute)
 
 
 def _look_float(parent: nn.Module, attribute: str) -> None:
@@ -309,52 +250,11 @@ def _look_float(parent: nn.Module, attribute: str) -> None:
     parent.register_forward_hook(lambda *_: getattr(parent, attribute).__dict__.pop("weight", None), always_call=True)
 
 
-def _empty(old: nn.Module, entry: Mapping[str, Any]) -> QuantizedLinear | QuantizedEmbedding:
-    if min(entry["shape"]) < 1:
-        raise ValueError(f"a map of shape {entry['shape']}")
-    if entry["kind"] == "embedding":
-        return QuantizedEmbedding(*entry["shape"])
-    outputs, inputs = entry["shape"]
-    return QuantizedLinear(
-        inputs,
-        outputs,
-        form=entry["format"],
-        block=entry["block"],
-        input_form=None if entry["input"] == "float" else entry["input"],
-        bias=getattr(old, "bias", None) is not None,
-    )
-
-
-def _entry(module: QuantizedLinear | QuantizedEmbedding) -> dict[str, Any]:
-    if isinstance(module, QuantizedEmbedding):
-        shape = [module.num_embeddings, module.embedding_dim]
-        return {"kind": "embedding", "shape": shape, "format": "int8", "bits": 8, "granularity": "row"}
-    return {
-        "kind": "linear",
-        "shape": [module.out_features, module.in_features],
-        "format": module.form.name,
-        "bits": module.bits,
-        "granularity": "channel" if module.block is None else "block",
-        "block": module.block,
-        "scales": list(module.weight_scale.shape),
-        "input": module.input_form or "float",
-    }
-
-
-def stored_dtypes(folder: Path) -> dict[str, str]:
-    """Type of every tensor in a checkpoint's files, as safetensors calls it: I8, U8, F32, ..."""
-    found: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
-    return found
-
-
 def for_export(model: nn.Module) -> None:
     """Lay weights out as [I, O] in place, the order in which MatMul takes them without a Transpose.
 
     Four-bit weights are unpacked to a byte each (INT4 to int8, codes of floats to uint8), since torch has no tensor of
-    them; `graph.pack_weights` packs them in the exported graph. What the embedding shares stays rows.
+    them; `onnx_graph.pack_weights` packs them in the exported graph. What the embedding shares stays rows.
     """
     modules = quantized_modules(model)
     tables = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}

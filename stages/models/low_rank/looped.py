@@ -19,14 +19,15 @@ from stages.algorithms.recursive import common
 from stages.algorithms.refit import output_errors
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.compress import Compressed, compress
+from stages.models.blockwise.compress import compress
 from stages.models.blockwise.run import SITES, Statistics, sensitivities
 from stages.models.blockwise.site_moments import Seen
-from stages.models.blockwise.technique import OnWeights
+from stages.models.blockwise.technique import Compressed, OnWeights
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
 from stages.models.low_rank.planning import RANK_STEP, filled
 from stages.models.low_rank.products import Done
 from stages.runtime.contract import Progress, StageError
+from stages.runtime.progress import Pass
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ def looped(model: PreTrainedModel, ids_NT: Tensor, group: int, keep: float, part
         ids_NT,
         technique,
         partial,
-        lambda done, all_: progress.advanced(1 + done / all_, 2),
-        progress.note,
-        progress.metric,
+        Pass(progress, 1, 2),
     )
     return Done(rows, sum(option.damage for _, option in taken))
 
@@ -89,9 +88,7 @@ def _loops(model: PreTrainedModel, ids_NT: Tensor, group: int, folder: Path, pro
     """Every group of neighbours and every role, in order of the blocks; groups are counted from the first block."""
     found: list[Loop] = []
     waiting: list[tuple[Block, Statistics]] = []
-    for block, statistics in sensitivities(
-        model, ids_NT, anatomy.ROLES, folder, lambda a, b: progress.advanced(a / b, 2)
-    ):
+    for block, statistics in sensitivities(model, ids_NT, anatomy.ROLES, folder, Pass(progress, 0, 2).advanced):
         waiting.insert(0, (block, statistics))
         if block.index % group == 0:
             if len(waiting) > 1:

@@ -17,14 +17,15 @@ from stages.algorithms import basis, low_rank, low_rank_sparse
 from stages.algorithms.refit import output_errors
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.compress import Compressed, compress
+from stages.models.blockwise.compress import compress
 from stages.models.blockwise.site_moments import Seen
-from stages.models.blockwise.technique import OnWeights
+from stages.models.blockwise.technique import Compressed, OnWeights
 from stages.models.layers import sparse_linear
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
 from stages.models.layers.sparse_linear import SparseLinear
 from stages.models.low_rank.planning import RANK_STEP, Measured, Plan, filled
 from stages.runtime.contract import Progress, StageError
+from stages.runtime.progress import Pass
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Pa
     """
     kinds, group, keep = asked.kinds, asked.group, asked.keep
     measured = Measured(model, kinds, group, asked.names)
-    measured.measure(ids_NT, partial, lambda done, total: progress.advanced(done / total, 2))
+    measured.measure(ids_NT, partial, Pass(progress, 0, 2).advanced)
     total = anatomy.block_parameters(model)
     wanted = total - int(keep * total)
     if measured.most < wanted:
@@ -87,9 +88,7 @@ def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Pa
         ids_NT,
         OnWeights(LowRank(plans, asked.sparse)),
         partial,
-        lambda done, total: progress.advanced(1 + done / total, 2),
-        progress.note,
-        progress.metric,
+        Pass(progress, 1, 2),
     )
     return Done(rows, sum(plan.option.damage / len(plan.part.paths) for plan in plans.values()))
 

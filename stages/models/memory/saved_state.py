@@ -29,7 +29,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, A
 
 
 def settle(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Write tensors to a file and let each be a view of it: its pages can be given back, see `mapped.forget`."""
+    """Write tensors to a file and let each be a view of it: its pages can be given back, see `pages.forget`."""
     once = {str(n): tensor for n, tensor in enumerate({id(one): one for one in tensors}.values())}
     save_state(path, once, {})
     kept = load_file(path)

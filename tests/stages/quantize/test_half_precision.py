@@ -13,7 +13,8 @@ from stages.export.stage import ExportParams, export
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, save_model
 from stages.quantize.half_precision import FORMATS
-from stages.quantize.stage import QuantizeParams, quantize
+from stages.quantize.params import QuantizeParams
+from stages.quantize.stage import quantize
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer

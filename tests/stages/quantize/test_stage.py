@@ -5,11 +5,13 @@ import torch
 from safetensors.torch import load_file
 
 from stages.models.anatomy import blocks as anatomy
+from stages.models.checkpoint.files import dtypes
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
-from stages.models.layers.quantized_linear import QuantizedLinear, quantized_modules, stored_dtypes
+from stages.models.layers.quantized_linear import QuantizedLinear, quantized_modules
 from stages.models.text.windows import windows
 from stages.quantize.input_ranges import CUT
-from stages.quantize.stage import QuantizeParams, quantize
+from stages.quantize.params import QuantizeParams
+from stages.quantize.stage import quantize
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer
@@ -64,7 +66,7 @@ def test_quantize_keeps_the_loss_on_text_it_never_saw(made, scheme, most, shared
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantize_writes_integers_and_no_float_copy(made, scheme):
     folder, metrics = made[scheme]
-    types = stored_dtypes(folder)
+    types = dtypes(folder)
     integers = [name for name, kind in types.items() if kind in ("I8", "U8", "F8_E4M3") and "scale" not in name]
     tensors = load_file(folder / "model.safetensors")
     assert len(integers) == metrics["integer_matrices"] == 6 * 7 + 1  # the tied table stands once
@@ -179,7 +181,7 @@ def test_quantize_keeping_the_table_leaves_it_float(shared_store, dense, tmp_pat
     params = QuantizeParams(scheme="int8_weight_only", embedding="keep")
     metrics = quantize(params, {"model": shared_store.checkout(dense)}, tmp_path / "out", Silent())
     assert metrics["integer_matrices"] == 42
-    assert stored_dtypes(tmp_path / "out")["model.embed_tokens.weight"] == "F32"
+    assert dtypes(tmp_path / "out")["model.embed_tokens.weight"] == "F32"
 
 
 def test_quantize_twice_gives_the_same_bytes(shared_store, made, dense, topics, tmp_path):

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from stages.models.anatomy import blocks as anatomy
+from stages.models.checkpoint.files import dtypes
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
-from stages.models.layers.quantized_linear import stored_dtypes
 from stages.models.text.windows import windows
 from stages.quantize import rotation
+from stages.quantize.params import QuantizeParams
 from stages.quantize.rounding import Precision, nearest
-from stages.quantize.stage import QuantizeParams, quantize
+from stages.quantize.stage import quantize
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer
@@ -60,7 +61,7 @@ def test_quantize_rotated_keeps_the_loss_and_holds_the_turned_weights(
                 (how, how) if asked else (None, None)
             )
     assert metrics["rotated_maps"] == (42 if how == "stream" else 12)
-    types = stored_dtypes(tmp_path / "out")
+    types = dtypes(tmp_path / "out")
     assert (types.get("lm_head.weight") == "I8") == (how == "stream")  # a tied table became two
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.text.windows import windows
-from stages.recover.stage import RecoverParams, recover
+from stages.recover.params import RecoverParams
+from stages.recover.stage import recover
 from stages.runtime.contract import PARTIAL, StageError
 from stages.runtime.fingerprint import digest_file
 from stages.runtime.progress import Silent
@@ -153,7 +154,8 @@ import os, json, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[3]))
-from stages.recover.stage import RecoverParams, recover
+from stages.recover.params import RecoverParams
+from stages.recover.stage import recover
 from stages.runtime.progress import Silent
 class Killer(Silent):
     def metric(self, name, value, step):
@@ -213,9 +215,9 @@ def test_recover_of_what_lost_next_to_nothing_leaves_the_weights_and_says_so(fol
 
 
 def test_recover_that_does_not_help_is_refused(folders, tmp_path, monkeypatch):
-    import stages.recover.stage
+    import stages.recover.loop
 
-    monkeypatch.setattr(stages.recover.stage, "LITTLE", 0.0)
+    monkeypatch.setattr(stages.recover.loop, "LITTLE", 0.0)
     params = RecoverParams(
         **SHORT | {"learning_rate": 0.3, "warmup_steps": 0, "tokens": 4 * 256, "check_every_steps": 2}
     )
@@ -228,7 +230,7 @@ def test_recover_that_does_not_help_is_refused(folders, tmp_path, monkeypatch):
 def test_recover_from_a_loss_that_is_nan_steps_back_and_halves_the_rate(folders, tmp_path, monkeypatch, at, back):
     import stages.recover.loop
 
-    real, calls = stages.recover.loop.training.learn, []
+    real, calls = stages.recover.loop.student.learn, []
 
     def learn(made, chosen, rate):
         calls.append(rate)
@@ -237,7 +239,7 @@ def test_recover_from_a_loss_that_is_nan_steps_back_and_halves_the_rate(folders,
                 next(iter(made.updates.computing.values())).fill_(float("nan"))
         return real(made, chosen, rate)
 
-    monkeypatch.setattr(stages.recover.loop.training, "learn", learn)
+    monkeypatch.setattr(stages.recover.loop.student, "learn", learn)
     heard = Heard()
     metrics = recover(RecoverParams(**PARAMS), folders, tmp_path / "out", heard)
     assert any(f"back to step {back} at half" in note for note in heard.notes)
@@ -249,7 +251,7 @@ def test_recover_from_a_loss_that_is_nan_steps_back_and_halves_the_rate(folders,
 def test_recover_from_a_second_nan_is_an_error_with_the_loss(folders, tmp_path, monkeypatch):
     import stages.recover.loop
 
-    monkeypatch.setattr(stages.recover.loop.training, "learn", lambda made, chosen, rate: float("nan"))
+    monkeypatch.setattr(stages.recover.loop.student, "learn", lambda made, chosen, rate: float("nan"))
     with pytest.raises(StageError, match=r"left its course at step 1, again.*loss nan.*Lower"):
         recover(RecoverParams(**PARAMS), folders, tmp_path / "out", Silent())
 

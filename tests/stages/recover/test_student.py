@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from stages.models.checkpoint.loading import load_model, save_model
-from stages.recover import student as training
 from stages.recover.headless import load_apart
 from stages.recover.matched_blocks import listened
-from stages.recover.student import Goal
+from stages.recover.student import MOST_ACTIVATIONS, Goal, Record, held_out, learn, learner, save, score
 from stages.recover.teacher_answers import Lessons
 from stages.recover.weight_updates import updates
 from stages.runtime.contract import StageError
@@ -20,7 +19,7 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("families")
 
 
-def learner(root, folder, name, *, kind="full", at_once=4, goal=None, hidden=False, cut=True):
+def cut_learner(root, folder, name, *, kind="full", at_once=4, goal=None, hidden=False, cut=True):
     """A student without an eighth of its weights, and the whole model as its teacher."""
     teacher = family(name, root)
     model = load_model(teacher)
@@ -41,10 +40,8 @@ def learner(root, folder, name, *, kind="full", at_once=4, goal=None, hidden=Fal
     kept = VOCABULARY if student.source else 8  # what random models of two stacks answer is nearly flat
     lessons = Lessons(original, ids_NT, folder / "teacher", tokens_kept=kept, temperature=1.0, listened=theirs)
     saved = load_model(folder / "cut")
-    made = training.learner(
+    made = learner(
         student,
-        original,
-        ids_NT,
         lessons,
         updates(kind, saved, student.model, rank=4, seed=0),
         goal=goal or Goal(1.0, 1.0, 1.0 if hidden else 0.0),
@@ -55,16 +52,16 @@ def learner(root, folder, name, *, kind="full", at_once=4, goal=None, hidden=Fal
 
 
 def trained(made, steps=12, rate=3e-3):
-    held = [training.held_out(made.teacher, "text", made.ids_NT)]
-    before = training.score(made, held)["text"].kl
-    losses = [training.learn(made, [n % 8 for n in range(4 * step, 4 * step + 4)], rate) for step in range(steps)]
-    return before, training.score(made, held)["text"].kl, losses
+    held = [held_out(made.teacher, "text", made.ids_NT)]
+    before = score(made, held)["text"].kl
+    losses = [learn(made, [n % 8 for n in range(4 * step, 4 * step + 4)], rate) for step in range(steps)]
+    return before, score(made, held)["text"].kl, losses
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "neox", "opt", "bert_masked", "roberta", "distilbert",
                                   *TWO_STACKS])  # fmt: skip
 def test_student_of_every_family_comes_nearer_to_its_teacher(root, tmp_path, name):
-    made, saved = learner(root, tmp_path, name)
+    made, saved = cut_learner(root, tmp_path, name)
     before, after, _ = trained(made, steps=30)
     assert after < 0.75 * before
     assert not [name for name in made.updates.moved if name in (saved._keys_to_ignore_on_save or ())]
@@ -83,7 +80,7 @@ def test_student_of_every_family_comes_nearer_to_its_teacher(root, tmp_path, nam
 
 @pytest.mark.parametrize("kind", ["full", "lora", "sparse"])
 def test_every_kind_of_update_comes_nearer_and_moves_what_it_may(root, tmp_path, kind):
-    made, saved = learner(root, tmp_path, "llama", kind=kind)
+    made, saved = cut_learner(root, tmp_path, "llama", kind=kind)
     old = {name: tensor.clone() for name, tensor in load_model(tmp_path / "cut").named_parameters()}
     before, after, _ = trained(made, rate=1e-2 if kind == "lora" else 3e-3)
     made.updates.finish()
@@ -102,16 +99,16 @@ def test_hidden_states_come_nearer_where_they_count(root, tmp_path):
     gaps = []
     for weight in (0.0, 30.0):
         folder = tmp_path / str(weight)
-        made, _ = learner(root, folder, "llama", hidden=True, goal=Goal(1.0, 1.0, weight))
+        made, _ = cut_learner(root, folder, "llama", hidden=True, goal=Goal(1.0, 1.0, weight))
         trained(made)
-        goal = training.Goal(0.0, 1.0, 1.0)
+        goal = Goal(0.0, 1.0, 1.0)
         both = [_hidden_gap(made, goal)]
         gaps += both
     assert gaps[1] < 0.7 * gaps[0]
 
 
 def test_hidden_states_of_two_stacks_are_the_decoders(root, tmp_path):
-    made, _ = learner(root, tmp_path, "marian", hidden=True)
+    made, _ = cut_learner(root, tmp_path, "marian", hidden=True)
     assert list(made.listened) == ["model.decoder.layers.1", "model.decoder.layers.2"]
     _, _, losses = trained(made)
     assert losses[-1] < 0.7 * losses[0]
@@ -136,8 +133,8 @@ def _hidden_gap(made, goal):
 def test_gradients_of_parts_are_those_of_the_whole(root, tmp_path):
     weights = []
     for at_once in (4, 3, 1):
-        made, _ = learner(root, tmp_path / str(at_once), "llama", at_once=at_once)
-        training.learn(made, [0, 1, 2, 3], 1e-3)
+        made, _ = cut_learner(root, tmp_path / str(at_once), "llama", at_once=at_once)
+        learn(made, [0, 1, 2, 3], 1e-3)
         state = made.optimizer.state
         weights.append(torch.cat([state[one]["exp_avg"].flatten() for one in made.updates.moved.values()]))
     for other in weights[1:]:
@@ -147,9 +144,9 @@ def test_gradients_of_parts_are_those_of_the_whole(root, tmp_path):
 
 def test_blocks_computed_again_give_the_same_bits(root, tmp_path, monkeypatch):
     found = []
-    for most in (training.MOST_ACTIVATIONS, 0):
-        monkeypatch.setattr(training, "MOST_ACTIVATIONS", most)
-        made, _ = learner(root, tmp_path / str(most), "gpt2", hidden=True)
+    for most in (MOST_ACTIVATIONS, 0):
+        monkeypatch.setattr("stages.recover.student.MOST_ACTIVATIONS", most)
+        made, _ = cut_learner(root, tmp_path / str(most), "gpt2", hidden=True)
         assert ("checkpoint" in repr(made.student.model.transformer.h[0].forward)) == (most == 0)
         losses = trained(made, steps=3)[2]
         found.append((losses, [tensor.clone() for tensor in made.updates.moved.values()]))
@@ -171,10 +168,8 @@ def test_200_sparse_updates_keep_every_zero_every_tie_and_every_rank(tiny, tmp_p
     old = dict(load_model(folder).named_parameters())
     student, teacher, saved = load_apart(folder, TOKENS), load_apart(tiny, TOKENS), load_model(folder)
     ids_NT = torch.randint(3, 768, (8, TOKENS), generator=torch.Generator().manual_seed(2))
-    made = training.learner(
+    made = learner(
         student,
-        teacher,
-        ids_NT,
         Lessons(teacher, ids_NT, tmp_path / "teacher", tokens_kept=8, temperature=1.0, listened={}),
         updates("sparse", saved, student.model, rank=1, seed=0),
         goal=Goal(0.5, 1.0, 0.0),
@@ -182,7 +177,7 @@ def test_200_sparse_updates_keep_every_zero_every_tie_and_every_rank(tiny, tmp_p
         listened={},
     )
     for step in range(200):
-        training.learn(made, [step % 8, (step + 1) % 8], 1e-3)
+        learn(made, [step % 8, (step + 1) % 8], 1e-3)
     made.updates.finish()
     save_model(saved, tmp_path / "out", like=folder)
     new = load_model(tmp_path / "out")
@@ -202,22 +197,22 @@ def test_200_sparse_updates_keep_every_zero_every_tie_and_every_rank(tiny, tmp_p
 
 def test_an_encoder_is_not_asked_for_the_next_token(root, tmp_path):
     with pytest.raises(StageError, match=r"BertForMaskedLM sees the next token.*kl_weight 0.5.*kl_weight 1"):
-        learner(root, tmp_path, "bert_masked", goal=Goal(0.5, 1.0, 0.0))
+        cut_learner(root, tmp_path, "bert_masked", goal=Goal(0.5, 1.0, 0.0))
 
 
 def test_a_decoder_is_not_asked_for_what_its_teacher_made_up(root, tmp_path):
     with pytest.raises(StageError, match=r"MarianMTModel answers the teacher's texts.*kl_weight 0.5.*kl_weight 1"):
-        learner(root, tmp_path, "marian", goal=Goal(0.5, 1.0, 0.0))
+        cut_learner(root, tmp_path, "marian", goal=Goal(0.5, 1.0, 0.0))
 
 
 def test_sparse_update_of_a_dense_model_is_refused(root, tmp_path):
     with pytest.raises(StageError, match=r"no matrix.*has zeros to keep.*update: full"):
         save_model(load_model(family("llama", root)), tmp_path / "cut", like=family("llama", root))
-        learner(root, tmp_path, "llama", kind="sparse", cut=False)
+        cut_learner(root, tmp_path, "llama", kind="sparse", cut=False)
 
 
 def test_a_weight_where_a_zero_has_to_stay_is_an_error(root, tmp_path):
-    made, saved = learner(root, tmp_path, "llama", kind="sparse")
+    made, saved = cut_learner(root, tmp_path, "llama", kind="sparse")
     name = list(made.updates.masks)[2]
     with torch.no_grad():
         saved.get_parameter(name)[~made.updates.masks[name]] = 1.0
@@ -226,16 +221,16 @@ def test_a_weight_where_a_zero_has_to_stay_is_an_error(root, tmp_path):
     with pytest.raises(StageError, match=rf"put weights where {name} has zeros"):
         made.updates.check_one(2)
     with pytest.raises(StageError, match="put weights where"):
-        training.save(made, tmp_path / "state", training.Record())
+        save(made, tmp_path / "state", Record())
 
 
 def test_loss_that_is_nan_moves_nothing(root, tmp_path):
-    made, _ = learner(root, tmp_path, "llama", at_once=2)
-    training.learn(made, [0, 1, 2, 3], 1e-3)
+    made, _ = cut_learner(root, tmp_path, "llama", at_once=2)
+    learn(made, [0, 1, 2, 3], 1e-3)
     before = [tensor.clone() for tensor in made.updates.moved.values()]
     with torch.no_grad():
         list(made.updates.computing.values())[3].fill_(float("nan"))
-    assert training.learn(made, [4, 5, 6, 7], 1e-3) != 0
+    assert learn(made, [4, 5, 6, 7], 1e-3) != 0
     assert all(torch.equal(a, b) for a, b in zip(before, made.updates.moved.values(), strict=True))
     assert all(tensor.grad is None for tensor in made.updates.moved.values())
 
@@ -243,7 +238,7 @@ def test_loss_that_is_nan_moves_nothing(root, tmp_path):
 def test_zeros_that_were_filled_on_disk_are_an_error(root, tmp_path):
     from stages.recover.proof import changes
 
-    _, saved = learner(root, tmp_path, "llama")
+    _, saved = cut_learner(root, tmp_path, "llama")
     with torch.no_grad():
         for _name, parameter in saved.named_parameters():
             parameter += (parameter != 0) * 0.01

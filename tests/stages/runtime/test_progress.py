@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from stages.runtime.progress import JsonLines, Listeners, Silent, forward
+from stages.runtime.progress import JsonLines, Listeners, Pass, Silent, forward
 
 CALLS = [("advanced", (1, 4)), ("metric", ("loss", 0.25, 7)), ("note", ("half 'way' → there\nnow",))]
 
@@ -34,6 +34,16 @@ def test_each_listener_hears_everything_in_order():
     first, second = Recorder(), Recorder()
     tell(Listeners((first, Silent(), second)))
     assert first.heard == second.heard == CALLS
+
+
+def test_passes_are_told_as_one_advance_from_nothing_to_all():
+    recorder = Recorder()
+    for place in range(2):
+        for done in range(3):
+            Pass(recorder, place, 2).advanced(done, 2)
+    assert recorder.heard == [("advanced", (half / 2, 2)) for half in (0, 1, 2, 2, 3, 4)]
+    tell(Pass(recorder, 0, 1))
+    assert recorder.heard[6:] == [("advanced", (1 / 4, 1)), *CALLS[1:]]
 
 
 @pytest.mark.parametrize("event", [{"event": "sealed", "identity": "x"}, {}, {"event": "error"}])

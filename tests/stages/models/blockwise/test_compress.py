@@ -5,12 +5,13 @@ from torch import nn
 from stages.models.anatomy import blocks as anatomy
 from stages.models.blockwise import site_moments
 from stages.models.blockwise.block_calls import arguments, embedded
-from stages.models.blockwise.compress import Compressed, compress
+from stages.models.blockwise.compress import compress
 from stages.models.blockwise.sites import OUTPUT, added_to, listening, sites
+from stages.models.blockwise.technique import Compressed
 from stages.models.checkpoint.loading import load_model
-from stages.quantize import rounding as precision
-from stages.quantize.rounding import Precision
+from stages.quantize.rounding import Precision, Rounding, names
 from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
 from tests.stages.models.families import family
 
 ONE_STACK = ["llama", "qwen2", "qwen3", "gpt2", "neox", "opt", "bert_masked", "roberta", "distilbert"]
@@ -158,8 +159,7 @@ def test_compress_fitted_to_the_dense_outputs_loses_less_than_without(folders, t
     for strength in (0.0, 0.5):
         monkeypatch.setattr(site_moments, "corrected", with_strength(strength))
         model = load_model(folders["llama"])
-        names = precision.names(model)
-        rounding = precision.Rounding(dict.fromkeys(names, Precision("int4", 16)))
+        rounding = Rounding(dict.fromkeys(names(model), Precision("int4", 16)))
         compress(model, ids(32), rounding, tmp_path / str(strength))
         with torch.no_grad():
             told[strength] = float((model(ids(32)).logits - dense(ids(32)).logits).square().mean())
@@ -229,13 +229,14 @@ def test_compress_of_two_stacks_goes_on_from_either_to_the_same_tensors(folders,
 
     def compressed(state, stop=None):
         model = load_model(folders["t5"])
-        rounding = precision.Rounding(dict.fromkeys(precision.names(model), Precision("int4", 8)))
+        rounding = Rounding(dict.fromkeys(names(model), Precision("int4", 8)))
 
-        def advanced(done, _total):
-            if done == stop:
-                raise KeyboardInterrupt
+        class Stopping(Silent):
+            def advanced(self, done, _total):
+                if done == stop:
+                    raise KeyboardInterrupt
 
-        compress(model, ids(), rounding, state, advanced)
+        compress(model, ids(), rounding, state, Stopping())
         return dict(model.state_dict())
 
     whole = compressed(tmp_path / "whole")

@@ -16,8 +16,9 @@ from stages.models.checkpoint.compressed_tensors import METHOD, pack, unpack
 from stages.models.checkpoint.loading import load_config, load_model, save_model
 from stages.models.layers import quantized_linear
 from stages.models.layers.quantized_linear import QuantizedLinear, quantized_modules
+from stages.quantize.params import QuantizeParams
 from stages.quantize.rounding import quantize_tables
-from stages.quantize.stage import QuantizeParams, quantize
+from stages.quantize.stage import quantize
 from stages.quantize.stored_forms import rounded
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM
 
 from stages.models.anatomy import blocks as anatomy
-from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer, save_model, stored_parameters
+from stages.models.checkpoint.files import stored_parameters
+from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer, save_model
 from stages.models.layers import low_rank_linear
 from stages.runtime.contract import StageError
 from tests.stages.models.checkpoint.test_files import resident
@@ -291,7 +292,7 @@ def test_memory_that_runs_out_is_not_called_a_damaged_description(copy, monkeypa
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     (copy / "quantization.json").write_text(json.dumps({"layers": {}}))
-    monkeypatch.setattr("stages.models.layers.quantized_linear.install", full)
+    monkeypatch.setattr("stages.models.layers.quantization_spec.install", full)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         load_model(copy)
 

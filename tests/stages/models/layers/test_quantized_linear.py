@@ -6,17 +6,16 @@ import torch
 from torch import nn
 
 from stages.graphs.onnx_graph import pack_weights
+from stages.models.checkpoint.files import dtypes
 from stages.models.checkpoint.loading import load_model
+from stages.models.layers.quantization_spec import describe, install
 from stages.models.layers.quantized_linear import (
     FORMS,
     QuantizedEmbedding,
     QuantizedLinear,
-    describe,
     for_export,
-    install,
     pack_int4,
     quantized_modules,
-    stored_dtypes,
 )
 from stages.quantize import rounding
 from stages.quantize.rounding import Precision
@@ -133,8 +132,8 @@ def test_int4_forward_equals_its_values_laid_out_by_hand():
 def test_stored_dtypes_reads_the_bytes(tmp_path):
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(2, dtype=torch.int8), "b": torch.zeros(1)}, tmp_path / "x.safetensors")
-    assert stored_dtypes(tmp_path) == {"a": "I8", "b": "F32"}
+    save_file({"a": torch.zeros(2, dtype=torch.int8), "b": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert dtypes(tmp_path) == {"a": "I8", "b": "F32"}
 
 
 @pytest.fixture

@@ -21,10 +21,11 @@ from stages.graphs.parity import parity
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.layers import rounded_cache
-from stages.models.layers.quantized_linear import annotate
+from stages.models.layers.quantization_spec import annotate
 from stages.models.text.windows import windows
 from stages.quantize import cache_ranges
-from stages.quantize.stage import QuantizeParams, quantize
+from stages.quantize.params import QuantizeParams
+from stages.quantize.stage import quantize
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer

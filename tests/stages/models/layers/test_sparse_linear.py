@@ -10,7 +10,8 @@ from stages.algorithms.allocation import Option
 from stages.algorithms.basis import damped
 from stages.export.to_onnx import densify
 from stages.models.anatomy import blocks as anatomy
-from stages.models.checkpoint.loading import load_model, save_model, stored_parameters
+from stages.models.checkpoint.files import stored_parameters
+from stages.models.checkpoint.loading import load_model, save_model
 from stages.models.layers import sparse_linear
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
 from stages.models.low_rank.planning import Part, Plan, filled

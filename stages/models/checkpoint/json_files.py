@@ -1,0 +1,36 @@
+"""The JSON files of a checkpoint, a graph or an engine. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.runtime.contract import StageError
+
+
+def read_json(path: Path, *, optional: bool = False, absent: StageError | None = None) -> dict[str, Any]:
+    """A JSON object; {} for an optional file that is absent.
+
+    Raises:
+        StageError: it is missing (`absent`, where that says it better) or not one.
+    """
+    if optional and not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise absent or StageError(
+            f"{path.parent.name} has no {path.name}", remedy="Give a checkpoint in Hugging Face layout."
+        ) from error
+    except ValueError as error:
+        raise StageError(f"{path.name} is not JSON", measured=str(error)) from error
+    if not isinstance(found, dict):
+        raise StageError(f"{path.name} is no JSON object", measured=type(found).__name__)
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, its keys in order."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
