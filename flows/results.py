@@ -18,6 +18,8 @@ class StepResult(Frozen):
         seconds: wall clock in this run; near zero when cached.
         peak_rss_bytes: of the making, also when cached; 0 when it is not known.
         why: why it was made: the first field in which the nearest sealed artifact differed.
+        measures: the step that a measurement measured, empty for a step of the recipe.
+        corpus: the corpus it was measured on.
     """
 
     name: str
@@ -30,6 +32,8 @@ class StepResult(Frozen):
     peak_rss_bytes: int
     metrics: Metrics
     why: str = ""
+    measures: str = ""
+    corpus: str = ""
 
 
 class GateResult(Frozen):

@@ -131,10 +131,10 @@ def _without_duplicates(
 ) -> tuple[dict[str, list[texts.Paragraph]], int]:
     """Each document's paragraphs that stand nowhere earlier, and how many were left out."""
     longest = _LONGEST * params.passage_characters
-    found = [(d.name, part) for d in documents for part in texts.paragraphs(d.text, longest)]
+    passages = [(d.name, part) for d in documents for part in texts.paragraphs(d.text, longest)]
     seen: set[tuple[str, ...]] = set()
     fresh, shingles = [], []
-    for name, part in found:
+    for name, part in passages:
         words = tuple(part.text.lower().split())
         if words not in seen:
             seen.add(words)
@@ -145,7 +145,7 @@ def _without_duplicates(
     for (name, part), alone in zip(fresh, keep, strict=True):
         if alone:
             kept.setdefault(name, []).append(part)
-    return kept, len(found) - sum(keep)
+    return kept, len(passages) - sum(keep)
 
 
 def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:

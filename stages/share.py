@@ -82,12 +82,12 @@ def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Pr
     changed = low_rank_linear.averaged(model) if params.tables == "mean" else {}
     # Vectors are left alone: norms that happen to be equal are few bytes and are scaled one by one later. So are tables
     # that no file holds.
-    found = equal_groups(
+    equal = equal_groups(
         (name, one)
         for name, one in model.named_parameters()
         if one.dim() > 1 and not classes.left_out(model, name, one)
     )
-    if not found:
+    if not equal:
         raise StageError(
             "no two tensors of the checkpoint are equal",
             measured="0 groups",
@@ -95,15 +95,15 @@ def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Pr
             remedy="Leave the step out, or use `method: basis`.",
         )
     rows = []
-    for done, names in enumerate(found, start=1):
+    for done, names in enumerate(equal, start=1):
         low_rank_linear.tie(model, names)
         for name in names:
             others = [other for other in names if other != name]
             rows.append({"layer": name, "shares_with": others, "relative_change": changed.get(name, 0.0)})
-        progress.advanced(done, len(found))
+        progress.advanced(done, len(equal))
     low_rank_linear.tie_tables(model)
     editing.write_table(output, rows, method=params.method)
-    progress.note("; ".join(" = ".join(names) for names in found))
+    progress.note("; ".join(" = ".join(names) for names in equal))
     return 0.0
 
 

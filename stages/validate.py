@@ -91,19 +91,19 @@ def _all_scores(params: ValidateParams, inputs: Mapping[str, Path], folder: Path
     """Every window's scores: those of the parts in `folder`, and the others computed and kept there as they come."""
     ids_NT = _windows(params, inputs)
     count = len(ids_NT)
-    found = _kept_scores(params, ids_NT, folder, "baseline" in inputs, progress)
-    if found:
-        progress.note(f"{len(found)} of {count} documents are scored already")
-        progress.advanced(len(found), count)
-    missing = gaps(count, [range(index, index + 1) for index in found], KEPT_DOCUMENTS)
+    scored = _kept_scores(params, ids_NT, folder, "baseline" in inputs, progress)
+    if scored:
+        progress.note(f"{len(scored)} of {count} documents are scored already")
+        progress.advanced(len(scored), count)
+    missing = gaps(count, [range(index, index + 1) for index in scored], KEPT_DOCUMENTS)
     score = _scorer(params, inputs) if missing else None
     for span in missing:
         assert score is not None
         for index, document in zip(span, score(ids_NT, span), strict=True):
-            found[index] = document
-            progress.advanced(len(found), count)
-        keep(folder, span, _written([found[index] for index in span]))
-    return [found[index] for index in range(count)]
+            scored[index] = document
+            progress.advanced(len(scored), count)
+        keep(folder, span, _written([scored[index] for index in span]))
+    return [scored[index] for index in range(count)]
 
 
 def _kept_scores(
@@ -111,15 +111,15 @@ def _kept_scores(
 ) -> dict[int, Document]:
     from stages.measures.documents import read_documents
 
-    found: dict[int, Document] = {}
+    scored: dict[int, Document] = {}
     for span, data in kept(folder):
         ids = ids_NT[span.start : span.stop]
         documents = read_documents(data, ids, params.split, first=span.start, paired=paired)
         if documents is None or len(documents) != len(span):
             progress.note(f"the scores of documents {span.start} to {span.stop - 1} are not of this corpus: made anew")
         else:
-            found |= dict(zip(span, documents, strict=True))
-    return found
+            scored |= dict(zip(span, documents, strict=True))
+    return scored
 
 
 def _windows(params: ValidateParams, inputs: Mapping[str, Path]) -> Tensor:

@@ -51,7 +51,7 @@ def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
     from flows.reporting.format import size
     from flows.results import Listed, ListResult
 
-    found = opened(store)
+    artifacts = opened(store)
     listed = [
         Listed(
             fingerprint=identity,
@@ -62,13 +62,15 @@ def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
             created=manifest.provenance.created,
             seconds=manifest.provenance.seconds,
         )
-        for identity, manifest in found.manifests()
+        for identity, manifest in artifacts.manifests()
     ]
     listed.sort(key=lambda one: (one.created, one.fingerprint))
     if as_json:
-        say_json(ListResult(store=found.uri, artifacts=listed))
+        say_json(ListResult(store=artifacts.uri, artifacts=listed))
         return
-    shown = table(f"Artifacts in {found.uri}", "fingerprint", "step", "stage", "kind", "size", "made", right=("size",))
+    shown = table(
+        f"Artifacts in {artifacts.uri}", "fingerprint", "step", "stage", "kind", "size", "made", right=("size",)
+    )
     for one in listed:
         shown.add_row(*cells(one.fingerprint[:12], one.step, one.stage, one.kind, size(one.size_bytes), one.created))
     console().print(shown)
@@ -122,8 +124,8 @@ def compare(
     """Put two artifacts or two runs side by side."""
     from flows.reporting.format import number
 
-    found = opened(store)
-    left, right = _measures(found, a), _measures(found, b)
+    artifacts = opened(store)
+    left, right = _measures(artifacts, a), _measures(artifacts, b)
     names = list(dict.fromkeys([*left, *right]))
     if as_json:
         rows: dict[str, Any] = {name: {"a": left.get(name), "b": right.get(name)} for name in names}
@@ -135,7 +137,7 @@ def compare(
         ratio = f"{other / one:.3f}" if one and other is not None else "-"
         shown.add_row(*cells(name, number(one), number(other), ratio))
     console().print(shown)
-    if difference := _difference(found, a, b):
+    if difference := _difference(artifacts, a, b):
         typer.echo(f"first difference of the work: {difference}")
 
 

@@ -197,15 +197,15 @@ def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Inte
         name += (f" against {gate.against}" if gate.against else "") + (f" on {corpus}" if corpus else "")
         finite = interval is not None and math.isfinite(interval.point)
         if interval is None:
-            passed, said = True, "not applicable: no champion"
+            passed, outcome = True, "not applicable: no champion"
         elif not finite:
-            passed, said = False, "measured no finite number"
+            passed, outcome = False, "measured no finite number"
         else:
             bad = interval.high if word == "at most" else interval.low
             passed = bad <= limit if word == "at most" else bad >= limit
-            said = f"measured {number(interval.point)}"
+            outcome = f"measured {number(interval.point)}"
             if interval.low != interval.high:
-                said += f" (95% interval {number(interval.low)} to {number(interval.high)})"
+                outcome += f" (95% interval {number(interval.low)} to {number(interval.high)})"
         yield GateResult(
             measure=gate.measure,
             against=gate.against,
@@ -217,7 +217,7 @@ def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Inte
             high=_finite(interval.high) if interval else None,
             limit=limit,
             passed=passed,
-            text=f"{name}: {said}, limit {word} {number(limit)}: {'passed' if passed else 'FAILED'}",
+            text=f"{name}: {outcome}, limit {word} {number(limit)}: {'passed' if passed else 'FAILED'}",
         )
 
 

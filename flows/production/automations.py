@@ -167,17 +167,17 @@ def apply(client: SyncPrefectClient, wanted: Iterable[AutomationCore]) -> list[s
     """
     changed = []
     with answered():
-        for one in wanted:
-            stands = client.read_automations_by_name(one.name)
+        for automation in wanted:
+            stands = client.read_automations_by_name(automation.name)
             for twin in stands[1:]:
                 client.delete_automation(twin.id)
             if not stands:
-                client.create_automation(one)
-            elif _same(stands[0], one):
+                client.create_automation(automation)
+            elif _same(stands[0], automation):
                 continue
             else:
-                client.update_automation(stands[0].id, one)
-            changed.append(one.name)
+                client.update_automation(stands[0].id, automation)
+            changed.append(automation.name)
     return changed
 
 

@@ -115,7 +115,7 @@ def _deployments(client: SyncPrefectClient, say: Callable[[str], None]) -> None:
         say(f"deployment {_deployment(client, one, said['pull'])}")
 
 
-def _deployment(client: SyncPrefectClient, said: Mapping[str, Any], pull: list[dict[str, Any]]) -> str:
+def _deployment(client: SyncPrefectClient, declared: Mapping[str, Any], pull: list[dict[str, Any]]) -> str:
     """Make or update one deployment; a schedule that a person switched on or off stays as it is."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyOptions
@@ -123,30 +123,34 @@ def _deployment(client: SyncPrefectClient, said: Mapping[str, Any], pull: list[d
     from prefect.flows import load_flow_from_entrypoint
     from prefect.utilities.callables import parameter_schema
 
-    flow: Flow[Any, Any] = load_flow_from_entrypoint(said["entrypoint"])
-    name = f"{flow.name}/{said['name']}"
+    flow: Flow[Any, Any] = load_flow_from_entrypoint(declared["entrypoint"])
+    name = f"{flow.name}/{declared['name']}"
     try:
         stands = {one.slug: one.active for one in client.read_deployment_by_name(name).schedules}
     except ObjectNotFound:
         stands = {}
     schedules = []
-    for one in said.get("schedules", []):
+    for one in declared.get("schedules", []):
         when = {key: one[key] for key in ("cron", "timezone", "interval", "rrule") if key in one}
         active = stands.get(one["slug"], one["active"])
         schedules.append(DeploymentScheduleCreate(schedule=when, active=active, slug=one["slug"]))
-    limit = ConcurrencyLimitConfig.model_validate(said["concurrency_limit"]) if "concurrency_limit" in said else None
+    limit = (
+        ConcurrencyLimitConfig.model_validate(declared["concurrency_limit"])
+        if "concurrency_limit" in declared
+        else None
+    )
     client.create_deployment(
         client.create_flow_from_name(flow.name),
-        said["name"],
+        declared["name"],
         schedules=schedules,
         concurrency_limit=limit.limit if limit else None,
         concurrency_options=ConcurrencyOptions(collision_strategy=limit.collision_strategy) if limit else None,
-        parameters=said.get("parameters", {}),
-        description=said["description"],
-        tags=said["tags"],
-        work_pool_name=said["work_pool"]["name"],
-        job_variables=said["work_pool"].get("job_variables"),
-        entrypoint=said["entrypoint"],
+        parameters=declared.get("parameters", {}),
+        description=declared["description"],
+        tags=declared["tags"],
+        work_pool_name=declared["work_pool"]["name"],
+        job_variables=declared["work_pool"].get("job_variables"),
+        entrypoint=declared["entrypoint"],
         path=str(ROOT),
         pull_steps=pull,
         parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),

@@ -29,16 +29,16 @@ def check_recipe(recipe: Recipe) -> None:
 def faults(recipe: Recipe) -> list[Fault]:
     """Everything that keeps a recipe of the right shape from running."""
     # Each part builds on what the one before found sound, so that one mistake is not said in three places.
-    found = list(_names(recipe))
+    faulty = list(_names(recipe))
     for index, step in enumerate(recipe.steps):
-        found += check_step(index, step)
+        faulty += check_step(index, step)
         if step.stage in STAGES:
-            found += _inputs(recipe, index, step)
-    if not found:
-        found += [*_precisions(recipe), *_judge(recipe), *_register(recipe)]
-    if not found:
-        found += [*_measured(recipe), *_gates(recipe)]
-    return found
+            faulty += _inputs(recipe, index, step)
+    if not faulty:
+        faulty += [*_precisions(recipe), *_judge(recipe), *_register(recipe)]
+    if not faulty:
+        faulty += [*_measured(recipe), *_gates(recipe)]
+    return faulty
 
 
 def check_step(index: int, step: Step) -> list[Fault]:

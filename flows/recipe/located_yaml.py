@@ -104,7 +104,7 @@ class _Walk:
         return _scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, path: Path, above: tuple[int, ...]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key, inner in node.value:
             line = key.start_mark.line + 1
@@ -114,13 +114,13 @@ class _Walk:
             if key.tag == "tag:yaml.org,2002:merge":
                 merged = self._merged(inner, path, above) | merged
                 continue
-            if key.value in found:
+            if key.value in own:
                 first = self.lines[(*path, key.value)]
                 self.faults.append(Fault((*path, key.value), f"the key stands twice, first on line {first}", line))
                 continue
-            found[key.value] = self.value(inner, (*path, key.value), above)
+            own[key.value] = self.value(inner, (*path, key.value), above)
             self.lines[(*path, key.value)] = line
-        return merged | found
+        return merged | own
 
     def _merged(self, node: yaml.Node, path: Path, above: tuple[int, ...]) -> dict[str, Any]:
         line = self.lines.get(path, 1)

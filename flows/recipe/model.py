@@ -124,9 +124,9 @@ class Recipe(Frozen):
 def _shape(plain: dict[str, Any], name: str, handler: GetJsonSchemaHandler) -> dict[str, Any]:
     definition = stage(name)
     params = handler(definition.params.__pydantic_core_schema__)
-    one = plain["properties"]["name"]
+    step_name = plain["properties"]["name"]
     roles = {
-        role: {"type": "array", "items": one, "minItems": 1} if taken.many else one
+        role: {"type": "array", "items": step_name, "minItems": 1} if taken.many else step_name
         for role, taken in definition.inputs.items()
     }
     needed = [role for role, taken in definition.inputs.items() if not taken.optional]
@@ -136,6 +136,11 @@ def _shape(plain: dict[str, Any], name: str, handler: GetJsonSchemaHandler) -> d
         "type": "object",
         "title": name,
         "additionalProperties": False,
-        "properties": {"name": one, "stage": {"const": name, "type": "string"}, "inputs": inputs, "params": params},
+        "properties": {
+            "name": step_name,
+            "stage": {"const": name, "type": "string"},
+            "inputs": inputs,
+            "params": params,
+        },
         "required": required,
     }

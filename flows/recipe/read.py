@@ -222,15 +222,15 @@ def _within(loc: tuple[str | int, ...], data: Any, *, extra: bool) -> Field:
 
 def _steps_alone(data: dict[str, Any]) -> list[Fault]:
     """What is wrong inside the steps that have a step's shape, so that it is said together with the rest."""
-    found: list[Fault] = []
+    faulty: list[Fault] = []
     steps = data.get("steps")
     for index, raw in enumerate(steps if isinstance(steps, list) else ()):
         try:
             step = Step.model_validate_json(json.dumps(raw), strict=True)
         except ValidationError:
             continue
-        found += check_step(index, step)
-    return found
+        faulty += check_step(index, step)
+    return faulty
 
 
 def _dotted(path: Field, data: Any) -> str:

@@ -79,35 +79,9 @@ def card(
             [(name, one.target, one.status, sizes[name]) for name, one in candidate.executables.items()],
         ),
         "## Gates",
-        _table(
-            ("measure", "artifact", "text", "measured", "interval", "limit", "held"),
-            [
-                (
-                    _against(gate),
-                    gate.artifact,
-                    gate.corpus or "-",
-                    number(gate.measured),
-                    f"{number(gate.low)}..{number(gate.high)}" if gate.low is not None else "-",
-                    number(gate.limit),
-                    "yes" if gate.passed else "no",
-                )
-                for gate in gates
-            ],
-        ),
+        _gates(gates),
         f"## Beside the champion, version {champion}" if champion else "## Measured; there was no champion",
-        _table(
-            ("measure", "text", "this version", "champion", "ratio"),
-            [
-                (
-                    one.measure,
-                    one.corpus or "-",
-                    number(one.challenger),
-                    number(one.champion),
-                    number(one.challenger / one.champion) if one.champion else "-",
-                )
-                for one in beside
-            ],
-        ),
+        _beside(beside),
         "## Steps",
         _table(
             ("step", "stage", "size", "perplexity", "fingerprint"),
@@ -118,6 +92,40 @@ def card(
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _gates(gates: Iterable[GateResult]) -> str:
+    return _table(
+        ("measure", "artifact", "text", "measured", "interval", "limit", "held"),
+        [
+            (
+                _against(gate),
+                gate.artifact,
+                gate.corpus or "-",
+                number(gate.measured),
+                f"{number(gate.low)}..{number(gate.high)}" if gate.low is not None else "-",
+                number(gate.limit),
+                "yes" if gate.passed else "no",
+            )
+            for gate in gates
+        ],
+    )
+
+
+def _beside(beside: Sequence[Compared]) -> str:
+    return _table(
+        ("measure", "text", "this version", "champion", "ratio"),
+        [
+            (
+                one.measure,
+                one.corpus or "-",
+                number(one.challenger),
+                number(one.champion),
+                number(one.challenger / one.champion) if one.champion else "-",
+            )
+            for one in beside
+        ],
+    )
 
 
 def _against(gate: GateResult) -> str:

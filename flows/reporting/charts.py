@@ -80,16 +80,16 @@ def steps_chart(rows: Sequence[tuple[str, float | None, Mapping[str, float]]], c
 
 def _dots(scores: Mapping[str, float], corpora: Sequence[str], scale: Scale | None, y: float) -> list[str]:
     placed = sorted((scale(v), corpus, v) for corpus, v in scores.items() if scale and math.isfinite(v))
-    found: list[str] = []
+    marks: list[str] = []
     waiting: list[str] = []
     for i, (x, corpus, value) in enumerate(placed):
         kind = f"series{corpora.index(corpus) % 4}"
-        found.append(f'<circle class="dot {kind}" cx="{x}" cy="{y}" r="5">{_title(corpus, value)}</circle>')
+        marks.append(f'<circle class="dot {kind}" cx="{x}" cy="{y}" r="5">{_title(corpus, value)}</circle>')
         waiting.append(short_number(value))
         if i + 1 == len(placed) or placed[i + 1][0] - x > 50:  # figures of dots that nearly touch stand together
-            found.append(_text(x + 9, y + 4, " / ".join(waiting), "start value"))
+            marks.append(_text(x + 9, y + 4, " / ".join(waiting), "start value"))
             waiting = []
-    return found
+    return marks
 
 
 def interval_chart(measured: float, low: float, high: float, limit: float, *, upper: bool) -> Markup:

@@ -253,13 +253,13 @@ def _packed_names(folder: Path) -> set[str]:
 def _shared(facts: Mapping[str, Any]) -> list[list[str]]:
     """Places that share a tensor in a checkpoint: groups on one basis, tied tensors, the tied head."""
     structure = facts.get("structure.json", {})
-    found = [list(group["modules"]) for group in structure.get("shared", [])]
-    found += [list(names) for names in structure.get("tied", [])]
+    groups = [list(group["modules"]) for group in structure.get("shared", [])]
+    groups += [list(names) for names in structure.get("tied", [])]
     for name, layer in facts.get("quantization.json", {}).get("layers", {}).items():
         if layer.get("tied_to"):
-            found.append([layer["tied_to"], name])
+            groups.append([layer["tied_to"], name])
     checkpoint = "engine.json" not in facts and "graph.json" not in facts
-    named = any("lm_head" in place for group in found for place in group)
+    named = any("lm_head" in place for group in groups for place in group)
     if checkpoint and facts.get("config.json", {}).get("tie_word_embeddings") and not named:
-        found.append(["embedding", "head"])
-    return found
+        groups.append(["embedding", "head"])
+    return groups

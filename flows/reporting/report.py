@@ -100,18 +100,18 @@ def curves_of(
         manifests: step name -> manifest.
         events: of the record; those that say `metric` count.
     """
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for event in events:
         if event.get("event") == "metric":
-            points = found.setdefault(event["step"], {}).setdefault(event["name"], [])
+            points = curves.setdefault(event["step"], {}).setdefault(event["name"], [])
             points.append((float(event["at_step"]), float(event["value"])))
     for step, manifest in manifests.items():
         entry = manifest.files.get(CURVE)
         data = store.objects.read(f"{BLOBS}{entry.sha256[:2]}/{entry.sha256}") if entry else None
         if data is not None:
             drawn = json.loads(data)
-            found[step] = {name: [(float(x), float(y)) for x, y in points] for name, points in drawn.items()}
-    return {step: found[step] for step in manifests if step in found}
+            curves[step] = {name: [(float(x), float(y)) for x, y in points] for name, points in drawn.items()}
+    return {step: curves[step] for step in manifests if step in curves}
 
 
 def reproduce(command: Sequence[str]) -> str:

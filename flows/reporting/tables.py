@@ -41,11 +41,10 @@ def steps_table(result: RunResult) -> Table:
     for column in ("seconds", "cached", "size", "perplexity"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("note", overflow="fold")
-    measured = {
-        step.name: step.metrics["perplexity"]
-        for step in result.steps
-        if step.stage == "validate" and "perplexity" in step.metrics
-    }
+    measured: dict[str, float] = {}
+    for step in result.steps:
+        if step.measures and "perplexity" in step.metrics:
+            measured.setdefault(step.measures, step.metrics["perplexity"])  # on the first corpus
     for step in result.steps:
         table.add_row(*_step_row(step, measured))
     return table
@@ -53,7 +52,6 @@ def steps_table(result: RunResult) -> Table:
 
 def _step_row(step: StepResult, measured: dict[str, float]) -> list[Text]:
     own = step.metrics.get("perplexity")
-    first = next((value for name, value in measured.items() if name.startswith(f"validate-{step.name}-")), None)
     held = step.metrics.get("size_bytes")
     cells = [
         step.name,
@@ -61,7 +59,7 @@ def _step_row(step: StepResult, measured: dict[str, float]) -> list[Text]:
         f"{step.seconds:.1f}",
         "yes" if step.cached else "no",
         size(held) if held is not None else "-",
-        number(own if own is not None else first),
+        number(own if own is not None else measured.get(step.name)),
         step.why,
     ]
     return [Text(cell) for cell in cells]

@@ -31,6 +31,8 @@ class Planned:
         manifest: the sealed artifact, None when it must be made.
         why: the first field in which the nearest sealed artifact differs; empty on a hit.
         after: names of the steps whose artifacts this one reads.
+        measures: the step that a measurement measures, empty for a step of the recipe.
+        corpus: the corpus it is measured on.
     """
 
     order: Order
@@ -38,6 +40,8 @@ class Planned:
     manifest: Manifest | None
     why: str
     after: tuple[str, ...]
+    measures: str = ""
+    corpus: str = ""
 
     @property
     def name(self) -> str:
@@ -88,6 +92,8 @@ def resolve(
             manifest=manifest,
             why="" if manifest else _reason(store, work, step.name, planned, roles),
             after=tuple(dict.fromkeys(roles.values())),
+            measures=step.measures,
+            corpus=step.corpus,
         )
     return planned
 

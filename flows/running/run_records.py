@@ -131,6 +131,25 @@ class Record:
         (self.folder / "pid").unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Recorder:
+    """Keeps a step's notes and curve in the run's record."""
+
+    record: Record
+    step: str
+
+    def advanced(self, done: float, total: float) -> None:
+        """See Progress. A bar is not worth a record."""
+
+    def metric(self, name: str, value: float, step: int) -> None:
+        """See Progress."""
+        self.record.log({"event": "metric", "step": self.step, "name": name, "value": value, "at_step": step})
+
+    def note(self, text: str) -> None:
+        """See Progress."""
+        self.record.log({"event": "note", "step": self.step, "text": text})
+
+
 def open_run(scratch: Path, recipe: Recipe, command: Sequence[str]) -> Record:
     """Begin the record of a run of this process."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -168,15 +187,15 @@ def find_run(scratch: Path, name: str) -> Record:
         StageError: none or several.
     """
     known = records(scratch)
-    found = known[-1:] if name == "last" else [record for record in known if record.name.startswith(name)]
-    if len(found) != 1:
+    matching = known[-1:] if name == "last" else [record for record in known if record.name.startswith(name)]
+    if len(matching) != 1:
         raise StageError(
-            f"{'no run' if not found else 'more than one run'} begins with {name!r}",
-            measured=len(found),
+            f"{'no run' if not matching else 'more than one run'} begins with {name!r}",
+            measured=len(matching),
             limit=1,
             remedy="`enginery runs` shows the runs beside this store; `last` names the newest.",
         )
-    return found[0]
+    return matching[0]
 
 
 def _alive(found: Mapping[str, Any]) -> bool:

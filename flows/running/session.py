@@ -22,7 +22,7 @@ from flows.running.loose_ends import LooseEnds
 from flows.running.order import Order
 from flows.running.placement import load_pools
 from flows.running.plan import Planned, check_start, needs, resolve
-from flows.running.run_records import Record, as_yaml, open_run
+from flows.running.run_records import Record, Recorder, as_yaml, open_run
 from flows.running.step_queue import Slots
 from flows.running.work_pool import Dispatcher
 from flows.settings import Settings, enter
@@ -55,25 +55,6 @@ class Terminal(Protocol):
 
     def line(self, text: str) -> None:
         """A sentence about the whole run."""
-
-
-@dataclass(frozen=True)
-class Recorder:
-    """Keeps a step's notes and curve in the run's record."""
-
-    record: Record
-    step: str
-
-    def advanced(self, done: float, total: float) -> None:
-        """See Progress. A bar is not worth a record."""
-
-    def metric(self, name: str, value: float, step: int) -> None:
-        """See Progress."""
-        self.record.log({"event": "metric", "step": self.step, "name": name, "value": value, "at_step": step})
-
-    def note(self, text: str) -> None:
-        """See Progress."""
-        self.record.log({"event": "note", "step": self.step, "text": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +253,8 @@ def _done(session: Session, planned: Planned, outcome: Outcome, seconds: float, 
         peak_rss_bytes=manifest.provenance.peak_rss_bytes,
         metrics={"size_bytes": float(model_size(manifest)), **manifest.metrics},
         why="" if outcome.cached else planned.why,
+        measures=planned.measures,
+        corpus=planned.corpus,
     )
     tracked.finished(manifest, outcome.identity, session.store.uri, outcome.cached, session.store)
     session.record.log(

@@ -256,7 +256,7 @@ def _heartbeat_ages(client: SyncPrefectClient, pool: str) -> list[tuple[float, f
     """(seconds since the last heartbeat, seconds after which a worker counts as gone) of each worker."""
     try:
         # 3.8.8's server refuses the client's own defaults.
-        found = client.read_workers_for_work_pool(pool, offset=0, limit=200)
+        workers = client.read_workers_for_work_pool(pool, offset=0, limit=200)
     except httpx.HTTPStatusError as error:
         if error.response.status_code != 404:
             raise
@@ -264,7 +264,7 @@ def _heartbeat_ages(client: SyncPrefectClient, pool: str) -> list[tuple[float, f
     now = datetime.now(UTC)
     return [
         ((now - one.last_heartbeat_time).total_seconds(), 1.5 * (one.heartbeat_interval_seconds or 30))
-        for one in found
+        for one in workers
         if one.last_heartbeat_time
     ]
 

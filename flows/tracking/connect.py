@@ -75,15 +75,15 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = EXPERIMENT)
     with (scratch / "mlflow.lock").open("w") as lock, answered(uri):
         fcntl.flock(lock, fcntl.LOCK_EX)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
+        known = client.get_experiment_by_name(experiment)
+        if known is None:
             return Tracking(client, uri, client.create_experiment(experiment, artifact_location=location))
-    if found.lifecycle_stage != "active":
+    if known.lifecycle_stage != "active":
         raise StageError(
             f"MLflow's experiment {experiment!r} was deleted",
-            remedy=f"Restore it: mlflow experiments restore -x {found.experiment_id}",
+            remedy=f"Restore it: mlflow experiments restore -x {known.experiment_id}",
         )
-    return Tracking(client, uri, found.experiment_id)
+    return Tracking(client, uri, known.experiment_id)
 
 
 @contextmanager

@@ -51,15 +51,15 @@ def parse(source: str) -> Repository:
         StageError: it has another form.
     """
     name = r"[\w.-]+/[\w.-]+"
-    found = re.fullmatch(rf"hf://(datasets/)?({name})(?:@([^/@]+))?(?:/(.*))?", source)
-    if not found:
+    parts = re.fullmatch(rf"hf://(datasets/)?({name})(?:@([^/@]+))?(?:/(.*))?", source)
+    if not parts:
         raise StageError(
             f"{source} names no repository of the hub",
             limit="hf://org/name@revision or hf://datasets/org/name@revision/path",
             remedy="Write it in this form.",
         )
-    kind = "dataset" if found[1] else "model"
-    return Repository(kind, found[2], unquote(found[3] or "main"), (found[4] or "").strip("/"))
+    kind = "dataset" if parts[1] else "model"
+    return Repository(kind, parts[2], unquote(parts[3] or "main"), (parts[4] or "").strip("/"))
 
 
 def resolve(source: str) -> str:
@@ -100,18 +100,18 @@ def download(source: str, part: Path, takes: Callable[[str], bool], progress: Pr
 def _download_file(url: str, target: Path, bar: type[Any]) -> None:
     # The hub's own client begins a file again after the process ended; only its reader takes up a partial file.
     headers = build_hf_headers()
-    found = get_hf_file_metadata(url, headers=headers)
-    if urlsplit(found.location).netloc != urlsplit(url).netloc:
+    served = get_hf_file_metadata(url, headers=headers)
+    if urlsplit(served.location).netloc != urlsplit(url).netloc:
         headers.pop("authorization", None)
-    etag = found.etag or ""
+    etag = served.etag or ""
     part = target.with_name(f"{target.name}.{digest_bytes(etag.encode())[:8]}.part")
     with part.open("ab") as stream:
         http_get(
-            found.location,
+            served.location,
             stream,
             resume_size=part.stat().st_size,
             headers=headers,
-            expected_size=found.size,
+            expected_size=served.size,
             tqdm_class=bar,
         )
         stream.flush()

@@ -63,7 +63,7 @@ def download(source: str, part: Path, takes: Callable[[str], bool], progress: Pr
 def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(folder), requirement]
-    said: list[str] = []
+    output: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
     ) as child:
@@ -72,11 +72,11 @@ def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
             if found := re.fullmatch(r"Progress (\d+) of (\d+)\n?", line):
                 progress.advanced(int(found[1]), int(found[2]))
             else:
-                said.append(line.strip())
+                output.append(line.strip())
     wheels = sorted(folder.glob("*.whl"))
     if child.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    raise _failure(requirement, said)
+    raise _failure(requirement, output)
 
 
 def _failure(requirement: str, said: list[str]) -> StageError:

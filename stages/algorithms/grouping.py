@@ -81,7 +81,7 @@ def _cut(length: int, ways: Ways, price: float) -> tuple[Chosen, int]:
     # reached[j]: (cost, saved, cut) of the best cut of the first j blocks.
     reached: list[tuple[float, int, Chosen]] = [(0.0, 0, [])]
     for stop in range(1, length + 1):
-        found = []
+        cuts = []
         for (start, end), several in ways.items():
             if end == stop:
                 cost, saved, cut = reached[start]
@@ -89,6 +89,6 @@ def _cut(length: int, ways: Ways, price: float) -> tuple[Chosen, int]:
                     taken = [min(part, key=lambda o: (o.damage - price * o.saved, -o.saved)) for part in way]
                     more = sum(one.saved for one in taken)
                     spent = sum(one.damage for one in taken) - price * more
-                    found.append((cost + spent, saved + more, [*cut, ((start, stop), index)]))
-        reached.append(min(found, key=lambda one: (one[0], -one[1])))
+                    cuts.append((cost + spent, saved + more, [*cut, ((start, stop), index)]))
+        reached.append(min(cuts, key=lambda one: (one[0], -one[1])))
     return reached[-1][2], reached[-1][1]

@@ -39,7 +39,7 @@ def parity(ids_NT: NDArray[np.int64], reference_NTV: NDArray[np.float32], found_
     return Parity(difference, abs(_cross_entropy(ids_NT, found_NTV) - _cross_entropy(ids_NT, reference_NTV)))
 
 
-def require_parity(found: Parity, what: str) -> None:
+def require_parity(differences: Parity, what: str) -> None:
     """Raise unless two executions agree.
 
     Args:
@@ -50,17 +50,17 @@ def require_parity(found: Parity, what: str) -> None:
         StageError: a difference is beyond its limit, or a logit is not finite.
     """
     # Written so that a NaN fails.
-    if not found.logit_difference <= LOGIT_LIMIT:
+    if not differences.logit_difference <= LOGIT_LIMIT:
         raise StageError(
             f"{what} differ in their logits",
-            measured=f"{found.logit_difference:.3g} standard deviations",
+            measured=f"{differences.logit_difference:.3g} standard deviations",
             limit=LOGIT_LIMIT,
             remedy="Report it with the checkpoint's config.json: the graph does not compute this model.",
         )
-    if not found.cross_entropy_difference <= CROSS_ENTROPY_LIMIT:
+    if not differences.cross_entropy_difference <= CROSS_ENTROPY_LIMIT:
         raise StageError(
             f"{what} differ in cross-entropy",
-            measured=f"{found.cross_entropy_difference:.3g} nats a token",
+            measured=f"{differences.cross_entropy_difference:.3g} nats a token",
             limit=CROSS_ENTROPY_LIMIT,
             remedy="Report it with the checkpoint's config.json: the graph does not compute this model.",
         )

@@ -98,8 +98,8 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
     Raises:
         StageError: so much cannot go, or an activation is not finite.
     """
-    found, total = anatomy.blocks(model), anatomy.block_parameters(model)
-    if any(block.stack != "decoder" for block in found):
+    every, total = anatomy.blocks(model), anatomy.block_parameters(model)
+    if any(block.stack != "decoder" for block in every):
         raise StageError(
             f"{type(model).__name__} has an encoder: what it predicts next cannot choose its blocks",
             remedy="Prune its weights by `magnitude`, or give a causal language model.",
@@ -118,7 +118,7 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
         gone=dropped,
     )
     drop_blocks(model, dropped)
-    progress.note(f"blocks {', '.join(map(str, dropped))} of {len(found)} went")
+    progress.note(f"blocks {', '.join(map(str, dropped))} of {len(every)} went")
     name = "kl_without" if asked.by == "loss" else "influence"
     return [{"block": one.block, "kept": False, name: one.cost} for one in gone] + rows
 

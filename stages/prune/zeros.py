@@ -93,7 +93,7 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     Raises:
         StageError: a map stands on a basis: its factors' zeros would not be the map's.
     """
-    found: dict[str, nn.Linear] = {}
+    maps: dict[str, nn.Linear] = {}
     for block in anatomy.blocks(model):
         for inner, one in anatomy.maps(block).items():
             path = f"{block.name}.{inner}"
@@ -101,8 +101,8 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
                 raise StageError(
                     f"{path} is no dense map", remedy="Prune single weights before sharing or factorizing."
                 )
-            found[path] = one
-    return found
+            maps[path] = one
+    return maps
 
 
 def keepers(model: PreTrainedModel, how: How, shares: Mapping[str, float]) -> dict[str, tuple[Keep, int]]:

@@ -77,22 +77,22 @@ def decided(model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor, how: H
         StageError: fewer than two windows, an activation is not finite, or INT8 ranges cannot be moved past a tied
             tensor.
     """
-    found = {site.name: site for site in sites(model) if any(name in names for name in site.readers)}
+    decisions = {site.name: site for site in sites(model) if any(name in names for name in site.readers)}
     places: dict[int, list[nn.Module]] = {}
     for one in model.modules():
         places.setdefault(id(getattr(one, "weight", None)), []).append(one)
     maps = {
         site.name: [one for reader in site.readers.values() for one in places[id(reader.weight)]]
-        for site in found.values()
+        for site in decisions.values()
     }
     if how.form == "int8" and how.smoothing != (0.0,):
-        for site in found.values():
+        for site in decisions.values():
             _check_movable(site, places)
     worths = worth(model, ids_NT[:1, :WORTH_TOKENS])
     made = []
     for name, seen in observed(model, maps, ids_NT, rows=ROWS):
-        made.append(_decide(found[name], seen, how, worths))
-        for reader in found[name].readers.values():
+        made.append(_decide(decisions[name], seen, how, worths))
+        for reader in decisions[name].readers.values():
             forget(reader.weight)
     return _spare(made, how.keep)
 

@@ -48,7 +48,7 @@ def measured(
     Raises:
         StageError: the architecture's maps have no roles that are known.
     """
-    found: dict[str, list[Option]] = {}
+    options: dict[str, list[Option]] = {}
     roles = [role for role in anatomy.roles(anatomy.blocks(model)[0]) if role in SITES]
     for block, statistics in sensitivities(model, ids_NT, roles, folder, advanced):
         for role, one in anatomy.projections(block).items():
@@ -57,11 +57,11 @@ def measured(
             w_OI = one.weight.detach()
             losses = [_loss(w_OI, form, statistics.moments[SITES[role]], statistics.gradients[role]) for form in forms]
             sizes = [bits(form, one.in_features, one.out_features) for form in forms]
-            found[f"{block.name}.{anatomy.path(role, block)}"] = [
+            options[f"{block.name}.{anatomy.path(role, block)}"] = [
                 Option(sizes[0] - sizes[place], max(0.0, losses[place] - losses[0]), place)
                 for place in range(1, len(forms))
             ]
-    return dict(sorted(found.items()))
+    return dict(sorted(options.items()))
 
 
 def under_bits(parts: Parts, model: PreTrainedModel, forms: Sequence[Precision], most: float) -> dict[str, Precision]:

@@ -79,8 +79,8 @@ def fold(site: Site, factor_F: Tensor) -> None:
 
 def _of_block(block: Block) -> Iterator[Site]:
     maps = projections(block)
-    for role, found in maps.items():
-        if isinstance(found, ResidualLinear):
+    for role, movable in maps.items():
+        if isinstance(movable, ResidualLinear):
             raise StageError(
                 f"{block.name}.{path(role)} is the sum of two maps, between which no range can be moved",
                 remedy="Take a scheme that leaves inputs as they are: int8_weight_only or int4_weight_only.",
@@ -92,10 +92,10 @@ def _of_block(block: Block) -> Iterator[Site]:
         readers = {_reading_path(block, role, maps[role]): _reading(maps[role])}
         index_I = _shared_heads(block, maps["v"], readers) if source == "v" else None
         yield _site(block, (_writing(maps[source]),), readers, index_I)
-    for role, found in maps.items():
-        if isinstance(found, SharedLinear):
+    for role, movable in maps.items():
+        if isinstance(movable, SharedLinear):
             name = f"{block.name}.{path(role)}.coefficient"
-            yield _site(block, (found.basis,), {name: found.coefficient})
+            yield _site(block, (movable.basis,), {name: movable.coefficient})
 
 
 def _site(
@@ -136,14 +136,14 @@ def _tensors(site: Site) -> set[tuple[str, int]]:
     return written | {("reads", id(reader.weight)) for reader in site.readers.values()}
 
 
-def _union(found: list[Site]) -> Site:
-    writers = {id(writer): writer for site in found for writer in site.writers}
+def _union(joined: list[Site]) -> Site:
+    writers = {id(writer): writer for site in joined for writer in site.writers}
     readers: dict[str, nn.Linear] = {}
     known: set[int] = set()
-    for site in found:
+    for site in joined:
         for name, reader in site.readers.items():
             if id(reader.weight) not in known:
                 known.add(id(reader.weight))
                 readers[name] = reader
-    first = found[0]
-    return Site(first.name, min(site.block for site in found), tuple(writers.values()), readers, first.index_I)
+    first = joined[0]
+    return Site(first.name, min(site.block for site in joined), tuple(writers.values()), readers, first.index_I)

@@ -110,17 +110,17 @@ def _writes(block: Block, role: str, found: nn.Module) -> Iterator[Use]:
         yield Use(path, one, "writes")
 
 
-def _ends(path: str, found: nn.Module, end: str) -> Iterator[tuple[str, nn.Module]]:
+def _ends(path: str, module: nn.Module, end: str) -> Iterator[tuple[str, nn.Module]]:
     """The dense maps with which a map reads (`basis`) or writes (`coefficient`)."""
-    if isinstance(found, ResidualLinear):
-        yield from _ends(f"{path}.dense", found.dense, end)
-        yield from _ends(f"{path}.low", found.low, end)
-    elif isinstance(found, SharedLinear):
-        yield from _ends(f"{path}.{end}", found.get_submodule(end), end)
-    elif isinstance(found, nn.Linear):
-        yield path, found
+    if isinstance(module, ResidualLinear):
+        yield from _ends(f"{path}.dense", module.dense, end)
+        yield from _ends(f"{path}.low", module.low, end)
+    elif isinstance(module, SharedLinear):
+        yield from _ends(f"{path}.{end}", module.get_submodule(end), end)
+    elif isinstance(module, nn.Linear):
+        yield path, module
     else:
-        raise StageError(f"{path} is no dense map", measured=type(found).__name__, remedy="Rotate before quantizing.")
+        raise StageError(f"{path} is no dense map", measured=type(module).__name__, remedy="Rotate before quantizing.")
 
 
 def _check(model: PreTrainedModel, uses: Sequence[Use]) -> None:

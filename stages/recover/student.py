@@ -166,18 +166,18 @@ def held_out(teacher: Apart, name: str, ids_NT: Tensor) -> HeldOut:
 @torch.no_grad()
 def score(made: Learner, held: Sequence[HeldOut]) -> dict[str, Score]:
     """How near the student is to the teacher on each held-out text."""
-    found: dict[str, Score] = {}
-    for one in held:
+    scores: dict[str, Score] = {}
+    for text in held:
         total, count = torch.zeros(2), 0
-        labels_NT, counted_NT = made.student.labels(one.ids_NT), made.student.counted(one.ids_NT)
-        for n, ids_1T in enumerate(one.ids_NT.split(1)):
+        labels_NT, counted_NT = made.student.labels(text.ids_NT), made.student.counted(text.ids_NT)
+        for n, ids_1T in enumerate(text.ids_NT.split(1)):
             at = counted_NT[n]
-            student_MH, teacher_MH = made.student.hidden(ids_1T)[0][at], one.teacher_NTH[n][at]
+            student_MH, teacher_MH = made.student.hidden(ids_1T)[0][at], text.teacher_NTH[n][at]
             sides = compared(made.student.head, made.teacher.head, student_MH, teacher_MH, labels_NT[n][at])
             total, count = total + torch.stack([side_M.sum() for side_M in sides]), count + len(student_MH)
         kl, excess = (total / count).tolist()
-        found[one.name] = Score(kl, excess)
-    return found
+        scores[text.name] = Score(kl, excess)
+    return scores
 
 
 def last_score(record: Record, held: Sequence[HeldOut]) -> dict[str, Score]:

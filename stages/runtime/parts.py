@@ -25,15 +25,15 @@ FOLDER = f"{PARTIAL}/parts"
 def gaps(count: int, present: Iterable[range], size: int) -> list[range]:
     """What of `range(count)` lies in no range of `present`, in order, in ranges of at most `size` units."""
     have = {unit for span in present for unit in range(span.start, min(span.stop, count))}
-    found: list[range] = []
+    spans: list[range] = []
     for unit in range(count):
         if unit in have:
             continue
-        if found and found[-1].stop == unit and len(found[-1]) < size:
-            found[-1] = range(found[-1].start, unit + 1)
+        if spans and spans[-1].stop == unit and len(spans[-1]) < size:
+            spans[-1] = range(spans[-1].start, unit + 1)
         else:
-            found.append(range(unit, unit + 1))
-    return found
+            spans.append(range(unit, unit + 1))
+    return spans
 
 
 def keep(folder: Path, span: range, data: bytes) -> None:

@@ -41,7 +41,8 @@ def result(passed: bool = True, run: str = "r1") -> RunResult:
                 **made,
             ),
             StepResult(
-                name="validate-cpu-text", stage="validate", kind=Kind.REPORT, metrics={"perplexity": 21.7}, **made
+                name="validate-cpu-text", stage="validate", kind=Kind.REPORT, metrics={"perplexity": 21.7},
+                measures="cpu", corpus="text", **made
             ),
         ],
         gates=[

@@ -92,18 +92,18 @@ def stacks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     Raises:
         StageError: there is none, or the blocks of one are of several classes.
     """
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in lists):
             continue
         if len(module) and all(sum(map(is_map, one.modules())) > 1 for one in module):
             if len({type(one) for one in module}) > 1:
                 kinds = ", ".join(sorted({type(one).__name__ for one in module}))
                 raise StageError(f"the blocks of {path} are not of one kind", measured=kinds, limit=1)
-            found[path] = module
-    if not found:
+            lists[path] = module
+    if not lists:
         raise StageError(f"{type(model).__name__} has no stack of blocks that is understood")
-    return found
+    return lists
 
 
 def blocks(model: PreTrainedModel) -> list[Block]:

@@ -44,16 +44,16 @@ def maps_of(block: nn.Module, name: str) -> dict[str, nn.Module]:
     Raises:
         StageError: a matrix of the block belongs to no linear map.
     """
-    found: dict[str, nn.Module] = {}
+    maps: dict[str, nn.Module] = {}
     for path, module in block.named_modules(remove_duplicate=False):
-        if is_map(module) and not any(path.startswith(f"{outer}.") for outer in found):
-            found[path] = module
-    inside = tuple(f"{path}." for path in found)
+        if is_map(module) and not any(path.startswith(f"{outer}.") for outer in maps):
+            maps[path] = module
+    inside = tuple(f"{path}." for path in maps)
     for path, tensor in block.named_parameters():
         owner = block.get_submodule(path.rpartition(".")[0])
         if tensor.dim() > 1 and not path.startswith(inside) and not isinstance(owner, nn.Embedding):
             raise StageError(f"{name}.{path} belongs to no linear map", measured=type(owner).__name__)
-    return found
+    return maps
 
 
 def roles_of(block: nn.Module, name: str) -> dict[str, str]:
@@ -62,17 +62,17 @@ def roles_of(block: nn.Module, name: str) -> dict[str, str]:
     Raises:
         StageError: a map has no role that is known, two have the same one, or one is missing.
     """
-    found: dict[str, str] = {}
+    by_role: dict[str, str] = {}
     for where in maps_of(block, name):
         role = _role(where)
-        if role is None or role in found:
+        if role is None or role in by_role:
             raise StageError(f"{name}.{where} is not understood", measured="its role" if role is None else role)
-        found[role] = where
-    attention = {"qkv", "o"} if "qkv" in found else {"q", "k", "v", "o"}
-    needed = attention | {"up", "down"} | ({CROSS + role for role in "qkvo"} if CROSS + "q" in found else set())
-    if missing := sorted(needed - found.keys()):
-        raise StageError(f"{name} has no {missing[0]}: this block is not understood", measured=", ".join(found))
-    return {role: found[role] for role in _ORDERED if role in found}
+        by_role[role] = where
+    attention = {"qkv", "o"} if "qkv" in by_role else {"q", "k", "v", "o"}
+    needed = attention | {"up", "down"} | ({CROSS + role for role in "qkvo"} if CROSS + "q" in by_role else set())
+    if missing := sorted(needed - by_role.keys()):
+        raise StageError(f"{name} has no {missing[0]}: this block is not understood", measured=", ".join(by_role))
+    return {role: by_role[role] for role in _ORDERED if role in by_role}
 
 
 def _role(where: str) -> str | None:

@@ -181,7 +181,7 @@ def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:
     """
     model.requires_grad_(False)
     blocks, calls, x_NTH = anatomy.blocks(model), arguments(model, ids_NT.shape[1]), embedded(model, ids_NT)
-    inputs, found = list[Tensor](), dict[str, float]()
+    inputs, nats = list[Tensor](), dict[str, float]()
     for block, kwargs in zip(blocks, calls, strict=True):
         inputs.append(x_NTH)
         x_NTH = run(block, x_NTH, kwargs)
@@ -192,11 +192,11 @@ def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:
         def see(role: str, y: Tensor, g: Tensor, block: Block = block) -> None:
             size_T = y.flatten(0, -2).float().square().sum(1)
             path = f"{block.name}.{anatomy.path(role, block)}"
-            found[path] = found.get(path, 0.0) + float(g.float().square().mean() * size_T.median()) / 2 / len(ids_NT)
+            nats[path] = nats.get(path, 0.0) + float(g.float().square().mean() * size_T.median()) / 2 / len(ids_NT)
 
         g_NTH = _graded(block, inputs.pop(), g_NTH, kwargs, list(anatomy.projections(block)), see)
         release(block.module)
-    return found
+    return nats
 
 
 def _backward(

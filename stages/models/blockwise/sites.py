@@ -77,7 +77,7 @@ def added_to(block: Block, paths: Iterable[str], x_1TH: Tensor, kwargs: Mapping[
     Each map's output is shifted in a run of its own; where a tensor shifts by just as much, the map is a summand.
     """
     plain = _sums(block, x_1TH, kwargs)
-    found: dict[str, str] = {}
+    added: dict[str, str] = {}
     for path in paths:
         module = block.module.get_submodule(path)
         if module.out_features != x_1TH.shape[-1]:
@@ -87,9 +87,9 @@ def added_to(block: Block, paths: Iterable[str], x_1TH: Tensor, kwargs: Mapping[
             shifted = _sums(block, x_1TH, kwargs)
         for where, before in plain.items():
             if torch.allclose(shifted[where] - before, shift_H.expand_as(before), atol=float(shift_H.max()) * 1e-2):
-                found[path] = where
+                added[path] = where
                 break
-    return found
+    return added
 
 
 @contextmanager

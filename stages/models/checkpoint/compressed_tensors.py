@@ -257,28 +257,28 @@ def _scheme(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     return arguments.get("num_bits"), arguments.get("type"), arguments.get("strategy")
 
 
-def _ours(name: str, found: Mapping[str, Tensor], entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    if any(found[key].any() for key in _ZEROS if key in found):
+def _ours(name: str, theirs: Mapping[str, Tensor], entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    if any(theirs[key].any() for key in _ZEROS if key in theirs):
         raise _unknown(f"the zero point of {name}", "a value that is not 0")
     (outputs, inputs), form = entry["shape"], quantized_linear.FORMS[entry["format"]]
-    packed = found.get("weight_packed")
-    scale = found["weight_scale"]
+    packed = theirs.get("weight_packed")
+    scale = theirs["weight_scale"]
     if entry["block"] is None:
         scale = scale.float().flatten().expand(outputs).contiguous()
     elif form.name == "int4" and scale.dtype != form.scale:
         scale = scale.float()
     made = {"weight_scale": scale}
     if packed is None:
-        made["weight"] = found["weight"]
+        made["weight"] = theirs["weight"]
     elif packed.dtype == torch.int32:
         q_OI = unpack(packed, form.bits, inputs)
         made["weight"] = quantized_linear.pack_int4(q_OI) if form.bits == 4 else q_OI
     else:
         made["weight"] = packed
-    if "input_scale" in found:
-        made["input_scale"] = found["input_scale"].float().reshape(())
-    if "weight_global_scale" in found:
-        made["weight_scale_2"] = found["weight_global_scale"].float().reshape(()).reciprocal()
+    if "input_scale" in theirs:
+        made["input_scale"] = theirs["input_scale"].float().reshape(())
+    if "weight_global_scale" in theirs:
+        made["weight_scale_2"] = theirs["weight_global_scale"].float().reshape(()).reciprocal()
     return made
 
 

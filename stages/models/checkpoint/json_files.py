@@ -19,16 +19,16 @@ def read_json(path: Path, *, optional: bool = False, absent: StageError | None =
     if optional and not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise absent or StageError(
             f"{path.parent.name} has no {path.name}", remedy="Give a checkpoint in Hugging Face layout."
         ) from error
     except ValueError as error:
         raise StageError(f"{path.name} is not JSON", measured=str(error)) from error
-    if not isinstance(found, dict):
-        raise StageError(f"{path.name} is no JSON object", measured=type(found).__name__)
-    return found
+    if not isinstance(value, dict):
+        raise StageError(f"{path.name} is no JSON object", measured=type(value).__name__)
+    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

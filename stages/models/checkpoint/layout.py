@@ -206,19 +206,19 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 def check_headers(folder: Path, weights: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """All tensors of a checkpoint's files, each declared once and where the index says."""
-    found: dict[str, dict[str, Any]] = {}
+    headers: dict[str, dict[str, Any]] = {}
     placed: dict[str, str] = {}
     for name, path in weights.items():
         for tensor, entry in read_header(path).items():
-            if tensor in found:
+            if tensor in headers:
                 raise StageError(f"tensor {tensor} stands in {placed[tensor]} and {name}", remedy="Keep one of them.")
-            found[tensor], placed[tensor] = entry, name
+            headers[tensor], placed[tensor] = entry, name
     index = folder / INDEX
     if index.is_file():
         for tensor, name in _weight_map(index).items():
             if placed.get(tensor) != name:
                 raise StageError(f"{INDEX} places tensor {tensor} in {name}, which does not hold it", remedy=_SAFE)
-    return found
+    return headers
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:

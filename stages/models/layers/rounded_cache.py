@@ -208,7 +208,7 @@ def attentions(model: PreTrainedModel) -> dict[int, str]:
     cache = getattr(answer, "past_key_values", None)
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
     paths = {id(module): path for path, module in model.named_modules()}
-    found = {}
+    attention_paths = {}
     for block in blocks:
         inside = {id(module) for module in block.module.modules()}
         here = [call for call in calls if id(call[0]) in inside]
@@ -219,8 +219,8 @@ def attentions(model: PreTrainedModel) -> dict[int, str]:
                 limit="one, of the keys and values that the cache holds",
                 remedy="Set `kv_cache: keep`.",
             )
-        found[block.index] = paths[id(here[0][0])]
-    return found
+        attention_paths[block.index] = paths[id(here[0][0])]
+    return attention_paths
 
 
 def _cached(given: Sequence[Tensor], layers: Sequence[Any]) -> bool:

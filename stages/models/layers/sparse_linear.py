@@ -64,16 +64,16 @@ def filled(found: Mapping[str, Tensor], outputs: int, inputs: int, bias: nn.Para
 
 def check(model: nn.Module) -> None:
     """Raise StageError where positions and values of a sparse map do not belong together."""
-    for path, one in model.named_modules():
-        if isinstance(one, SparseLinear):
+    for path, layer in model.named_modules():
+        if isinstance(layer, SparseLinear):
             try:
-                found = int(positions.decoded(dict(one.named_buffers()), one.out_features, one.in_features).sum())
+                found = int(positions.decoded(dict(layer.named_buffers()), layer.out_features, layer.in_features).sum())
             except ValueError as error:
                 raise StageError(f"{path} is damaged", measured=str(error)) from error
-            if found != len(one.values):
+            if found != len(layer.values):
                 raise StageError(
                     f"{path} has positions for another number of values",
                     measured=found,
-                    limit=len(one.values),
+                    limit=len(layer.values),
                     remedy="Make the checkpoint again.",
                 )

@@ -86,15 +86,15 @@ def looped(model: PreTrainedModel, ids_NT: Tensor, group: int, keep: float, part
 
 def _loops(model: PreTrainedModel, ids_NT: Tensor, group: int, folder: Path, progress: Progress) -> list[Loop]:
     """Every group of neighbours and every role, in order of the blocks; groups are counted from the first block."""
-    found: list[Loop] = []
+    loops: list[Loop] = []
     waiting: list[tuple[Block, Statistics]] = []
     for block, statistics in sensitivities(model, ids_NT, anatomy.ROLES, folder, Pass(progress, 0, 2).advanced):
         waiting.insert(0, (block, statistics))
         if block.index % group == 0:
             if len(waiting) > 1:
-                found = [loop for role in anatomy.ROLES if (loop := _loop(role, waiting))] + found
+                loops = [loop for role in anatomy.ROLES if (loop := _loop(role, waiting))] + loops
             waiting = []
-    return found
+    return loops
 
 
 def _loop(role: str, members: Sequence[tuple[Block, Statistics]]) -> Loop | None:

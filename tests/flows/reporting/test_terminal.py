@@ -106,3 +106,14 @@ def test_result_table_gives_a_judged_step_the_perplexity_of_its_measurement():
     gate = next(line for line in said.splitlines() if "perplexity / dense" in line)
     assert "1.2..1.41" in gate and "NO" in gate
     assert "not passed in 1 min 15 s" in said
+
+
+def test_result_table_gives_a_step_no_perplexity_of_one_whose_name_begins_like_it():
+    whole = result()
+    measured = next(step for step in whole.steps if step.measures)
+    other = measured.model_copy(update={"name": "validate-cpu-fast-text", "measures": "cpu-fast"})
+    stream = io.StringIO()
+    steps = [step for step in whole.steps if not step.measures]
+    show_result(whole.model_copy(update={"steps": [*steps, other]}), Console(file=stream, width=140))
+    cpu = next(line for line in stream.getvalue().splitlines() if line.startswith("│ cpu"))
+    assert "90.0 MB" in cpu and "21.7" not in cpu
