@@ -16,14 +16,13 @@ import numpy as np
 from flows.reporting.format import number
 from flows.results import GateResult
 from stages.measures.interval import Floats, Interval, bootstrap
+from stages.measures.table import MEASURES
 from stages.runtime.contract import StageError
 
 Report = Mapping[str, Any]
 
 CHAMPION = "champion"
 SIZE = "size_bytes"
-SCORES = {"perplexity": "nll", "kl_divergence": "kl", "top1_agreement": "agree"}
-"""Measure -> the per-document sum it is the mean of; perplexity is the mean's exponential."""
 
 
 class Gate(Protocol):
@@ -31,7 +30,7 @@ class Gate(Protocol):
 
     @property
     def measure(self) -> str:
-        """A key of SCORES, or `size_bytes`."""
+        """A key of MEASURES, or `size_bytes`."""
 
     @property
     def against(self) -> str | None:
@@ -96,8 +95,8 @@ _JUDGE_MORE = "Name an executed artifact and its corpora under `judge`, or take 
 
 
 def _artifacts(gate: Gate, sizes: Mapping[str, int], targets: Mapping[str, str | None]) -> list[str]:
-    if gate.measure != SIZE and gate.measure not in SCORES:
-        raise StageError(f"no gate can measure {gate.measure!r}", limit=", ".join((*SCORES, SIZE)))
+    if gate.measure != SIZE and gate.measure not in MEASURES:
+        raise StageError(f"no gate can measure {gate.measure!r}", limit=", ".join((*MEASURES, SIZE)))
     if gate.artifact is None:
         return [name for name, target in targets.items() if target or gate.measure == SIZE]
     if gate.measure == SIZE and gate.artifact not in sizes:
@@ -151,16 +150,16 @@ def _size(artifact: str, against: str | None, sizes: Mapping[str, int]) -> Inter
 
 def _interval(gate: Gate, artifact: str, corpus: str, reports: Mapping[tuple[str, str], Report]) -> Interval:
     ours = reports[artifact, corpus]
-    score = SCORES[gate.measure]
-    tokens_D, ours_D = _column(ours, "tokens", artifact), _column(ours, score, artifact)
+    measure = MEASURES[gate.measure]
+    tokens_D, ours_D = _column(ours, "tokens", artifact), _column(ours, measure.score, artifact)
     theirs_D = None
     if gate.against is not None:
         if (gate.against, corpus) not in reports:
             raise StageError(f"{gate.against} was not measured on {corpus}", remedy=f"Judge {gate.against} there too.")
         theirs = reports[gate.against, corpus]
         _check_paired(ours, theirs, f"{artifact} and {gate.against} on {corpus}")
-        theirs_D = _column(theirs, score, gate.against)
-    return bootstrap(tokens_D, ours_D, theirs_D, exponential=gate.measure == "perplexity")
+        theirs_D = _column(theirs, measure.score, gate.against)
+    return bootstrap(tokens_D, ours_D, theirs_D, exponential=measure.exponential)
 
 
 def _column(report: Report, score: str, artifact: str) -> Floats:

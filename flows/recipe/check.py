@@ -12,6 +12,7 @@ from flows.recipe.located_yaml import Fault
 from flows.recipe.located_yaml import Path as Field
 from flows.recipe.model import Gate, Judge, Recipe, RecipeError, Step
 from stages import STAGES, stage
+from stages.measures.table import MEASURES
 from stages.runtime.contract import Kind, StageError
 
 CHAMPION = "champion"
@@ -204,7 +205,7 @@ def _size_gate(recipe: Recipe, here: Field, gate: Gate) -> Iterator[Fault]:
 
 def _score_gate(recipe: Recipe, judge: Judge, here: Field, gate: Gate) -> Iterator[Fault]:
     executed = [name for name in judge.artifacts if executable_here(recipe.step(name))]
-    against = [CHAMPION, *executed] + ([judge.baseline] if gate.measure == "perplexity" else [])
+    against = [CHAMPION, *executed] + ([] if MEASURES[gate.measure].paired else [judge.baseline])
     for field, value, allowed, why in (
         ("measure", gate.measure, judge.measures, "is not measured"),
         ("artifact", gate.artifact, executed, "is not judged by execution here"),

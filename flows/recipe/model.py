@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, GetJsonSchemaHandler, model_validator
 from pydantic_core import core_schema
 
 from stages import STAGES, stage
+from stages.measures.table import MEASURES
 from stages.runtime.contract import Frozen, StageError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
@@ -19,11 +20,14 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 Title = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 """The name of a recipe or a registered model; dots as in `qwen2.5`."""
 
-Score = Literal["perplexity", "kl_divergence", "top1_agreement"]
-"""What `validate` measures on text; `size_bytes` is a fact about the files."""
-
-SCORES: tuple[Score, ...] = ("perplexity", "kl_divergence", "top1_agreement")
-Measure = Literal["perplexity", "kl_divergence", "top1_agreement", "size_bytes"]
+if TYPE_CHECKING:
+    Score = str
+    Measure = str
+else:
+    # In the table's order: pydantic's errors and the JSON Schema list them.
+    Score = Literal[tuple(MEASURES)]
+    Measure = Literal[(*MEASURES, "size_bytes")]
+"""`validate` measures a score on text; `size_bytes` is a fact about the files."""
 
 
 class RecipeError(StageError):
@@ -68,7 +72,7 @@ class Judge(Frozen):
     artifacts: list[Name] = Field(min_length=1)
     baseline: Name
     corpora: list[Name] = Field(min_length=1)
-    measures: list[Score] = Field(default_factory=lambda: list(SCORES), min_length=1)
+    measures: list[Score] = Field(default_factory=lambda: list(MEASURES), min_length=1)
     split: Literal["calibrate", "train", "validate", "test"] = "test"
     window_tokens: int = Field(default=512, ge=2)
     windows: int | None = Field(default=None, ge=1)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flows.reporting.charts import curve_chart, interval_chart, steps_chart
 from flows.reporting.format import duration, short_number, short_size
 from flows.results import GateResult, RunResult, StepResult
+from stages.measures.table import MEASURES
 from stages.runtime.artifacts import BLOBS, Store
 from stages.runtime.contract import Manifest
 
@@ -71,6 +72,7 @@ def write_report(
         gates=[(gate, _gate_chart(gate)) for gate in result.gates],
         rows=rows,
         corpora=corpora,
+        measures={name: one.title or name for name, one in MEASURES.items()},
         measurements=[step for step in result.steps if step.kind == "report"],
         chart=steps_chart([(row.step.name, row.size_bytes, row.perplexity) for row in charted], corpora),
         curves={

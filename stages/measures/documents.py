@@ -9,29 +9,24 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NotRequired, TypedDict
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.measures.divergence import kl_divergence, top1_agreement
-from stages.measures.perplexity import negative_log_likelihood, perplexity
+from stages.measures.perplexity import perplexity
+from stages.measures.table import MEASURES, Measure
 from stages.runtime.contract import Metrics, StageError
 
 Predict = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Token ids [1, T] -> logits [1, T, V]."""
 
 
-class Document(TypedDict):
-    """Sums over a document's predicted tokens; `kl` and `agree` where there is a baseline."""
-
-    id: str
-    tokens: int
-    nll: float
-    kl: NotRequired[float]
-    agree: NotRequired[int]
+Document = dict[str, Any]
+"""`id`, `tokens`, and sums over the predicted tokens, each under its measure's key; some need a baseline."""
 
 
 def score_documents(
@@ -50,25 +45,44 @@ def score_documents(
     Raises:
         StageError: logits that are no distribution, or a baseline with another vocabulary.
     """
+    functions = {one: _function(one) for one in MEASURES.values()}
     for index, ids_T in enumerate(ids_NT, start=first):
-        window = ids_T[None].numpy()
+        window, next_T = ids_T[None].numpy(), ids_T[1:]
         # The last row predicts a token that nobody knows.
         logits_TV = torch.from_numpy(model(window)[0, :-1])
-        nll_T = negative_log_likelihood(logits_TV, ids_T[1:])
-        document: Document = {
-            "id": _id(name, index, ids_T),
-            "tokens": len(nll_T),
-            "nll": float(nll_T.sum()),
-        }
-        _check_finite(document["nll"], document, "the model")
+        document: Document = {"id": _id(name, index, ids_T), "tokens": len(next_T)}
+        for one in _scored(paired=False):
+            document[one.score] = _sum(one, functions[one](logits_TV, next_T), document, "the model")
         if baseline is not None:
             baseline_TV = torch.from_numpy(baseline(window)[0, :-1])
             if baseline_TV.shape != logits_TV.shape:
                 raise other_vocabulary(baseline_TV.shape[-1], logits_TV.shape[-1])
-            document["kl"] = float(kl_divergence(baseline_TV, logits_TV).sum())
-            document["agree"] = int(top1_agreement(baseline_TV, logits_TV).sum())
-            _check_finite(document["kl"], document, "the model or its baseline")
+            for one in _scored(paired=True):
+                values_T = functions[one](baseline_TV, logits_TV)
+                document[one.score] = _sum(one, values_T, document, "the model or its baseline")
         yield document
+
+
+def _scored(*, paired: bool) -> list[Measure]:
+    return [one for one in MEASURES.values() if one.paired == paired]
+
+
+def _function(measure: Measure) -> Callable[[Tensor, Tensor], Tensor]:
+    module, _, name = measure.function.partition(":")
+    found: Callable[[Tensor, Tensor], Tensor] = getattr(import_module(module), name)
+    return found
+
+
+def _sum(measure: Measure, values_T: Tensor, document: Document, whose: str) -> float | int:
+    score = float(values_T.sum())
+    if not math.isfinite(score):
+        raise StageError(
+            f"{whose} gave logits on document {document['id']} that are no distribution",
+            measured=score,
+            limit="finite",
+            remedy="Look for NaN or overflow in the step that made the model: judge its input checkpoint the same way.",
+        )
+    return int(score) if measure.count else score
 
 
 def read_documents(data: bytes, ids_NT: Tensor, name: str, *, first: int, paired: bool) -> list[Document] | None:
@@ -94,9 +108,9 @@ def read_documents(data: bytes, ids_NT: Tensor, name: str, *, first: int, paired
 
 def _typed(found: dict[str, Any], paired: bool) -> Document:
     # In this order: a report's bytes must not depend on where its documents were scored.
-    document: Document = {"id": str(found["id"]), "tokens": int(found["tokens"]), "nll": _finite(found["nll"])}
-    if paired:
-        document["kl"], document["agree"] = _finite(found["kl"]), int(found["agree"])
+    document: Document = {"id": str(found["id"]), "tokens": int(found["tokens"])}
+    for one in [*_scored(paired=False), *(_scored(paired=True) if paired else ())]:
+        document[one.score] = int(found[one.score]) if one.count else _finite(found[one.score])
     return document
 
 
@@ -111,18 +125,20 @@ def _id(name: str, index: int, ids_T: Tensor) -> str:
 
 
 def summary(documents: Sequence[Document]) -> Metrics:
-    """The token-weighted measures over all documents: perplexity and, with a baseline, kl_divergence, top1_agreement.
+    """The token-weighted measures over all documents: those without a baseline, and where there is one the others.
 
     Raises:
-        StageError: the perplexity is beyond float64.
+        StageError: a measure is beyond float64.
     """
     tokens = [document["tokens"] for document in documents]
-    measures = {"perplexity": perplexity([document["nll"] for document in documents], tokens)}
-    if not math.isfinite(measures["perplexity"]):
-        raise StageError("the perplexity is beyond float64", measured=measures["perplexity"], limit="finite")
-    if all("kl" in document for document in documents):
-        measures["kl_divergence"] = math.fsum(document["kl"] for document in documents) / sum(tokens)
-        measures["top1_agreement"] = sum(document["agree"] for document in documents) / sum(tokens)
+    measures: Metrics = {}
+    for name, one in MEASURES.items():
+        if not all(one.score in document for document in documents):
+            continue
+        sums = [document[one.score] for document in documents]
+        measures[name] = perplexity(sums, tokens) if one.exponential else math.fsum(sums) / sum(tokens)
+        if not math.isfinite(measures[name]):
+            raise StageError(f"the {name} is beyond float64", measured=measures[name], limit="finite")
     return measures
 
 
@@ -134,13 +150,3 @@ def other_vocabulary(theirs: int, ours: int) -> StageError:
         limit=f"the model's own {ours}",
         remedy="Name the checkpoint the model was made from as baseline, or judge without one.",
     )
-
-
-def _check_finite(score: float, document: Document, whose: str) -> None:
-    if not math.isfinite(score):
-        raise StageError(
-            f"{whose} gave logits on document {document['id']} that are no distribution",
-            measured=score,
-            limit="finite",
-            remedy="Look for NaN or overflow in the step that made the model: judge its input checkpoint the same way.",
-        )

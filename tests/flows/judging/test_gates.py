@@ -272,5 +272,11 @@ def test_module_reads_writes_and_asks_nothing():
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     ours = {name for name in modules if name and name.startswith(("flows", "stages"))}
-    assert ours == {"flows.reporting.format", "flows.results", "stages.measures.interval", "stages.runtime.contract"}
+    assert ours == {
+        "flows.reporting.format",
+        "flows.results",
+        "stages.measures.interval",
+        "stages.measures.table",
+        "stages.runtime.contract",
+    }
     assert not modules & {"pathlib", "os", "time", "random", "mlflow", "prefect", "torch"}
