@@ -93,7 +93,7 @@ def look(prefix: Prefix, say: Callable[[str], None]) -> dict[str, Sighting]:
 
 def _opened(uri: str) -> Objects:
     if uri.startswith("s3://"):
-        from stages.adapters.s3 import S3Objects
+        from stages.adapters.s3_store import S3Objects
 
         return S3Objects(uri)
     if "://" in uri and not uri.startswith("file://"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -23,29 +26,34 @@ def connect(uri: str, scratch: Path | None = None) -> Store:
     """Open a store.
 
     Args:
-        uri: a folder, a file:// URI or s3://bucket/prefix.
-        scratch: folder for drafts, views and downloads; by default `state` inside a local store, or below
+        uri: a folder, a file:// URI, or the URI of a store of `stages/adapters`, such as s3://bucket/prefix.
+        scratch: folder for drafts, views and downloads; by default `state` inside a store on this machine, or below
             $ENGINERY_HOME (~/.enginery) for a remote one.
 
     Raises:
         StageError: the scheme is unknown, or one may not write there.
     """
-    parts = urlsplit(uri)
-    objects: Objects
-    if parts.scheme in ("", "file"):
-        root = Path(unquote(parts.path) if parts.scheme else uri).expanduser().absolute()
-        objects = LocalObjects(root)
-        scratch = scratch or root / "state"
-    elif parts.scheme == "s3":
-        from stages.adapters.s3 import S3Objects
-
-        objects = S3Objects(uri)
+    objects = _objects(uri)
+    if scratch is None and objects.remote:
         home = Path(os.environ.get("ENGINERY_HOME") or Path.home() / ".enginery")
-        scratch = scratch or home / "scratch" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    else:
-        raise StageError(f"no store speaks {parts.scheme}://", limit="a folder, file:// or s3://")
+        scratch = home / "scratch" / hashlib.sha256(uri.encode()).hexdigest()[:16]
     objects.probe()
-    return Store(objects, scratch)
+    return Store(objects, scratch or Path(unquote(urlsplit(objects.uri).path)) / "state")
+
+
+def _objects(uri: str) -> Objects:
+    """What `open_store` of the file named after the URI's scheme opens; a folder needs none."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file"):
+        return LocalObjects(Path(unquote(parts.path) if parts.scheme else uri).expanduser().absolute())
+    module = f"stages.adapters.{parts.scheme}_store"
+    # A scheme may hold dots, which would name a module elsewhere.
+    if not re.fullmatch("[a-z0-9]+", parts.scheme) or find_spec(module) is None:
+        known = sorted(f"{path.stem.removesuffix('_store')}://" for path in Path(__file__).parent.glob("*_store.py"))
+        *most, last = ["file://", *known]
+        raise StageError(f"no store speaks {parts.scheme}://", limit=f"a folder, {', '.join(most)} or {last}")
+    found: Objects = import_module(module).open_store(uri)
+    return found
 
 
 class FilePins:

@@ -1,4 +1,4 @@
-"""Where sealed bytes live: keyed objects on a disk. S3 has the same face in `stages.adapters.s3`."""
+"""Where sealed bytes live: keyed objects on a disk. Others of the same face are `stages/adapters/*_store.py`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Objects(Protocol):
 
     uri: str
     remote: bool
-    """Whether bytes cross a network on their way."""
+    """Whether bytes cross a network; otherwise the URI names a folder here, where a run's scratch lies too."""
 
     def probe(self) -> None:
         """Raise StageError when one may not write here, or conditional put does not work."""

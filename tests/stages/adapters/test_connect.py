@@ -38,10 +38,11 @@ def test_scratch_lies_where_it_is_asked_for(tmp_path):
     assert connect(str(tmp_path / "store"), tmp_path / "scratch").scratch == tmp_path / "scratch"
 
 
-def test_unknown_scheme_is_refused_with_what_is_allowed():
-    with pytest.raises(StageError, match="no store speaks gopher://") as caught:
-        connect("gopher://there/store")
-    assert "s3://" in caught.value.limit
+@pytest.mark.parametrize("scheme", ["gopher", "s3.bucket", "a-b", "connect"])
+def test_unknown_scheme_is_refused_with_what_is_allowed(scheme):
+    with pytest.raises(StageError, match=f"no store speaks {scheme}://") as caught:
+        connect(f"{scheme}://there/store")
+    assert caught.value.limit == "a folder, file:// or s3://"
 
 
 def test_store_that_cannot_be_made_is_refused_with_a_remedy(tmp_path):

@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 
 from stages.adapters import s3_client, s3_multipart
 from stages.adapters.connect import connect
-from stages.adapters.s3 import S3Objects
+from stages.adapters.s3_store import S3Objects
 from stages.adapters.s3_client import client, parse
 from stages.runtime import transfers
 from stages.runtime.contract import PARTIAL, Unavailable

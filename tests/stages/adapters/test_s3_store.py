@@ -11,7 +11,7 @@ import pytest
 
 from stages.adapters import s3_client, s3_multipart, s3_source
 from stages.adapters.connect import FilePins, connect
-from stages.adapters.s3 import S3Objects
+from stages.adapters.s3_store import S3Objects
 from stages.adapters.sources import Wanted, open_source, pin_source
 from stages.runtime.contract import StageError, Unavailable
 from stages.runtime.fingerprint import digest_bytes, digest_tree

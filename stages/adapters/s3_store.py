@@ -11,7 +11,12 @@ from botocore.exceptions import ClientError
 from stages.adapters import s3_multipart
 from stages.adapters.s3_client import client, fetch_object, listed, parse, spoken, status_of
 from stages.runtime.contract import StageError
-from stages.runtime.stores import Moved, ObjectStat, unheard
+from stages.runtime.stores import Moved, Objects, ObjectStat, unheard
+
+
+def open_store(uri: str) -> Objects:
+    """The store at s3://bucket/prefix."""
+    return S3Objects(uri)
 
 
 class S3Objects:
