@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from stages.adapters.backends import backend, module_of, processor_targets
+from stages.measures.table import MEASURES
 from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 from stages.runtime.execute import device_name
 from stages.runtime.parts import FOLDER, gaps, keep, kept
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.measures.documents import Document
+
+TORCH = "torch:cpu"
+if TYPE_CHECKING:
+    Target = str
+else:
+    Target = Literal[(TORCH, *processor_targets())]
 
 KEPT_DOCUMENTS = 8
 """A run that was killed computes at most so many documents again."""
@@ -36,17 +44,24 @@ class ValidateParams(Params):
     split: Literal["calibrate", "train", "validate", "test"] = "test"
     window_tokens: int = Field(512, ge=2)
     windows: int | None = Field(None, ge=1)
-    target: Literal["torch:cpu", "onnxruntime:cpu"] = "torch:cpu"
+    target: Target = TORCH
 
 
 def executed_on(params: ValidateParams) -> dict[str, str]:
     """The machine and library that the scores are a fact about."""
-    library = params.target.partition(":")[0]
+    name = params.target.partition(":")[0]
+    library = name if params.target == TORCH else backend(name).library
     return {
         "target": params.target,
         "device": device_name(),
         "runtime": f"{library} {importlib.metadata.version(library)}",
     }
+
+
+def chosen_code(params: ValidateParams) -> tuple[str, ...]:
+    """The modules of the measures and of the backend."""
+    measures = (one.function.partition(":")[0] for one in MEASURES.values())
+    return (*measures, *(() if params.target == TORCH else (module_of(params.target.partition(":")[0]),)))
 
 
 def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
@@ -199,5 +214,6 @@ VALIDATE = Stage(
     image=Image.TORCH,
     run=validate,
     executed_on=executed_on,
+    uses=chosen_code,
     divided=Divided(count=count_windows, part=score_part),
 )

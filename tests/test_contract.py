@@ -128,7 +128,11 @@ def test_no_param_speaks_of_devices_paths_minutes_credentials_or_workers(definit
 def test_work_has_code_of_its_own_and_pinned_libraries(definition):
     made = example(definition)
     work = work_of(definition, made, {})
-    assert work.code == code_digest(module_of(definition.name))
+    used = definition.uses(made) if definition.uses else ()
+    assert work.code == code_digest(module_of(definition.name), *used)
+    # What the params choose counts: a changed measure or backend is other work.
+    assert bool(used) == (definition.name in ("compile", "validate"))
+    assert (work.code != code_digest(module_of(definition.name))) == bool(used)
     assert work.requires
     assert bool(work.executor) == (definition.name == "validate")
 

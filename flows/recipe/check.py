@@ -118,7 +118,7 @@ def _output(step: Step) -> Kind | None:
 
 def _precisions(recipe: Recipe) -> Iterator[Fault]:
     """What no builder can build for an architecture: known here, before an engine is built for minutes."""
-    from stages.adapters.targets import refuse_impossible
+    from stages.adapters.backends import refuse_impossible
 
     for index, step in enumerate(recipe.steps):
         if step.stage != "compile":

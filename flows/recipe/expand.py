@@ -9,6 +9,7 @@ from typing import Any
 
 from flows.recipe.model import Judge, Recipe, Step
 from stages import stage
+from stages.adapters.backends import GRAPHS_BACKEND, backend
 from stages.runtime.contract import Kind
 
 
@@ -51,7 +52,7 @@ def expanded(recipe: Recipe) -> Expanded:
 
 def executable_here(step: Step) -> bool:
     """Whether the artifact of a step can be executed by the runtimes of this machine without a GPU."""
-    return step.stage != "compile" or step.params.get("backend") == "onnxruntime"
+    return step.stage != "compile" or not backend(step.params["backend"]).architectures
 
 
 def upstream(recipe: Recipe, name: str) -> set[str]:
@@ -96,9 +97,16 @@ def _measurements(recipe: Recipe, judge: Judge) -> Iterator[PlannedStep]:
 
 
 def _measurement(judge: Judge, step: Step, corpus: str, *, against: bool = False, traced: bool = False) -> PlannedStep:
-    artifact, target = step.name, "torch:cpu" if stage(step.stage).output is Kind.CHECKPOINT else "onnxruntime:cpu"
-    params: dict[str, Any] = {"split": judge.split, "window_tokens": judge.window_tokens, "target": target}
+    artifact = step.name
+    params: dict[str, Any] = {"split": judge.split, "window_tokens": judge.window_tokens, "target": _target(step)}
     if judge.windows is not None:
         params["windows"] = judge.windows
     inputs = {"model": artifact, "text": corpus} | ({"baseline": judge.baseline} if against else {})
     return PlannedStep(measurement_name(artifact, corpus), "validate", inputs, params, artifact, corpus, traced)
+
+
+def _target(step: Step) -> str:
+    """What executes the artifact of a step here."""
+    if stage(step.stage).output is Kind.CHECKPOINT:
+        return "torch:cpu"
+    return f"{step.params['backend'] if step.stage == 'compile' else GRAPHS_BACKEND}:cpu"

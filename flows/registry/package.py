@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.tracking.connect import Tracking, answered, quiet
+from stages.adapters.backends import GRAPHS_BACKEND, backend, module_of
 from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 SERVED = Path(__file__).with_name("served.py")
 FACE = "stages.serving.engine"
-"""The module that opens an engine; it and what it imports travel."""
-REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pydantic", "tokenizers")
+"""The module that opens an engine; it, the engine's backend and what they import travel."""
+REQUIREMENTS = ("mlflow", "numpy", "pydantic", "tokenizers")
+"""Beside the library that executes the engine."""
 PACKAGE = "enginery.package"
 
 
@@ -36,7 +38,7 @@ def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, 
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     with tempfile.TemporaryDirectory(prefix="enginery-model-") as scratch, answered(tracking.uri):
-        code = travelling_code(Path(scratch))
+        code = travelling_code(Path(scratch), _backend_name(engine))
         package = digest_bytes(canonical([fingerprint, digest_tree(code), digest_file(SERVED)]))
         made = _found(tracking, package)
         if made is None or made.status != LoggedModelStatus.READY:
@@ -56,9 +58,9 @@ def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, 
     return made
 
 
-def travelling_code(into: Path) -> Path:
-    """Copy FACE and the project modules it imports; returns the copied package."""
-    pending, seen = [FACE], set[Path]()
+def travelling_code(into: Path, backend_name: str) -> Path:
+    """Copy FACE, a backend and the project modules they import; returns the copied package."""
+    pending, seen = [FACE, module_of(backend_name)], set[Path]()
     while pending:
         parts = pending.pop().split(".")
         for path in [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)] + [
@@ -72,6 +74,13 @@ def travelling_code(into: Path) -> Path:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     return into / FACE.split(".")[0]
+
+
+def _backend_name(engine: Path) -> str:
+    described = engine / "engine.json"
+    if not described.is_file():
+        return GRAPHS_BACKEND
+    return str(json.loads(described.read_text(encoding="utf-8"))["target"]).partition(":")[0]
 
 
 def _imports(path: Path) -> list[str]:
@@ -105,14 +114,14 @@ def _save(path: Path, engine: Path, code: Path, model_id: str, run_id: str) -> N
     digests = path.parent / "digests.json"
     files = sorted(file for file in engine.rglob("*") if file.is_file())
     digests.write_text(json.dumps({file.relative_to(engine).as_posix(): digest_file(file) for file in files}), "utf-8")
-    pins = constraints()
+    pins, needed = constraints(), sorted({*REQUIREMENTS, backend(_backend_name(engine)).library})
     pyfunc.save_model(
         path,
         python_model=str(SERVED),
         artifacts={"engine": str(engine), "digests": str(digests)},
         code_paths=[str(code)],
         signature=_signature(),
-        pip_requirements=[f"{name}=={pins[name]}" for name in REQUIREMENTS],
+        pip_requirements=[f"{name}=={pins[name]}" if name in pins else name for name in needed],
         mlflow_model=Model(artifact_path=None, run_id=run_id, model_uuid=model_id, model_id=model_id),
     )
 

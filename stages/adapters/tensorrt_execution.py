@@ -6,7 +6,7 @@ Shapes: N sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.adapters.backends import Forward
 from stages.runtime.contract import DoesNotFit, StageError
-
-Run = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
 
 DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76
@@ -103,7 +102,7 @@ def open_device(backend: str, architectures: Sequence[str], driver: str = DRIVER
     return device
 
 
-def execute_plan(plan: Path, backend: str, architectures: Sequence[str], *, verified: bool) -> tuple[str, Run]:
+def execute_plan(plan: Path, backend: str, architectures: Sequence[str], *, verified: bool) -> tuple[str, Forward]:
     """Target and forward function of a plan.
 
     Args:

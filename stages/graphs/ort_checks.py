@@ -1,4 +1,4 @@
-"""Proof that a graph with integer kernels computes what it was made from.
+"""Proof that an engine for the processor, with or without integer kernels, computes what it was made from.
 
 End to end, the two need not agree when activations are rounded: their sums differ in the last digit, and a value that
 lies between two steps may fall to either. So the float part is compared end to end without rounding, and each integer
@@ -10,6 +10,7 @@ Shapes: N windows, T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,21 @@ PRODUCT_LIMIT = 1e-4
 """Largest difference of a product's values over the largest of them; fp32 sums of scaled integers reach 1e-6."""
 
 
-def require_same_numbers(source: Path, engine: Path, ids_NT: NDArray[np.int64]) -> float:
+def require_same_numbers(
+    source: Path,
+    output: Path,
+    ids_NT: NDArray[np.int64],
+    build: Callable[[Path, Path], None],
+    logits: Callable[[Path], NDArray[np.float32]],
+) -> float:
     """Compare engine and graph end to end, without the rounding of activations.
+
+    Args:
+        source: the graph.
+        output: folder of the engine that was built from it.
+        ids_NT: what both read.
+        build: builds an engine of a graph into a folder, as the one in `output` was built.
+        logits: what the engine in a folder answers to `ids_NT`.
 
     Returns:
         The largest logit difference, in standard deviations.
@@ -34,15 +48,17 @@ def require_same_numbers(source: Path, engine: Path, ids_NT: NDArray[np.int64]) 
     Raises:
         StageError: they differ, or the engine's own logits are not finite.
     """
-    with tempfile.TemporaryDirectory(dir=engine.parent, prefix=".twin-") as folder:
-        twin, model = Path(folder) / engine.name, onnx_graph.load(source)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".twin-") as folder:
+        twin, model = Path(folder) / source.name, onnx_graph.load(source)
         rounded = onnx_graph.drop_rounding(model)
         onnx_graph.save(model, twin)
+        del model
         reference_NTV = open_session(twin, literal=True).logits(ids_NT)
         if rounded:
-            ort_lowering.lower(model)
-            onnx_graph.save(model, twin)
-        found_NTV = open_session(twin if rounded else engine).logits(ids_NT)
+            output = Path(folder) / "engine"
+            output.mkdir()
+            build(twin, output)
+        found_NTV = logits(output)
     found = parity(ids_NT, reference_NTV, found_NTV)
     require_parity(found, "the engine and the graph")
     return found.logit_difference

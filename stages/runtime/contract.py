@@ -200,6 +200,7 @@ class Stage(Generic[P]):
         pin: turns a source named in params into the digest of its content, before the work has an identity. Only
             `fetch` and `corpus` have one.
         executed_on: for a stage whose result is a fact about a machine: the executor for given params and inputs.
+        uses: the modules that its params choose by name, which its code does not import: they are in `code`, too.
         divided: for a stage whose work is a sum of independent parts. `run` uses those that it finds in its draft, see
             `stages.runtime.parts`, and its bytes do not depend on how the work was divided.
     """
@@ -212,4 +213,5 @@ class Stage(Generic[P]):
     run: Callable[[P, Mapping[str, Path], Path, Progress], Metrics]
     pin: Callable[[P, Pins, Progress], P] | None = None
     executed_on: Callable[[P], dict[str, str]] | None = None
+    uses: Callable[[P], tuple[str, ...]] | None = None
     divided: Divided[P] | None = None

@@ -40,6 +40,6 @@ def execute_part(stage: Stage[Any], params: Params, work: Work, store: Store, sp
 def _divided(stage: Stage[Any], params: Params, work: Work, store: Store) -> Divided[Any]:
     if stage.divided is None:
         raise StageError(f"the work of {stage.name} is not divided into parts", remedy="Run the step as a whole.")
-    check(stage, work, store)
+    check(stage, params, work, store)
     check_executor(stage, params, work)
     return stage.divided

@@ -60,12 +60,16 @@ def work_of(stage: Stage[Any], params: Params, inputs: Mapping[str, str]) -> Wor
     """The identity of running `stage` with pinned `params` on inputs given as role -> fingerprint."""
     return Work(
         stage=stage.name,
-        code=stage_digest(stage.name),
+        code=_code(stage, params),
         params=params.identity(),
         inputs=dict(sorted(inputs.items())),
         requires=required(stage.image),
         executor=stage.executed_on(params) if stage.executed_on else {},
     )
+
+
+def _code(stage: Stage[Any], params: Params) -> str:
+    return stage_digest(stage.name, *(stage.uses(params) if stage.uses else ()))
 
 
 def check_kinds(stage: Stage[Any], kinds: Mapping[str, Kind]) -> None:
@@ -112,7 +116,7 @@ def execute(
     before = store.manifest(identity)
     if before and not force:
         return Outcome(identity, before, cached=True, changed=False)
-    check(stage, work, store)
+    check(stage, params, work, store)
     check_executor(stage, params, work)
     with room(store), store.draft(identity) as draft:
         raced = store.manifest(identity)
@@ -139,7 +143,7 @@ def checked_out(work: Work, store: Store, progress: Progress | None = None) -> d
     return {role: store.checkout(identity, progress) for role, identity in work.inputs.items()}
 
 
-def check(stage: Stage[Any], work: Work, store: Store) -> None:
+def check(stage: Stage[Any], params: Params, work: Work, store: Store) -> None:
     """Raise StageError unless the inputs, the libraries and the code are those that the work names."""
     kinds: dict[str, Kind] = {}
     for role, identity in work.inputs.items():
@@ -149,7 +153,7 @@ def check(stage: Stage[Any], work: Work, store: Store) -> None:
         kinds[role] = manifest.kind
     check_kinds(stage, kinds)
     assert_installed(work.requires)
-    here = stage_digest(stage.name)
+    here = _code(stage, params)
     if here != work.code:
         raise StageError(
             f"the code of {stage.name} here is not the code that was planned",

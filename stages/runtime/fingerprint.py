@@ -92,14 +92,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @cache
-def code_digest(module: str) -> str:
-    """Digest of a project module and the project modules it imports, as syntax trees.
+def code_digest(*modules: str) -> str:
+    """Digest of project modules and the project modules they import, as syntax trees.
 
     Comments, docstrings and line breaks change nothing; `stages.runtime` is left out, since it moves bytes and does
     not make them.
     """
     seen: dict[str, str] = {}
-    pending = [module]
+    pending = list(modules)
     while pending:
         name = pending.pop()
         path = _source(name)
@@ -112,10 +112,10 @@ def code_digest(module: str) -> str:
     return digest_bytes(canonical(sorted(seen.items())))
 
 
-def stage_digest(name: str) -> str:
-    """Digest of the code of a stage: of its file, or of `stage` in its folder, and of what they import."""
+def stage_digest(name: str, *used: str) -> str:
+    """Digest of the code of a stage: of its file, or of `stage` in its folder, of `used`, and of what they import."""
     folder = f"stages.{name}.stage"
-    return code_digest(folder if _source(folder) else f"stages.{name}")
+    return code_digest(folder if _source(folder) else f"stages.{name}", *used)
 
 
 def _source(module: str) -> Path | None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stages.adapters.backends import Forward
 from stages.models.checkpoint.loading import load_model
-from stages.serving.generate import Forward
 
 
 def torch_forward(folder: Path) -> Forward:

@@ -1,7 +1,7 @@
 """One face over every backend: open an engine, a graph or a checkpoint, and ask it for logits or text.
 
-This module travels inside the registered model. For an ONNX Runtime engine it imports numpy, onnxruntime and
-tokenizers, nothing larger.
+This module travels inside the registered model, and the backend of its engine with it. For an ONNX Runtime engine it
+imports numpy, onnxruntime and tokenizers, nothing larger.
 
 Shapes: N sequences, T tokens, V vocabulary.
 """
@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from stages.adapters.backends import GRAPHS_BACKEND, Forward, backend, refuse_impossible
 from stages.models.checkpoint.json_files import read_json
 from stages.runtime.contract import StageError
-from stages.serving.generate import Forward, greedy
+from stages.serving.generate import greedy
 
-GRAPH, ENGINE, CPU = "model.onnx", "engine.json", "onnxruntime:cpu"
+GRAPH, ENGINE = "model.onnx", "engine.json"
 
 
 @dataclass(frozen=True)
@@ -109,32 +110,19 @@ def open_engine(folder: Path, *, verified: bool = False) -> Answerer:
 
 
 def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> tuple[str, Forward]:
-    executable = folder / described["executable"]
-    if described["backend"] == "onnxruntime":
-        return str(described["target"]), _graph(executable)
-    # Imported here: an engine for the CPU answers where TensorRT is not installed.
-    from stages.adapters.tensorrt_execution import execute_plan
-
-    return execute_plan(executable, described["backend"], described["architectures"], verified=verified)
+    chosen = backend(described["backend"])
+    return chosen.execute(folder / described["executable"], described["architectures"], verified)
 
 
 def _uncompiled(folder: Path) -> tuple[str, Forward]:
     if (folder / GRAPH).is_file():
-        from stages.adapters.targets import refuse_impossible
-
         described = folder / "graph.json"
-        refuse_impossible("onnxruntime", (), _read(described)["precisions"] if described.is_file() else ())
-        return CPU, _graph(folder / GRAPH)
+        refuse_impossible(GRAPHS_BACKEND, (), _read(described)["precisions"] if described.is_file() else ())
+        return backend(GRAPHS_BACKEND).execute(folder / GRAPH, (), False)
     # torch is a gigabyte that an engine does not need.
     from stages.serving.eager import torch_forward
 
     return "torch:cpu", torch_forward(folder)
-
-
-def _graph(path: Path) -> Forward:
-    from stages.adapters.onnxruntime import open_session
-
-    return open_session(path).logits
 
 
 def _ends(folder: Path, config: dict[str, Any]) -> frozenset[int]:

@@ -8,13 +8,10 @@ Shapes: N sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
-Forward = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
-"""(ids_NT, mask_NT) -> logits_NTV; the mask is 0 where a row is padded on its left."""
+from stages.adapters.backends import Forward
 
 
 def greedy(

@@ -14,9 +14,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from stages.adapters.targets import TARGETS
-from stages.adapters.tensorrt import Shapes, build_plan
-from stages.compile import CompileParams, compile_engine, refuse_impossible
+from stages.adapters.backends import backend, refuse_impossible
+from stages.adapters.tensorrt_backend import Shapes, build_plan
+from stages.compile import CompileParams, compile_engine
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.serving.engine import open_engine
 from tests.engines import Hears, mixed, mixed_graph, token_windows  # noqa: F401
@@ -223,7 +223,7 @@ def test_every_listed_target_is_one_that_the_compiler_has():
     import tensorrt_rtx
 
     known = {n.lower().replace("sm", "sm_") for n in tensorrt_rtx.ComputeCapability.__members__ if n.startswith("SM")}
-    assert known == set(TARGETS["tensorrt_rtx"])
+    assert known == set(backend("tensorrt_rtx").architectures)
 
 
 def small_graph(path: Path, kind: str, **attributes: object) -> Path:

@@ -182,8 +182,12 @@ def test_served_engine_of_changed_bytes_is_refused(registered, served, tmp_path)
         served.load_context(carried(folder))
 
 
-def test_travelling_code_brings_no_training_and_no_flows(tmp_path):
-    package = travelling_code(tmp_path)
+def test_travelling_code_brings_its_backend_alone_no_training_and_no_flows(tmp_path):
+    package = travelling_code(tmp_path, "onnxruntime")
     names = {path.relative_to(tmp_path).as_posix() for path in package.rglob("*.py")}
     assert "stages/serving/engine.py" in names and "stages/__init__.py" in names
+    assert {name for name in names if "onnxruntime" in name or "tensorrt" in name} == {
+        "stages/adapters/onnxruntime.py",
+        "stages/adapters/onnxruntime_backend.py",
+    }
     assert not [name for name in names if name.startswith("flows") or "recover" in name or "tests" in name]

@@ -15,8 +15,8 @@ from botocore.exceptions import ClientError
 
 from stages.adapters import s3_client, s3_multipart
 from stages.adapters.connect import connect
-from stages.adapters.s3_store import S3Objects
 from stages.adapters.s3_client import client, parse
+from stages.adapters.s3_store import S3Objects
 from stages.runtime import transfers
 from stages.runtime.contract import PARTIAL, Unavailable
 from stages.runtime.execute import Outcome, execute, work_of

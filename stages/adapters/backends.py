@@ -1,0 +1,137 @@
+"""What builds and executes engines: a file a backend, `<name>_backend.py`, found by its name. Its facts are asked for
+where no vendor's library is: such a file imports it only to build or to execute.
+
+Shapes: N sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.runtime.contract import Metrics, Progress, StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+GRAPHS_BACKEND = "onnxruntime"
+"""What answers for a graph that was not compiled."""
+
+# Text, since recipes are checked without numpy.
+Forward = Callable[["NDArray[np.int64]", "NDArray[np.int64]"], "NDArray[np.float32]"]
+"""(ids_NT, mask_NT) -> logits_NTV; the mask is 0 where a row is padded on its left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is to be built.
+
+    Attributes:
+        graph: model.onnx; external data beside it.
+        architectures: GPUs it is for, none for the processor.
+        maximum_tokens: the longest sequence.
+        maximum_batch: the largest batch.
+        lower: writes a graph to a path with ONNX Runtime's own integer products, for backends that know them.
+    """
+
+    graph: Path
+    architectures: tuple[str, ...]
+    maximum_tokens: int
+    maximum_batch: int
+    lower: Callable[[Path, Path], Metrics]
+
+
+def _anything(architecture: str, precisions: Collection[str]) -> None:
+    """It multiplies every format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """What executes engines.
+
+    Attributes:
+        library: the distribution that executes, whose version a measurement is bound to.
+        executable: name of the file that is built; other files' names begin with it.
+        build: (what is asked, folder, progress) -> metrics; writes the executable into the folder.
+        execute: (executable, architectures, whether its bytes were verified) -> target and forward function.
+        architectures: GPUs it builds for; none: it is for the processor, and its engines are executed and judged.
+        refuse: raises StageError where an architecture, "" for the processor, multiplies not all of these formats.
+    """
+
+    library: str
+    executable: str
+    build: Callable[[Asked, Path, Progress], Metrics]
+    execute: Callable[[Path, Sequence[str], bool], tuple[str, Forward]]
+    architectures: tuple[str, ...] = ()
+    refuse: Callable[[str, Collection[str]], None] = _anything
+
+
+def backends() -> tuple[str, ...]:
+    """The names of all backends; no file of theirs is imported."""
+    # A listing, so that a backend is one file. Z to A is the order that recipes' schema and errors always had.
+    files = Path(__file__).parent.glob("*_backend.py")
+    return tuple(sorted((path.stem.removesuffix("_backend") for path in files), reverse=True))
+
+
+def module_of(name: str) -> str:
+    """Where a backend stands.
+
+    Raises:
+        StageError: there is none of this name.
+    """
+    module = f"stages.adapters.{name}_backend"
+    if not re.fullmatch("[a-z0-9_]+", name) or find_spec(module) is None:
+        raise StageError(f"there is no backend {name!r}", limit=", ".join(backends()))
+    return module
+
+
+def backend(name: str) -> Backend:
+    """A backend by its name.
+
+    Raises:
+        StageError: there is none of this name.
+    """
+    found: Backend = import_module(module_of(name)).BACKEND
+    return found
+
+
+def processor_targets() -> tuple[str, ...]:
+    """The targets of the backends for the processor."""
+    return tuple(f"{name}:cpu" for name in backends() if not backend(name).architectures)
+
+
+def refuse_impossible(name: str, architectures: Sequence[str], precisions: Collection[str] = ()) -> None:
+    """Refuse before anything is built what no builder can build.
+
+    Args:
+        name: of the backend.
+        architectures: as a recipe lists them.
+        precisions: number formats of the graph: `float32`, `float16`, `int8`, `int4`, `fp8`, `fp4`.
+
+    Raises:
+        StageError: an unknown or missing architecture, or a format that one of them has not.
+    """
+    chosen = backend(name)
+    allowed = chosen.architectures
+    if not allowed and architectures:
+        raise StageError(
+            f"{name} is for the processor and takes no `architectures`",
+            measured=", ".join(architectures),
+            remedy="Remove them, or choose backend: tensorrt_rtx.",
+        )
+    if allowed and not architectures:
+        raise StageError(f"{name} needs `architectures`", measured="none", limit=", ".join(allowed))
+    for architecture in architectures:
+        if architecture not in allowed:
+            other = [one for one in backends() if architecture in backend(one).architectures]
+            remedy = f"Choose backend: {other[0]} for it." if other else "Name one of these."
+            raise StageError(f"{name} builds nothing for {architecture!r}", limit=", ".join(allowed), remedy=remedy)
+        chosen.refuse(architecture, precisions)
+    if not allowed:
+        chosen.refuse("", precisions)

@@ -1,0 +1,37 @@
+"""Engines for the processor by ONNX Runtime: the graph with its integer products."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from stages.adapters.backends import Asked, Backend, Forward
+from stages.runtime.contract import Metrics, Progress, StageError
+
+GRAPH = "model.onnx"
+
+
+def refuse(architecture: str, precisions: Collection[str]) -> None:
+    """It has no kernel for four-bit floats."""
+    if "fp4" in precisions:
+        raise StageError(
+            "onnxruntime multiplies no fp4",
+            measured="a graph with fp4 weights",
+            limit="tensorrt_rtx or tensorrt from sm_100 on",
+            remedy="Choose such a backend, or quantize by another scheme.",
+        )
+
+
+def build(asked: Asked, output: Path, progress: Progress) -> Metrics:
+    """Write the lowered graph."""
+    return asked.lower(asked.graph, output / GRAPH)
+
+
+def execute(executable: Path, architectures: Sequence[str], verified: bool) -> tuple[str, Forward]:
+    """A session; a graph holds no code, so nobody need have verified it."""
+    from stages.adapters.onnxruntime import open_session
+
+    return "onnxruntime:cpu", open_session(executable).logits
+
+
+BACKEND = Backend(library="onnxruntime", executable=GRAPH, build=build, execute=execute, refuse=refuse)
