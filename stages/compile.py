@@ -28,7 +28,7 @@ class CompileParams(Params):
 
     Attributes:
         backend: what executes it.
-        architectures: GPUs a TensorRT plan is for, `sm_89`, ...; one plan serves them all. None for the processor.
+        architectures: GPUs a TensorRT plan is for, `sm_89`, ...; one plan serves them all. None for onnxruntime.
         maximum_tokens: the longest sequence; null for as many as the model reads, at most 2,048.
         maximum_batch: the largest batch of a TensorRT plan.
     """

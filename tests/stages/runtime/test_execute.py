@@ -198,6 +198,16 @@ def test_work_names_libraries_of_the_image_and_the_executor():
     assert work == Work.model_validate_json(work.model_dump_json())
 
 
+def test_module_that_params_choose_is_part_of_the_code_planned_and_checked(store):
+    chosen = {"a": "stages.measures.size", "b": "stages.measures.interval"}
+    on = replace(TRIAL, uses=lambda params: (chosen[params.text],))
+    works = [work_of(on, TrialParams(text=text), {}) for text in chosen]
+    assert len({work.code for work in [*works, work_of(TRIAL, TrialParams(), {})]}) == 3
+    with pytest.raises(StageError, match="not the code that was planned"):
+        execute(on, TrialParams(text="a"), works[0].model_copy(update={"code": works[1].code}), store, Silent())
+    assert execute(on, TrialParams(text="a"), works[0], store, Silent()).manifest.work.code == works[0].code
+
+
 def test_disk_full_while_the_stage_writes_does_not_fit_and_seals_nothing(store, small_disk):
     full = Store(store.objects, small_disk / "scratch")
     with pytest.raises(DoesNotFit, match=f"the disk of {small_disk}/scratch is full.*enginery sweep"):

@@ -105,6 +105,14 @@ def test_engine_without_tokenizer_is_refused(engine, tmp_path):
         open_engine(tmp_path / "bare")
 
 
+def test_engine_of_a_backend_that_is_not_here_is_refused(engine, tmp_path):
+    shutil.copytree(engine, tmp_path / "other")
+    described = json.loads((engine / "engine.json").read_text()) | {"backend": "abacus"}
+    (tmp_path / "other" / "engine.json").write_text(json.dumps(described))
+    with pytest.raises(StageError, match="there is no backend 'abacus'"):
+        open_engine(tmp_path / "other")
+
+
 def test_engine_for_the_cpu_answers_without_torch(engine):
     code = (
         "import sys; from pathlib import Path; from stages.serving.engine import open_engine;"
