@@ -36,7 +36,7 @@ run: install  ## the main job on a real model; RECIPE=name for another
 
 test: install  ## the tests, with branch coverage
 	@$(BIN)/coverage erase
-	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile --durations 10
+	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
@@ -48,10 +48,10 @@ check: install  ## ruff, mypy --strict, import boundaries
 	@$(BIN)/lint-imports --no-cache > /dev/null
 
 real-test: install  ## a slice on the real model: fetch to verdict, short texts
-	@$(BIN)/python -m pytest -m real tests/real
+	@$(BIN)/python -m pytest -m real $(ARGS) tests/real
 
 service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered
-	@$(BIN)/python -m pytest -m service tests/services tests/flows
+	@$(BIN)/python -m pytest -m service $(ARGS) tests/services tests/flows
 
 bench: install  ## every compression technique: loss, seconds, memory, beside peers; ONLY=int4,w8a8 for some, ARGS=--help
 	@$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
@@ -84,10 +84,10 @@ production-down:  ## stop them; what they stored stays (VOLUMES=--volumes remove
 	@$(COMPOSE) --profile watch --profile dask --profile submit down $(VOLUMES)
 
 production-test: install  ## the whole of production from nothing, in containers, and take it down again
-	@$(BIN)/python -m pytest -m production -rs --durations 12 tests/production
+	@$(BIN)/python -m pytest -m production -rs --durations 12 $(ARGS) tests/production
 
 gpu-test: install  ## the tests that need a GPU; says so where there is none
-	@$(BIN)/python -m pytest -m gpu tests || test $$? -eq 5
+	@$(BIN)/python -m pytest -m gpu $(ARGS) tests || test $$? -eq 5
 
 clean:  ## remove the environment, caches and outputs; the store stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis htmlcov build dist outputs .coverage .coverage.* *.egg-info
