@@ -22,10 +22,11 @@ NOT_REPRODUCIBLE = {"gpu": "TensorRT chooses its kernels by timing them"}
 """Steps whose bytes may differ between two builds of the same work."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def stack_up():
+    """Before any other, so that nothing is made ready where no engine answers: the only reason to skip."""
     if why := stack.why_not():
-        pytest.skip(why)  # no engine, or a team's own stack: its volumes must not be touched
+        pytest.skip(why)
     with stack.up():
         yield
 
@@ -98,7 +99,7 @@ def test_stages_of_the_gpu_pool_were_received_by_its_worker(first):
 
 def test_stage_container_is_bare_limited_and_without_a_way_out(stack_up):
     said = stack.run(
-        *("docker", "run", "--rm", "--network", "enginery-stages", "--read-only", "--cap-drop", "ALL"),
+        *("docker", "run", "--rm", "--network", f"{stack.name()}-stages", "--read-only", "--cap-drop", "ALL"),
         *("enginery/torch:0.1.0", "python3", "-c"),
         "import os, socket\n"
         "print(os.getuid())\n"
@@ -185,7 +186,9 @@ def await_state() -> None:
 
 def healing() -> list[str]:
     """The container in which `healed` is computed, if there is one now."""
-    return stack.run("docker", "ps", "--quiet", "--filter", "name=^healed").split()
+    return stack.run(
+        "docker", "ps", "--quiet", "--filter", "name=^healed", "--filter", f"volume={stack.name()}-scratch"
+    ).split()
 
 
 def faults() -> None:
@@ -216,8 +219,8 @@ def mlflow(path: str, **asked: object) -> dict:
     method, extra = ("POST", {"json": asked}) if path == "runs/search" else ("GET", {"params": asked})
     answer = httpx.request(
         method,
-        f"http://127.0.0.1:5000/api/2.0/mlflow/{path}",
-        auth=("admin", stack.secrets()["MLFLOW_ADMIN_PASSWORD"]),
+        f"{stack.url('mlflow')}/api/2.0/mlflow/{path}",
+        auth=("admin", stack.setting("MLFLOW_ADMIN_PASSWORD")),
         timeout=60,
         **extra,
     )
@@ -229,14 +232,14 @@ def versions() -> list[str]:
     return sorted(one["version"] for one in found.get("model_versions", []))
 
 
-def test_gpu_job_that_would_start_carries_the_device_request(stack_up):
+def test_gpu_job_that_would_start_carries_the_device_request(shell):
     """The job that the worker would hand to Docker, made and not started: this needs no GPU."""
     from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 
     import docker
     from flows.production.deploy import template
 
-    asked = {"image": "enginery/tensorrt:0.1.0", "memory_bytes": 10**9, "network": "enginery-stages", "command": "true"}
+    asked = {"image": "enginery/tensorrt:0.1.0", "memory_bytes": 10**9, "command": "true"}
     job = asyncio.run(DockerWorkerJobConfiguration.from_template_and_values(template("gpu", "docker", 1), asked))
     worker = DockerWorker(work_pool_name="gpu", test_mode=True)
     client = docker.from_env()
@@ -250,6 +253,8 @@ def test_gpu_job_that_would_start_carries_the_device_request(stack_up):
     assert host["DeviceRequests"][0]["Driver"] == "nvidia"
     assert host["ReadonlyRootfs"]
     assert host["Memory"] == 10**9
+    assert host["NetworkMode"] == f"{stack.name()}-stages"
+    assert host["Binds"] == [f"{stack.name()}-scratch:/scratch"]
 
 
 def test_stage_that_needs_more_memory_than_it_may_says_so(stack_up, shell, tmp_path):
