@@ -7,6 +7,7 @@ import random
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -115,10 +116,13 @@ def up() -> Iterator[None]:
     if KEPT:
         yield
         return
+    # A run that is cancelled takes its stack down, too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(*readme_commands()[0].split())
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         try:
             run(*readme_commands()[3].split(), env={"VOLUMES": "--volumes"})
             left = remains()
@@ -150,9 +154,10 @@ def remains() -> dict[str, list[str]]:
 
 def remove() -> None:
     """Remove what there is of the stack, however it came to be left."""
-    for kind in ("container", "network", "volume"):
+    # A container's volumes without a name go with it.
+    for *command, kind in (("rm", "--force", "--volumes", "container"), ("rm", "network"), ("rm", "--force", "volume")):
         for one in remains().get(kind, []):
-            subprocess.run(["docker", kind, "rm", "--force", one], check=False, capture_output=True)
+            subprocess.run(["docker", kind, *command, one], check=False, capture_output=True)
     assert not remains(), remains()
 
 
