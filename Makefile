@@ -5,8 +5,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= smollm2-135m
-COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
-  --project-name enginery --project-directory infra --file infra/compose.yaml --env-file infra/.env --profile gpu
+# A production stack is what its environment file says; ENGINERY_STACK, the name in it, is read when a command needs it.
+ENV_FILE ?= infra/.env
+stack = $(or $(ENGINERY_STACK),$(shell sed -n 's/^ENGINERY_STACK=//p' '$(ENV_FILE)' 2>/dev/null),enginery)
+compose := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+COMPOSE = ENGINERY_STACK=$(stack) $(compose) --project-name $(stack) --project-directory infra --file infra/compose.yaml \
+  --env-file '$(ENV_FILE)' --profile gpu
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
@@ -32,7 +36,7 @@ run: install  ## the main job on a real model; RECIPE=name for another
 
 test: install  ## the tests, with branch coverage
 	@$(BIN)/coverage erase
-	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile --durations 10
+	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
@@ -45,13 +49,13 @@ check: install  ## ruff, mypy --strict, import boundaries, the map of the house
 	@$(BIN)/python -m tests.architecture
 
 real-test: install  ## a slice on the real model: fetch to verdict, short texts
-	@$(BIN)/python -m pytest -m real tests/real
+	@$(BIN)/python -m pytest -m real $(ARGS) tests/real
 
 fault-test: install  ## whole runs, kills and clusters in processes of their own: each more than 20 s
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault -n 2 --dist loadfile --durations 5 tests/flows tests/stages
 
 service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered
-	@$(BIN)/python -m pytest -m service tests/services tests/flows
+	@$(BIN)/python -m pytest -m service $(ARGS) tests/services tests/flows
 
 bench: install  ## every compression technique: loss, seconds, memory, beside peers; ONLY=int4,w8a8 for some, ARGS=--help
 	@$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
@@ -65,12 +69,12 @@ schemas: install  ## write the JSON Schemas that ship with the package
 images:  ## build the container images; TORCH_INDEX and TRT choose the torch build and the TensorRT family
 	@docker/build.sh
 
-production-env:  ## write infra/.env with random secrets, unless it is there
-	@infra/env.sh
+production-env:  ## write infra/.env with random secrets, unless it is there (ENV_FILE=other for another stack)
+	@infra/env.sh '$(ENV_FILE)'
 
 production-up: production-env images  ## start Prefect, MLflow, PostgreSQL, Redis, S3 and the workers in containers
 	@$(COMPOSE) up -d || { $(COMPOSE) logs --tail 20 set-up; exit 1; }
-	@infra/await.sh
+	@ENGINERY_STACK=$(stack) infra/await.sh
 
 production-submit: production-env  ## run RECIPE in production and follow it to its end
 	@$(COMPOSE) --profile submit run $(if $(shell test -t 0 && echo yes),,-T) --rm submit enginery run $(RECIPE) --launcher pool
@@ -80,14 +84,14 @@ production-watch: production-env  ## start runs of ARRIVAL_RECIPE for checkpoint
 
 production-down:  ## stop them; what they stored stays (VOLUMES=--volumes removes it)
 	@$(COMPOSE) stop flows-worker cpu-worker gpu-worker
-	@docker ps --quiet --filter volume=enginery-scratch --filter label=io.prefect.flow-run-id | xargs -r docker kill
+	@docker ps --quiet --filter volume=$(stack)-scratch --filter label=io.prefect.flow-run-id | xargs -r docker kill
 	@$(COMPOSE) --profile watch --profile dask --profile submit down $(VOLUMES)
 
 production-test: install  ## the whole of production from nothing, in containers, and take it down again
-	@$(BIN)/python -m pytest -m production -rs --durations 12 tests/production
+	@$(BIN)/python -m pytest -m production -rs --durations 12 $(ARGS) tests/production
 
 gpu-test: install  ## the tests that need a GPU; says so where there is none
-	@$(BIN)/python -m pytest -m gpu tests || test $$? -eq 5
+	@$(BIN)/python -m pytest -m gpu $(ARGS) tests || test $$? -eq 5
 
 clean:  ## remove the environment, caches and outputs; the store stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis htmlcov build dist outputs .coverage .coverage.* *.egg-info

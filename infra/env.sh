@@ -1,8 +1,14 @@
 #!/bin/sh
-# Writes infra/.env from infra/.env.example with random secrets; leaves one that is there as it is.
+# Writes an environment file (infra/.env, or the one named) from .env.example, with random secrets and with the stack's
+# name and ports as the environment has them; leaves one that is there as it is.
 set -eu
-cd "$(dirname "$0")"
-[ -e .env ] && { echo "infra/.env is there already"; exit 0; }
+here=$(dirname "$0")
+file=${1:-$here/.env}
+[ -e "$file" ] && { echo "$file is there already"; exit 0; }
+case ${ENGINERY_STACK:-enginery} in
+  [!a-z0-9]*|*[!a-z0-9_-]*)
+    echo "error: a stack cannot be named $ENGINERY_STACK; small letters, digits, - and _ make a name" >&2; exit 1 ;;
+esac
 secret() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 socket=${DOCKER_SOCKET:-/var/run/docker.sock}
 group=$(stat -c %g "$socket" 2>/dev/null || stat -f %g "$socket") || {
@@ -10,12 +16,16 @@ group=$(stat -c %g "$socket" 2>/dev/null || stat -f %g "$socket") || {
 umask 077
 while IFS= read -r line; do
   case $line in
+    ENGINERY_STACK=*) echo "ENGINERY_STACK=${ENGINERY_STACK:-${line#*=}}" ;;
+    ENGINERY_PREFECT_PORT=*) echo "ENGINERY_PREFECT_PORT=${ENGINERY_PREFECT_PORT:-${line#*=}}" ;;
+    ENGINERY_MLFLOW_PORT=*) echo "ENGINERY_MLFLOW_PORT=${ENGINERY_MLFLOW_PORT:-${line#*=}}" ;;
+    ENGINERY_S3_PORT=*) echo "ENGINERY_S3_PORT=${ENGINERY_S3_PORT:-${line#*=}}" ;;
     PREFECT_AUTH=) echo "PREFECT_AUTH=enginery:$(secret)" ;;
     DOCKER_GID=) echo "DOCKER_GID=$group" ;;
     SHARDS=|POOLS=) echo "$line" ;;
     *[A-Z]=) echo "$line$(secret)" ;;
     *) echo "$line" ;;
   esac
-done < .env.example > .env.new
-mv .env.new .env
-echo "wrote infra/.env with random secrets"
+done < "$here/.env.example" > "$file.new"
+mv "$file.new" "$file"
+echo "wrote $file with random secrets"

@@ -16,6 +16,7 @@ import yaml
 
 from flows.prefect_api.retry import patiently
 from flows.recipe.read import load_recipe
+from flows.running.placement import stack_name
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import ROOT
 
@@ -65,11 +66,12 @@ def deploy(kind: Kind, gpus: int, say: Callable[[str], None]) -> None:
 
 
 def template(pool: str, kind: Kind, gpus: int) -> dict[str, Any]:
-    """The base job template of a pool, `{{ $NAME }}` for what `deploy` fills in from its own environment."""
+    """The base job template of a pool with the stack's name, and `{{ $NAME }}` for what else `deploy` fills in."""
     path = INFRA / "pools" / f"{kind}-{pool}.json"
     if not path.is_file():
         path = INFRA / "pools" / f"{kind}-cpu.json"
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8").replace("{{ $ENGINERY_STACK }}", stack_name())
+    read: dict[str, Any] = json.loads(text)
     if pool == "gpu" and not gpus:
         read = _without_gpu(read, kind)
     return read

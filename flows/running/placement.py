@@ -16,6 +16,11 @@ from stages.runtime.contract import Frozen, StageError
 GB = 10**9
 
 
+def stack_name() -> str:
+    """What the names of this stack's networks and volumes begin with, on the workers' side."""
+    return os.environ.get("ENGINERY_STACK") or "enginery"
+
+
 class Place(Frozen):
     """Where one stage runs.
 
@@ -51,7 +56,8 @@ class Pools(Frozen):
     Attributes:
         stages: places that differ from the defaults.
         images: an image's full name, with `{image}` for its short name.
-        networks: the names that `inside` and `outside` have on the workers' side.
+        networks: the names that `inside` and `outside` have on the workers' side, by default those of the stack that
+            $ENGINERY_STACK names.
         devices: pool -> the processor that its machines have, as a report's provenance names it: `validate` records it.
             Without an entry a pool's machines are taken to be like the one that plans.
         no_worker_seconds: how long a step waits for a pool to have a live worker.
@@ -62,7 +68,7 @@ class Pools(Frozen):
     stages: Mapping[str, Place] = Field(default_factory=dict)
     images: str = "enginery/{image}:0.1.0"
     networks: Mapping[str, str] = Field(
-        default_factory=lambda: {"inside": "enginery-stages", "outside": "enginery-outside"}
+        default_factory=lambda: {"inside": f"{stack_name()}-stages", "outside": f"{stack_name()}-outside"}
     )
     devices: Mapping[str, str] = Field(default_factory=dict)
     no_worker_seconds: float = Field(60, gt=0)

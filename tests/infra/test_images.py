@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,65 @@ def test_compose_keeps_databases_and_stages_from_the_outside():
     assert published and all(port.startswith("127.0.0.1:") for port in published)
 
 
+def interpolated(**said):
+    """compose.yaml as Compose reads it with these variables."""
+    text = (ROOT / "infra" / "compose.yaml").read_text()
+    return yaml.safe_load(re.sub(r"\$\{(\w+):[-?]([^}]*)\}", lambda found: said.get(found[1]) or found[2], text))
+
+
+@pytest.mark.parametrize(
+    ("said", "stack", "ports"),
+    [
+        ({}, "enginery", ("4200", "5000", "8333")),
+        (
+            {
+                "ENGINERY_STACK": "other",
+                "ENGINERY_PREFECT_PORT": "4300",
+                "ENGINERY_MLFLOW_PORT": "5100",
+                "ENGINERY_S3_PORT": "8433",
+            },
+            "other",
+            ("4300", "5100", "8433"),
+        ),
+    ],
+)
+def test_compose_takes_every_name_and_port_of_a_stack_from_the_environment(said, stack, ports):
+    compose = interpolated(**said)
+    for kind in ("volumes", "networks"):
+        assert {name: one["name"] for name, one in compose[kind].items()} == {
+            name: f"{stack}-{name}" for name in compose[kind]
+        }
+    published = {name: one["ports"] for name, one in compose["services"].items() if "ports" in one}
+    assert published == {
+        "prefect": [f"127.0.0.1:{ports[0]}:4200"],
+        "mlflow": [f"127.0.0.1:{ports[1]}:5000"],
+        "s3": [f"127.0.0.1:{ports[2]}:8333"],
+    }
+    assert not any("container_name" in one for one in compose["services"].values())
+    run = compose["services"]["submit"]["environment"]
+    assert run["ENGINERY_STACK"] == stack
+    assert run["ENGINERY_PREFECT_PAGES"] == f"http://127.0.0.1:{ports[0]}"
+    assert run["ENGINERY_MLFLOW_PAGES"] == f"http://127.0.0.1:{ports[1]}"
+    server = compose["services"]["prefect"]["environment"]
+    assert server["PREFECT_UI_API_URL"] == f"http://127.0.0.1:{ports[0]}/api"
+    allowed = compose["services"]["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    assert any(fnmatch(f"127.0.0.1:{ports[1]}", one) for one in allowed)
+
+
+@pytest.mark.parametrize("stack", ["enginery", "other"])
+def test_make_works_on_the_stack_that_the_environment_file_names(tmp_path, stack):
+    file = tmp_path / "of a stack.env"
+    file.write_text("" if stack == "enginery" else f"POSTGRES_PASSWORD=x\nENGINERY_STACK={stack}\n")
+    shell = {name: value for name, value in os.environ.items() if name not in ("ENGINERY_STACK", "MAKEFLAGS")}
+    for target in ("production-up", "production-submit", "production-watch", "production-down"):
+        command = ["make", "--dry-run", "--no-print-directory", target, f"ENV_FILE={file}"]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=shell).stdout
+        assert set(re.findall(r"--project-name (\S+)", said)) == {stack}
+        assert set(re.findall(r"ENGINERY_STACK=(\S+)", said)) == {stack}
+        assert set(re.findall(r"--env-file '([^']+)'", said)) == {str(file)}
+        assert re.findall(r"volume=(\S+)", said) == ([f"{stack}-scratch"] if target == "production-down" else [])
+
+
 @pytest.mark.parametrize("name", ["prefect", "mlflow", "postgres", "redis", "s3"])
 def test_service_that_serves_has_a_health_check(name):
     assert COMPOSE["services"][name]["healthcheck"]["test"]
@@ -104,6 +164,20 @@ def test_example_environment_holds_no_usable_secret_and_env_script_fills_each(tm
     assert (tmp_path / ".env").stat().st_mode & 0o77 == 0
 
 
+def test_env_script_keeps_the_name_and_ports_that_the_environment_gives_and_refuses_what_is_no_name(tmp_path):
+    script = ROOT / "infra" / "env.sh"
+    given = {"ENGINERY_STACK": "a-second_1", "ENGINERY_PREFECT_PORT": "4300", "ENGINERY_S3_PORT": "8433"}
+    shell = {**os.environ, "DOCKER_SOCKET": str(script), "ENGINERY_MLFLOW_PORT": "", **given}
+    file = tmp_path / "second.env"
+    subprocess.run(["sh", script, file], check=True, capture_output=True, env=shell)
+    made = dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", file.read_text(), re.MULTILINE))
+    assert {name: made[name] for name in (*given, "ENGINERY_MLFLOW_PORT")} == {**given, "ENGINERY_MLFLOW_PORT": "5000"}
+    for wrong in ("Upper", "-dash", "two words", "a.b"):
+        shell["ENGINERY_STACK"] = wrong
+        refused = subprocess.run(["sh", script, tmp_path / "no.env"], capture_output=True, text=True, env=shell)
+        assert refused.returncode and wrong in refused.stderr and not (tmp_path / "no.env").exists()
+
+
 def test_images_hold_no_secret_of_the_tree():
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {"infra/.env*", "infra/kubernetes/secrets/*.env"} <= set(ignored)
@@ -117,6 +191,23 @@ def test_job_template_is_bare_and_only_the_gpu_pool_asks_for_a_gpu(pool):
     assert not read["job_configuration"]["privileged"]
     assert ("device_requests" in made) == (pool == "gpu")
     assert "mem_limit" in read["job_configuration"]
+
+
+@pytest.mark.parametrize("pool", ["flows", "cpu", "gpu"])
+@pytest.mark.parametrize("stack", ["", "other"])
+def test_job_template_names_the_networks_and_the_scratch_of_its_stack(pool, stack, monkeypatch):
+    from flows.production.deploy import template
+    from flows.running.placement import Pools
+
+    monkeypatch.setenv("ENGINERY_STACK", stack)
+    name = stack or "enginery"
+    made = template(pool, "docker", 1)
+    variables = made["variables"]["properties"]
+    assert variables["network"]["default"] == Pools().networks["outside" if pool == "flows" else "inside"]
+    assert variables["network"]["default"] == f"{name}-{'outside' if pool == 'flows' else 'stages'}"
+    assert variables["volumes"]["default"] == [f"{name}-scratch:/scratch"]
+    assert variables["env"]["default"].get("ENGINERY_STACK") == (name if pool == "flows" else None)
+    assert "$" not in json.dumps(made["job_configuration"])
 
 
 def test_stage_containers_get_no_credential_of_mlflow():

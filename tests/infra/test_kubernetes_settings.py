@@ -157,7 +157,9 @@ def test_variables_named_for_mlflow_are_those_that_it_reads(secrets: dict[str, d
     assert len(asked) == 3 and set(asked) <= set(options)
 
 
-# A pod's home may be written to. The server calls itself with PREFECT_SERVER_API_AUTH_STRING.
+# A pod's home may be written to. The server calls itself with PREFECT_SERVER_API_AUTH_STRING. A namespace keeps stacks
+# apart, so that none needs a name.
+_NAME = {"ENGINERY_STACK"}
 _COMPOSE_ONLY = {"prefect": {"PREFECT_HOME", "PREFECT_API_AUTH_STRING"}}
 _COMPOSE_ONLY["prefect-services"] = _COMPOSE_ONLY["prefect"]
 _SAME_AS = {
@@ -173,14 +175,14 @@ def test_variables_of_compose_are_those_of_the_pods(secrets: dict[str, dict[str,
     compose = yaml.safe_load((INFRA / "compose.yaml").read_text(encoding="utf-8"))["services"]
     pods = {name: variables_of("cpu", pod["containers"][0], secrets) for name, _, pod in pods_of("cpu")}
     for service, pod in _SAME_AS.items():
-        asked = compose[service]["environment"].keys() - _COMPOSE_ONLY.get(service, {"PREFECT_HOME"})
+        asked = compose[service]["environment"].keys() - _COMPOSE_ONLY.get(service, {"PREFECT_HOME", *_NAME})
         if service == "cpu-worker":  # here it hands the store to containers, there the jobs have it of themselves
             asked = {name for name in asked if not name.startswith("AWS_")}
         assert asked - pods[pod].keys() == set(), service
     for pool in ("flows", "cpu"):
         docker = json.loads((INFRA / "pools" / f"docker-{pool}.json").read_text(encoding="utf-8"))
         (job, *_) = [pods[name] for name in pods if name.startswith(f"job of {pool}")]
-        assert docker["variables"]["properties"]["env"]["default"].keys() - job.keys() == set(), pool
+        assert docker["variables"]["properties"]["env"]["default"].keys() - job.keys() - _NAME == set(), pool
     assert pods["setup"]["ENGINERY_STORE"] == compose["set-up"]["environment"]["ENGINERY_STORE"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import subprocess
@@ -12,20 +13,23 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from tests.production import stack
 
 pytestmark = [pytest.mark.production, pytest.mark.timeout(1500)]
 
 RECIPE = "s3://enginery/recipes/arriving.yaml"
+ON_ARRIVAL = "s3://enginery/recipes/on-arrival.yaml"
 NOT_REPRODUCIBLE = {"gpu": "TensorRT chooses its kernels by timing them"}
 """Steps whose bytes may differ between two builds of the same work."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def stack_up():
+    """Before any other, so that nothing is made ready where no engine answers: the only reason to skip."""
     if why := stack.why_not():
-        pytest.skip(why)  # no engine, or a team's own stack: its volumes must not be touched
+        pytest.skip(why)
     with stack.up():
         yield
 
@@ -36,7 +40,20 @@ def sources(stack_up, tiny, reference, tmp_path_factory):
     (folder / "reference.txt").write_text(reference, encoding="utf-8")
     stack.upload(tiny, "models/tiny")
     stack.upload(folder, "texts")
-    stack.bucket().upload_file(str(Path(__file__).with_name("recipe.yaml")), stack.BUCKET, "recipes/arriving.yaml")
+    recipe = Path(__file__).with_name("recipe.yaml").read_text(encoding="utf-8")
+    for uri, text in {RECIPE: recipe, ON_ARRIVAL: shorter(recipe)}.items():
+        stack.bucket().put_object(Bucket=stack.BUCKET, Key=uri.removeprefix("s3://enginery/"), Body=text.encode())
+
+
+def shorter(recipe: str) -> str:
+    """The recipe without the stages that say no more when they run a second time; each is a container's start."""
+    said = yaml.safe_load(recipe)
+    said["steps"] = [step for step in said["steps"] if step["name"] not in ("shared", "int8", "gpu")]
+    steps = {step["name"]: step for step in said["steps"]}
+    steps["pruned"]["inputs"]["model"] = "dense"
+    steps["graph"]["inputs"]["model"] = "healed"
+    said["judge"]["artifacts"] = ["cpu"]
+    return yaml.safe_dump(said)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +63,31 @@ def first(sources):
     ended = stack.await_end(flow_run, 900)
     assert ended["type"] == "COMPLETED", f"{ended}\n{stack.logs(flow_run)}"
     return flow_run
+
+
+@pytest.fixture(scope="module")
+def embedded(first, tmp_path_factory):
+    """The same recipe run on this machine alone, begun where what the stack does next is mostly waiting; its store."""
+    home = tmp_path_factory.mktemp("embedded")
+    shell = {**os.environ, **stack.environment(), "HOME": str(home)}
+    alone = {name: value for name, value in shell.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    command = (sys.executable, "-m", "flows.cli", "run", str(Path(__file__).with_name("recipe.yaml")))
+    with (home / "said.txt").open("wb") as said:
+        running = subprocess.Popen(
+            (*command, "--store", str(home / "store")),
+            cwd=stack.ROOT,
+            stdout=said,
+            stderr=said,
+            env=alone,
+        )
+
+    def store() -> Path:
+        assert running.wait(900) == 0, (home / "said.txt").read_text()[-6000:]
+        return home / "store"
+
+    yield store
+    running.terminate()
+    running.wait(60)
 
 
 @pytest.fixture
@@ -98,7 +140,7 @@ def test_stages_of_the_gpu_pool_were_received_by_its_worker(first):
 
 def test_stage_container_is_bare_limited_and_without_a_way_out(stack_up):
     said = stack.run(
-        *("docker", "run", "--rm", "--network", "enginery-stages", "--read-only", "--cap-drop", "ALL"),
+        *("docker", "run", "--rm", "--network", f"{stack.name()}-stages", "--read-only", "--cap-drop", "ALL"),
         *("enginery/torch:0.1.0", "python3", "-c"),
         "import os, socket\n"
         "print(os.getuid())\n"
@@ -113,24 +155,7 @@ def test_stage_container_is_bare_limited_and_without_a_way_out(stack_up):
     assert said.split() == ["10001"]
 
 
-def test_same_recipe_embedded_has_the_same_fingerprints_and_bytes(first, store, tmp_path, monkeypatch):
-    from stages.adapters.connect import connect
-
-    containers = by_step(store)
-    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name)
-    recipe = Path(__file__).with_name("recipe.yaml")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    stack.run(sys.executable, "-m", "flows.cli", "run", str(recipe), "--store", str(tmp_path / "store"))
-    embedded = by_step(connect(str(tmp_path / "store")))
-    assert {name: identity for name, (identity, _) in embedded.items()} == {
-        name: identity for name, (identity, _) in containers.items()
-    }
-    differing = {name for name in embedded if embedded[name][1].files != containers[name][1].files}
-    assert differing <= set(NOT_REPRODUCIBLE), differing
-
-
-def test_second_run_makes_nothing_again(first, store):
+def test_second_run_makes_nothing_again(first, embedded):
     before = len(stack.runs_of("run-stage"))
     said = stack.run(*stack.readme_commands()[1].split(), env={"RECIPE": RECIPE})
     assert "registered: arriving version 1 as champion" in said
@@ -138,8 +163,8 @@ def test_second_run_makes_nothing_again(first, store):
     assert versions() == ["1"]
 
 
-def test_arriving_checkpoint_starts_one_run_by_itself(first, tiny, tmp_path):
-    stack.run(*stack.readme_commands()[2].split(), env={"ARRIVAL_RECIPE": RECIPE})
+def test_arriving_checkpoint_starts_one_run_by_itself(first, embedded, tiny, tmp_path):
+    stack.run(*stack.readme_commands()[2].split(), env={"ARRIVAL_RECIPE": ON_ARRIVAL})
     copy = tmp_path / "changed"
     shutil.copytree(tiny, copy)
     other_weights(copy)
@@ -185,7 +210,9 @@ def await_state() -> None:
 
 def healing() -> list[str]:
     """The container in which `healed` is computed, if there is one now."""
-    return stack.run("docker", "ps", "--quiet", "--filter", "name=^healed").split()
+    return stack.run(
+        "docker", "ps", "--quiet", "--filter", "name=^healed", "--filter", f"volume={stack.name()}-scratch"
+    ).split()
 
 
 def faults() -> None:
@@ -194,9 +221,10 @@ def faults() -> None:
     assert inside, "the stage ended before it could be killed"
     stack.run("docker", "kill", stack.container("cpu-worker"), inside[0])
     stack.run("docker", "stop", "--time", "1", stack.container("s3"))
+    gone = time.monotonic()
     stack.run("docker", "restart", stack.container("postgres"))
     stack.run("docker", "restart", stack.container("mlflow"))
-    time.sleep(50)
+    time.sleep(max(0, gone + 60 - time.monotonic()))
     stack.run("docker", "start", stack.container("s3"), stack.container("cpu-worker"))
 
 
@@ -216,8 +244,8 @@ def mlflow(path: str, **asked: object) -> dict:
     method, extra = ("POST", {"json": asked}) if path == "runs/search" else ("GET", {"params": asked})
     answer = httpx.request(
         method,
-        f"http://127.0.0.1:5000/api/2.0/mlflow/{path}",
-        auth=("admin", stack.secrets()["MLFLOW_ADMIN_PASSWORD"]),
+        f"{stack.url('mlflow')}/api/2.0/mlflow/{path}",
+        auth=("admin", stack.setting("MLFLOW_ADMIN_PASSWORD")),
         timeout=60,
         **extra,
     )
@@ -229,14 +257,27 @@ def versions() -> list[str]:
     return sorted(one["version"] for one in found.get("model_versions", []))
 
 
-def test_gpu_job_that_would_start_carries_the_device_request(stack_up):
+def test_same_recipe_embedded_has_the_same_fingerprints_and_bytes(embedded, store):
+    from stages.adapters.connect import connect
+
+    containers = dict(store.manifests())
+    alone = dict(connect(str(embedded())).manifests())
+    assert len(alone) == 11
+    assert {identity: one.provenance.step for identity, one in alone.items()} == {
+        identity: containers[identity].provenance.step for identity in alone
+    }
+    differing = {one.provenance.step for identity, one in alone.items() if one.files != containers[identity].files}
+    assert differing <= set(NOT_REPRODUCIBLE), differing
+
+
+def test_gpu_job_that_would_start_carries_the_device_request(shell):
     """The job that the worker would hand to Docker, made and not started: this needs no GPU."""
     from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 
     import docker
     from flows.production.deploy import template
 
-    asked = {"image": "enginery/tensorrt:0.1.0", "memory_bytes": 10**9, "network": "enginery-stages", "command": "true"}
+    asked = {"image": "enginery/tensorrt:0.1.0", "memory_bytes": 10**9, "command": "true"}
     job = asyncio.run(DockerWorkerJobConfiguration.from_template_and_values(template("gpu", "docker", 1), asked))
     worker = DockerWorker(work_pool_name="gpu", test_mode=True)
     client = docker.from_env()
@@ -250,6 +291,8 @@ def test_gpu_job_that_would_start_carries_the_device_request(stack_up):
     assert host["DeviceRequests"][0]["Driver"] == "nvidia"
     assert host["ReadonlyRootfs"]
     assert host["Memory"] == 10**9
+    assert host["NetworkMode"] == f"{stack.name()}-stages"
+    assert host["Binds"] == [f"{stack.name()}-scratch:/scratch"]
 
 
 def test_stage_that_needs_more_memory_than_it_may_says_so(stack_up, shell, tmp_path):
@@ -261,7 +304,7 @@ def test_stage_that_needs_more_memory_than_it_may_says_so(stack_up, shell, tmp_p
         capture_output=True,
         text=True,
         timeout=600,
-        env={**__import__("os").environ, "ENGINERY_POOLS": str(pools), "HOME": str(tmp_path)},
+        env={**os.environ, "ENGINERY_POOLS": str(pools), "HOME": str(tmp_path)},
     )
     assert done.returncode == 3, done.stdout + done.stderr
     assert re.search(r"memory ran out; measured peak 0\.4\d GB; limit 0\.42 GB", done.stderr), done.stderr
