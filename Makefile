@@ -52,7 +52,7 @@ real-test: install  ## a slice on the real model: fetch to verdict, short texts
 	@$(BIN)/python -m pytest -m real $(ARGS) tests/real
 
 fault-test: install  ## whole runs, kills and clusters in processes of their own: each more than 20 s
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault -n 2 --dist loadfile --durations 5 tests/flows tests/stages
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault -n 2 --dist loadfile --durations 5 $(ARGS) tests/flows tests/stages
 
 service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered
 	@$(BIN)/python -m pytest -m service $(ARGS) tests/services tests/flows
