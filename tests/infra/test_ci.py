@@ -1,9 +1,11 @@
 """`.ci/run`: every slice runs, none passes without a test, and the last line is the sum."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +13,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 ROOT = Path(__file__).parents[2]
+TARGETS = ("real-test", "test", "fault-test", "service-test", "production-test")
 PASSES = "def test_passes(): pass\n"
 FAILS = "def test_fails(): assert False\n"
 SKIPS = "import pytest\n@pytest.mark.skip\ndef test_skips(): pass\n"
@@ -113,7 +116,7 @@ def project(tmp_path):
         makes = f'echo "makes $2"\n[ "$2" != check ] || exit {check}\n[ -e "$2.xml" ] || exit 0\n'
         tool("make", makes + 'cp "$2.xml" "${3#ARGS=--junitxml=}"\nexit "$(cat "$2.status")"')
         tool("docker", "echo 28.0" if engine else "exit 1")
-        for name in ("real-test", "test", "service-test", "production-test"):
+        for name in TARGETS:
             status = ended(folder, name, sources.get(name.partition("-")[0], PASSES))
             (folder / f"{name}.status").write_text(str(status))
         shell = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable}
@@ -132,20 +135,28 @@ def project(tmp_path):
 
 def test_run_in_which_all_passes_ends_with_the_sum_alone(project):
     status, lines = project(engine=True)
-    assert (status, lines[-1]) == (0, "4 passed, 0 failed")
-    assert [line.split(":")[0] for line in lines[-5:-1]] == ["real", "test", "services", "production"]
+    assert (status, lines[-1]) == (0, "5 passed, 0 failed")
+    assert [line.split(":")[0] for line in lines[-6:-1]] == ["real", "test", "faults", "services", "production"]
 
 
 def test_run_in_which_a_slice_fails_runs_the_others_and_fails(project):
     status, lines = project(engine=True, real=FAILS, test="")
-    assert (status, lines[-1]) == (1, "2 passed, 2 failed")
+    assert (status, lines[-1]) == (1, "3 passed, 2 failed")
     assert "makes production-test" in lines
 
 
 def test_run_with_an_engine_fails_where_production_skips_and_without_one_says_that_it_skipped(project):
-    assert project(engine=True, production=SKIPS)[1][-1] == "3 passed, 1 failed, 1 skipped"
+    assert project(engine=True, production=SKIPS)[1][-1] == "4 passed, 1 failed, 1 skipped"
     status, lines = project(engine=False, production=SKIPS)
-    assert (status, lines[-1]) == (0, "3 passed, 0 failed, 1 skipped")
+    assert (status, lines[-1]) == (0, "4 passed, 0 failed, 1 skipped")
+
+
+def test_run_has_a_slice_for_every_mark_of_the_tests_but_those_that_need_a_gpu():
+    marks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    targets = {found[1] for one in marks if (found := re.search(r"run by `make ([a-z-]+)`", one))}
+    assert len(targets) == len(marks)
+    run = (ROOT / ".ci" / "run").read_text()
+    assert set(re.findall(r"^slice \w+ (\S+)", run, re.MULTILINE)) == (targets - {"gpu-test"}) | {"test"} == {*TARGETS}
 
 
 def test_run_whose_check_fails_ends_at_once(project):
