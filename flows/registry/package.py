@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.tracking.connect import Tracking, answered, quiet
 from stages.adapters.backends import GRAPHS_BACKEND, backend, module_of
-from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree
+from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree, imported
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -68,7 +68,8 @@ def travelling_code(into: Path, backend_name: str) -> Path:
         ]:
             if path.is_file() and path not in seen:
                 seen.add(path)
-                pending += _imports(path)
+                ours = imported(ast.parse(path.read_text(encoding="utf-8")))
+                pending += [name for name in ours if name.split(".")[0] == "stages"]
     for path in seen:
         copy = into / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -81,16 +82,6 @@ def _backend_name(engine: Path) -> str:
     if not described.is_file():
         return GRAPHS_BACKEND
     return str(json.loads(described.read_text(encoding="utf-8"))["target"]).partition(":")[0]
-
-
-def _imports(path: Path) -> list[str]:
-    names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.split(".")[0] == "stages"]
 
 
 def _linked(tracking: Tracking, run_id: str, model_id: str) -> bool:
