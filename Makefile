@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RECIPE ?= smollm2-135m
 # A production stack is what its environment file says; ENGINERY_STACK, the name in it, is read when a command needs it.
 ENV_FILE ?= infra/.env
-stack = $(or $(ENGINERY_STACK),$(shell sed -n 's/^ENGINERY_STACK=//p' '$(ENV_FILE)' 2>/dev/null),enginery)
+stack = $(or $(shell sed -n 's/^ENGINERY_STACK=//p' '$(ENV_FILE)' 2>/dev/null),$(ENGINERY_STACK),enginery)
 compose := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 COMPOSE = ENGINERY_STACK=$(stack) $(compose) --project-name $(stack) --project-directory infra --file infra/compose.yaml \
   --env-file '$(ENV_FILE)' --profile gpu

@@ -132,6 +132,19 @@ def upward(found: Mapping[str, File]) -> Iterator[str]:
                 yield f"{file.name} imports {target}: {mine} may not know {theirs}"
 
 
+def in_disguise(found: Mapping[str, File]) -> Iterator[str]:
+    """Imports that neither this map nor the digests of code follow."""
+    for file in found.values():
+        for node in ast.walk(file.tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                yield f"{file.path}:{node.lineno} imports relatively: write the whole name"
+            table = (isinstance(node, ast.ImportFrom) and node.module == "stages" and not node.level) or (
+                isinstance(node, ast.Import) and "stages" in (alias.name for alias in node.names)
+            )
+            if table and file.name.startswith("stages") and file.name != "stages.__main__":
+                yield f"{file.path}:{node.lineno} imports the table of stages: a stage knows no other"
+
+
 def circles(found: Mapping[str, File]) -> list[list[str]]:
     """Sets of files that import each other, by Tarjan's algorithm (1972)."""
     number: dict[str, int] = {}
@@ -210,7 +223,14 @@ def rooms_without_a_word(found: Mapping[str, File]) -> Iterator[str]:
 def breaches(found: Mapping[str, File]) -> list[str]:
     """Everything in which the code is not as the map has it."""
     round_trips = [f"a circle: {' -> '.join([*circle, circle[0]])}" for circle in circles(found)]
-    return [*outside(found), *upward(found), *round_trips, *too_large(found), *rooms_without_a_word(found)]
+    return [
+        *outside(found),
+        *upward(found),
+        *in_disguise(found),
+        *round_trips,
+        *too_large(found),
+        *rooms_without_a_word(found),
+    ]
 
 
 def arrows(found: Mapping[str, File]) -> Counter[tuple[str, str]]:

@@ -165,7 +165,9 @@ def _interval(gate: Gate, artifact: str, corpus: str, reports: Mapping[tuple[str
 def _column(report: Report, score: str, artifact: str) -> Floats:
     documents = sorted(report["documents"], key=lambda document: document["id"])
     if any(score not in document for document in documents):
-        raise StageError(f"the report of {artifact} has no {score!r}", remedy="It needs `judge: {baseline: ...}`.")
+        old = "It was measured before this was: gate against the baseline until a version that has it is promoted."
+        remedy = old if artifact == CHAMPION else "It needs `judge: {baseline: ...}`."
+        raise StageError(f"the report of {artifact} has no {score!r}", remedy=remedy)
     return np.array([document[score] for document in documents], dtype=np.float64)
 
 

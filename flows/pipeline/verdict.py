@@ -75,8 +75,8 @@ def judged(session: Session) -> Judgement:
         StageError: a gate speaks of nothing that was measured, or an artifact is gone.
         Unavailable: the store does not answer.
     """
-    champion = _champion(session)
     reports = _reports(session)
+    champion = _champion(session, reports)
     verdict = None
     if session.recipe.judge is not None:
         if any(gate.against == CHAMPION for gate in session.recipe.gates):
@@ -87,21 +87,34 @@ def judged(session: Session) -> Judgement:
     return Judgement(verdict=verdict, reports=reports, engines=engines, champion=champion, beside=beside)
 
 
-def _champion(session: Session) -> Champion:
-    """The version now served, its reports found by its fingerprint among those on the same corpora."""
+def _champion(session: Session, ours: Reports) -> Champion:
+    """The version now served, its reports found by its fingerprint among those on the same corpora.
+
+    A corpus is known by its digest: the step that made the champion's may have been another, or of older code. Of
+    several reports on one the newest that has our documents is taken.
+    """
     register, judged_as = session.recipe.register_as, session.recipe.judge
     entry = head(session.store.objects, register.model, register.alias) if register else None
     if entry is None or judged_as is None:
         return Champion()
     served = entry.candidate.executables[entry.candidate.serves].fingerprint
     made = session.store.manifest(served)
-    corpora = {session.done[name].fingerprint: name for name in judged_as.corpora}
-    reports = {}
-    for identity, manifest in session.store.manifests():
-        inputs = manifest.work.inputs
-        if manifest.kind is Kind.REPORT and inputs.get("model") == served and inputs.get("text") in corpora:
-            reports[corpora[inputs["text"]]] = _json(session.store, identity, "report.json")
+    steps = {session.done[name].fingerprint: name for name in judged_as.corpora}
+    digests = {report["corpus"]: corpus for (_, corpus), report in ours.items() if report.get("corpus")}
+    documents = {corpus: _ids(report) for (_, corpus), report in ours.items()}
+    kept = [(one.provenance.created, identity, one) for identity, one in session.store.manifests()]
+    reports: dict[str, dict[str, Any]] = {}
+    for _, identity, manifest in sorted(kept, key=lambda one: one[:2]):
+        if manifest.kind is Kind.REPORT and manifest.work.inputs.get("model") == served:
+            report = _json(session.store, identity, "report.json")
+            corpus = digests.get(report.get("corpus", "")) or steps.get(manifest.work.inputs.get("text", ""))
+            if corpus and (corpus not in reports or _ids(report) == documents[corpus]):
+                reports[corpus] = report
     return Champion(entry.version.number, reports, model_size(made) if made else None)
+
+
+def _ids(report: Mapping[str, Any]) -> list[str]:
+    return sorted(document["id"] for document in report["documents"])
 
 
 def _reports(session: Session) -> Reports:

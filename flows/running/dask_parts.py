@@ -185,7 +185,7 @@ def asked(errand: dict[str, Any], name: str, *wanted: str) -> dict[str, Any]:
     """Start the step's child where this worker runs; returns its last event."""
     params = stage(errand["stage"]).params.model_validate(errand["params"])
     order = Order(
-        step=f"{errand['step']}-{name}", stage=errand["stage"], params=params, work=Work.model_validate(errand["work"])
+        step=f"{errand['step']}+{name}", stage=errand["stage"], params=params, work=Work.model_validate(errand["work"])
     )
     if here := _RUNS.get(errand["run"]):
         # The run's own child, that ends with it.

@@ -125,7 +125,7 @@ def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[
             planned = patiently(lambda: _planned(asked.steps, settings, store, terminal.for_step), away_s=away_s)
             tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
             tags = {"enginery.store": store.uri}
-            followed = recipe_run(tracking, recipe.name, record.name, tags, as_yaml(recipe))
+            followed = recipe_run(tracking, recipe.name, record.name, tags, as_yaml(recipe), ended)
             loose, remedy = LooseEnds(record, terminal.line), "The next run beside it ends it there."
             with loose.closed(followed, ended, "the end of MLflow's run", remedy) as mlflow:
                 yield Session(

@@ -11,7 +11,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,9 +74,17 @@ class RecipeRun:
 
 @contextmanager
 def recipe_run(
-    tracking: Tracking, recipe_name: str, run_id: str, tags: Mapping[str, str] | None = None, recipe_text: str = ""
+    tracking: Tracking,
+    recipe_name: str,
+    run_id: str,
+    tags: Mapping[str, str] | None = None,
+    recipe_text: str = "",
+    ended: Sized = (),
 ) -> Iterator[RecipeRun]:
-    """One recipe run as a parent run; ended as finished, failed or killed by how the block ends."""
+    """One recipe run as a parent run; ended as finished, failed or killed by how the block ends.
+
+    Once `ended` holds the run's result, it is finished: an interrupt undoes no promotion.
+    """
     _end_orphans(tracking)
     ours = {"enginery.run": run_id, "enginery.recipe": recipe_name, "enginery.process": _process()}
     made = tracking.client.create_run(
@@ -95,6 +103,7 @@ def recipe_run(
         status = "KILLED"
         raise
     finally:
+        status = "FINISHED" if ended else status
         parent.closed.set()
         writer.join()
         parent.end_children()

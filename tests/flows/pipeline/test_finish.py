@@ -223,6 +223,8 @@ def test_interrupt_after_the_promotion_leaves_a_record_that_says_passed(place, w
     assert place.promoted == ["1"]
     line = place.record.line()
     assert (line.state, line.model, line.error) == ("passed", f"{place.model} 1", "")
+    ends = {"FINISHED"} if where != "while MLflow's run is closed" else {"FINISHED", "RUNNING"}
+    assert place.followed(place.record.name).info.status in ends
     assert place.run().passed and place.promoted == place.versions == ["1"] and place.alias == "1"
 
 
@@ -270,6 +272,16 @@ def test_end_tried_again_does_not_judge_the_model_against_itself(place, hurried)
     with place.session() as session, lost.now(), unread.now():
         assert optimize._end(made(session)).passed
     assert place.promoted == ["1"] and place.alias == "1" and place.state == "passed"
+
+
+def test_champion_is_judged_against_though_its_corpus_was_made_by_another_step(place):
+    assert place.run().passed
+    place.gates = ("measure: perplexity, artifact: cpu, against: champion, at_most: 1.5",)
+    # As by newer code or other params: the step's fingerprint is another, the corpus' digest is not.
+    again = place.run("steps.text.params.splits.test=0.5")
+    assert not next(step for step in again.steps if step.name == "text").cached
+    (gate,) = [one for one in again.gates if one.against == "champion"]
+    assert gate.measured == 1.0 and gate.passed and "no champion" not in gate.text
 
 
 def test_prefect_that_breaks_after_the_end_fails_no_run(place, monkeypatch):

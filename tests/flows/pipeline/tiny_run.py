@@ -53,7 +53,12 @@ def compiled(params, inputs, output, progress):
 
 def validated(params, inputs, output, progress):
     documents = [{"id": f"d{i}", "tokens": 10, "nll": 20.0 + i % 3} for i in range(8)]
-    said = {"artifact_target": "onnxruntime:cpu", "measures": {"perplexity": 8.0}, "documents": documents}
+    said = {
+        "artifact_target": "onnxruntime:cpu",
+        "measures": {"perplexity": 8.0},
+        "documents": documents,
+        "corpus": "c",
+    }
     (output / "report.json").write_text(json.dumps(said))
     return {"perplexity": 8.0}
 
@@ -111,8 +116,8 @@ class Place:
         path.write_text(RECIPE.replace("MODEL", self.model).replace("register:", f"{gates}register:"))
         return path
 
-    def run(self) -> RunResult:
-        return optimize(expanded(load_recipe(self.recipe)), self.settings, self.terminal)
+    def run(self, *sets: str) -> RunResult:
+        return optimize(expanded(load_recipe(self.recipe, sets)), self.settings, self.terminal)
 
     def session(self):
         return opened(expanded(load_recipe(self.recipe)), self.settings, self.terminal)

@@ -20,6 +20,7 @@ from flows.recipe.model import Recipe, RecipeError
 from flows.recipe.read import load_recipe, shipped
 from flows.running.run_records import as_yaml
 from stages import STAGES, stage
+from stages.measures.table import MEASURES
 from stages.runtime.contract import Kind
 from tests.flows.definitions import plain_stages  # noqa: F401
 
@@ -64,7 +65,8 @@ def test_recipe_well_formed_is_read_with_defaults_and_numbers(tmp_path):
     assert recipe.step("healed").params == {"tokens": 100_000}
     assert recipe.gates[1].at_most == 200_000_000
     assert recipe.register_as.alias == "champion"
-    assert recipe.judge.measures == ["perplexity", "kl_divergence", "top1_agreement"]
+    assert recipe.judge.measures == list(MEASURES)
+    assert recipe.judge.measures[:3] == ["perplexity", "kl_divergence", "top1_agreement"]
 
 
 def test_recipe_written_again_reads_the_same(tmp_path):
