@@ -119,8 +119,14 @@ class Place:
     def run(self, *sets: str) -> RunResult:
         return optimize(expanded(load_recipe(self.recipe, sets)), self.settings, self.terminal)
 
-    def session(self):
-        return opened(expanded(load_recipe(self.recipe)), self.settings, self.terminal)
+    def session(self, *sets: str):
+        return opened(expanded(load_recipe(self.recipe, sets)), self.settings, self.terminal)
+
+    def seal(self, *sets: str) -> None:
+        """Make every step and end nothing: a run whose every step is sealed needs no Prefect."""
+        with self.session(*sets) as session:
+            for name in session.planned:
+                run_step(session, name)
 
     @property
     def client(self):
@@ -172,9 +178,7 @@ def sealed(tmp_path_factory):
         patch.delenv("PREFECT_API_URL", raising=False)
         patch.setenv("PREFECT_HOME", str(root / "prefect"))
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
-        with Place(root, root, "none").session() as session:
-            for name in session.planned:
-                run_step(session, name)
+        Place(root, root, "none").seal()
         yield root
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
