@@ -78,10 +78,16 @@ def files(root: Path = ROOT) -> Mapping[str, File]:
     found = {}
     for name, path in sorted(paths.items()):
         text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text)
-        ours = frozenset(one for one in imported(tree) if one in paths and one != name)
+        tree, imports = _read(text)
+        ours = frozenset(one for one in imports if one in paths and one != name)
         found[name] = File(name, path.relative_to(root), text.count("\n"), tree, _without_packages(ours, paths))
     return found
+
+
+@cache
+def _read(text: str) -> tuple[ast.Module, frozenset[str]]:
+    tree = ast.parse(text)
+    return tree, frozenset(imported(tree))
 
 
 def _dotted(path: Path) -> str:
