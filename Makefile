@@ -51,8 +51,8 @@ check: install  ## ruff, mypy --strict, import boundaries, the map of the house
 real-test: install  ## a slice on the real model: fetch to verdict, short texts
 	@$(BIN)/python -m pytest -m real $(ARGS) tests/real
 
-fault-test: install  ## whole runs, kills and clusters in processes of their own: each more than 20 s
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault -n 2 --dist loadfile --durations 5 $(ARGS) tests/flows tests/stages
+fault-test: install  ## whole runs, kills, pools and clusters in processes of their own
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault -n 2 --dist loadfile --durations 5 $(ARGS) tests
 
 service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered
 	@$(BIN)/python -m pytest -m service $(ARGS) tests/services tests/flows

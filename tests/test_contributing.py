@@ -77,6 +77,7 @@ def test_adding_takes_as_many_touches_as_are_promised(name):
         ("map", "tests/contributed.py::test_map_", 1),
     ],
 )
+@pytest.mark.fault
 def test_what_was_added_passes_its_tests_in_a_copy(said, name, where, least):
     ended, text = said
     mine = {test: how for test, how in ended.items() if test.startswith(where)}

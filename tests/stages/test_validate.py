@@ -443,6 +443,7 @@ def told(process):
     return [json.loads(line) for line in out.splitlines()], err.decode()
 
 
+@pytest.mark.fault
 def test_child_killed_in_the_middle_goes_on_and_seals_the_same_bytes(apart, many, undivided, child):
     apart.remove(fingerprint(many[1]))
     process, done = child(), 0
@@ -460,6 +461,7 @@ def test_child_killed_in_the_middle_goes_on_and_seals_the_same_bytes(apart, many
     assert (apart.checkout(fingerprint(many[1])) / "report.json").read_bytes() == undivided
 
 
+@pytest.mark.fault
 def test_child_asked_for_units_or_a_part_says_so_and_seals_nothing(apart, many, child):
     apart.remove(fingerprint(many[1]))
     assert told(child("--units"))[0] == [{"event": "units", "count": 40}]

@@ -81,6 +81,7 @@ def test_arrival_starts_the_real_flow_by_the_form_of_its_parameters(prefect_api,
     assert Recipe.model_validate(run["parameters"]["recipe"]) == made
 
 
+@pytest.mark.fault
 def test_silence_crashes_a_lost_run_and_tells_of_a_stuck_queue(prefect_api, client):
     pool, fine = f"stuck-{uuid.uuid4()}", f"fine-{uuid.uuid4()}"
     apply(client, [zombies(within_s=10), queue_alert(pool, unready_s=10, late=2), queue_alert(fine, unready_s=10)])

@@ -94,6 +94,7 @@ def in_thread(launcher, one, watch):
     return thread, errors
 
 
+@pytest.mark.fault
 def test_launcher_child_killed_says_signal_and_seals_nothing(launcher, store, tiny, seal):
     one = long_step(store, tiny, seal)
     thread, errors = in_thread(launcher, one, Watch())
@@ -105,6 +106,7 @@ def test_launcher_child_killed_says_signal_and_seals_nothing(launcher, store, ti
     assert store.manifest(fingerprint(one.work)) is None
 
 
+@pytest.mark.fault
 def test_launcher_stopped_children_end_and_none_starts(launcher, store, tiny, seal, tmp_path):
     one = long_step(store, tiny, seal)
     thread, errors = in_thread(launcher, one, Watch())
@@ -127,6 +129,7 @@ def test_launcher_environment_holds_no_foreign_credential(launcher, monkeypatch)
     assert inside["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.fault
 def test_child_parent_gone_ends_itself(store, tiny, seal, tmp_path):
     one = long_step(store, tiny, seal)
     launcher = Launcher(store, "process", 1, tmp_path / "logs")

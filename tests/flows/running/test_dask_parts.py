@@ -102,6 +102,7 @@ def test_parts_are_several_a_worker_and_neither_small_nor_huge():
     assert divided(64, 1, [range(16, 32)]) == [range(16), range(32, 48), range(48, 64)]
 
 
+@pytest.mark.fault
 def test_cluster_without_worker_or_scheduler_is_said_to_be_unavailable(cluster, launcher, dense, topics, monkeypatch):
     monkeypatch.setattr(dask_parts, "WORKERS_WITHIN_S", 1)
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
@@ -134,6 +135,7 @@ def test_cluster_computes_the_missing_parts_and_the_step_gathers_the_undivided_b
     assert parts.standing(objects, identity) == []
 
 
+@pytest.mark.fault
 def test_part_that_fails_says_so_with_its_own_error(prefect, launcher, topics):
     one = ordered("0" * 64, topics)
     with pytest.raises(StageError, match="input 'model' of validate is not sealed"):

@@ -24,6 +24,8 @@ from stages.runtime.progress import Silent
 from tests.flows.prefect_server import eventually, prefect_api, runs_of  # noqa: F401
 from tests.flows.running.test_child_process import SPLITS, order, text
 
+pytestmark = pytest.mark.fault  # real processes, each of which takes seconds to begin
+
 ROOT = Path(__file__).parents[3]
 
 

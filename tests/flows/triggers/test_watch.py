@@ -396,6 +396,7 @@ def upload(folder: Path, uri: str) -> None:
         client.put_object(Bucket=bucket, Key=f"{key}/{path.name}", Body=path.read_bytes())
 
 
+@pytest.mark.fault
 def test_ten_copies_while_the_watcher_is_killed_and_restarted_start_one_run(
     s3_root,
     prefect_api,

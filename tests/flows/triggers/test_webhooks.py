@@ -203,6 +203,7 @@ def asked(tmp_path, store, certificate, monkeypatch):
     return ["hooks", f"models:/{MODEL}@{ALIAS}", "--recipe", str(path), *tls, "--store", store.uri, "--port", "0"]
 
 
+@pytest.mark.fault
 def test_mlflow_delivers_over_tls_to_the_command(prefect_api, asked, certificate, tracking, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
     environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri}

@@ -148,6 +148,7 @@ def test_recover_interrupted_goes_on_from_the_last_save_to_the_same_bytes(undist
     assert metrics == undisturbed[1]
 
 
+@pytest.mark.fault
 def test_recover_killed_goes_on_to_the_same_bytes(undisturbed, folders, tmp_path):
     script = """
 import os, json, signal, sys
