@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,34 @@ hypothesis.settings.register_profile("enginery", deadline=None)
 hypothesis.settings.load_profile("enginery")
 
 Seal = Callable[..., Outcome]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What asks for a real Prefect server is of the fault slice: one takes ten seconds to begin, and answers late."""
+    for item in items:
+        if "prefect_api" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.fault)
+
+
+def pytest_collection_finish() -> None:
+    """Coverage does not look into torch's exporter: millions of calls, none of them ours, and thrice the time."""
+    if sys.gettrace() is None or "torch" not in sys.modules:
+        return
+    import torch.onnx
+
+    export = torch.onnx.export
+
+    @functools.wraps(export)
+    def untraced(*given: Any, **named: Any) -> Any:
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return export(*given, **named)
+        finally:
+            sys.settrace(trace)
+
+    torch.onnx.export = untraced
 
 
 @pytest.fixture(scope="session")
