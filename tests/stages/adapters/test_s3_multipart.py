@@ -28,6 +28,8 @@ from tests.stages.adapters.relay import Relay
 from tests.stages.runtime.test_stores import manifest_of
 from tests.stages.runtime.trial import TRIAL, TrialParams
 
+pytestmark = pytest.mark.fault  # a real server, cut off and killed again and again
+
 PART = 5 << 20
 Through = Callable[[str], None]
 
