@@ -10,7 +10,7 @@ ENV ENGINERY_IMAGE="${IMAGE}" ENGINERY_COMMIT="${COMMIT}" ENGINERY_HOME=/scratch
 COPY stages stages
 COPY flows flows
 COPY infra infra
-RUN printf '#!/bin/sh\nexec python3 -m flows.cli "$@"\n' > /usr/local/bin/enginery && chmod 755 /usr/local/bin/enginery
+RUN printf '#!/bin/sh\nexec python3 -m flows "$@"\n' > /usr/local/bin/enginery && chmod 755 /usr/local/bin/enginery
 USER enginery
 VOLUME /scratch
 ENTRYPOINT []

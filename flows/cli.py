@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.commands import deploy, inspect, manage, run, watch
+from flows.running import interruption
 
 if TYPE_CHECKING:
     from stages.runtime.contract import StageError
@@ -51,25 +50,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     debug = "--debug" in asked
     asked = [word for word in asked if word != "--debug"]
-    signal.signal(signal.SIGTERM, _terminated)
     try:
         code: Any = app(asked or ["--help"], prog_name="enginery", standalone_mode=False)
     except typer.TyperException as error:
         sys.stderr.write(f"error: {error.format_message()} `enginery --help` and `enginery COMMAND --help` say more.\n")
         return 1
     except typer.Abort:
-        code = 130
+        code = interruption.CODE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except _stage_error() as error:
+        code = _code(error)
+        if code == interruption.CODE:
+            interruption.unwinding()
+            interruption.say(f"interrupted: {error}; the same command goes on from there\n")
+            return code
         if debug:
             traceback.print_exception(error)
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")
-        return _code(error)
-    if code == 130:
-        sys.stderr.write("interrupted: what is sealed stays, and the same command goes on from there\n")
+        return code
+    if code == interruption.CODE:
+        interruption.unwinding()
+        interruption.say()
     return int(code or 0)
 
 
@@ -93,11 +97,3 @@ def _code(error: StageError) -> int:
     from stages.runtime.contract import DoesNotFit, Interrupted
 
     return 3 if isinstance(error, DoesNotFit) else 130 if isinstance(error, Interrupted) else 1
-
-
-def _terminated(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -140,8 +140,6 @@ def environment(scratch: Path) -> Mapping[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # Its migrations take ten seconds where nothing else runs, and a minute beside other work.
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         # Prefect's shortest, and what the automation for lost runs counts on.
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         # Its log lines go to Prefect's page; the terminal has ours.

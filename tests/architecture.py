@@ -21,6 +21,7 @@ from stages import STAGES
 from stages.runtime.fingerprint import ROOT, imported
 
 FLOWS = (
+    ("flows.__main__",),
     ("flows.cli",),
     ("flows.commands",),
     ("flows.triggers", "flows.production"),

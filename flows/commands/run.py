@@ -81,7 +81,7 @@ def run(
     asked = expanded(load_recipe(recipe, sets or ()))
     _check_steps(asked, [*(force or ()), *([from_step] if from_step else [])])
     enter(settings)
-    from flows.pipeline.optimize import optimize
+    from flows.pipeline.drive import optimize
 
     with TerminalProgress() as terminal:
         result = optimize(asked, settings, terminal)

@@ -87,7 +87,7 @@ class Record:
     def failed(self, error: BaseException) -> None:
         """Record the end of a run that broke or was interrupted."""
         interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
-        said = str(error) or type(error).__name__
+        said = str(error) or ("interrupted" if interrupted else type(error).__name__)
         _write(self.folder / "failure.json", json.dumps({"error": said, "interrupted": interrupted, "at": _now()}))
         self.log({"event": "error", "what": said})
         self._ended()

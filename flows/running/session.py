@@ -17,7 +17,7 @@ from flows.recipe.expand import Expanded, PlannedStep
 from flows.recipe.model import Recipe
 from flows.results import PlanLine, RunResult, StepResult
 from flows.running.child_process import Launcher
-from flows.running.leftover_servers import end_orphaned_servers
+from flows.running.interruption import ended_by, unwinding
 from flows.running.loose_ends import LooseEnds
 from flows.running.order import Order
 from flows.running.placement import load_pools
@@ -87,11 +87,6 @@ class Session:
         """Who is told of what breaks after the run has ended."""
         return LooseEnds(self.record, self.terminal.line)
 
-    @property
-    def nothing_to_run(self) -> bool:
-        """Whether every step is sealed and none is forced."""
-        return all(one.manifest and not one.order.force for one in self.planned.values())
-
 
 def plan(asked: Expanded, settings: Settings, terminal: Terminal | None = None) -> list[PlanLine]:
     """What a run would do, step by step: hit or miss, the first field that differs, what it needs."""
@@ -116,37 +111,53 @@ def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[
     recipe, pooled = asked.recipe, settings.launcher == "pool"
     away_s = AWAY_S if pooled else 0.0
     scratch = patiently(lambda: enter(settings), away_s=away_s)
-    with nullcontext() if pooled else _alone(scratch, terminal):
-        end_orphaned_servers(os.environ["PREFECT_HOME"])
+    with nullcontext() if pooled else _alone(scratch, terminal) as holder:
         record = open_run(scratch, recipe, sys.argv)
+        if holder:
+            holder.write_text(f"run {record.name} of {recipe.name}, process {os.getpid()},", encoding="utf-8")
         ended: list[RunResult] = []
         try:
-            store = patiently(settings.connect, away_s=away_s)
-            planned = patiently(lambda: _planned(asked.steps, settings, store, terminal.for_step), away_s=away_s)
-            tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
-            tags = {"enginery.store": store.uri}
-            followed = recipe_run(tracking, recipe.name, record.name, tags, as_yaml(recipe), ended)
-            loose, remedy = LooseEnds(record, terminal.line), "The next run beside it ends it there."
-            with loose.closed(followed, ended, "the end of MLflow's run", remedy) as mlflow:
-                yield Session(
-                    recipe=recipe,
-                    steps=asked.steps,
-                    settings=settings,
-                    store=store,
-                    terminal=terminal,
-                    record=record,
-                    planned=planned,
-                    launcher=_launcher(store, settings, record),
-                    slots=Slots(settings.jobs),
-                    tracking=tracking,
-                    mlflow=mlflow,
-                    started=time.monotonic(),
-                    ended=ended,
-                )
+            with ended_by(last=lambda: None if ended else record.failed(KeyboardInterrupt())):
+                yield from _followed(asked, settings, terminal, record, ended, away_s)
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                unwinding()
             if not ended:
                 record.failed(error)
             raise
+
+
+def _followed(
+    asked: Expanded, settings: Settings, terminal: Terminal, record: Record, ended: list[RunResult], away_s: float
+) -> Iterator[Session]:
+    """Plan the run, follow it in MLflow, and hold the session while it lasts."""
+    recipe, scratch = asked.recipe, settings.scratch
+    store = patiently(settings.connect, away_s=away_s)
+    planned = patiently(lambda: _planned(asked.steps, settings, store, terminal.for_step), away_s=away_s)
+    tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
+    tags = {"enginery.store": store.uri}
+    followed = recipe_run(tracking, recipe.name, record.name, tags, as_yaml(recipe), ended)
+    loose, remedy = LooseEnds(record, terminal.line), "The next run beside it ends it there."
+    launcher = _launcher(store, settings, record)
+    with (
+        loose.closed(followed, ended, "the end of MLflow's run", remedy) as mlflow,
+        ended_by(hurry=lambda: launcher.stop(now=True)),
+    ):
+        yield Session(
+            recipe=recipe,
+            steps=asked.steps,
+            settings=settings,
+            store=store,
+            terminal=terminal,
+            record=record,
+            planned=planned,
+            launcher=launcher,
+            slots=Slots(settings.jobs),
+            tracking=tracking,
+            mlflow=mlflow,
+            started=time.monotonic(),
+            ended=ended,
+        )
 
 
 def run_step(session: Session, name: str, *listeners: Progress) -> StepResult:
@@ -175,9 +186,11 @@ def run_step(session: Session, name: str, *listeners: Progress) -> StepResult:
             outcome = session.launcher.run(order, progress)
     except Interrupted:
         tracked.interrupted()
+        session.record.log({"event": "interrupted", "step": name})
         raise
     except BaseException as error:
         tracked.failed(error)
+        session.record.log({"event": "failed", "step": name, "what": str(error) or type(error).__name__})
         session.terminal.failed(name, str(error))
         raise
     if forced and outcome.changed:
@@ -219,15 +232,17 @@ def _planned(
 
 
 @contextmanager
-def _alone(scratch: Path, terminal: Terminal) -> Iterator[None]:
-    """One embedded run at a time beside a store: SQLite and two cores serve one well."""
-    with (scratch / "run.lock").open("a") as lock:
+def _alone(scratch: Path, terminal: Terminal) -> Iterator[Path]:
+    """One embedded run at a time beside a store: SQLite and two cores serve one well. Yields where the holder signs."""
+    holder = scratch / "run.lock"
+    with holder.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            terminal.line("another run is going on beside this store; this one waits for it to end")
+            other = holder.read_text(encoding="utf-8") or "another run"
+            terminal.line(f"{other} is going on beside this store; this one waits for it to end")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield holder
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from prefect import flow, get_run_logger
 
-from flows.pipeline.optimize import optimize
+from flows.pipeline.drive import optimize
 from flows.prefect_api.events import CONFIRM_S, deliver, has_server
 from flows.recipe.expand import expanded
 from flows.recipe.model import Recipe

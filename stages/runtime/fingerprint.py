@@ -102,14 +102,25 @@ def code_digest(*modules: str) -> str:
     pending = list(modules)
     while pending:
         name = pending.pop()
-        path = _source(name)
-        if name in seen or path is None or name.startswith(_NOT_CONTENT):
+        if name in seen or name.startswith(_NOT_CONTENT):
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        # `stages` itself is the table of all stages: following it would tie every stage to every other.
-        pending += [one for one in imported(tree) if one.startswith("stages.")]
-        seen[name] = digest_bytes(ast.dump(_without_docstrings(tree)).encode())
+        digest, known = _module(name)
+        if digest:
+            seen[name] = digest
+            pending += known
     return digest_bytes(canonical(sorted(seen.items())))
+
+
+@cache
+def _module(name: str) -> tuple[str, tuple[str, ...]]:
+    """A module's digest and what it may import of the project; nothing where there is no such module."""
+    path = _source(name)
+    if path is None:
+        return "", ()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    # `stages` itself is the table of all stages: following it would tie every stage to every other.
+    known = tuple(one for one in imported(tree) if one.startswith("stages."))
+    return digest_bytes(ast.dump(_without_docstrings(tree)).encode()), known
 
 
 def stage_digest(name: str, *used: str) -> str:

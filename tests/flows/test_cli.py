@@ -93,7 +93,7 @@ def optimized(monkeypatch):
         hit = PlanLine(name="dense", stage="fetch", hit=True, why="", fingerprint="ab" * 32, needs="nothing: sealed")
         return [hit, hit.model_copy(update={"name": "int8", "hit": False, "why": "params.scheme: a -> b"})]
 
-    monkeypatch.setitem(sys.modules, "flows.pipeline.optimize", types.SimpleNamespace(optimize=optimize))
+    monkeypatch.setitem(sys.modules, "flows.pipeline.drive", types.SimpleNamespace(optimize=optimize))
     monkeypatch.setitem(sys.modules, "flows.running.session", types.SimpleNamespace(plan=plan))
     return seen
 
@@ -140,7 +140,7 @@ def test_help_is_there_at_once_without_heavy_imports():
 def test_help_takes_at_most_0_4_seconds_of_a_processor():
     def took() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "flows.cli", "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "flows", "--help"], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

@@ -71,7 +71,7 @@ def embedded(first, tmp_path_factory):
     home = tmp_path_factory.mktemp("embedded")
     shell = {**os.environ, **stack.environment(), "HOME": str(home)}
     alone = {name: value for name, value in shell.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    command = (sys.executable, "-m", "flows.cli", "run", str(Path(__file__).with_name("recipe.yaml")))
+    command = (sys.executable, "-m", "flows", "run", str(Path(__file__).with_name("recipe.yaml")))
     with (home / "said.txt").open("wb") as said:
         running = subprocess.Popen(
             (*command, "--store", str(home / "store")),
@@ -299,7 +299,7 @@ def test_stage_that_needs_more_memory_than_it_may_says_so(stack_up, shell, tmp_p
     pools = tmp_path / "pools.yaml"
     pools.write_text("stages: {recover: {memory_bytes: 420000000}}\nattempts: 1\n")
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", RECIPE, "--launcher", "pool", "--force", "healed"],
+        [sys.executable, "-m", "flows", "run", RECIPE, "--launcher", "pool", "--force", "healed"],
         cwd=stack.ROOT,
         capture_output=True,
         text=True,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_slice_real_model_is_judged_registered_and_answers(tmp_path):
     store = tmp_path / "store"
-    command = [sys.executable, "-m", "flows.cli", "run", ROOT / "tests/real/slice.yaml", "--store", store, "--json"]
+    command = [sys.executable, "-m", "flows", "run", ROOT / "tests/real/slice.yaml", "--store", store, "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     result = json.loads(done.stdout[done.stdout.find("{") :])

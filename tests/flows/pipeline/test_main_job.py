@@ -24,7 +24,7 @@ KEPT = {k: v for k, v in os.environ.items() if k.startswith(("COVERAGE_", "COV_"
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(1200)]  # a whole run of every stage, beside other tests
 
 
-def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=560, through=("flows.cli",)):
+def enginery(*arguments, home, code=0, env=None, cwd=None, timeout=560, through=("flows",)):
     """Run the command in a child; returns (JSON object or None, output, errors)."""
     done = subprocess.run(
         [sys.executable, "-m", *map(str, (*through, *arguments))],
@@ -191,7 +191,7 @@ def recover_child(parent: int) -> int | None:
 def test_recover_killed_goes_on_and_ends_in_the_same_bytes(first, home, tiny, tmp_path):
     changed = ["--set", f"steps.dense.params.source={tiny}"]
     whole = enginery("run", CUT, "--store", home / "store", *changed, "--json", home=home)[0]
-    arguments = [sys.executable, "-m", "flows.cli", "run", str(CUT), "--store", str(tmp_path / "store"), *changed]
+    arguments = [sys.executable, "-m", "flows", "run", str(CUT), "--store", str(tmp_path / "store"), *changed]
     env = {**PLAIN, **KEPT, "HOME": str(home), "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(arguments, env=env, stdout=log, stderr=log, start_new_session=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.pipeline.optimize import optimize
+from flows.pipeline.drive import optimize
 from flows.recipe.expand import expanded
 from flows.recipe.read import load_recipe
 from flows.registry.journal import history

@@ -174,7 +174,7 @@ def test_run_with_shards_on_threads_seals_what_a_run_without_seals(prefect, tiny
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("SOURCE", tiny.as_uri()))
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", str(recipe), "--store", str(tmp_path / "store"), "--json"],
+        [sys.executable, "-m", "flows", "run", str(recipe), "--store", str(tmp_path / "store"), "--json"],
         env={**PLAIN, **KEPT, "HOME": str(tmp_path), "ENGINERY_SHARDS": "threads:2",
              "PREFECT_API_URL": PREFECT_API_URL.value()},
         cwd=tmp_path, capture_output=True, text=True, timeout=240,

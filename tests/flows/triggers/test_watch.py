@@ -420,7 +420,7 @@ def test_ten_copies_while_the_watcher_is_killed_and_restarted_start_one_run(
         with (tmp_path / "said").open("a") as log:
             return subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "flows.cli", "watch", f"{s3_root}/in", "--recipe", str(path)),
+                    *(sys.executable, "-m", "flows", "watch", f"{s3_root}/in", "--recipe", str(path)),
                     *("--every", "0.5s", "--settle", "1s", "--store", f"{s3_root}/store"),
                 ],
                 stdout=log,

@@ -209,7 +209,7 @@ def test_mlflow_delivers_over_tls_to_the_command(prefect_api, asked, certificate
     environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri}
     with (tmp_path / "err").open("w") as errors:
         served = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *asked],
+            [sys.executable, "-m", "flows", *asked],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -147,6 +147,7 @@ def project(tmp_path, monkeypatch):
                     text = text.replace(old, new)
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(text)
+        module._module.cache_clear()
         return module.code_digest.__wrapped__("stages.trial")
 
     return digest
