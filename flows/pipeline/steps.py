@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import Event
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_chain, wait_fixed
+from tenacity.nap import sleep_using_event
 
 from flows.pipeline.finish import finish
 from flows.pipeline.verdict import judged
@@ -28,13 +30,15 @@ def run_steps(session: Session) -> None:
         StageError: a step's own; the others that ran came to their end, none was started after it.
     """
     steps: dict[str, Future[None]] = {}
+    stopping = Event()
     # In the recipe's order: a step waits in a thread only for steps that have one already.
     with ThreadPoolExecutor(STEPS_AT_ONCE, thread_name_prefix="step") as threads:
         try:
             for name, planned in session.planned.items():
-                steps[name] = threads.submit(_step, session, name, [steps[one] for one in planned.after])
+                steps[name] = threads.submit(_step, session, name, [steps[one] for one in planned.after], stopping)
             wait(steps.values())
         except BaseException as error:
+            stopping.set()
             stop(session, error)
             raise
     raise_first(session, steps)
@@ -81,14 +85,15 @@ def same(session: Session) -> str:
     return f"The report and `enginery explain {session.record.name}` say the same."
 
 
-def _step(session: Session, name: str, after: list[Future[None]]) -> None:
+def _step(session: Session, name: str, after: list[Future[None]], stopping: Event) -> None:
     wait(after)
     if any(one.exception() for one in after):
-        return  # the error of what it reads is told; it was never begun
+        raise Interrupted(f"step {name} was not started: a step that it reads has failed")
     again = Retrying(
         retry=retry_if_exception_type(Unavailable),
         stop=stop_after_attempt(1 + len(AGAIN_S)),
         wait=wait_chain(*(wait_fixed(pause) for pause in AGAIN_S)),
+        sleep=sleep_using_event(stopping),
         reraise=True,
     )
     try:

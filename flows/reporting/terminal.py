@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from flows.reporting.format import duration
+from flows.reporting.lasting_stream import LastingStream
 
 EVERY_SHARE, EVERY_SECONDS = 0.1, 15.0
 """How often a plain line is worth writing."""
@@ -40,7 +41,7 @@ class TerminalProgress:
     def __init__(
         self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic, live: bool | None = None
     ) -> None:
-        stream = stream or sys.stderr
+        stream = cast("TextIO", LastingStream(stream or sys.stderr))
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal if live is None else live
         self._bars = Bars(self.console) if self.live else None

@@ -34,7 +34,7 @@ class Command:
         if self.pid == 0:
             os.chdir(home)
             words = [sys.executable, "-m", "flows", *map(str, arguments)]
-            os.execve(words[0], words, environment)  # noqa: S606 - what a terminal does
+            os.execve(words[0], words, environment)
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
 
     def read_until(self, moment: float, until: Callable[[], bool] = lambda: False) -> bool:

@@ -16,9 +16,10 @@ from mlflow.exceptions import MlflowException
 from flows.cli import main
 from flows.pipeline import optimize
 from flows.pipeline.finish import finish
+from flows.pipeline.steps import end, run_steps
 from flows.pipeline.verdict import judged
 from flows.prefect_api import retry
-from flows.running.session import Session, run_step
+from flows.running.session import run_step
 from stages.runtime.contract import StageError, Unavailable
 from tests.flows.pipeline.tiny_run import place, sealed  # noqa: F401
 
@@ -258,10 +259,10 @@ def hurried(monkeypatch):
 
 def test_end_is_tried_again_while_mlflow_is_away_and_for_no_other_error(place, hurried):
     with place.session() as session, Break(where=SUMMARY, error=AWAY, once=True).now():
-        assert optimize._end(made(session)).passed
+        assert end(made(session)).passed
     assert place.promoted == place.versions == ["1"] and sum("tried again" in one for one in place.terminal.lines) == 1
     with pytest.raises(OSError), place.session() as session, Break(where=SUMMARY, error=FULL, once=True).now():
-        optimize._end(made(session))
+        end(made(session))
     assert place.state == "error"
 
 
@@ -270,7 +271,7 @@ def test_end_tried_again_does_not_judge_the_model_against_itself(place, hurried)
     lost = Break(where=PUT, error=Unavailable("no answer"), on=in_journal, done=True, once=True)
     unread = Break(where="flows.pipeline.finish.head", error=Unavailable("no answer"), once=True)
     with place.session() as session, lost.now(), unread.now():
-        assert optimize._end(made(session)).passed
+        assert end(made(session)).passed
     assert place.promoted == ["1"] and place.alias == "1" and place.state == "passed"
 
 
@@ -291,13 +292,15 @@ def test_prefect_that_breaks_after_the_end_fails_no_run(place, monkeypatch):
     def page(session, result):
         raise RuntimeError("no such page")
 
-    def flow(recipe, run):
-        optimize._end(made(optimize._SESSIONS[run]))
+    def flow(recipe, return_state):
+        session = optimize._ASKED.get().session
+        run_steps(session)
+        end(session, lambda result: page(session, result))
         raise RuntimeError("the flow run has no state")
 
-    monkeypatch.setattr(optimize, "show", page)
     monkeypatch.setattr(optimize, "optimize_recipe", flow)
-    monkeypatch.setattr(Session, "nothing_to_run", False)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr("flows.registry.announce.has_server", lambda: False)
     result = place.run()
     assert result.passed and place.promoted == ["1"] and place.state == "passed"
     assert [one["error"] for one in place.loose] == [

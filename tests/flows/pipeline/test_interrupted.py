@@ -87,5 +87,6 @@ def test_run_ended_at_any_moment_ends_as_asked_and_goes_on_to_the_same_digests(t
     if command.read_until(command.began + 0.15 + share * (seconds - 1)):
         pytest.skip("it had ended by then")
     took = command.end(how)
-    print(how, f"{share:.2f}", f"{took:.2f} s", assert_interrupted(command, how, took, store))
+    where = assert_interrupted(command, how, took, store)
+    sys.stdout.write(f"{how} at {share:.2f} of the run, {where}: {took:.2f} s\n")
     assert digests(enginery(*asked, home=tmp_path)) == digests(result)

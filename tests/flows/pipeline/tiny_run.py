@@ -123,7 +123,7 @@ class Place:
         return opened(expanded(load_recipe(self.recipe, sets)), self.settings, self.terminal)
 
     def seal(self, *sets: str) -> None:
-        """Make every step and end nothing: a run whose every step is sealed needs no Prefect."""
+        """Make every step and end nothing."""
         with self.session(*sets) as session:
             for name in session.planned:
                 run_step(session, name)
