@@ -1,7 +1,8 @@
 """The child that runs one stage: python -m stages NAME --work WORK.json --store URI.
 
 Events go to standard output as JSON lines; the last is `sealed` (`part` or `units` where that is asked for) or `error`.
-The child ends when its standard input closes, so that no orphan goes on after its parent was killed.
+The child leads a process group. When its standard input closes it is killed, and what it started with it, so that no
+orphan goes on after its parent was killed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
-import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -38,6 +41,8 @@ from stages.runtime.execute import Outcome, execute
 from stages.runtime.progress import JsonLines
 
 CODES = {DoesNotFit: 3, Interrupted: 130}
+_GUARD = "trap '' TERM INT HUP; while read -r line; do :; done; kill -s KILL 0"
+"""Reads standard input to its end, then kills the process group that it is in. Only KILL ends it before."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,14 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--units", action="store_true", help="only count the units of a stage whose work is divided")
     parser.add_argument("--orphan", action="store_true", help="go on when standard input closes")
     asked = parser.parse_args(argv)
-    with _claimed_stdout() as stream:
+    with _claimed_stdout() as stream, nullcontext() if asked.orphan else _guarded():
         return _answered(asked, JsonLines(stream))
 
 
 def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
-    if not asked.orphan:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         order = json.loads(asked.work.read_text(encoding="utf-8"))
         definition = _lean(stage(asked.name))
@@ -152,11 +155,21 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _end_with_parent() -> None:
-    # Not through sys.stdin: a thread that holds its buffer's lock aborts the interpreter when it shuts down.
-    while os.read(0, 4096):
-        pass
-    os._exit(130)
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """Have this process and what it starts killed once standard input closes, also where native code holds the GIL.
+
+    A thread would wait for the GIL then. The kernel's own signal at a parent's death comes at the death of the thread
+    that started the child, and to the child alone. So a process of its own does it, and a shell is the smallest.
+    """
+    if os.getpgrp() != os.getpid():  # else it would take along whoever started this
+        os.setpgid(0, 0)
+    guard = subprocess.Popen(["/bin/sh", "-c", _GUARD], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.wait()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,31 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from flows.running.cgroup_memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
+from flows.running.child_environment import child_environment
+from flows.running.child_events import MALFORMED, hear
 from flows.running.order import Order, Pool
+from flows.running.process_group import ProcessGroup, end, ended_after
 from stages import stage
 from stages.__main__ import rebuilt
 from stages.adapters.connect import connect
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import DoesNotFit, Interrupted, Progress, StageError
 from stages.runtime.execute import Outcome, execute
-from stages.runtime.fingerprint import ROOT, canonical, fingerprint
-from stages.runtime.progress import forward
+from stages.runtime.fingerprint import canonical, fingerprint
 
-_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT", "TZ")
-_OUTSIDE = (
-    "HF_",
-    "PIP_",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-    "SSL_CERT",
-    "REQUESTS_CA",
-)
-_STORE = ("AWS_", "ENGINERY_", "COVERAGE_", "MPLCONFIGDIR", "OPENBLAS_")
-_REACH_OUTSIDE = ("fetch", "corpus")
+_TEARDOWN_S = 10.0
+"""From a child's last event to its end: an interpreter that takes longer to fold up is killed."""
+_SHOWN = 200
+"""Characters of a line that is no event."""
 
 
 @dataclass
@@ -61,8 +50,8 @@ class Launcher:
     logs: Path
     minutes: float | None = None
     dispatcher: Pool | None = None
-    _running: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
-    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _running: dict[str, ProcessGroup] = field(default_factory=dict)
+    _guard: threading.RLock = field(default_factory=threading.RLock)  # a signal's handler may call `stop`
     _closed: bool = False
     _stopped: bool = False
 
@@ -92,20 +81,20 @@ class Launcher:
         """Let what runs come to its end, and start nothing else."""
         self._closed = True
 
-    def stop(self) -> None:
-        """End every running child and start no other. What they sealed stays; partial state is kept."""
+    def stop(self, *, now: bool = False) -> None:
+        """End every running child and start no other. What they sealed stays; partial state is kept.
+
+        All end at once, in little more than the grace. A call beside one that goes on waits with it.
+
+        Args:
+            now: leave the grace out, also for a call that goes on.
+        """
         with self._guard:
             self._closed = self._stopped = True
             children = list(self._running.values())
+        end(children, now=now)
         if self.dispatcher:
             self.dispatcher.stop()
-        for child in children:
-            child.send_signal(signal.SIGTERM)
-        for child in children:
-            try:
-                child.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.kill()
 
     def _in_child(self, order: Order, progress: Progress) -> Outcome:
         last = self.ask(order, progress)
@@ -137,49 +126,48 @@ class Launcher:
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{order.step}.stderr"
         ooms = out_of_memory_kills()
-        with self._child(order, log, wanted, threads) as child, _ended_after(child, self.minutes) as late:
-            last = _listen(child, progress)
-            code = child.wait()
-        if last.get("event", "error") != "error":
-            return last
-        if self._stopped:
-            raise Interrupted(f"step {order.step} was stopped")
-        if late.is_set():
-            raise _too_slow(order.step, self.minutes)
-        if last.get("event") == "error":
-            raise rebuilt(last)
-        raise _ended_silently(order.step, code, log, out_of_memory_kills() - ooms)
+        with self._child(order, log, wanted, threads) as child, ended_after(child, self.minutes) as late:
+            last = hear(child, progress)
+            if last.get("event") != MALFORMED:
+                child.ended_within(_TEARDOWN_S)
+        match last.get("event"):
+            case "error" | "malformed" | None if self._stopped:
+                raise Interrupted(f"step {order.step} was stopped")
+            case "error" | "malformed" | None if late.is_set():
+                raise _too_slow(order.step, self.minutes)
+            case "error":
+                raise rebuilt(last)
+            case "malformed":
+                raise _malformed(order.step, last["line"], log)
+            case None:
+                raise _ended_silently(order.step, child.poll(), log, out_of_memory_kills() - ooms)
+        return last
 
     @contextmanager
-    def _child(
-        self, order: Order, log: Path, wanted: tuple[str, ...], threads: int | None
-    ) -> Iterator[subprocess.Popen[str]]:
+    def _child(self, order: Order, log: Path, wanted: tuple[str, ...], threads: int | None) -> Iterator[ProcessGroup]:
+        """A step's child, registered; whatever way the block ends, nothing of it is left."""
         with log.open("w", encoding="utf-8") as errors:
-            child = subprocess.Popen(
+            child = ProcessGroup(
                 [sys.executable, "-m", "stages", order.stage, "--work", str(self._written(order)),
                  "--store", self.store.uri, "--scratch", str(self.store.scratch), *wanted],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=self._environment(order.stage, threads),
+                child_environment(order.stage, threads or self.threads),
+                errors,
             )  # fmt: skip
-        with self._guard:
-            self._running[order.step] = child
-            if self._stopped:  # while this one started
-                child.send_signal(signal.SIGTERM)
         try:
+            with self._guard:
+                self._running[order.step] = child
+                stopped = self._stopped  # while this one started
+            if stopped:
+                end([child], now=True)
             yield child
         except BaseException:
-            child.send_signal(signal.SIGTERM)
-            child.wait()
+            end([child])
             raise
         finally:
+            end([child], now=True)
             with self._guard:
                 self._running.pop(order.step, None)
-            for pipe in (child.stdin, child.stdout):
-                if pipe:
-                    pipe.close()
+            child.close()
 
     def _written(self, order: Order) -> Path:
         path = self.store.scratch / "works" / f"{fingerprint(order.work)}.json"
@@ -188,52 +176,6 @@ class Launcher:
         whole.write_bytes(canonical(order.as_json()))
         whole.replace(path)
         return path
-
-    def _environment(self, name: str, most: int | None = None) -> dict[str, str]:
-        prefixes = (*_STORE, *_OUTSIDE) if name in _REACH_OUTSIDE else _STORE
-        kept = {k: v for k, v in os.environ.items() if k in _PASSED_ON or k.startswith(prefixes)}
-        kept.pop("ENGINERY_WEBHOOK_SECRET", None)
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        threads = str(most or self.threads)
-        offline = {} if name in _REACH_OUTSIDE else {"HF_HUB_OFFLINE": "1"}
-        return kept | offline | {
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "false",
-            # Tensors of a few MB come and go all the time: freed blocks are kept for the next one, since memory from
-            # the system costs more time than the products that fill it. Larger ones go back at once.
-            "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-            "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
-        }  # fmt: skip
-
-
-def _listen(child: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
-    last: dict[str, Any] = {}
-    assert child.stdout is not None
-    for line in child.stdout:
-        event = json.loads(line)
-        if not forward(event, progress):
-            last = event
-    return last
-
-
-@contextmanager
-def _ended_after(child: subprocess.Popen[str], minutes: float | None) -> Iterator[threading.Event]:
-    """End a child that takes longer; the event is set when that was done."""
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        child.send_signal(signal.SIGTERM)
-
-    timer = threading.Timer(60 * (minutes or 0), end)
-    if minutes is not None:
-        timer.start()
-    try:
-        yield late
-    finally:
-        timer.cancel()
 
 
 def _too_slow(step: str, minutes: float | None) -> DoesNotFit:
@@ -245,7 +187,16 @@ def _too_slow(step: str, minutes: float | None) -> DoesNotFit:
     )
 
 
-def _ended_silently(step: str, code: int, log: Path, ooms: int) -> StageError:
+def _malformed(step: str, line: str, log: Path) -> StageError:
+    return StageError(
+        f"step {step} said what is no event, and was ended",
+        measured=repr(line[:_SHOWN]) + ("..." if len(line) > _SHOWN else ""),
+        limit="an event a line, in JSON",
+        remedy=f"Stage and flow may be of two versions: install them from one commit. Its last words: {log}",
+    )
+
+
+def _ended_silently(step: str, code: int | None, log: Path, ooms: int) -> StageError:
     tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
     if ooms > 0:
         limit, peak = memory_limit_bytes(), memory_peak_bytes()
@@ -254,6 +205,10 @@ def _ended_silently(step: str, code: int, log: Path, ooms: int) -> StageError:
             measured=f"peak {peak / 1e9:.2f} GB" if peak else None,
             limit=f"{limit / 1e9:.2f} GB",
             remedy="Use shorter windows, fewer steps at once (--jobs 1), or give it more memory.",
+        )
+    if code is None:
+        return StageError(
+            f"step {step} was killed and did not go", remedy="The kernel holds it: look at the disk that it uses."
         )
     how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     return StageError(

@@ -135,7 +135,7 @@ def test_child_ends_when_its_parent_is_gone_unless_it_may_be_an_orphan(tmp_path)
     child = start(tmp_path, order)
     wait_for_state(tmp_path, identity)
     child.stdin.close()
-    assert child.wait(20) == 130
+    assert child.wait(20) == -signal.SIGKILL
     child.stdout.close(), child.stderr.close()
     assert list(store_of(tmp_path).manifests()) == []
 
