@@ -142,6 +142,9 @@ def environment(scratch: Path) -> Mapping[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Its migrations take ten seconds where nothing else runs, and a minute beside other work.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        # Its client sleeps 2, 4, 8, ... s between tries, without a limit: `flows.prefect_api.retry` has the patience.
+        "PREFECT_CLIENT_MAX_RETRIES": "3",
+        "PREFECT_API_REQUEST_TIMEOUT": "30",
         # Prefect's shortest, and what the automation for lost runs counts on.
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         # Its log lines go to Prefect's page; the terminal has ours.

@@ -35,6 +35,7 @@ from stages.runtime.contract import (
 )
 from stages.runtime.dividing import count_units, execute_part
 from stages.runtime.execute import Outcome, execute
+from stages.runtime.patience import be_patient
 from stages.runtime.progress import JsonLines
 
 CODES = {DoesNotFit: 3, Interrupted: 130}
@@ -59,6 +60,7 @@ def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     if not asked.orphan:
         threading.Thread(target=_end_with_parent, daemon=True).start()
+    be_patient()
     try:
         order = json.loads(asked.work.read_text(encoding="utf-8"))
         definition = _lean(stage(asked.name))
