@@ -140,6 +140,9 @@ def environment(scratch: Path) -> Mapping[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Its client sleeps 2, 4, 8, ... s between tries, without a limit: `flows.prefect_api.retry` has the patience.
+        "PREFECT_CLIENT_MAX_RETRIES": "3",
+        "PREFECT_API_REQUEST_TIMEOUT": "30",
         # Prefect's shortest, and what the automation for lost runs counts on.
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         # Its log lines go to Prefect's page; the terminal has ours.

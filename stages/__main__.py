@@ -38,6 +38,7 @@ from stages.runtime.contract import (
 )
 from stages.runtime.dividing import count_units, execute_part
 from stages.runtime.execute import Outcome, execute
+from stages.runtime.patience import be_patient
 from stages.runtime.progress import JsonLines
 
 CODES = {DoesNotFit: 3, Interrupted: 130}
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
+    be_patient()
     try:
         order = json.loads(asked.work.read_text(encoding="utf-8"))
         definition = _lean(stage(asked.name))

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from stages.runtime.contract import Frozen, StageError, Unavailable
+from flows.prefect_api.retry import answered, api, patiently
+from stages.runtime.contract import Frozen
 
 CHECKPOINT_CREATED = "enginery.checkpoint.created"
 ALIAS_MOVED = "enginery.registry.alias_moved"
@@ -46,15 +45,19 @@ def has_server() -> bool:
 def deliver(one: Announcement, *, confirm_s: float = CONFIRM_S) -> bool:
     """Send an event unless it stands on the server; whether it is known to stand there now.
 
+    Args:
+        one: the event.
+        confirm_s: how long the server may be away, and then how long it may take to have the event on record.
+
     Raises:
         Unavailable: the server does not answer.
         StageError: it refuses.
     """
-    if stands(one.id):
+    if patiently(lambda: stands(one.id), away_s=confirm_s):
         return True
-    _send(one)
+    patiently(lambda: _send(one), away_s=confirm_s)
     deadline = time.monotonic() + confirm_s
-    while not (found := stands(one.id)) and time.monotonic() < deadline:
+    while not (found := patiently(lambda: stands(one.id), away_s=confirm_s)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return found
 
@@ -78,33 +81,6 @@ def _send(one: Announcement) -> None:
 
 
 def _post(path: Any, body: Any) -> Any:
-    from prefect.client.orchestration import get_client
-
-    with answered(), get_client(sync_client=True) as client:
+    with answered(), api() as client:
         response = client.request("POST", path, json=body)
         return response.json() if response.content else None
-
-
-@contextmanager
-def answered() -> Iterator[None]:
-    """The Prefect server's errors as ours: Unavailable where another try may help."""
-    from httpx import HTTPStatusError, TransportError
-
-    where = os.environ.get("PREFECT_API_URL", "")
-    try:
-        yield
-    except TransportError as error:
-        raise Unavailable(
-            f"no Prefect server answers at {where}",
-            measured=type(error).__name__,
-            remedy="Start it, or unset PREFECT_API_URL to work without one.",
-        ) from error
-    except HTTPStatusError as error:
-        status = error.response.status_code
-        if status >= 500 or status == 429:
-            raise Unavailable(f"the Prefect server at {where} failed", measured=f"HTTP {status}") from error
-        raise StageError(
-            f"the Prefect server at {where} refused",
-            measured=f"HTTP {status} {error.response.text[:200]}",
-            remedy="Check PREFECT_API_URL and PREFECT_API_AUTH_STRING.",
-        ) from error

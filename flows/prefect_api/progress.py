@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING
 import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from flows.prefect_api.retry import api
+
 if TYPE_CHECKING:
     from uuid import UUID
 
 _BAR_S = 5.0
+_ANSWER_S = 2.0
+"""How long a stage waits for its bar to be drawn."""
+_AWAY_S = 30.0
+"""How long a server is left alone that did not answer."""
 
 
 class RunLog:
@@ -43,22 +49,25 @@ class Bar:
     def __init__(self, description: str) -> None:
         self._description = description
         self._artifact: UUID | None = None
-        self._shown = 0.0
+        self._shown = self._again = 0.0
 
     def advanced(self, done: float, total: float) -> None:
         """See Progress."""
         now = time.monotonic()
-        if total <= 0 or (now - self._shown < _BAR_S and done < total):
+        if total <= 0 or now < self._again or (now - self._shown < _BAR_S and done < total):
             return
-        self._shown = now
         share = 100 * min(1.0, done / total)
+        self._shown = now
         try:
-            if self._artifact is None:
-                self._artifact = create_progress_artifact(share, description=self._description)  # type: ignore[assignment]
-            else:
-                update_progress_artifact(self._artifact, share)
+            with api(_ANSWER_S):
+                if self._artifact is None:
+                    self._artifact = create_progress_artifact(share, description=self._description)  # type: ignore[assignment]
+                else:
+                    update_progress_artifact(self._artifact, share)
+        except httpx.HTTPStatusError:
+            self._artifact = None  # a person removed it
         except httpx.HTTPError:
-            return
+            self._again = time.monotonic() + _AWAY_S
 
     def metric(self, name: str, value: float, step: int) -> None:
         """See Progress."""

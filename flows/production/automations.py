@@ -16,7 +16,8 @@ from prefect.events.schemas.automations import AutomationCore, CompoundTrigger, 
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
-from flows.prefect_api.events import ALIAS_MOVED, CHECKPOINT_CREATED, answered
+from flows.prefect_api.events import ALIAS_MOVED, CHECKPOINT_CREATED
+from flows.prefect_api.retry import answered
 from stages.runtime.contract import StageError
 
 HEARTBEAT = "prefect.flow-run.heartbeat"

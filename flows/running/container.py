@@ -7,24 +7,28 @@ image needs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from uuid import UUID
 
+import httpx
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.runtime import flow_run
 from prefect.states import Failed
 
 from flows.prefect_api.progress import Bar, RunLog
-from flows.prefect_api.retry import patiently
+from flows.prefect_api.retry import api, patiently
 from flows.running.child_process import Launcher
 from flows.running.order import Order
 from flows.running.progress_relay import Sender
 from stages import stage
 from stages.__main__ import described
 from stages.adapters.connect import connect
-from stages.runtime.contract import StageError, Work
+from stages.runtime.contract import StageError, Unavailable, Work
+from stages.runtime.patience import be_patient
 from stages.runtime.progress import Listeners
 
 
@@ -44,6 +48,7 @@ def run_stage(
     Returns:
         identity, cached and changed of the artifact. A stage's error is a failed state that bears its name and text.
     """
+    be_patient()
     opened = patiently(lambda: connect(store))
     launcher = Launcher(opened, "process", threads, opened.scratch / "logs" / str(flow_run.id), minutes)
     sender = Sender(opened.objects, str(flow_run.id))
@@ -53,13 +58,24 @@ def run_stage(
             outcome = launcher.run(_read(order), Listeners((log, Bar(order["step"]), sender)))
     except StageError as error:
         sender.end({"event": "error", **described(error)})
+        _await_api()
         return Failed(name=type(error).__name__, message=str(error))
     except BaseException:
         launcher.stop()
         raise
     said = {"identity": outcome.identity, "cached": outcome.cached, "changed": outcome.changed}
     sender.end({"event": "sealed", **said})
+    _await_api()
     return said
+
+
+def _await_api() -> None:
+    """Wait for an API that is away: Prefect tells it the flow's end next, and gives up after some seconds.
+
+    Where it stays away nothing is lost: the run that waits for the step has heard from the store how it ended.
+    """
+    with suppress(Unavailable), api() as client:
+        patiently(lambda: client.read_flow_run(UUID(str(flow_run.id))))
 
 
 def _read(order: dict[str, Any]) -> Order:
@@ -79,7 +95,22 @@ def _turn(limit: str, log: RunLog) -> Iterator[None]:
         yield
         return
     log.note(f"waits for a slot of {limit!r}")
-    # A server that is away for a moment must not end a build that goes well.
-    with concurrency(limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
+    with ExitStack() as slot:
+        patiently(lambda: _taken(slot, limit))
         log.note(f"has a slot of {limit!r}")
-        yield
+        try:
+            yield
+        finally:
+            # A server that is away takes a slot back by itself, when its lease is not renewed.
+            with suppress(httpx.HTTPError), api():
+                slot.close()
+
+
+def _taken(slot: ExitStack, limit: str) -> None:
+    """Wait for a slot, which `slot` gives back."""
+    try:
+        # A server that is away for a moment must not end a build that goes well.
+        slot.enter_context(concurrency(limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False))
+    except ConcurrencySlotAcquisitionError as error:
+        # Prefect's text has everything but whether another try may help, which its cause tells.
+        raise (error.__cause__ or error) from error

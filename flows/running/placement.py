@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from stages import STAGES, stage
 from stages.runtime.contract import Frozen, StageError
@@ -31,6 +32,7 @@ class Place(Frozen):
         memory_bytes: of its container; what goes beyond is killed and reported.
         minutes: after so long the stage is ended; its partial state is kept.
         one_at_a_time: a global concurrency limit that it holds while it computes; empty for none.
+        job_variables: what else the pool's job template asks for, as the template names it.
     """
 
     pool: str = "cpu"
@@ -39,6 +41,24 @@ class Place(Frozen):
     memory_bytes: int = Field(8 * GB, gt=0)
     minutes: float = Field(240, gt=0)
     one_at_a_time: str = ""
+    job_variables: Mapping[str, Any] = Field(default_factory=dict)
+
+    @field_validator("job_variables")
+    @classmethod
+    def _not_ours(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Refuse what another field says."""
+        for name in sorted(set(given) & set(_OURS)):
+            raise ValueError(f"{name} is no job variable to set here: set {_OURS[name]} instead")
+        return given
+
+
+_OURS: Mapping[str, str] = {
+    "image": "`image` of the stage or `images` of the file",
+    "network": "`network`",
+    "memory_bytes": "`memory_bytes`",
+    "seconds": "`minutes`",
+}
+"""Job variable -> what sets it."""
 
 
 _DEFAULTS: Mapping[str, Place] = {
@@ -82,6 +102,17 @@ class Pools(Frozen):
     def image(self, name: str) -> str:
         """The full name of the image that a stage runs in."""
         return self.images.format(image=self.place(name).image or stage(name).image.value)
+
+    def job_variables(self, name: str) -> dict[str, Any]:
+        """What a stage's flow run asks of the job template of its pool."""
+        place = self.place(name)
+        return {
+            **place.job_variables,
+            "image": self.image(name),
+            "network": self.networks[place.network],
+            "memory_bytes": place.memory_bytes,
+            "seconds": int(place.minutes * 60) + 120,
+        }
 
     def devices_of_stages(self) -> dict[str, str]:
         """Stage -> the device of its pool, where the settings name one."""

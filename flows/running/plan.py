@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import tenacity
-
+from flows.prefect_api.retry import patiently
 from flows.recipe.expand import PlannedStep
 from flows.running.order import Order
 from stages import stage
 from stages.adapters.connect import pins
 from stages.runtime.artifacts import Store
-from stages.runtime.contract import Kind, Manifest, Params, Pins, Progress, StageError, Unavailable, Work
+from stages.runtime.contract import Kind, Manifest, Params, Pins, Progress, StageError, Work
 from stages.runtime.execute import check_kinds, work_of
 from stages.runtime.fingerprint import fingerprint
+from stages.runtime.patience import BRIEFLY_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +107,10 @@ def _reason(store: Store, work: Work, name: str, planned: Mapping[str, Planned],
     return nearest
 
 
-@tenacity.retry(
-    retry=tenacity.retry_if_exception_type(Unavailable),
-    stop=tenacity.stop_after_attempt(4),
-    wait=tenacity.wait_exponential(multiplier=2, max=30),
-    reraise=True,
-)
 def _pinned(
     pin: Callable[[Params, Pins, Progress], Params], params: Params, store: Store, progress: Progress
 ) -> Params:
-    return pin(params, pins(store), progress)
+    return patiently(lambda: pin(params, pins(store), progress), away_s=BRIEFLY_S, say=progress.note)
 
 
 def needs(planned: Planned) -> str:

@@ -37,6 +37,7 @@ from stages.runtime.contract import Image, Interrupted, Kind, Manifest, Progress
 from stages.runtime.execute import Outcome
 from stages.runtime.fingerprint import fingerprint
 from stages.runtime.parts import drop
+from stages.runtime.patience import BRIEFLY_S
 from stages.runtime.progress import Listeners, Silent
 
 
@@ -111,7 +112,7 @@ def plan(asked: Expanded, settings: Settings, terminal: Terminal | None = None) 
 def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[Session]:
     """A session with the embedded lock held, the record and the MLflow run open; closed by how the block ends."""
     recipe, pooled = asked.recipe, settings.launcher == "pool"
-    away_s = AWAY_S if pooled else 0.0
+    away_s = AWAY_S if pooled else BRIEFLY_S
     scratch = patiently(lambda: enter(settings), away_s=away_s)
     with nullcontext() if pooled else _alone(scratch, terminal) as holder:
         record = open_run(scratch, recipe, sys.argv)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from botocore.exceptions import ClientError
 
-from stages.adapters.s3_client import client, parse, spoken, status_of
+from stages.adapters.s3_client import asked, client, parse, spoken, status_of
 
 
 def ensure_bucket(uri: str) -> bool:
@@ -15,12 +15,13 @@ def ensure_bucket(uri: str) -> bool:
         Unavailable: the server does not answer.
     """
     bucket, _ = parse(uri)
-    with spoken(f"s3://{bucket}"):
+    name = f"s3://{bucket}"
+    with spoken(name):
         try:
-            client().head_bucket(Bucket=bucket)
+            asked(name, lambda: client().head_bucket(Bucket=bucket))
             return False
         except ClientError as error:
             if status_of(error) != 404:
                 raise
-        client().create_bucket(Bucket=bucket)
+        asked(name, lambda: client().create_bucket(Bucket=bucket))
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
-from stages.adapters.s3_client import TRIES, client, code_of, status_of
+from stages.adapters.s3_client import asked, client, code_of, pages, status_of
 from stages.runtime.contract import Unavailable
 from stages.runtime.stores import Moved
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 PART_BYTES = 1 << 26
 """Larger files go up in parts of this size, so that a failure repeats 64 MB and not 64 GB."""
 _PARTS_LIMIT = 10_000
+_TRIES = 6
+"""Of what another writer ends or is about to."""
 _IN_FLIGHT = 2
 """Parts read and sent at once: what an upload takes of memory, in parts."""
 
@@ -41,9 +44,10 @@ def put_parts(bucket: str, key: str, path: Path, stands: Callable[[], bool], mov
     Raises:
         Unavailable: each upload was ended by another, and no object came of it.
     """
+    name = f"s3://{bucket}/{key}"
     begun = [one["UploadId"] for one in _uploads(bucket, key) if one["Key"] == key]
-    for _ in range(TRIES):
-        upload = begun.pop(0) if begun else client().create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+    for _ in range(_TRIES):
+        upload = begun.pop(0) if begun else asked(name, lambda: _begun(bucket, key))
         try:
             return _complete(bucket, key, upload, _send(bucket, key, upload, path, moved))
         except ClientError as error:
@@ -52,19 +56,23 @@ def put_parts(bucket: str, key: str, path: Path, stands: Callable[[], bool], mov
                 raise
         if stands():
             return False
-    raise Unavailable(f"uploads of s3://{bucket}/{key} are ended by another", measured=f"{TRIES} uploads")
+    raise Unavailable(f"uploads of {name} are ended by another", measured=f"{_TRIES} uploads")
 
 
-def if_absent(put: Callable[[], object]) -> bool:
+def _begun(bucket: str, key: str) -> str:
+    return client().create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+
+
+def if_absent(name: str, put: Callable[[], object]) -> bool:
     """Whether a conditional write took place. 409 says that another was under way: ask again."""
-    for attempt in range(TRIES):
+    for attempt in range(_TRIES):
         try:
-            put()
+            asked(name, put)
             return True
         except ClientError as error:
             if status_of(error) == 412:
                 return False
-            if status_of(error) != 409 or attempt == TRIES - 1:
+            if status_of(error) != 409 or attempt == _TRIES - 1:
                 raise
             time.sleep(0.1 * 2**attempt)
     raise AssertionError
@@ -83,20 +91,26 @@ def sweep(bucket: str, prefix: str, *, older_than_s: float) -> tuple[int, int]:
             # An upload that is gone on with began long ago, but has young parts.
             if max([upload["Initiated"], *(one["LastModified"] for one in parts)]).timestamp() >= before:
                 continue
-            client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=name)
+            asked(f"s3://{bucket}/{key}", lambda: _abort(bucket, key, name))  # noqa: B023
         except client().exceptions.NoSuchUpload:
             continue
         count, freed = count + 1, freed + sum(one["Size"] for one in parts)
     return count, freed
 
 
+def _abort(bucket: str, key: str, upload: str) -> None:
+    client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+
+
 def _uploads(bucket: str, prefix: str) -> Iterator[MultipartUploadTypeDef]:
-    for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+    name, after = f"s3://{bucket}/{prefix}", ("KeyMarker", "UploadIdMarker")
+    for page in pages(name, "list_multipart_uploads", *after, Bucket=bucket, Prefix=prefix):
         yield from page.get("Uploads", [])
 
 
 def _parts(bucket: str, key: str, upload: str) -> Iterator[PartTypeDef]:
-    for page in client().get_paginator("list_parts").paginate(Bucket=bucket, Key=key, UploadId=upload):
+    name = f"s3://{bucket}/{key}"
+    for page in pages(name, "list_parts", "PartNumberMarker", Bucket=bucket, Key=key, UploadId=upload):
         yield from page.get("Parts", [])
 
 
@@ -106,19 +120,22 @@ def _send(bucket: str, key: str, upload: str, path: Path, moved: Moved) -> list[
     length = max(PART_BYTES, -(-size // _PARTS_LIMIT))
     standing = {(one["PartNumber"], one["Size"], one["ETag"].strip('"')) for one in _parts(bucket, key, upload)}
 
+    def sent(number: int, data: bytes) -> str:
+        return client().upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=data)["ETag"]
+
     def send(number: int) -> tuple[int, CompletedPartTypeDef]:
         with path.open("rb") as stream:
             stream.seek((number - 1) * length)
             data = stream.read(length)
         etag = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if (number, len(data), etag) not in standing:
-            sent = client().upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=data)
-            etag = sent["ETag"]
+            etag = asked(f"s3://{bucket}/{key}", lambda: sent(number, data))
         return len(data), {"ETag": etag, "PartNumber": number}
 
     parts: list[CompletedPartTypeDef] = []
+    patience = contextvars.copy_context()
     with ThreadPoolExecutor(_IN_FLIGHT) as pool:
-        for count, part in pool.map(send, range(1, -(-size // length) + 1)):
+        for count, part in pool.map(lambda one: patience.copy().run(send, one), range(1, -(-size // length) + 1)):
             parts.append(part)
             moved(count)
     return parts
@@ -126,7 +143,8 @@ def _send(bucket: str, key: str, upload: str, path: Path, moved: Moved) -> list[
 
 def _complete(bucket: str, key: str, upload: str, parts: list[CompletedPartTypeDef]) -> bool:
     return if_absent(
+        f"s3://{bucket}/{key}",
         lambda: client().complete_multipart_upload(
             Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
-        )
+        ),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from botocore.exceptions import ClientError
 
 from stages.adapters import s3_multipart
-from stages.adapters.s3_client import client, fetch_object, listed, parse, spoken, status_of
+from stages.adapters.s3_client import asked, client, fetch_object, listed, parse, spoken, status_of
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Moved, Objects, ObjectStat, unheard
 
@@ -51,7 +51,9 @@ class S3Objects:
         """See Objects."""
         with spoken(self._name(key)):
             try:
-                found = client().head_object(Bucket=self._bucket, Key=self._prefix + key)
+                found = asked(
+                    self._name(key), lambda: client().head_object(Bucket=self._bucket, Key=self._prefix + key)
+                )
             except ClientError as error:
                 if status_of(error) == 404:
                     return None
@@ -62,7 +64,10 @@ class S3Objects:
         """See Objects."""
         with spoken(self._name(key)):
             try:
-                return client().get_object(Bucket=self._bucket, Key=self._prefix + key)["Body"].read()
+                return asked(
+                    self._name(key),
+                    lambda: client().get_object(Bucket=self._bucket, Key=self._prefix + key)["Body"].read(),
+                )
             except client().exceptions.NoSuchKey:
                 return None
 
@@ -71,10 +76,13 @@ class S3Objects:
         where = {"Bucket": self._bucket, "Key": self._prefix + key}
         if replace:
             with spoken(self._name(key)):
-                client().put_object(**where, Body=data)  # type: ignore[arg-type]
+                asked(self._name(key), lambda: client().put_object(**where, Body=data))  # type: ignore[arg-type]
             return True
         with spoken(self._name(key)):
-            return s3_multipart.if_absent(lambda: client().put_object(**where, Body=data, IfNoneMatch="*"))  # type: ignore[arg-type]
+            return s3_multipart.if_absent(
+                self._name(key),
+                lambda: client().put_object(**where, Body=data, IfNoneMatch="*"),  # type: ignore[arg-type]
+            )
 
     def put_file(self, key: str, path: Path, moved: Moved = unheard) -> bool:
         """See Objects. A large file goes up in parts, and goes on with those that an interrupted upload left."""
@@ -102,7 +110,7 @@ class S3Objects:
     def delete(self, key: str) -> None:
         """See Objects."""
         with spoken(self._name(key)):
-            client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
+            asked(self._name(key), lambda: client().delete_object(Bucket=self._bucket, Key=self._prefix + key))
 
     def sweep_uploads(self, prefix: str, *, older_than_s: float) -> tuple[int, int]:
         """See Objects. They are uploads in parts that nobody completed."""

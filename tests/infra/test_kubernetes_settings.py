@@ -73,6 +73,7 @@ _K = "PREFECT_INTEGRATIONS_KUBERNETES_"
 _PREFECT = {
     "PREFECT_API_URL": ("", "api.url"),
     "PREFECT_API_AUTH_STRING": ("", "api.auth_string"),
+    "PREFECT_API_REQUEST_TIMEOUT": ("", "api.request_timeout"),
     "PREFECT_CLIENT_MAX_RETRIES": ("", "client.max_retries"),
     "PREFECT_CLIENT_RETRY_EXTRA_CODES": ("", "client.retry_extra_codes"),
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": ("", "flows.heartbeat_frequency"),

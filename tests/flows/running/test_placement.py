@@ -2,13 +2,11 @@
 
 import pytest
 
-from flows.prefect_api.retry import patiently
 from flows.running.cgroup_memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
 from flows.running.placement import Pools, load_pools
-from flows.running.progress_relay import Receiver, Sender
 from flows.settings import settle
 from stages import STAGES, stage
-from stages.runtime.contract import StageError, Unavailable
+from stages.runtime.contract import StageError
 
 
 def test_pools_by_default_send_compile_and_validate_to_the_gpu_and_the_rest_to_the_cpu():
@@ -42,6 +40,32 @@ def test_pools_file_that_is_wrong_is_refused_by_name(tmp_path, said):
         load_pools(str(path))
 
 
+def test_pools_file_gives_a_stage_job_variables_of_its_own_beside_those_that_fields_set(tmp_path):
+    path = tmp_path / "pools.yaml"
+    path.write_text("stages: {recover: {minutes: 9, job_variables: {volumes: ['data:/data'], env: {A: b}}}}\n")
+    pools = load_pools(str(path))
+    assert pools.job_variables("recover") == {
+        "volumes": ["data:/data"],
+        "env": {"A": "b"},
+        "image": "enginery/torch:0.1.0",
+        "network": "enginery-stages",
+        "memory_bytes": 8 * 10**9,
+        "seconds": 9 * 60 + 120,
+    }
+    assert pools.job_variables("share").keys() == {"image", "network", "memory_bytes", "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("image", "`image`"), ("network", "`network`"), ("memory_bytes", "`memory_bytes`"), ("seconds", "`minutes`")],
+)
+def test_pools_file_that_sets_a_field_by_a_job_variable_is_told_the_field(tmp_path, name, field):
+    path = tmp_path / "pools.yaml"
+    path.write_text(f"stages: {{recover: {{job_variables: {{{name}: 1}}}}}}\n")
+    with pytest.raises(StageError, match=rf"(?s)pools\.yaml.*{name} .*set {field}"):
+        load_pools(str(path))
+
+
 def test_pools_file_that_is_missing_is_refused():
     with pytest.raises(StageError, match="cannot be read"):
         load_pools("nowhere.yaml")
@@ -70,81 +94,6 @@ def test_memory_of_a_container_is_read_from_either_version_of_control_groups(tmp
     assert out_of_memory_kills(none, none) == 0
     (new / "memory.max").write_text("max\n")
     assert memory_limit_bytes(new) == memory_limit_bytes(none)
-
-
-class Flaky:
-    """Objects that are away for the first puts, one of which took place although its answer was lost."""
-
-    def __init__(self):
-        self.held, self.puts = {}, 0
-
-    def put(self, key, data, *, replace=False):
-        self.puts += 1
-        if self.puts <= 3:
-            if self.puts == 2:
-                self.held[key] = data
-            raise Unavailable("away")
-        self.held[key] = data
-        return True
-
-    def read(self, key):
-        return self.held.get(key)
-
-    def delete(self, key):
-        self.held.pop(key)
-
-
-def test_relay_carries_everything_once_and_in_order_over_a_store_that_was_away(monkeypatch):
-    monkeypatch.setattr("flows.running.progress_relay.FLUSH_S", 0.01)
-    monkeypatch.setattr("flows.prefect_api.retry._PAUSE_S", 0.01)
-    objects, heard = Flaky(), []
-
-    class Listener:
-        def advanced(self, done, total):
-            heard.append(("advanced", done))
-
-        def metric(self, name, value, step):
-            heard.append((name, value, step))
-
-        def note(self, text):
-            heard.append(text)
-
-    receiver = Receiver(objects, "one")
-    sender = Sender(objects, "one")
-    for number in range(40):
-        sender.metric("loss", number / 2, number)
-        sender.note(f"note {number}")
-        receiver.hear(Listener())
-    sender.advanced(1, 3)
-    sender.advanced(3, 3)
-    sender.end({"event": "sealed", "identity": "abc"})
-    receiver.hear(Listener())
-    assert [one for one in heard if isinstance(one, str)] == [f"note {number}" for number in range(40)]
-    assert [one for one in heard if one[0] == "loss"] == [("loss", number / 2, number) for number in range(40)]
-    assert heard[-1] == ("advanced", 3)
-    assert receiver.last == {"event": "sealed", "identity": "abc"}
-    receiver.forget()
-    assert not objects.held
-
-
-def test_patience_asks_until_the_answer_comes_and_gives_up_in_time(monkeypatch):
-    monkeypatch.setattr("flows.prefect_api.retry._PAUSE_S", 0.01)
-    answers, said = iter([Unavailable("away"), Unavailable("away"), 5]), []
-
-    def ask():
-        found = next(answers)
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    assert patiently(ask, say=said.append) == 5
-    assert len(said) == 1
-
-    def never():
-        raise Unavailable("away for good")
-
-    with pytest.raises(Unavailable, match="for good"):
-        patiently(never, away_s=0.05)
 
 
 def test_settings_launcher_comes_from_the_environment_and_pool_needs_a_server(monkeypatch):

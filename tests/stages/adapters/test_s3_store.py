@@ -129,7 +129,7 @@ def test_source_in_s3_is_one_with_the_same_bytes_on_a_disk_and_goes_on_without_n
     found = pin_source(f"{s3_root}/text", wanted, digest_tree, pins, Silent())
     assert found.digest == on_disk.digest
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(s3_client, "TRIES", 1)
+    monkeypatch.setattr(s3_client, "_TRIES", 1)
     s3_client.client.cache_clear()
     assert pin_source(f"{s3_root}/text", wanted, digest_tree, pins, Heard()) == found
     assert "going on with what it was last" in Heard.notes[0]
@@ -142,7 +142,7 @@ def test_server_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPatch
     for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a")
-    monkeypatch.setattr(s3_client, "TRIES", 1)
+    monkeypatch.setattr(s3_client, "_TRIES", 1)
     s3_client.client.cache_clear()
     with pytest.raises(Unavailable, match="no server answers"):
         connect("s3://bucket/prefix", tmp_path)
