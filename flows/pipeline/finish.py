@@ -50,7 +50,8 @@ def _candidate(session: Session, judgement: Judgement) -> Candidate | None:
     register, verdict = session.recipe.register_as, judgement.verdict
     if register is None or verdict is None or not verdict.passed:
         return None
-    said = {"passed": verdict.passed, "gates": [one.model_dump(mode="json") for one in judgement.gates]}
+    gates = [one.model_dump(mode="json") for one in judgement.gates]
+    said = {"passed": verdict.passed, "verdict": judgement.outcome, "gates": gates}
     candidate = Candidate(
         model=register.model,
         serves=judgement.serves,
@@ -71,6 +72,7 @@ def _result(session: Session, judgement: Judgement, candidate: Candidate | None,
     return RunResult(
         run=session.record.name,
         passed=judgement.passed,
+        verdict=judgement.outcome,
         seconds=round(time.monotonic() - session.started, 2),
         report=str(_page(session)),
         store=session.store.uri,
@@ -115,7 +117,7 @@ def _measured(session: Session, judgement: Judgement, result: RunResult) -> None
         if gate.measured is not None:
             metrics[".".join(filter(None, ["gate", gate.measure, gate.artifact, gate.corpus]))] = gate.measured
     tags = {
-        "enginery.verdict": "passed" if result.passed else "failed",
+        "enginery.verdict": result.verdict,
         "enginery.executed": ", ".join(result.executed),
         "enginery.compiled": ", ".join(result.compiled),
     }
@@ -131,7 +133,7 @@ def _promoted(session: Session, judgement: Judgement, candidate: Candidate, resu
     engine = session.store.checkout(candidate.executables[candidate.serves].fingerprint)
     run, champion = session.record.name, judgement.champion.version
     words = card(candidate, session.recipe.name, run, result.steps, result.gates, judgement.beside, champion)
-    why = f"run {run} passed its gates"
+    why = f"run {run} {f'was promoted without a gate: {result.unjudged}' if result.unjudged else 'passed its gates'}"
     try:
         made = release(_registry(session), candidate, engine, model.alias, why=why, card=words)
         result = _ended(session, result, made.version)

@@ -21,11 +21,12 @@ def show(session: Session, result: RunResult) -> None:
     key = "".join(c if c.isalnum() else "-" for c in session.recipe.name.lower()).strip("-")
     rows = [_row(step) for step in result.steps]
     create_table_artifact(rows, key=f"steps-{key}", description=f"Steps of {session.recipe.name}")
-    said = [f"- {gate.text}" for gate in result.gates]
-    verdict = "passed" if result.passed else "failed"
+    said = [f"- {gate.said}" for gate in result.gates] or [result.unjudged.capitalize() + "."]
     model = f"\n\nRegistered: {result.model.name} version {result.model.version}" if result.model else ""
     create_markdown_artifact(
-        f"# {session.recipe.name}: {verdict}\n\n" + "\n".join(said) + model, key=f"verdict-{key}", description="Verdict"
+        f"# {session.recipe.name}: {result.verdict}\n\n" + "\n".join(said) + model,
+        key=f"verdict-{key}",
+        description="Verdict",
     )
     mlflow = session.tracking.link(session.mlflow.id)
     report = f"file://{result.report}"
