@@ -13,6 +13,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.pipeline.finish import finish
+from flows.pipeline.output_folder import check_room, copied
 from flows.pipeline.pages import show
 from flows.pipeline.verdict import judged
 from flows.prefect_api.progress import RunLog
@@ -45,6 +46,9 @@ def optimize(asked: Expanded, settings: Settings, terminal: Terminal) -> RunResu
         KeyboardInterrupt: stopped by a person; running steps were ended.
     """
     with opened(asked, settings, terminal) as session:
+        if settings.output:
+            made = {name: session.planned[name].manifest for name in copied(asked.recipe)}
+            check_room(settings.output, {name: one.size_bytes for name, one in made.items() if one})
         if session.nothing_to_run and not os.environ.get("PREFECT_API_URL"):
             for name in session.planned:
                 run_step(session, name)

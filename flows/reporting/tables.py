@@ -27,9 +27,9 @@ def show_result(result: RunResult, console: Console) -> None:
         serves = f", serves {', '.join(model.targets)}" if model.targets else ""
         held = ", promoted without a gate" if result.unjudged else ""
         console.print(Text(f"registered: {model.name} version {model.version} as {model.alias}{serves}{held}"))
-    for what, where in {"report": result.report, **result.outputs, "store": result.store}.items():
+    for what, where in {"report.html": result.report, **result.outputs, "store": result.store}.items():
         if where:
-            console.print(Text(f"{what}: {where}"))
+            console.print(Text(f"{what.partition('.')[0]}: {where}"))
     for gate in result.gates:
         if not gate.passed:
             console.print(Text(f"gate failed: {gate.said}", style="bold red"))
