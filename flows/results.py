@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.runtime.contract import Frozen, Kind
 
 Metrics = dict[str, float]
+
+Bound = Literal["at_most", "at_least"]
+"""Which side of a limit is held, in the words of a recipe's gate."""
+
+RunVerdict = Literal["passed", "gate failed", "not judged"]
+"""`not judged`: no gate was applied, since there is none, or none but those against a champion that is not there."""
+
+
+RunState = Literal["running", "passed", "gate failed", "not judged", "error", "interrupted", "ended"]
 
 
 class StepResult(Frozen):
@@ -41,6 +51,7 @@ class GateResult(Frozen):
 
     Attributes:
         measured: the point estimate, None when there is none: no champion yet, or no finite number.
+        bound: whether the limit is the most or the least that is allowed.
         low: lower end of its interval.
         high: upper end of its interval; the gate looks at the bad end.
         text: the whole in one sentence.
@@ -51,6 +62,7 @@ class GateResult(Frozen):
     target: str
     corpus: str
     measured: float | None
+    bound: Bound
     limit: float
     passed: bool
     against: str | None = None
@@ -58,12 +70,30 @@ class GateResult(Frozen):
     high: float | None = None
     text: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_bound(cls, data: Any) -> Any:
+        # Records of runs from before there was the field: their sentences were all made by one line of code.
+        if isinstance(data, dict) and "bound" not in data:
+            return {**data, "bound": "at_least" if ", limit at least " in data.get("text", "") else "at_most"}
+        return data
+
+    @property
+    def applied(self) -> bool:
+        """Whether something was held against the limit; not so where there is no champion yet."""
+        return self.measured is not None or not self.passed
+
+    @property
+    def state(self) -> Literal["passed", "failed", "not applicable"]:
+        """What became of it, in a word."""
+        return ("passed" if self.passed else "failed") if self.applied else "not applicable"
+
     @property
     def said(self) -> str:
         """The whole in one sentence, also when nobody wrote one."""
         where = f" on {self.corpus}" if self.corpus else ""
-        held = "passed" if self.passed else "failed"
-        return self.text or f"{self.measure} of {self.artifact}{where}: {self.measured} against {self.limit}: {held}"
+        limit = f"limit {self.bound.replace('_', ' ')} {self.limit}"
+        return self.text or f"{self.measure} of {self.artifact}{where}: measured {self.measured}, {limit}: {self.state}"
 
 
 class ModelResult(Frozen):
@@ -80,14 +110,16 @@ class RunResult(Frozen):
 
     Attributes:
         run: the run's name in `enginery runs`.
+        passed: no gate failed, so that the command exits with 0; `verdict` says whether any was applied.
         report: path or URI of the HTML report.
         executed: artifact and target of each engine that answered here.
         compiled: artifact and target of each engine that was built and that nothing here could run.
-        outputs: what lies where: `report`, `engine cpu`, ...
+        outputs: what lies where: `report.html`, and each artifact by its step; with --output the files beside them.
     """
 
     run: str
     passed: bool
+    verdict: RunVerdict
     seconds: float
     report: str
     store: str
@@ -97,6 +129,29 @@ class RunResult(Frozen):
     executed: list[str]
     compiled: list[str]
     outputs: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_verdict(cls, data: Any) -> Any:
+        # Records of runs from before there was the field.
+        if isinstance(data, dict) and "verdict" not in data:
+            gates = [GateResult.model_validate(gate) for gate in data.get("gates", ())]
+            return {**data, "verdict": run_verdict(gates)}
+        return data
+
+    @property
+    def unjudged(self) -> str:
+        """Why no gate was applied; empty where one was."""
+        if self.verdict != "not judged":
+            return ""
+        return "no gate has a champion to compare with yet" if self.gates else "the recipe has no gates"
+
+
+def run_verdict(gates: Sequence[GateResult]) -> RunVerdict:
+    """What a run came to by its gates: one that was applied must be there for `passed`."""
+    if not all(gate.passed for gate in gates):
+        return "gate failed"
+    return "passed" if any(gate.applied for gate in gates) else "not judged"
 
 
 class PlanLine(Frozen):
@@ -187,7 +242,7 @@ class RunLine(Frozen):
 
     run: str
     recipe: str
-    state: Literal["running", "passed", "gate failed", "error", "interrupted", "ended"]
+    state: RunState
     started: str
     seconds: float | None
     model: str

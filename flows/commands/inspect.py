@@ -112,7 +112,8 @@ def explain(run: RunArgument, store: StoreOption = None) -> None:
     for gate in result.gates if result else ():
         typer.echo(gate.said)
     if result and result.model:
-        typer.echo(f"registered: {result.model.name} version {result.model.version} as {result.model.alias}")
+        held = ", promoted without a gate" if result.unjudged else ""
+        typer.echo(f"registered: {result.model.name} version {result.model.version} as {result.model.alias}{held}")
 
 
 def compare(

@@ -56,7 +56,10 @@ def run(
     ] = None,
     force: Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Make this step again.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Copy the final artifacts and the report there.")
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", help="Copy report, recipe, result and each final or judged artifact there."
+        ),
     ] = None,
     as_json: JsonOption = False,
     jobs: Annotated[int | None, typer.Option("--jobs", metavar="N", help="Steps that compute at once.")] = None,
@@ -81,6 +84,10 @@ def run(
     asked = expanded(load_recipe(recipe, sets or ()))
     _check_steps(asked, [*(force or ()), *([from_step] if from_step else [])])
     enter(settings)
+    if settings.output:
+        from flows.pipeline.output_folder import check_output
+
+        check_output(settings.output, asked.recipe, settings.connect())
     from flows.pipeline.drive import optimize
 
     with TerminalProgress() as terminal:
@@ -102,7 +109,7 @@ def plan(
     from flows.recipe.expand import expanded
     from flows.recipe.read import load_recipe
     from flows.reporting.terminal import TerminalProgress
-    from flows.results import PlanLine, PlanResult
+    from flows.results import PlanResult
     from flows.settings import enter, settle
 
     settings = settle(store=store)
@@ -112,11 +119,7 @@ def plan(
     from flows.running.session import plan as look_ahead
 
     with TerminalProgress() as terminal:
-        planned = look_ahead(asked, settings, terminal)
-    lines = [
-        PlanLine(name=one.name, stage=one.stage, hit=one.hit, why=one.why, fingerprint=one.fingerprint, needs=one.needs)
-        for one in planned
-    ]
+        lines = look_ahead(asked, settings, terminal)
     if as_json:
         say_json(PlanResult(recipe=asked.recipe.name, store=settings.connect().uri, steps=lines))
         return

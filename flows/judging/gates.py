@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flows.reporting.format import number
-from flows.results import GateResult
+from flows.results import Bound, GateResult
 from stages.measures.interval import Floats, Interval, bootstrap
 from stages.measures.table import MEASURES
 from stages.runtime.contract import StageError
@@ -189,11 +189,11 @@ def _check_paired(ours: Report, theirs: Report, which: str) -> None:
 
 
 def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Interval | None) -> Iterator[GateResult]:
-    bounds: Sequence[tuple[str, float | None]] = (("at most", gate.at_most), ("at least", gate.at_least))
-    asked = [(word, limit) for word, limit in bounds if limit is not None]
+    bounds: Sequence[tuple[Bound, float | None]] = (("at_most", gate.at_most), ("at_least", gate.at_least))
+    asked = [(bound, limit) for bound, limit in bounds if limit is not None]
     if not asked:
         raise StageError(f"the gate on {gate.measure} has no limit", limit="at_most or at_least")
-    for word, limit in asked:
+    for bound, limit in asked:
         name = f"{gate.measure} of {artifact}" + (f" on {target}" if target else "")
         name += (f" against {gate.against}" if gate.against else "") + (f" on {corpus}" if corpus else "")
         finite = interval is not None and math.isfinite(interval.point)
@@ -202,11 +202,12 @@ def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Inte
         elif not finite:
             passed, outcome = False, "measured no finite number"
         else:
-            bad = interval.high if word == "at most" else interval.low
-            passed = bad <= limit if word == "at most" else bad >= limit
+            bad = interval.high if bound == "at_most" else interval.low
+            passed = bad <= limit if bound == "at_most" else bad >= limit
             outcome = f"measured {number(interval.point)}"
             if interval.low != interval.high:
                 outcome += f" (95% interval {number(interval.low)} to {number(interval.high)})"
+        held = "" if interval is None else f": {'passed' if passed else 'FAILED'}"
         yield GateResult(
             measure=gate.measure,
             against=gate.against,
@@ -216,9 +217,10 @@ def _results(gate: Gate, artifact: str, target: str, corpus: str, interval: Inte
             measured=interval.point if interval and finite else None,
             low=_finite(interval.low) if interval else None,
             high=_finite(interval.high) if interval else None,
+            bound=bound,
             limit=limit,
             passed=passed,
-            text=f"{name}: {outcome}, limit {word} {number(limit)}: {'passed' if passed else 'FAILED'}",
+            text=f"{name}: {outcome}, limit {bound.replace('_', ' ')} {number(limit)}{held}",
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from flows.judging.gates import CHAMPION
 from flows.pipeline.verdict import Judgement
-from flows.reporting.verdict_text import state
 from flows.results import RunResult
 from flows.running.session import Session
 
@@ -33,7 +32,7 @@ def metrics(session: Session, judgement: Judgement, result: RunResult) -> dict[s
 def tags(result: RunResult) -> dict[str, str]:
     """Tags by name. The seconds are a fact about a machine: as a metric they would be a chart of one bar."""
     return {
-        "enginery.verdict": state(result),
+        "enginery.verdict": result.verdict,
         "enginery.seconds": f"{result.seconds:.2f}",
         "enginery.executed": ", ".join(result.executed),
         "enginery.compiled": ", ".join(result.compiled),

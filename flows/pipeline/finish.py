@@ -6,12 +6,21 @@ From the journal's entry on nothing ends it: the record says at once what it cam
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from flows.pipeline.figures import metrics, tags
+from flows.pipeline.output_folder import (
+    RECIPE,
+    REPORT,
+    RESULT,
+    Copies,
+    check_room,
+    copied,
+    copies_into,
+)
 from flows.pipeline.verdict import Judgement
 from flows.prefect_api.retry import AWAY_S, patiently
 from flows.registry.journal import Candidate, head
@@ -31,18 +40,23 @@ def finish(session: Session, judgement: Judgement) -> RunResult:
         Unavailable: the store or MLflow does not answer; another try may help.
         KeyboardInterrupt: as it came; where the model is promoted by then, the record says so.
     """
-    candidate = _candidate(session, judgement)
-    outputs = _copied(session, judgement)
-    result = _result(session, judgement, candidate, outputs)
-    _report(session, judgement, result)
-    _measured(session, judgement, result)
-    if candidate is None:
-        session.record.finish(result)
-        session.ended.append(result)
+    output = session.settings.output
+    with copies_into(output) if output else nullcontext() as copies:
+        candidate = _candidate(session, judgement)
+        result = _result(session, judgement, candidate)
+        _report(session, judgement, result)
+        if copies:
+            _copied(session, result, copies)
+        _measured(session, judgement, result)
+        if candidate is None:
+            if copies:
+                copies.place()
+            session.record.finish(result)
+            session.ended.append(result)
+            return result
+        result, note = _promoted(session, judgement, candidate, result)
+        _completed(session, judgement, result, note, copies)
         return result
-    result, note = _promoted(session, judgement, candidate, result)
-    _completed(session, judgement, result, note)
-    return result
 
 
 def _candidate(session: Session, judgement: Judgement) -> Candidate | None:
@@ -50,7 +64,8 @@ def _candidate(session: Session, judgement: Judgement) -> Candidate | None:
     register, verdict = session.recipe.register_as, judgement.verdict
     if register is None or verdict is None or not verdict.passed:
         return None
-    said = {"passed": verdict.passed, "gates": [one.model_dump(mode="json") for one in judgement.gates]}
+    gates = [one.model_dump(mode="json") for one in judgement.gates]
+    said = {"passed": verdict.passed, "verdict": judgement.outcome, "gates": gates}
     candidate = Candidate(
         model=register.model,
         serves=judgement.serves,
@@ -62,7 +77,7 @@ def _candidate(session: Session, judgement: Judgement) -> Candidate | None:
     return candidate
 
 
-def _result(session: Session, judgement: Judgement, candidate: Candidate | None, outputs: dict[str, str]) -> RunResult:
+def _result(session: Session, judgement: Judgement, candidate: Candidate | None) -> RunResult:
     """What the run comes to; the version's number is empty until it stands."""
     model, register = None, session.recipe.register_as
     if candidate and register:
@@ -71,6 +86,7 @@ def _result(session: Session, judgement: Judgement, candidate: Candidate | None,
     return RunResult(
         run=session.record.name,
         passed=judgement.passed,
+        verdict=judgement.outcome,
         seconds=round(time.monotonic() - session.started, 2),
         report=str(_page(session)),
         store=session.store.uri,
@@ -79,32 +95,52 @@ def _result(session: Session, judgement: Judgement, candidate: Candidate | None,
         model=model,
         executed=[f"{name} on {one.target}" for name, one in judgement.engines.items() if one.judged],
         compiled=[f"{name} for {one.target}" for name, one in judgement.engines.items() if not one.judged],
-        outputs=outputs,
+        outputs=_outputs(session, judgement),
     )
 
 
-def _copied(session: Session, judgement: Judgement) -> dict[str, str]:
-    """What lies where; with --output, copies that one may move and change."""
-    into = session.settings.output
-    found = {"report": str(into / "report.html" if into else _page(session))}
-    for name in list(judgement.engines) or [session.recipe.steps[-1].name]:
-        view = session.store.checkout(session.done[name].fingerprint)
-        found[name] = str(into / name if into else view)
-        for path in sorted(view.rglob("*")) if into else ():
-            if path.is_file():
-                _copy(path, Path(found[name]) / path.relative_to(view))
+def _outputs(session: Session, judgement: Judgement) -> dict[str, str]:
+    """What lies where: in the folder of --output, or else in the store."""
+    names, into = copied(session.recipe), session.settings.output
+    if into:
+        return {name: str(into / name) for name in (REPORT, RECIPE, RESULT, *names)}
+    found = {REPORT: str(_page(session))}
+    judged = session.recipe.judge.artifacts if session.recipe.judge else names
+    for name in judged:
+        done = session.done[name]
+        # What is promoted must be here; what else lies elsewhere is not brought for its address.
+        here = name in judgement.engines or not session.store.objects.remote
+        found[name] = str(session.store.checkout(done.fingerprint)) if here else done.uri
     return found
 
 
+def _copied(session: Session, result: RunResult, copies: Copies) -> None:
+    """Everything that --output asks for, so that what does not fit is known before anything is promoted."""
+    names = copied(session.recipe)
+    check_room(copies.folder, {name: manifest_of(session, name).size_bytes for name in names})
+    for name in names:
+        copies.add(session.store.checkout(session.done[name].fingerprint), name)
+    copies.add(session.record.folder / RECIPE, RECIPE)
+    copies.add(_page(session), REPORT)
+    copies.conclude(result)
+
+
+def _placed(session: Session, result: RunResult, copies: Copies) -> None:
+    """Put the copies in place, with the version in report and result."""
+    try:
+        copies.add(_page(session), REPORT)
+        copies.conclude(result)
+    finally:
+        copies.place()
+
+
 def _report(session: Session, judgement: Judgement, result: RunResult) -> None:
-    """The report in the record's folder, and with --output beside the engines."""
+    """The report in the record's folder."""
     manifests = {name: manifest_of(session, name) for name in session.planned}
     command = session.record.facts.get("command", [])
     curves = curves_of(session.store, manifests, session.record.events())
     page = _page(session)
     write_report(result, manifests, judgement.reports, session.record.recipe(), command, page, curves=curves)
-    if session.settings.output:
-        _copy(page, session.settings.output / page.name)
 
 
 def _measured(session: Session, judgement: Judgement, result: RunResult) -> None:
@@ -120,7 +156,7 @@ def _promoted(session: Session, judgement: Judgement, candidate: Candidate, resu
     engine = session.store.checkout(candidate.executables[candidate.serves].fingerprint)
     run, champion = session.record.name, judgement.champion.version
     words = card(candidate, session.recipe.name, run, result.steps, result.gates, judgement.beside, champion)
-    why = f"run {run} passed its gates"
+    why = f"run {run} {f'was promoted without a gate: {result.unjudged}' if result.unjudged else 'passed its gates'}"
     try:
         made = release(_registry(session), candidate, engine, model.alias, why=why, card=words)
         result = _ended(session, result, made.version)
@@ -155,7 +191,7 @@ def _ended(session: Session, result: RunResult, version: str) -> RunResult:
     return result
 
 
-def _completed(session: Session, judgement: Judgement, result: RunResult, note: str) -> None:
+def _completed(session: Session, judgement: Judgement, result: RunResult, note: str, copies: Copies | None) -> None:
     """Have MLflow, report and record follow a promotion; for all of them together a service may be away AWAY_S."""
     model = result.model
     assert model is not None
@@ -177,6 +213,11 @@ def _completed(session: Session, judgement: Judgement, result: RunResult, note: 
             f"Run `enginery reconcile {model.name}`.",
         ),
         ("the report with the version", lambda: _report(session, judgement, result), again),
+        (
+            f"the folder {session.settings.output}",
+            lambda: _placed(session, result, copies) if copies else None,
+            "The same command copies them again.",
+        ),
         ("the version in MLflow's run", tagged, again),
         ("the record of the result", recorded, f"The report holds the same: {result.report}"),
         ("the word on the version", lambda: session.terminal.line(note) if note else None, note),
@@ -192,10 +233,4 @@ def _registry(session: Session) -> Registry:
 
 
 def _page(session: Session) -> Path:
-    return session.record.folder / "report.html"
-
-
-def _copy(path: Path, copy: Path) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.unlink(missing_ok=True)
-    shutil.copyfile(path, copy)
+    return session.record.folder / REPORT

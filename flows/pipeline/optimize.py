@@ -23,6 +23,7 @@ from flows.recipe.expand import expanded
 from flows.recipe.model import Recipe
 from flows.recipe.read import load_recipe
 from flows.reporting.terminal import TerminalProgress
+from flows.reporting.verdict_text import summary
 from flows.results import RunResult
 from flows.running.session import Session, opened, run_step
 from flows.settings import settle
@@ -132,7 +133,7 @@ def _state(result: RunResult) -> dict[str, Any] | State[Any]:
     """What a flow run ends as: a failed gate is a failure, with the gate, what was measured and the limit."""
     if result.passed:
         return result.model_dump(mode="json")
-    return Failed(message="; ".join(f"gate failed: {gate.said}" for gate in result.gates if not gate.passed))
+    return Failed(message=summary(result))
 
 
 def _driven(session: Session) -> RunResult:

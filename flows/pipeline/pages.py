@@ -10,7 +10,7 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from flows.reporting.verdict_text import described, state, summary
+from flows.reporting.verdict_text import described, summary
 
 if TYPE_CHECKING:
     from flows.results import RunResult, StepResult
@@ -35,7 +35,7 @@ def show(session: Session, result: RunResult) -> None:
 def verdict_page(recipe: str, result: RunResult, mlflow: str) -> str:
     """The verdict in Markdown: the state, each gate, what was promoted, where MLflow's run is."""
     where = f"[MLflow's run]({mlflow})" if mlflow.startswith("http") else f"MLflow's run: `{mlflow}`"
-    return f"# {recipe}: {state(result)}\n\n{described(result)}\n\n{where}\n"
+    return f"# {recipe}: {result.verdict}\n\n{described(result)}\n\n{where}\n"
 
 
 def _row(step: StepResult) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Any
 from flows.judging.gates import CHAMPION, Verdict, judge
 from flows.registry.journal import Executable, head
 from flows.registry.model_card import Compared, compared
-from flows.results import GateResult
+from flows.results import GateResult, RunVerdict, run_verdict
 from flows.running.session import MODELS, Session, manifest_of, model_size
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Kind
@@ -39,7 +39,7 @@ class Judgement:
     """What the steps of a run were found to have made.
 
     Attributes:
-        verdict: over all gates, None where the recipe judges nothing.
+        verdict: over all gates, None where the recipe has neither gates nor anything to judge.
         reports: those of the run, and the champion's where a gate asks for it.
         engines: step name -> engine that is judged or asked to be, with what may be said of it.
         champion: the version that stood when the run was judged.
@@ -56,6 +56,11 @@ class Judgement:
     def passed(self) -> bool:
         """Whether every gate holds; what is not judged does not fail."""
         return self.verdict.passed if self.verdict else True
+
+    @property
+    def outcome(self) -> RunVerdict:
+        """The run's verdict in a word."""
+        return run_verdict(self.gates)
 
     @property
     def gates(self) -> list[GateResult]:
@@ -78,7 +83,7 @@ def judged(session: Session) -> Judgement:
     reports = _reports(session)
     champion = _champion(session, reports)
     verdict = None
-    if session.recipe.judge is not None:
+    if session.recipe.judge is not None or session.recipe.gates:  # a size is held without a measurement
         if any(gate.against == CHAMPION for gate in session.recipe.gates):
             reports |= {(CHAMPION, corpus): report for corpus, report in champion.reports.items()}
         verdict = _verdict(session, reports, champion)

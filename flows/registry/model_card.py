@@ -65,7 +65,7 @@ def card(
     recipe: str,
     run: str,
     steps: Sequence[StepResult],
-    gates: Iterable[GateResult],
+    gates: Sequence[GateResult],
     beside: Sequence[Compared],
     champion: str,
 ) -> str:
@@ -105,9 +105,11 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _gates(gates: Iterable[GateResult]) -> str:
+def _gates(gates: Sequence[GateResult]) -> str:
+    if not any(gate.applied for gate in gates):
+        return "None was applied: this version was promoted without a gate."
     return _table(
-        ("measure", "artifact", "text", "measured", "interval", "limit", "held"),
+        ("measure", "artifact", "text", "measured", "interval", "limit", "result"),
         [
             (
                 _against(gate),
@@ -115,8 +117,8 @@ def _gates(gates: Iterable[GateResult]) -> str:
                 gate.corpus or "-",
                 number(gate.measured),
                 f"{number(gate.low)}..{number(gate.high)}" if gate.low is not None else "-",
-                number(gate.limit),
-                "yes" if gate.passed else "no",
+                f"{gate.bound.replace('_', ' ')} {number(gate.limit)}",
+                gate.state,
             )
             for gate in gates
         ],

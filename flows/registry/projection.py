@@ -220,7 +220,7 @@ def _register(registry: Registry, candidate: Candidate, engine: Path, card: str)
             "enginery.fingerprint": served.fingerprint,
             "enginery.target": served.target,
             "enginery.targets": json.dumps(candidate.targets),
-            "enginery.verdict": "passed",
+            "enginery.verdict": str(candidate.verdict.get("verdict", "passed")),
         },
     )
     first = _of_identity(registry, candidate)

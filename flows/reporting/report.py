@@ -138,12 +138,7 @@ def _gate_chart(gate: GateResult) -> Markup | str:
         return ""
     low = gate.measured if gate.low is None else gate.low
     high = gate.measured if gate.high is None else gate.high
-    return interval_chart(gate.measured, low, high, gate.limit, upper=_upper(gate))
-
-
-def _upper(gate: GateResult) -> bool:
-    """Whether the limit is an upper one; the sentence says which, since a result has one limit only."""
-    return "at least" not in gate.text
+    return interval_chart(gate.measured, low, high, gate.limit, upper=gate.bound == "at_most")
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flows.reporting.format import duration, number, size
-from flows.results import GateResult, RunResult, StepResult
+from flows.results import GateResult, RunResult, RunVerdict, StepResult
 
 
 def show_result(result: RunResult, console: Console) -> None:
@@ -16,21 +18,26 @@ def show_result(result: RunResult, console: Console) -> None:
     if result.gates:
         console.print(gates_table(result.gates))
     if result.executed:
-        console.print(Text(f"executed and judged: {', '.join(result.executed)}"))
+        held = "measured" if result.unjudged else "judged"
+        console.print(Text(f"executed and {held}: {', '.join(result.executed)}"))
     if result.compiled:
         console.print(Text(f"compiled, not judged: {', '.join(result.compiled)}"))
     if result.model:
         model = result.model
         serves = f", serves {', '.join(model.targets)}" if model.targets else ""
-        console.print(Text(f"registered: {model.name} version {model.version} as {model.alias}{serves}"))
-    for what, where in {"report": result.report, **result.outputs, "store": result.store}.items():
+        held = ", promoted without a gate" if result.unjudged else ""
+        console.print(Text(f"registered: {model.name} version {model.version} as {model.alias}{serves}{held}"))
+    for what, where in {"report.html": result.report, **result.outputs, "store": result.store}.items():
         if where:
-            console.print(Text(f"{what}: {where}"))
+            console.print(Text(f"{what.partition('.')[0]}: {where}"))
     for gate in result.gates:
         if not gate.passed:
             console.print(Text(f"gate failed: {gate.said}", style="bold red"))
-    verdict = ("passed", "bold green") if result.passed else ("not passed", "bold red")
-    console.print(Text(f"run {result.run}: {verdict[0]} in {duration(result.seconds)}", style=verdict[1]))
+    said = f"{result.verdict} ({result.unjudged}), done" if result.unjudged else result.verdict
+    console.print(Text(f"run {result.run}: {said} in {duration(result.seconds)}", style=_STYLES[result.verdict]))
+
+
+_STYLES: Mapping[RunVerdict, str] = {"passed": "bold green", "gate failed": "bold red", "not judged": "bold yellow"}
 
 
 def steps_table(result: RunResult) -> Table:
@@ -72,11 +79,12 @@ def gates_table(gates: list[GateResult]) -> Table:
         table.add_column(column, overflow="fold")
     for column in ("measured", "interval", "limit"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("passed", no_wrap=True)
+    table.add_column("result", no_wrap=True)
     for gate in gates:
         interval = "-" if gate.low is None or gate.low == gate.high else f"{number(gate.low)}..{number(gate.high)}"
         measure = gate.measure + (f" / {gate.against}" if gate.against else "")
         names = [measure, gate.artifact, gate.target or "-", gate.corpus or "-"]
-        cells = [*names, number(gate.measured), interval, number(gate.limit), "yes" if gate.passed else "NO"]
+        limit = f"{'<=' if gate.bound == 'at_most' else '>='} {number(gate.limit)}"
+        cells = [*names, number(gate.measured), interval, limit, gate.state if gate.passed else "FAILED"]
         table.add_row(*(Text(cell) for cell in cells))
     return table

@@ -10,22 +10,15 @@ _MOST_GATES = 25
 _MOST_CHARACTERS = 4000
 
 
-def state(result: RunResult) -> str:
-    """`passed`, `gate failed`, or `not judged` where no gate was asked for."""
-    if not result.gates:
-        return "not judged"
-    return "passed" if result.passed else "gate failed"
-
-
 def summary(result: RunResult) -> str:
     """The state in one line, with every gate that did not hold, what was measured and its limit."""
     failed = "; ".join(_bare(gate) for gate in result.gates if not gate.passed)
-    return f"{state(result)}: {failed}" if failed else state(result)
+    return f"{result.verdict}: {failed}" if failed else result.verdict
 
 
 def described(result: RunResult) -> str:
     """The state, each gate, those that failed first, and what was promoted, in Markdown."""
-    parts = [f"**{state(result)}**"]
+    parts = [f"**{result.verdict}**"]
     gates = sorted(result.gates, key=lambda gate: gate.passed)
     if gates:
         lines = [f"- {'✓' if gate.passed else '✗'} {_escaped(gate.said)}" for gate in gates[:_MOST_GATES]]

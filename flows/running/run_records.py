@@ -22,7 +22,7 @@ import psutil
 import yaml
 
 from flows.recipe.model import Recipe
-from flows.results import RunLine, RunResult
+from flows.results import RunLine, RunResult, RunState
 from stages.runtime.contract import Interrupted, StageError
 
 _SLACK_SECONDS = 1.0
@@ -111,8 +111,9 @@ class Record:
         """The run in one line."""
         facts, result = self.facts, self.result
         failure = _json(self.folder / "failure.json") or {}
+        state: RunState
         if result:
-            state = "passed" if result.passed else "gate failed"
+            state = result.verdict
         elif failure:
             state = "interrupted" if failure.get("interrupted") else "error"
         else:

@@ -68,6 +68,7 @@ def made_up(*, passed=True, cached=False):
     result = RunResult(
         run="20261121-230000-ab12",
         passed=passed,
+        verdict="passed" if passed else "gate failed",
         seconds=702.4,
         report="report.html",
         store="file:///home/someone/.enginery/store",
@@ -93,8 +94,8 @@ def made_up(*, passed=True, cached=False):
 
 
 def gates(passed):
-    def one(measure, corpus, measured, low, high, limit, against=None, word="at most"):
-        held = high <= limit if word == "at most" else low >= limit
+    def one(measure, corpus, measured, low, high, limit, against=None, bound="at_most"):
+        held = high <= limit if bound == "at_most" else low >= limit
         return GateResult(
             measure=measure,
             artifact="cpu",
@@ -103,15 +104,16 @@ def gates(passed):
             measured=measured,
             low=low,
             high=high,
+            bound=bound,
             limit=limit,
             passed=held,
             against=against,
-            text=f"{measure} of cpu on {corpus}: measured {measured}, limit {word} {limit}",
+            text=f"{measure} of cpu on {corpus}: measured {measured}, limit {limit}",
         )
 
     return [
         one("perplexity", "text", 1.096, 1.081, 1.113, 1.25 if passed else 1.1, "dense"),
         one("perplexity", "other", 1.135, 1.118, 1.155, 1.35, "dense"),
-        one("top1_agreement", "text", 0.842, 0.835, 0.849, 0.8, word="at least"),
+        one("top1_agreement", "text", 0.842, 0.835, 0.849, 0.8, bound="at_least"),
         one("size_bytes", "", 146e6, 146e6, 146e6, 200e6),
     ]

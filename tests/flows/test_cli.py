@@ -27,6 +27,7 @@ def result(passed: bool = True, run: str = "r1") -> RunResult:
     return RunResult(
         run=run,
         passed=passed,
+        verdict="passed" if passed else "gate failed",
         seconds=75.2,
         report="/s/report.html",
         store="file:///s",
@@ -48,7 +49,7 @@ def result(passed: bool = True, run: str = "r1") -> RunResult:
         gates=[
             GateResult(
                 measure="perplexity", artifact="cpu", target="onnxruntime:cpu", corpus="text", measured=1.3, low=1.2,
-                high=1.41, limit=1.25, passed=passed, against="dense",
+                high=1.41, bound="at_most", limit=1.25, passed=passed, against="dense",
             )
         ],
         model=ModelResult(name="m", version="3", alias="champion", targets=["onnxruntime:cpu"]) if passed else None,
@@ -203,7 +204,7 @@ def test_run_json_is_one_object_that_follows_its_schema(recipe, optimized, capsy
 def test_run_whose_gate_fails_exits_2_and_says_gate_measured_limit(recipe, optimized, capsys):
     optimized.answer = result(passed=False)
     assert main(["run", recipe]) == 2
-    assert "gate failed: perplexity of cpu on text: 1.3 against 1.25" in capsys.readouterr().out
+    assert "gate failed: perplexity of cpu on text: measured 1.3, limit at most 1.25: failed" in capsys.readouterr().out
     assert main(["run", recipe, "--json"]) == 2
     said = capsys.readouterr()
     assert valid(said.out, "run")["model"] is None and "gate failed: perplexity" in said.err

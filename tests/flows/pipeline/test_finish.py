@@ -19,9 +19,11 @@ from flows.pipeline.finish import finish
 from flows.pipeline.steps import end, run_steps
 from flows.pipeline.verdict import judged
 from flows.prefect_api import retry
+from flows.registry.journal import history
 from flows.running.session import run_step
+from stages.adapters.connect import connect
 from stages.runtime.contract import StageError, Unavailable
-from tests.flows.pipeline.tiny_run import place, sealed  # noqa: F401
+from tests.flows.pipeline.tiny_run import RECIPE, place, sealed  # noqa: F401
 
 FULL = OSError(28, "No space left on device")
 REFUSED = MlflowException("not like this", error_code=3)  # INVALID_PARAMETER_VALUE
@@ -45,11 +47,11 @@ def of_version(_client, _run, tags=(), **_):
 
 
 def of_engine(_source, target):
-    return "/out/cpu/" in str(target)
+    return "/cpu/" in str(target)
 
 
 def of_report(_source, target):
-    return str(target).endswith("out/report.html")
+    return Path(target).name == ".report.html.part"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ def test_part_that_breaks_before_the_promotion_fails_the_run_and_promotes_nothin
         place.run()
     assert broken.error in (raised.value, raised.value.__cause__)
     assert place.promoted == [] and place.alias == ""
-    assert place.state == "error" and str(broken.error) in place.record.line().error
+    assert place.state == "error" and str(broken.error) in place.record.line().error and not place.output.exists()
     assert place.followed(place.record.name).info.status == "FAILED"
 
 
@@ -145,7 +147,6 @@ def test_run_broken_at_one_part_after_the_other_comes_to_one_version(place):
     result = place.run()
     assert result.passed and place.state == "passed" and place.loose == []
     assert place.promoted == place.versions == ["1"] and place.alias == "1"
-    assert result.outputs == {"report": str(place.output / "report.html"), "cpu": str(place.output / "cpu")}
     assert (place.output / "cpu" / "model.onnx").read_bytes() == b"weights"
     assert (place.output / "report.html").read_text() == page_of(result)
 
@@ -159,7 +160,7 @@ def test_part_that_breaks_after_the_promotion_is_told_and_the_run_has_passed(pla
     assert place.promoted == ["1"] and place.alias == ("" if part.startswith("alias") else "1")
     assert place.state == "passed" and place.record.line().model == f"{place.model} 1"
     (told,) = {(one["what"], one["error"], one["remedy"]) for one in place.loose}
-    assert str(broken.error) in told[1]
+    assert str(broken.error) in told[1] and (place.output / "cpu" / "model.onnx").is_file()
     assert all(any(text in line for line in place.terminal.lines) for text in told)
 
     again = place.run()
@@ -327,6 +328,43 @@ def test_gate_that_fails_is_reported_and_recorded_and_promotes_nothing(place):
     assert not result.passed and result.model is None and place.state == "gate failed"
     assert place.promoted == place.versions == [] and "Nothing was registered" in page_of(result)
     assert place.followed(result.run).data.tags["enginery.verdict"] == "gate failed"
+
+
+GATE = "  - {measure: perplexity, against: dense, at_most: 1.25}\n"
+
+
+def test_run_without_gates_is_not_judged_and_promotes_as_every_page_says(place, monkeypatch, capsys):
+    monkeypatch.setattr("tests.flows.pipeline.tiny_run.RECIPE", RECIPE.replace(f"gates:\n{GATE}", ""))
+    words = ["run", str(place.recipe), "--store", str(place.root / "store")]
+    assert main(words) == 0
+    result, said = place.record.result, capsys.readouterr().out
+    assert (result.verdict, result.passed, place.state) == ("not judged", True, "not judged")
+    assert "not judged (the recipe has no gates)" in said and "promoted without a gate" in said and "passed" not in said
+    assert "Not judged" in page_of(result) and "promoted without a gate" in page_of(result)
+    assert place.followed(result.run).data.tags["enginery.verdict"] == "not judged"
+    assert place.promoted == place.versions == ["1"]
+    (version,) = place.client.search_model_versions(f"name = '{place.model}'")
+    assert "promoted without a gate" in version.description and version.tags["enginery.verdict"] == "not judged"
+    (entry,) = history(connect(str(place.root / "store")).objects, place.model)
+    assert entry.why.endswith("promoted without a gate: the recipe has no gates")
+    assert main(["explain", result.run, *words[2:]]) == 0
+    said = capsys.readouterr().out
+    assert ": not judged, started" in said and "as champion, promoted without a gate" in said
+
+
+def test_run_whose_only_gate_wants_a_champion_is_judged_once_there_is_one(place, monkeypatch):
+    champion = "  - {measure: size_bytes, artifact: cpu, against: champion, at_most: 1.5}\n"
+    monkeypatch.setattr("tests.flows.pipeline.tiny_run.RECIPE", RECIPE.replace(GATE, champion))
+    assert (place.run().verdict, place.promoted) == ("not judged", ["1"])
+    assert (place.run().verdict, place.promoted) == ("passed", ["1"])
+
+
+def test_gate_on_a_size_holds_where_nothing_is_measured(place, monkeypatch):
+    head = RECIPE.partition("judge:")[0]
+    for limit, verdict in ((7, "passed"), (6, "gate failed")):
+        gates = f"gates: [{{measure: size_bytes, artifact: cpu, at_most: {limit}}}]\n"
+        monkeypatch.setattr("tests.flows.pipeline.tiny_run.RECIPE", head + gates)
+        assert place.run().verdict == verdict
 
 
 def test_command_exits_0_and_names_the_remedy_where_the_alias_broke_and_1_where_a_part_before_it(place, capsys):

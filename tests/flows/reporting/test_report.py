@@ -79,17 +79,45 @@ def test_report_of_a_passed_run_says_verdict_gates_steps_and_provenance(tmp_path
 def test_report_of_a_failed_run_names_the_gate_first(tmp_path):
     text = Page(written(tmp_path, passed=False, cached=True)).text
     assert "Failed. 1 of 4 gates did not hold" in text
-    assert text.index("measured 1.096, limit at most 1.1") < text.index("Nothing was registered")
+    assert text.index("measured 1.096, limit 1.1") < text.index("Nothing was registered")
     assert "22 of 22 steps were sealed before" in text and "cached" in text
 
 
 def test_report_of_a_run_without_gates_claims_no_verdict(tmp_path):
     result, manifests, _, _ = made_up()
-    bare = result.model_copy(update={"gates": [], "model": None, "steps": result.steps[:1], "compiled": []})
+    bare = result.model_copy(
+        update={"gates": [], "verdict": "not judged", "model": None, "steps": result.steps[:1], "compiled": []}
+    )
     path = tmp_path / "report.html"
     write_report(bare, {"dense": manifests["dense"]}, {}, "recipe: 1", (), path)
     text = Page(path.read_text(encoding="utf-8")).text
-    assert "Made, not judged" in text and "Passed" not in text and "Curves" not in text
+    assert "Not judged: the recipe has no gates" in text and "Passed" not in text and "Curves" not in text
+    assert "Executed and measured: cpu on onnxruntime:cpu" in text
+    write_report(bare.model_copy(update={"model": result.model}), {}, {}, "recipe: 1", (), path)
+    assert "executed on onnxruntime:cpu, promoted without a gate" in Page(path.read_text(encoding="utf-8")).text
+
+
+def test_report_shades_the_side_that_the_bound_names_whatever_the_sentence_says(tmp_path):
+    result, manifests, _, _ = made_up()
+    path = tmp_path / "report.html"
+    for bound, sign in (("at_most", "≤"), ("at_least", "≥")):
+        gate = result.gates[0].model_copy(update={"bound": bound, "text": "at least as good; limit at least 9"})
+        write_report(result.model_copy(update={"gates": [gate]}), manifests, {}, "", (), path)
+        page = path.read_text(encoding="utf-8")
+        assert f"{sign} 1.25" in Page(page).text
+        (x,) = re.findall(r'class="beyond" x="([\d.]+)"', page)
+        assert (float(x) > 0) == (bound == "at_most")
+
+
+def test_report_says_of_a_gate_without_a_champion_that_it_was_not_applied(tmp_path):
+    result, manifests, _, _ = made_up()
+    none = {"against": "champion", "measured": None, "low": None, "high": None}
+    gates = [result.gates[0].model_copy(update=none), result.gates[1]]
+    path = tmp_path / "report.html"
+    write_report(result.model_copy(update={"gates": gates}), manifests, {}, "", (), path)
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert "The gate holds, others have no champion to compare with yet." in text
+    assert text.count("not applicable") == 1 and text.count("✓ passed") == 1
 
 
 def test_report_asks_for_nothing_and_holds_no_script(tmp_path):

@@ -6,7 +6,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from flows.reporting.tables import show_result
+from flows.reporting.tables import gates_table, show_result
 from flows.reporting.terminal import TerminalProgress
 from tests.flows.test_cli import result
 
@@ -104,8 +104,28 @@ def test_result_table_gives_a_judged_step_the_perplexity_of_its_measurement():
     cpu = next(line for line in said.splitlines() if line.startswith("│ cpu"))
     assert "90.0 MB" in cpu and "21.7" in cpu and "params.x: [1] -> 2" in cpu
     gate = next(line for line in said.splitlines() if "perplexity / dense" in line)
-    assert "1.2..1.41" in gate and "NO" in gate
-    assert "not passed in 1 min 15 s" in said
+    assert "1.2..1.41" in gate and "<= 1.25" in gate and "FAILED" in gate
+    assert "run r1: gate failed in 1 min 15 s" in said
+
+
+def test_result_without_gates_says_that_nothing_was_judged():
+    stream = io.StringIO()
+    bare = result().model_copy(update={"gates": [], "verdict": "not judged"})
+    show_result(bare, Console(file=stream, width=140))
+    said = stream.getvalue()
+    assert "run r1: not judged (the recipe has no gates), done in 1 min 15 s" in said and "passed" not in said
+    assert "registered: m version 3 as champion, serves onnxruntime:cpu, promoted without a gate" in said
+    assert "executed and measured: cpu" in said
+
+
+@pytest.mark.parametrize(("bound", "sign"), [("at_most", "<="), ("at_least", ">=")])
+def test_gates_table_shows_which_side_of_the_limit_is_held(bound, sign):
+    gate = result().gates[0].model_copy(update={"bound": bound})
+    stream = io.StringIO()
+    Console(file=stream, width=140).print(gates_table([gate, gate.model_copy(update={"measured": None, "low": None})]))
+    rows = [line for line in stream.getvalue().splitlines() if "perplexity" in line]
+    assert all(f"{sign} 1.25" in row for row in rows)
+    assert "passed" in rows[0] and "not applicable" in rows[1]
 
 
 def test_result_table_gives_a_step_no_perplexity_of_one_whose_name_begins_like_it():

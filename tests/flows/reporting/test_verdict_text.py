@@ -1,6 +1,6 @@
 """What a run came to, in words."""
 
-from flows.reporting.verdict_text import broken, described, state, summary
+from flows.reporting.verdict_text import broken, described, summary
 from flows.results import GateResult
 from tests.flows.made_up import made_up
 
@@ -11,7 +11,7 @@ def result(**changes):
 
 
 def test_summary_of_a_passed_run_is_one_word():
-    assert summary(result()) == state(result()) == "passed"
+    assert summary(result()) == _state(result()) == "passed"
 
 
 def test_summary_of_a_run_without_gates_says_that_nothing_was_judged():

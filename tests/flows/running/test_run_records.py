@@ -1,5 +1,6 @@
 """Records and settings: what is remembered of a run, and where libraries keep their files."""
 
+import json
 import os
 import subprocess
 import sys
@@ -43,6 +44,28 @@ def test_record_ends_in_each_state(recipe, tmp_path):
     assert [record.line().state for record in ended] == states
     assert ended[0].result == result(run=ended[0].name) and ended[2].result is None
     assert ended[3].line().error == "KeyboardInterrupt" and all(record.pid is None for record in ended)
+
+
+OLD_TEXT = {
+    "at_most": "m of cpu: measured 1, limit at most 2: passed",
+    "at_least": "m of cpu: measured 1, limit at least 0",
+}
+
+
+@pytest.mark.parametrize("bound", OLD_TEXT)
+def test_record_from_before_bound_and_verdict_reads_with_both(recipe, tmp_path, bound):
+    record = open_run(tmp_path, recipe, [])
+    record.finish(result(run=record.name))
+    kept = json.loads((record.folder / "result.json").read_text())
+    del kept["verdict"], kept["gates"][0]["bound"]
+    kept["gates"][0]["text"] = OLD_TEXT[bound]
+    (record.folder / "result.json").write_text(json.dumps(kept))
+    assert record.result.gates[0].bound == bound and record.line().state == "passed"
+    (record.folder / "result.json").write_text(json.dumps(kept | {"gates": []}))
+    assert record.line().state == "not judged"
+    kept["gates"][0]["passed"] = False
+    (record.folder / "result.json").write_text(json.dumps(kept | {"passed": False}))
+    assert record.line().state == "gate failed"
 
 
 def test_record_of_a_killed_process_is_ended_even_if_its_number_is_taken(recipe, tmp_path):
