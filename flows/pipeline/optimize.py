@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, cast
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
@@ -15,6 +15,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows.pipeline.finish import finish
 from flows.pipeline.pages import show
 from flows.pipeline.verdict import judged
+from flows.prefect_api.flow_run_tag import OURS
 from flows.prefect_api.progress import RunLog
 from flows.prefect_api.retry import patiently
 from flows.recipe.check import check_recipe
@@ -51,7 +52,8 @@ def optimize(asked: Expanded, settings: Settings, terminal: Terminal) -> RunResu
             return finish(session, judged(session))
         _SESSIONS[session.record.name] = session
         try:
-            return RunResult.model_validate(optimize_recipe(asked.recipe, session.record.name))
+            with tags(OURS):
+                return RunResult.model_validate(optimize_recipe(asked.recipe, session.record.name))
         except Exception as error:
             if session.ended:  # it may have promoted: Prefect's end of the flow run does not undo that
                 session.loose.tell(error, "the end of Prefect's flow run", _same(session))

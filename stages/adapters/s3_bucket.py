@@ -7,6 +7,24 @@ from botocore.exceptions import ClientError
 from stages.adapters.s3_client import client, parse, spoken, status_of
 
 
+def has_bucket(uri: str) -> bool:
+    """Whether the bucket that a URI names is there.
+
+    Raises:
+        StageError: one may not ask.
+        Unavailable: the server does not answer.
+    """
+    bucket, _ = parse(uri)
+    with spoken(f"s3://{bucket}"):
+        try:
+            client().head_bucket(Bucket=bucket)
+        except ClientError as error:
+            if status_of(error) != 404:
+                raise
+            return False
+    return True
+
+
 def ensure_bucket(uri: str) -> bool:
     """Make the bucket that a URI names; False when it stands already.
 
@@ -14,13 +32,9 @@ def ensure_bucket(uri: str) -> bool:
         StageError: one may not make it.
         Unavailable: the server does not answer.
     """
+    if has_bucket(uri):
+        return False
     bucket, _ = parse(uri)
     with spoken(f"s3://{bucket}"):
-        try:
-            client().head_bucket(Bucket=bucket)
-            return False
-        except ClientError as error:
-            if status_of(error) != 404:
-                raise
         client().create_bucket(Bucket=bucket)
     return True

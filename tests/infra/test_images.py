@@ -158,9 +158,12 @@ def test_example_environment_holds_no_usable_secret_and_env_script_fills_each(tm
         subprocess.run(["sh", script], check=True, capture_output=True, env=shell)
     made = dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", (tmp_path / ".env").read_text(), re.MULTILINE))
     assert made.keys() == dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", example, re.MULTILINE)).keys()
-    secrets = [value for name, value in made.items() if name in empty and name not in ("DOCKER_GID", "SHARDS", "POOLS")]
+    others = ("DOCKER_GID", "ENGINERY_CPU_STEPS", "SHARDS", "POOLS", "SCHEDULED_RECIPE")
+    secrets = [value for name, value in made.items() if name in empty and name not in others]
     assert all(len(value) >= 40 for value in secrets) and len(set(secrets)) == len(secrets)
     assert made["DOCKER_GID"] == str(script.stat().st_gid)
+    assert int(made["ENGINERY_CPU_STEPS"]) >= 1
+    assert all(made[name] == "" for name in ("SHARDS", "POOLS", "SCHEDULED_RECIPE"))
     assert (tmp_path / ".env").stat().st_mode & 0o77 == 0
 
 
@@ -196,18 +199,19 @@ def test_job_template_is_bare_and_only_the_gpu_pool_asks_for_a_gpu(pool):
 @pytest.mark.parametrize("pool", ["flows", "cpu", "gpu"])
 @pytest.mark.parametrize("stack", ["", "other"])
 def test_job_template_names_the_networks_and_the_scratch_of_its_stack(pool, stack, monkeypatch):
-    from flows.production.deploy import template
+    from flows.production.pools import declared
+    from flows.production.variables import Shell
     from flows.running.placement import Pools
 
     monkeypatch.setenv("ENGINERY_STACK", stack)
     name = stack or "enginery"
-    made = template(pool, "docker", 1)
+    made = Shell(os.environ).fill(declared(pool, "docker", 1))
     variables = made["variables"]["properties"]
     assert variables["network"]["default"] == Pools().networks["outside" if pool == "flows" else "inside"]
     assert variables["network"]["default"] == f"{name}-{'outside' if pool == 'flows' else 'stages'}"
     assert variables["volumes"]["default"] == [f"{name}-scratch:/scratch"]
     assert variables["env"]["default"].get("ENGINERY_STACK") == (name if pool == "flows" else None)
-    assert "$" not in json.dumps(made["job_configuration"])
+    assert "$" not in json.dumps(made)
 
 
 def test_stage_containers_get_no_credential_of_mlflow():
