@@ -20,8 +20,6 @@ steps() {
   case $memory in ''|0|*[!0-9]*)
     memory=$(sed -n 's/^MemTotal: *\([0-9]*\) kB$/\1000/p' /proc/meminfo 2>/dev/null || true) ;;
   esac
-  limit=$(cat /sys/fs/cgroup/memory.max 2>/dev/null || true)
-  case $limit in ''|*[!0-9]*) ;; *) [ "$limit" -ge "${memory:-0}" ] || memory=$limit ;; esac
   fit=$(((${memory:-0} - 12000000000) / 8000000000))
   cores=$(($(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) / 2))
   [ "$fit" -le "$cores" ] || fit=$cores

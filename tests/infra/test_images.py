@@ -181,6 +181,22 @@ def test_env_script_keeps_the_name_and_ports_that_the_environment_gives_and_refu
         assert refused.returncode and wrong in refused.stderr and not (tmp_path / "no.env").exists()
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "cores", "steps"), [(64, 16, 6), (64, 8, 4), (28, 16, 2), (16, 8, 1), (4, 1, 1), (None, 8, None)]
+)
+def test_env_script_lets_as_many_steps_run_as_the_machine_has_memory_and_cores_for(gigabytes, cores, steps, tmp_path):
+    tools = {"docker": f"echo {gigabytes}000000000" if gigabytes else "exit 1", "getconf": f"echo {cores}"}
+    for name, does in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    script = ROOT / "infra" / "env.sh"
+    shell = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DOCKER_SOCKET": str(script)}
+    subprocess.run(["sh", script, tmp_path / "made.env"], check=True, capture_output=True, env=shell)
+    made = int(re.search(r"^ENGINERY_CPU_STEPS=(.*)$", (tmp_path / "made.env").read_text(), re.MULTILINE)[1])
+    most = int(re.search(r"MemTotal: *(\d+)", Path("/proc/meminfo").read_text())[1]) * 1000 / 8e9
+    assert made == steps if steps else 1 <= made <= min(most, cores / 2)
+
+
 def test_images_hold_no_secret_of_the_tree():
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {"infra/.env*", "infra/kubernetes/secrets/*.env"} <= set(ignored)
