@@ -6,13 +6,15 @@ likes. One that a person switched off stays off, and whom an alert tells is what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import AutomationSort
 from prefect.events.actions import ActionTypes, ChangeFlowRunState, DoNothing, RunDeployment, SendNotification
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
@@ -150,7 +152,7 @@ def look_at_arrivals(client: SyncPrefectClient, shell: Shell) -> Part:
 
 def _recipe_on_arrival(client: SyncPrefectClient, deployment: UUID, source: str) -> str:
     """The recipe for which an automation of ours starts this deployment with this source; empty for none."""
-    for one in client.read_automations():
+    for one in _all_automations(client):
         names = isinstance(one.trigger, EventTrigger) and one.trigger.match.get("enginery.recipe")
         if (
             names
@@ -164,6 +166,15 @@ def _recipe_on_arrival(client: SyncPrefectClient, deployment: UUID, source: str)
         ):
             return str(names[0])
     return ""
+
+
+def _all_automations(client: SyncPrefectClient) -> Iterator[Automation]:
+    # 3.8.8's server refuses the client's own defaults, and gives 200 at a time.
+    for page in count():
+        found = client.read_automations(sort=AutomationSort.NAME_ASC, limit=200, offset=200 * page)
+        yield from found
+        if len(found) < 200:
+            return
 
 
 def apply(client: SyncPrefectClient, wanted: Iterable[AutomationCore]) -> list[str]:

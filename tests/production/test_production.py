@@ -60,7 +60,7 @@ def shorter(recipe: str) -> str:
 def first(sources):
     """The flow run of the recipe, each stage in its container, while Prefect's API is away for three minutes."""
     flow_run = stack.start("optimize/scheduled", recipe=RECIPE)
-    stack.until(healing, 600, lambda: stack.run("docker", "ps", "--all"))
+    await_state()
     stack.run("docker", "stop", "--time", "1", stack.container("prefect"))
     time.sleep(180)
     stack.run("docker", "start", stack.container("prefect"))

@@ -138,7 +138,10 @@ def test_deploy_again_from_any_shell_changes_nothing_and_loses_nothing_that_an_o
     assert without_variables[0].startswith("not set here, and kept as they stand: ARRIVAL_RECIPE, ARRIVAL_URI, AWS_")
     assert not any(value in without_variables[0] for value in FULL.values() if len(value) > 5)
     assert everything(client) == before
-    assert deployed(FULL) == ["nothing to change: 19 as they were"]
+    assert deployed(FULL) == [
+        "not set here, and kept as they stand: SCHEDULED_RECIPE",
+        "nothing to change: 19 as they were",
+    ]
     assert deployed({name: "" for name in FULL})[1:] == ["nothing to change: 19 as they were"]
     assert everything(client) == before
     assert not any(one.enabled for one in ours(client))
