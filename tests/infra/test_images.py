@@ -238,7 +238,10 @@ def test_stage_containers_get_no_credential_of_mlflow():
 def test_deployments_of_prefect_yaml_can_all_be_loaded():
     from prefect.flows import load_flow_from_entrypoint
 
+    from flows.prefect_api import flow_run_tag
+
     said = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())
+    assert all(flow_run_tag.OURS in one["tags"] for one in said["deployments"])
     names = {f"{load_flow_from_entrypoint(one['entrypoint']).name}/{one['name']}" for one in said["deployments"]}
     assert names == {
         "run-stage/cpu",
