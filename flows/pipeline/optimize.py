@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -17,6 +17,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.pipeline.pages import show
 from flows.pipeline.steps import AGAIN_S, STEPS_AT_ONCE, end, keep, raise_first, same, stop
+from flows.prefect_api.flow_run_tag import OURS
 from flows.prefect_api.progress import RunLog
 from flows.recipe.check import check_recipe
 from flows.recipe.expand import expanded
@@ -58,7 +59,8 @@ def as_flow(session: Session) -> RunResult:
     asked = _Asked(session)
     token = _ASKED.set(asked)
     try:
-        optimize_recipe(session.recipe, return_state=True)
+        with tags(OURS):
+            optimize_recipe(session.recipe, return_state=True)
     except Exception as error:
         if not session.ended:
             raise

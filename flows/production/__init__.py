@@ -1,5 +1,5 @@
 """A team's Prefect: deployments, pools, automations, and the deployments behind the buttons promote, roll back, sweep.
 
-May be imported from here: `deploy`, for `flows.commands`; Prefect imports the flows of `buttons` by name. Never comes
-in: anything that the embedded default needs.
+May be imported from here: `deploy`, `pools`, `variables`, for `flows.commands`; Prefect imports the flows of `buttons`
+by name. Never comes in: anything that the embedded default needs.
 """

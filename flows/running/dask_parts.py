@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from distributed import CancelledError, Client, KilledWorker, get_worker
-from prefect import flow, task, unmapped
+from prefect import flow, tags, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner
 from prefect_dask.task_runners import DaskTaskRunner, PrefectDaskFuture
 
+from flows.prefect_api.flow_run_tag import OURS
 from flows.running.child_process import Launcher
 from flows.running.order import Order
 from flows.settings import LOCAL_SHARDS, cores
@@ -76,7 +77,8 @@ def scatter(order: Order, launcher: Launcher, where: str, progress: Progress) ->
     outside = cast("ContextVar[TaskRunContext | None]", TaskRunContext.__var__)
     token = outside.set(None)
     try:
-        named(errand, workers)
+        with tags(OURS):
+            named(errand, workers)
     finally:
         outside.reset(token)
         del _RUNS[errand["run"]]

@@ -7,11 +7,11 @@ from botocore.exceptions import ClientError
 from stages.adapters.s3_client import asked, client, parse, spoken, status_of
 
 
-def ensure_bucket(uri: str) -> bool:
-    """Make the bucket that a URI names; False when it stands already.
+def has_bucket(uri: str) -> bool:
+    """Whether the bucket that a URI names is there.
 
     Raises:
-        StageError: one may not make it.
+        StageError: one may not ask.
         Unavailable: the server does not answer.
     """
     bucket, _ = parse(uri)
@@ -19,9 +19,24 @@ def ensure_bucket(uri: str) -> bool:
     with spoken(name):
         try:
             asked(name, lambda: client().head_bucket(Bucket=bucket))
-            return False
         except ClientError as error:
             if status_of(error) != 404:
                 raise
+            return False
+    return True
+
+
+def ensure_bucket(uri: str) -> bool:
+    """Make the bucket that a URI names; False when it stands already.
+
+    Raises:
+        StageError: one may not make it.
+        Unavailable: the server does not answer.
+    """
+    if has_bucket(uri):
+        return False
+    bucket, _ = parse(uri)
+    name = f"s3://{bucket}"
+    with spoken(name):
         asked(name, lambda: client().create_bucket(Bucket=bucket))
     return True

@@ -158,9 +158,12 @@ def test_example_environment_holds_no_usable_secret_and_env_script_fills_each(tm
         subprocess.run(["sh", script], check=True, capture_output=True, env=shell)
     made = dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", (tmp_path / ".env").read_text(), re.MULTILINE))
     assert made.keys() == dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", example, re.MULTILINE)).keys()
-    secrets = [value for name, value in made.items() if name in empty and name not in ("DOCKER_GID", "SHARDS", "POOLS")]
+    others = ("DOCKER_GID", "ENGINERY_CPU_STEPS", "SHARDS", "POOLS", "SCHEDULED_RECIPE")
+    secrets = [value for name, value in made.items() if name in empty and name not in others]
     assert all(len(value) >= 40 for value in secrets) and len(set(secrets)) == len(secrets)
     assert made["DOCKER_GID"] == str(script.stat().st_gid)
+    assert int(made["ENGINERY_CPU_STEPS"]) >= 1
+    assert all(made[name] == "" for name in ("SHARDS", "POOLS", "SCHEDULED_RECIPE"))
     assert (tmp_path / ".env").stat().st_mode & 0o77 == 0
 
 
@@ -176,6 +179,22 @@ def test_env_script_keeps_the_name_and_ports_that_the_environment_gives_and_refu
         shell["ENGINERY_STACK"] = wrong
         refused = subprocess.run(["sh", script, tmp_path / "no.env"], capture_output=True, text=True, env=shell)
         assert refused.returncode and wrong in refused.stderr and not (tmp_path / "no.env").exists()
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "cores", "steps"), [(64, 16, 6), (64, 8, 4), (28, 16, 2), (16, 8, 1), (4, 1, 1), (None, 8, None)]
+)
+def test_env_script_lets_as_many_steps_run_as_the_machine_has_memory_and_cores_for(gigabytes, cores, steps, tmp_path):
+    tools = {"docker": f"echo {gigabytes}000000000" if gigabytes else "exit 1", "getconf": f"echo {cores}"}
+    for name, does in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    script = ROOT / "infra" / "env.sh"
+    shell = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DOCKER_SOCKET": str(script)}
+    subprocess.run(["sh", script, tmp_path / "made.env"], check=True, capture_output=True, env=shell)
+    made = int(re.search(r"^ENGINERY_CPU_STEPS=(.*)$", (tmp_path / "made.env").read_text(), re.MULTILINE)[1])
+    most = int(re.search(r"MemTotal: *(\d+)", Path("/proc/meminfo").read_text())[1]) * 1000 / 8e9
+    assert made == steps if steps else 1 <= made <= min(most, cores / 2)
 
 
 def test_images_hold_no_secret_of_the_tree():
@@ -196,18 +215,19 @@ def test_job_template_is_bare_and_only_the_gpu_pool_asks_for_a_gpu(pool):
 @pytest.mark.parametrize("pool", ["flows", "cpu", "gpu"])
 @pytest.mark.parametrize("stack", ["", "other"])
 def test_job_template_names_the_networks_and_the_scratch_of_its_stack(pool, stack, monkeypatch):
-    from flows.production.deploy import template
+    from flows.production.pools import declared
+    from flows.production.variables import Shell
     from flows.running.placement import Pools
 
     monkeypatch.setenv("ENGINERY_STACK", stack)
     name = stack or "enginery"
-    made = template(pool, "docker", 1)
+    made = Shell(os.environ).fill(declared(pool, "docker", 1))
     variables = made["variables"]["properties"]
     assert variables["network"]["default"] == Pools().networks["outside" if pool == "flows" else "inside"]
     assert variables["network"]["default"] == f"{name}-{'outside' if pool == 'flows' else 'stages'}"
     assert variables["volumes"]["default"] == [f"{name}-scratch:/scratch"]
     assert variables["env"]["default"].get("ENGINERY_STACK") == (name if pool == "flows" else None)
-    assert "$" not in json.dumps(made["job_configuration"])
+    assert "$" not in json.dumps(made)
 
 
 def test_stage_containers_get_no_credential_of_mlflow():
@@ -218,7 +238,10 @@ def test_stage_containers_get_no_credential_of_mlflow():
 def test_deployments_of_prefect_yaml_can_all_be_loaded():
     from prefect.flows import load_flow_from_entrypoint
 
+    from flows.prefect_api import flow_run_tag
+
     said = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())
+    assert all(flow_run_tag.OURS in one["tags"] for one in said["deployments"])
     names = {f"{load_flow_from_entrypoint(one['entrypoint']).name}/{one['name']}" for one in said["deployments"]}
     assert names == {
         "run-stage/cpu",

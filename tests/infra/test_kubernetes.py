@@ -229,7 +229,7 @@ def test_pools_that_an_overlay_places_stages_in_have_a_worker(overlay: str, gpus
         {"compile", "validate"} if overlay == "gpu" else set()
     )
     (setup,) = of_kind(overlay, "Job")
-    assert setup["spec"]["template"]["spec"]["containers"][0]["args"] == ["--gpus", gpus]
+    assert setup["spec"]["template"]["spec"]["containers"][0]["env"] == [{"name": "ENGINERY_GPUS", "value": gpus}]
 
 
 def test_templates_of_pools_differ_in_nothing_but_image_secrets_and_gpu() -> None:

@@ -206,7 +206,7 @@ def api(method: str, path: str, body: object = None) -> object:
     answer = httpx.request(
         method, f"{url('prefect')}/api{path}", json=body, auth=(user, password), timeout=60
     ).raise_for_status()
-    return answer.json()
+    return answer.json() if answer.content else None
 
 
 def start(deployment: str, **parameters: object) -> str:

@@ -58,8 +58,12 @@ def shorter(recipe: str) -> str:
 
 @pytest.fixture(scope="module")
 def first(sources):
-    """The flow run of the recipe, each stage in its container."""
+    """The flow run of the recipe, each stage in its container, while Prefect's API is away for three minutes."""
     flow_run = stack.start("optimize/scheduled", recipe=RECIPE)
+    await_state()
+    stack.run("docker", "stop", "--time", "1", stack.container("prefect"))
+    time.sleep(180)
+    stack.run("docker", "start", stack.container("prefect"))
     ended = stack.await_end(flow_run, 900)
     assert ended["type"] == "COMPLETED", f"{ended}\n{stack.logs(flow_run)}"
     return flow_run
@@ -125,6 +129,26 @@ def test_recipe_in_containers_leaves_its_metadata_in_postgresql_and_mlflow(first
     assert stack.database(f"select state_type from flow_run where id = '{first}'") == "COMPLETED"
     assert int(stack.database("select count(*) from artifact where key like 'steps-%'")) >= 1
     assert versions() == ["1"]
+
+
+def test_steps_outlast_three_minutes_without_prefect_in_one_attempt(first):
+    runs = stack.runs_of("run-stage")
+    assert len({run["name"] for run in runs}) == len(runs) == 11
+    asked = f"select count(*) from flow_run_state where flow_run_id in ('{first}', {{}}) and type = 'RUNNING'"
+    assert stack.database(asked.format(", ".join(f"'{run['id']}'" for run in runs))) == "12"
+    assert {run["run_count"] for run in runs} == {1}
+
+
+def test_deploying_again_changes_nothing_with_the_variables_and_without(first, shell, tmp_path):
+    stack.api("PATCH", "/work_pools/cpu", {"concurrency_limit": 3, "is_paused": True})
+    bare = {name: "" for name in stack.environment() if not name.startswith("PREFECT_")} | {"HOME": str(tmp_path)}
+    try:
+        assert "nothing to change" in stack.run("docker", "start", "--attach", stack.container("set-up"))
+        assert "nothing to change" in stack.run(sys.executable, "-m", "flows.cli", "deploy", env=bare)
+        pool = stack.api("GET", "/work_pools/cpu")
+        assert pool["concurrency_limit"] == 3 and pool["is_paused"]
+    finally:
+        stack.api("PATCH", "/work_pools/cpu", {"is_paused": False})
 
 
 def test_stages_of_the_gpu_pool_were_received_by_its_worker(first):
@@ -275,10 +299,13 @@ def test_gpu_job_that_would_start_carries_the_device_request(shell):
     from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 
     import docker
-    from flows.production.deploy import template
+    from flows.production.pools import declared
+    from flows.production.variables import Shell
 
+    template = Shell(os.environ).fill(declared("gpu", "docker", 1))
+    template["variables"]["properties"]["env"]["default"] = {}
     asked = {"image": "enginery/tensorrt:0.1.0", "memory_bytes": 10**9, "command": "true"}
-    job = asyncio.run(DockerWorkerJobConfiguration.from_template_and_values(template("gpu", "docker", 1), asked))
+    job = asyncio.run(DockerWorkerJobConfiguration.from_template_and_values(template, asked))
     worker = DockerWorker(work_pool_name="gpu", test_mode=True)
     client = docker.from_env()
     made = worker._create_container(client, **worker._build_container_settings(client, job))

@@ -4,7 +4,7 @@
 
 import time
 import uuid
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
@@ -12,15 +12,19 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import SendNotification
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events.actions import DoNothing, SendNotification
+from prefect.events.related import tags_as_related_resources
 from prefect.states import Completed, Running
 from pydantic import BaseModel
 
-from flows.prefect_api.events import Announcement, _send
-from flows.production.automations import HEARTBEAT, apply, on_arrival, queue_alert, standard, zombies
+from flows.prefect_api.events import Announcement, _post, _send
+from flows.prefect_api.flow_run_tag import OURS
+from flows.prefect_api.retry import AWAY_S
+from flows.production.automations import HEARTBEAT, apply, on_arrival, queue_alert, zombies
 from flows.recipe.model import Recipe
 from flows.triggers.on_checkpoint import optimize_checkpoint
-from stages.runtime.contract import StageError
+from tests.flows.pipeline.tiny_run import place, sealed
 from tests.flows.prefect_server import deployed, events, eventually, prefect_api, runs_of
 from tests.flows.triggers.test_watch import recipe
 
@@ -81,45 +85,66 @@ def test_arrival_starts_the_real_flow_by_the_form_of_its_parameters(prefect_api,
     assert Recipe.model_validate(run["parameters"]["recipe"]) == made
 
 
+def beat(run):
+    """A heartbeat as Prefect's engine sends it: with the tags of the flow run."""
+    resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}"}
+    related = [one.model_dump(mode="json") for one in tags_as_related_resources(run.tags)]
+    _post(
+        "/events",
+        [
+            {
+                "id": str(uuid.uuid4()),
+                "event": HEARTBEAT,
+                "occurred": datetime.now(UTC).isoformat(),
+                "resource": resource,
+                "related": related,
+                "payload": {},
+            }
+        ],
+    )
+
+
 @pytest.mark.fault
 def test_silence_crashes_a_lost_run_and_tells_of_a_stuck_queue(prefect_api, client):
     pool, fine = f"stuck-{uuid.uuid4()}", f"fine-{uuid.uuid4()}"
-    apply(client, [zombies(within_s=10), queue_alert(pool, unready_s=10, late=2), queue_alert(fine, unready_s=10)])
-    lost, alive, ended = (client.create_flow_run(one, state=Running()) for _ in range(3))
+    apply(client, [zombies(within_s=10), queue_alert(pool, unready_s=10), queue_alert(fine, unready_s=10)])
+    lost, alive, ended = (client.create_flow_run(one, state=Running(), tags=[OURS]) for _ in range(3))
+    foreign = client.create_flow_run(one, state=Running(), tags=["theirs"])
     for name in (pool, fine):
         labels = {"prefect.resource.id": f"prefect.work-pool.{uuid.uuid4()}", "prefect.resource.name": name}
         sent("prefect.work-pool.not-ready", labels)
     # Prefect weighs events side by side: what arrives within a moment may be weighed in any order.
     time.sleep(2)
     sent("prefect.work-pool.ready", labels)
-    for run in (lost, alive, ended):
-        sent(HEARTBEAT, f"prefect.flow-run.{run.id}")
+    for run in (foreign, lost, alive, ended):
+        beat(run)
     client.set_flow_run_state(ended.id, Completed(), force=True)
 
     def state(run):
         return client.read_flow_run(run.id).state
 
     def both():
-        sent(HEARTBEAT, f"prefect.flow-run.{alive.id}")
+        beat(alive)
         return state(lost).type == StateType.CRASHED and alerts(prefect_api, pool)
 
     assert eventually(both, 40)
     assert "No heartbeat for 10 s" in state(lost).message
-    assert state(alive).type == StateType.RUNNING and state(ended).type == StateType.COMPLETED
+    assert state(alive).type == StateType.RUNNING and state(foreign).type == StateType.RUNNING
+    assert state(ended).type == StateType.COMPLETED
     assert alerts(prefect_api, fine) == []
     apply(client, [zombies()])  # the tests beside it start runs without heartbeats
 
 
-def test_runs_that_start_late_are_told_of(prefect_api, client):
-    pool = f"late-{uuid.uuid4()}"
-    client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
-    deployment = client.create_deployment(client.create_flow(one), pool, work_pool_name=pool)
-    apply(client, [queue_alert(pool, late=2)])
-    for n in range(2):
-        run = client.create_flow_run_from_deployment(deployment)
-        body = {"state": {"type": "SCHEDULED", "name": "Late"}, "force": True}
-        httpx.post(f"{prefect_api}/flow_runs/{run.id}/set_state", json=body).raise_for_status()
-        assert bool(eventually(lambda: alerts(prefect_api, pool), 20 if n else 2)) == bool(n)
+def test_lost_runs_are_waited_for_longer_than_any_outage_that_a_run_outlasts():
+    assert zombies().trigger.within >= timedelta(seconds=2 * AWAY_S + 180)  # a heartbeat may come only every 180 s
+
+
+def test_run_without_a_deployment_bears_the_tag_that_the_automation_knows(prefect_api, client, place):
+    place.run()
+    found = [
+        run for run in client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=200) if run.name == place.model
+    ]
+    assert [OURS in run.tags for run in found] == [True]
 
 
 def test_notification_goes_to_the_block_that_is_given():
@@ -138,21 +163,20 @@ def test_apply_changes_only_what_differs_and_leaves_one_of_a_name(client):
     apply(client, [other])
     (stands,) = client.read_automations_by_name(wanted.name)
     assert stands.actions == other.actions
+    assert len(client.read_automations_by_name(wanted.name)) == 1
     client.pause_automation(stands.id)
     assert apply(client, [other]) == [] and apply(client, [wanted]) == [wanted.name]
     assert not client.read_automations_by_name(wanted.name)[0].enabled  # a person's pause is left alone
 
 
-def test_standard_set_is_for_a_deployment_that_is_there(client):
-    name = f"standard-{uuid.uuid4()}"
-    deployed(name)
-    found = standard(client, name, deployment=f"optimize/on-{name}", pools=["cpu"])
-    names = [one.name for one in found]
-    assert names == [
-        f"enginery: run {name} on arrival",
-        "enginery: crash lost runs",
-        "enginery: work pool cpu is stuck",
-    ]
-    assert found[1].trigger.within == timedelta(seconds=90)
-    with pytest.raises(StageError, match="no deployment optimize/nothing"):
-        standard(client, name, deployment="optimize/nothing")
+def test_alert_that_a_person_made_tell_somebody_goes_on_telling(client):
+    pool = f"told-{uuid.uuid4()}"
+    apply(client, [queue_alert(pool)])
+    (stands,) = client.read_automations_by_name(queue_alert(pool).name)
+    assert [type(action) for action in stands.actions] == [DoNothing]
+    told = queue_alert(pool, block=uuid.uuid4())
+    apply(client, [told])
+    assert apply(client, [queue_alert(pool)]) == []
+    assert apply(client, [queue_alert(pool, unready_s=60)]) == [told.name]
+    (stands,) = client.read_automations_by_name(told.name)
+    assert stands.actions == told.actions and stands.trigger.within == timedelta(seconds=60)
