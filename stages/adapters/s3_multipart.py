@@ -70,8 +70,8 @@ def if_absent(put: Callable[[], object]) -> bool:
     raise AssertionError
 
 
-def sweep(bucket: str, prefix: str, *, older_than_s: float) -> tuple[int, int]:
-    """Abort uploads below a prefix that rest for so long; returns how many, and their bytes.
+def sweep(bucket: str, prefix: str, *, older_than_s: float, dry: bool = False) -> tuple[int, int]:
+    """Abort uploads below a prefix that rest for so long, or with `dry` look only; returns how many, and their bytes.
 
     What nobody completes is billed like an object and listed nowhere.
     """
@@ -83,7 +83,8 @@ def sweep(bucket: str, prefix: str, *, older_than_s: float) -> tuple[int, int]:
             # An upload that is gone on with began long ago, but has young parts.
             if max([upload["Initiated"], *(one["LastModified"] for one in parts)]).timestamp() >= before:
                 continue
-            client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=name)
+            if not dry:
+                client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=name)
         except client().exceptions.NoSuchUpload:
             continue
         count, freed = count + 1, freed + sum(one["Size"] for one in parts)
