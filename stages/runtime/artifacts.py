@@ -31,7 +31,7 @@ _FINISHED = "finished.json"
 class Store:
     """Sealed artifacts in `objects`; drafts and views in `scratch`, a folder on this machine.
 
-    With `reading` nothing is written to either.
+    With `reading` nothing is written into `objects`.
     """
 
     def __init__(self, objects: Objects, scratch: Path, *, reading: bool = False) -> None:
@@ -174,7 +174,7 @@ class Store:
             for name, entry in manifest.files.items():
                 found = bring(self.objects, blob_key(entry.sha256), entry, building / name, moved)
                 if found != entry.sha256:
-                    raise _mismatch(identity, name, found, entry.sha256)
+                    raise mismatch(identity, name, found, entry.sha256)
             for path in sorted(building.rglob("*")):
                 if path.is_file() and path.relative_to(building).as_posix() not in manifest.files:
                     path.unlink()
@@ -185,7 +185,7 @@ class Store:
             found = digest_file(view / name) if (view / name).is_file() else "absent"
             if found != entry.sha256:
                 shutil.rmtree(view)
-                raise _mismatch(identity, name, found, entry.sha256)
+                raise mismatch(identity, name, found, entry.sha256)
 
     @contextmanager
     def draft(self, identity: str) -> Iterator[Path]:
@@ -255,7 +255,8 @@ def entries(folder: Path) -> dict[str, FileEntry]:
     return found
 
 
-def _mismatch(identity: str, name: str, found: str, wanted: str) -> StageError:
+def mismatch(identity: str, name: str, found: str, wanted: str) -> StageError:
+    """A file whose bytes are not those of its digest."""
     return StageError(
         f"{name} of artifact {identity[:12]} does not match its digest",
         measured=found[:12],

@@ -69,7 +69,11 @@ def sweep(store: Store, *, older_than_s: float = KEPT_SECONDS, dry: bool = False
     if not dry:
         _go_on_with_aside(store)
     announced = min(before, time.time() - KEPT_SECONDS)
-    for kind, room, limit in (("parts", PARTS, before), ("relays", RELAYS, before), ("announced", PUBLISHING, announced)):
+    for kind, room, limit in (
+        ("parts", PARTS, before),
+        ("relays", RELAYS, before),
+        ("announced", PUBLISHING, announced),
+    ):
         for group in _groups(store, room):
             # Together or not at all: a relay's first lines are read again by a run that goes on with it.
             if max(one.modified for one in group) < limit:
@@ -108,7 +112,7 @@ def _beside(store: Store, before: float, swept: Swept, dry: bool) -> None:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             lock = store.scratch / (DRAFTS if room == WORKS else room) / f"{path.name.removesuffix('.json')}.lock"
             if path.suffix != ".lock" and newest(path) < before:
-                with _held(lock) as free:
+                with _held(lock, dry=dry) as free:
                     if free and newest(path) < before:
                         swept.add(room, taken(path, dry=dry, linked=linked))
 
@@ -176,12 +180,12 @@ def _began(one: ObjectStat) -> float:
 
 
 @contextmanager
-def _held(lock: Path) -> Iterator[bool]:
+def _held(lock: Path, *, dry: bool) -> Iterator[bool]:
     """Whether nobody holds a lock file; for the block nobody takes it."""
     if not lock.exists():
         yield True
         return
-    with lock.open("a") as stream:
+    with lock.open("r" if dry else "a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,7 +1,9 @@
 """A sweep beside publications, in every order: nothing that a manifest names is lost."""
 
+import itertools
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,47 +33,74 @@ def drafted(folder: Path) -> Manifest:
     return Manifest(work=work, kind=Kind.CORPUS, files=entries(folder), metrics={}, provenance=made)
 
 
-def meet(objects: Objects, folder: Path, drawn: random.Random, actor: Callable[[Objects], Objects]) -> None:
-    """Publish, sweep and read at once: an old blob that nobody names is in the publication, and one may be killed."""
+def meet(
+    objects: Objects, folder: Path, order: list[tuple[int, int]], dies: int | None, asked: Callable[[Objects], Objects]
+) -> None:
+    """Publish (0), sweep (1, 2) and read (3) at once; an old blob that nobody names is in the publication."""
     manifest = drafted(folder / "draft")
     identity, key = fingerprint(manifest.work), blob_key(digest_bytes(OLD))
     objects.put(key, OLD)
 
     def store() -> Store:
-        return Store(actor(objects), folder / "scratch")  # type: ignore[arg-type]
+        return Store(asked(objects), folder / "scratch")  # type: ignore[arg-type]
 
-    dies = drawn.choice((None, 0, 1))
-    sweeping = lambda: sweep(store(), older_than_s=-60)  # noqa: E731 - by its age all of it may go
-    publishing, *_ = actors = interleave(
-        drawn,
+    actors = interleave(
+        order,
         lambda: store().publish(folder / "draft", manifest),
-        sweeping,
-        *([lambda: store().manifest(identity)] if drawn.random() < 0.5 else [sweeping]),
-        may_die=dies,
+        *[lambda: sweep(store(), older_than_s=-60)] * 2,  # by its age all of it may go
+        lambda: store().manifest(identity),
+        dies=dies,
     )
-    plain = Store(objects, folder / "scratch")
     if not any(one.killed for one in actors):
         assert objects.read(key) == OLD and not list(objects.list(ASIDE)) and not list(objects.list(PUBLISHING))
-    assert publishing.killed or objects.read(f"artifacts/{identity}.json")
-    if plain.manifest(identity):
-        plain.verify(identity)
-        sweep(plain, older_than_s=-60)
-        assert Store(objects, folder / "other").verify(identity).files.keys() == {"old", "new"}
+    assert actors[0].killed or objects.read(f"artifacts/{identity}.json")
+    plain = Store(objects, folder / "scratch")
+    if not plain.manifest(identity):
+        return
+    plain.verify(identity)
+    objects.delete(f"artifacts/{identity}.json")  # as if only now it stood: the next sweep finds what is aside
+    plain.publish(folder / "draft", manifest)
+    sweep(plain, older_than_s=-60)
+    assert Store(objects, folder / "other").verify(identity).files.keys() == {"old", "new"}
 
 
-def test_sweep_and_publication_in_any_order_lose_nothing_on_a_disk(tmp_path):
-    for seed in range(300):
-        folder = tmp_path / str(seed)
-        meet(LocalObjects(folder / "store"), folder, random.Random(seed), Paused)
+def test_sweep_and_publication_in_any_order_lose_nothing_on_a_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the power stays on
+    for before, published, then, later in itertools.product((4, 5, 6), (2, 3, 9), (1, 2, 3, 9), (0, 1)):
+        for dies in (None, 0, 1):
+            order = [(1, before), (0, published), (1, then), (0, later), (3, 9 * later)]
+            meet(LocalObjects(tmp_path / "store"), tmp_path, order, dies, Paused)
+            shutil.rmtree(tmp_path / "store")
 
 
 @pytest.mark.fault
 def test_sweep_and_publication_in_any_order_lose_nothing_in_s3(s3_root, tmp_path):  # noqa: F811
     # Each request of the real client is a step: also those of which one move is made.
-    events = client().meta.events
-    events.register("before-call.s3", lambda **_: pause())
-    for seed in range(60):
-        meet(S3Objects(f"{s3_root}/{seed}"), tmp_path / str(seed), random.Random(seed), lambda objects: objects)
+    client().meta.events.register("before-call.s3", lambda **_: pause())
+    drawn = random.Random(0)
+    for number in range(100):
+        order = [(drawn.choice((0, 1, 1, 2, 3)), drawn.randrange(1, 9)) for _ in range(6)]
+        objects, dies = S3Objects(f"{s3_root}/{number}"), drawn.choice((None, 0, 1))
+        meet(objects, tmp_path / str(number), [(1, 8), *order], dies, lambda objects: objects)
+
+
+def test_second_sweep_while_the_first_moves_a_blob_in_s3_loses_nothing(s3_root, tmp_path):  # noqa: F811
+    client().meta.events.register("before-call.s3", lambda **_: pause())
+    for steps in range(4, 16):
+        order = [(1, steps), (0, 99), (1, 3), (2, 99)]
+        meet(S3Objects(f"{s3_root}/{steps}"), tmp_path / str(steps), order, None, lambda objects: objects)
+
+
+def test_blob_that_a_killed_sweep_set_aside_comes_back_or_goes_once_old(store, tmp_path):
+    manifest = drafted(tmp_path / "draft")
+    store.publish(tmp_path / "draft", manifest)
+    now, names = int(time.time()), {"named": digest_bytes(OLD), "young": "e" * 64, "old": "f" * 64}
+    store.objects.move(blob_key(names["named"]), f"{ASIDE}{now - 90_000}-a-{names['named']}")
+    store.objects.put(f"{ASIDE}{now}-a-{names['young']}", b"of another sweep")
+    store.objects.put(f"{ASIDE}{now - 90_000}-a-{names['old']}", b"of nobody")
+    sweep(store)
+    assert store.objects.read(blob_key(names["named"])) == OLD
+    assert [one.key[-64:] for one in store.objects.list(ASIDE)] == [names["young"]]
 
 
 def move_keeps_bytes(objects: Objects) -> None:
