@@ -29,8 +29,8 @@ def models(
         say_json(found)
         return
     shown = table(
-        f"Models of {found.store}", "model", "version", "aliases", "MLflow", "served on", "size", "measured", "promoted",
-        "digest", right=("version", "size"),
+        f"Models of {found.store}", "model", "version", "aliases", "MLflow", "served on", "size", "measured",
+        "promoted", "digest", right=("version", "size"),
     )  # fmt: skip
     for one in found.models:
         shown.add_row(*cells(*_row(one)))

@@ -1,4 +1,4 @@
-"""What a stage takes and gives, from its definition, its params' schema and their docstring; nothing heavy is loaded."""
+"""What a stage takes and gives: from its definition, its params' schema and docstring, with nothing heavy loaded."""
 
 from __future__ import annotations
 

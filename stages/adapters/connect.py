@@ -32,7 +32,8 @@ def connect(uri: str, scratch: Path | None = None, *, reading: bool = False) -> 
         reading: only look: nothing is made or written, and a store that is not there is an error.
 
     Raises:
-        StageError: the scheme is unknown, or one may not write there; with `reading`, there is none or one may not read.
+        StageError: the scheme is unknown, or one may not write there; with `reading`: there is none, or one may not
+            read it.
     """
     objects = _objects(uri)
     if scratch is None and objects.remote:
