@@ -210,106 +210,6 @@ class VerifyResult(Frozen):
     size_bytes: int
 
 
-class ModelLine(Frozen):
-    """One registered version.
-
-    Attributes:
-        aliases: those that the promotion journal has on it.
-        mlflow: those that MLflow has on it, None where MLflow was not asked or knows no such version.
-        targets: target -> `judged` or `compiled, not judged`.
-        size_bytes: of the engine that it serves, None where the store has it no more.
-        measures: the verdict's figures, by measure, what it is divided by, artifact and corpus.
-        when: of the newest entry in the journal, empty where it was never promoted.
-        run: MLflow's run that made it.
-        digest: fingerprint of the engine that it serves.
-        note: where MLflow differs from the journal, and what puts it right; empty where it does not.
-    """
-
-    model: str
-    version: str
-    aliases: list[str]
-    mlflow: list[str] | None
-    targets: dict[str, str]
-    size_bytes: int | None
-    measures: Metrics
-    when: str
-    run: str
-    digest: str
-    note: str = ""
-
-
-class ModelsResult(Frozen):
-    """`enginery models --json`. `away` says why MLflow was not asked; empty where it was."""
-
-    store: str
-    away: str
-    models: list[ModelLine]
-
-
-class ParamLine(Frozen):
-    """One param of a stage: its type, the values it takes, its default as JSON, None where it must be given."""
-
-    name: str
-    type: str
-    allowed: str
-    default: str | None
-    about: str
-
-
-class MeasureLine(Frozen):
-    """What `validate` measures, and what it is."""
-
-    name: str
-    about: str
-
-
-class StageLine(Frozen):
-    """One stage.
-
-    Attributes:
-        inputs: role -> the kinds of artifact that it takes, and whether it may be left out or be a list.
-        image: the set of dependencies that it runs with.
-    """
-
-    name: str
-    about: str
-    inputs: dict[str, str]
-    output: Kind
-    image: str
-    params: list[ParamLine]
-    measures: list[MeasureLine]
-
-
-class StagesResult(Frozen):
-    """`enginery stages --json`."""
-
-    stages: list[StageLine]
-
-
-class Pair(Frozen):
-    """One row of a comparison; None where a side has no such thing."""
-
-    a: Any
-    b: Any
-
-
-class CompareResult(Frozen):
-    """`enginery compare --json`: two artifacts or two runs.
-
-    Attributes:
-        params: of two runs: the recipes' values by their paths.
-        gates: of two runs: how they ended, and what became of each gate.
-        difference: of two artifacts: the first field in which their works differ.
-    """
-
-    a: str
-    b: str
-    measures: dict[str, Pair]
-    params: dict[str, Pair]
-    gates: dict[str, Pair]
-    difference: str
-
-
 SCHEMAS: dict[str, type[Frozen]] = {
     "run": RunResult,
     "plan": PlanResult,
@@ -317,8 +217,5 @@ SCHEMAS: dict[str, type[Frozen]] = {
     "ls": ListResult,
     "runs": RunsResult,
     "verify": VerifyResult,
-    "models": ModelsResult,
-    "stages": StagesResult,
-    "compare": CompareResult,
 }
 """Name of the schema file -> what it describes."""

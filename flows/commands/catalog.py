@@ -9,7 +9,8 @@ import typer
 from flows.commands.options import JsonOption, StoreOption, cells, console, looked_at, say_json, table
 
 if TYPE_CHECKING:
-    from flows.results import ModelLine, StageLine
+    from flows.registry.overview import ModelLine
+    from flows.reporting.stage_docs import StageLine
 
 
 def models(
@@ -49,8 +50,7 @@ def stages(
     as_json: JsonOption = False,
 ) -> None:
     """List what a step can do, or one stage's params."""
-    from flows.reporting.stage_docs import described
-    from flows.results import StagesResult
+    from flows.reporting.stage_docs import StagesResult, described
     from stages import STAGES
 
     found = [described(one) for one in ([name] if name else STAGES)]

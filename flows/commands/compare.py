@@ -10,8 +10,7 @@ import typer
 from flows.commands.options import JsonOption, StoreOption, cells, console, looked_at, say_json, table
 
 if TYPE_CHECKING:
-    from flows.reporting.compare import Run
-    from flows.results import Pair
+    from flows.reporting.compare import Pair, Run
     from stages.runtime.artifacts import Store
 
 

@@ -11,12 +11,47 @@ from urllib.parse import quote
 
 from flows.registry.journal import Candidate, Promotion, Version, history, models
 from flows.registry.projection import Registry, versions
-from flows.results import ModelLine, ModelsResult
 from flows.tracking.connect import Tracking, answered, quiet
 from stages.runtime.artifacts import Store
-from stages.runtime.contract import StageError
+from stages.runtime.contract import Frozen, Metrics, StageError
 
 _LITE = "sqlite:///"
+
+
+class ModelLine(Frozen):
+    """One registered version.
+
+    Attributes:
+        aliases: those that the promotion journal has on it.
+        mlflow: those that MLflow has on it, None where MLflow was not asked or knows no such version.
+        targets: target -> `judged` or `compiled, not judged`.
+        size_bytes: of the engine that it serves, None where the store has it no more.
+        measures: the verdict's figures, by measure, what it is divided by, artifact and corpus.
+        when: of the newest entry in the journal, empty where it was never promoted.
+        run: MLflow's run that made it.
+        digest: fingerprint of the engine that it serves.
+        note: where MLflow differs from the journal, and what puts it right; empty where it does not.
+    """
+
+    model: str
+    version: str
+    aliases: list[str]
+    mlflow: list[str] | None
+    targets: dict[str, str]
+    size_bytes: int | None
+    measures: Metrics
+    when: str
+    run: str
+    digest: str
+    note: str = ""
+
+
+class ModelsResult(Frozen):
+    """`enginery models --json`. `away` says why MLflow was not asked; empty where it was."""
+
+    store: str
+    away: str
+    models: list[ModelLine]
 
 
 @dataclass

@@ -10,10 +10,34 @@ import yaml
 
 from flows.reporting.format import number
 from flows.reporting.inspect_artifact import find_artifact
-from flows.results import CompareResult, Pair, RunResult
+from flows.results import RunResult
 from stages.runtime.artifacts import Store
-from stages.runtime.contract import Kind
+from stages.runtime.contract import Frozen, Kind
 from stages.runtime.fingerprint import first_difference
+
+
+class Pair(Frozen):
+    """One row of a comparison; None where a side has no such thing."""
+
+    a: Any
+    b: Any
+
+
+class CompareResult(Frozen):
+    """`enginery compare --json`: two artifacts or two runs.
+
+    Attributes:
+        params: of two runs: the recipes' values by their paths.
+        gates: of two runs: how they ended, and what became of each gate.
+        difference: of two artifacts: the first field in which their works differ.
+    """
+
+    a: str
+    b: str
+    measures: dict[str, Pair]
+    params: dict[str, Pair]
+    gates: dict[str, Pair]
+    difference: str
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flows.results import MeasureLine, ParamLine, StageLine
 from stages import STAGES, stage
 from stages.measures.table import MEASURES
-from stages.runtime.contract import Input, Params
+from stages.runtime.contract import Frozen, Input, Kind, Params
 
 _LIMITS = {
     "minimum": "at least {}",
@@ -27,6 +26,46 @@ _LIMITS = {
     "maxItems": "at most {} of them",
     "pattern": "matching {}",
 }
+
+
+class ParamLine(Frozen):
+    """One param of a stage: its type, the values it takes, its default as JSON, None where it must be given."""
+
+    name: str
+    type: str
+    allowed: str
+    default: str | None
+    about: str
+
+
+class MeasureLine(Frozen):
+    """What `validate` measures, and what it is."""
+
+    name: str
+    about: str
+
+
+class StageLine(Frozen):
+    """One stage.
+
+    Attributes:
+        inputs: role -> the kinds of artifact that it takes, and whether it may be left out or be a list.
+        image: the set of dependencies that it runs with.
+    """
+
+    name: str
+    about: str
+    inputs: dict[str, str]
+    output: Kind
+    image: str
+    params: list[ParamLine]
+    measures: list[MeasureLine]
+
+
+class StagesResult(Frozen):
+    """`enginery stages --json`."""
+
+    stages: list[StageLine]
 
 
 def described(name: str) -> StageLine:
