@@ -30,7 +30,7 @@ def models(
         say_json(found)
         return
     shown = table(
-        f"Models of {found.store}", "model", "version", "aliases", "MLflow", "served on", "size", "measured",
+        f"Models of {found.store}", "model", "version", "aliases", "MLflow", "targets", "size", "measured",
         "promoted", "digest", right=("version", "size"),
     )  # fmt: skip
     for one in found.models:

@@ -90,7 +90,11 @@ def described(name: str) -> StageLine:
 
 def measures() -> list[MeasureLine]:
     """What `validate` measures and a gate may ask for, each with the first sentence of its function."""
-    lines = [MeasureLine(name=name, about=_first_sentence(one.function)) for name, one in MEASURES.items()]
+    lines = []
+    for name, one in MEASURES.items():
+        how = "The exponential of the mean" if one.exponential else "The mean"
+        beside = " Needs a baseline." if one.paired else ""
+        lines.append(MeasureLine(name=name, about=f"{_first_sentence(one.function)} {how} over all tokens.{beside}"))
     return [*lines, MeasureLine(name="size_bytes", about="Bytes of the model's own files.")]
 
 
@@ -161,5 +165,6 @@ def _first_sentence(function: str) -> str:
     assert spec is not None and spec.origin is not None
     for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            return (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+            said = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+            return re.sub(r": \w+, (shape )?\[.*?\]\.", ".", said)
     return ""
