@@ -248,7 +248,7 @@ def test_recipe_with_mistakes_is_one_line_each_and_nothing_is_written(recipe, ca
 
 def test_store_that_may_not_be_written_to_is_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert main(["ls", "--store", str(tmp_path / "file" / "store")]) == 1
+    assert main(["sweep", "--store", str(tmp_path / "file" / "store")]) == 1
     said = capsys.readouterr().err
     assert "cannot be written to" in said and "--store" in said and said.count("\n") == 1
 
