@@ -32,7 +32,9 @@ def tidy(
     """
     swept = sweep(store, older_than_s=older_than_s, dry=dry)
     before = time.time() - runs_older_than_s
-    old = [one for one in records(store.scratch)[:-RUNS_KEPT] if newest(one.folder) < before and one.pid is None]
+    found = records(store.scratch)
+    found = found[: max(0, len(found) - RUNS_KEPT)]
+    old = [one for one in found if newest(one.folder) < before and one.pid is None]
     named = _named(store) if old else set()
     for record in old:
         if _registered(record) not in named:

@@ -82,6 +82,7 @@ def test_commands_that_look_say_that_there_is_no_store_and_make_none(tmp_path, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault
 def test_prefix_and_bucket_without_a_store_are_said_and_nothing_is_put(s3_root, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("ENGINERY_HOME", str(tmp_path / "home"))
     assert main(["ls", "--store", s3_root]) == 1
@@ -91,6 +92,7 @@ def test_prefix_and_bucket_without_a_store_are_said_and_nothing_is_put(s3_root, 
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.fault
 def test_store_in_s3_that_one_may_only_read_is_read_and_nothing_is_put(s3_root, capsys, monkeypatch, tmp_path):
     for name, value in {"ENGINERY_HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_URI": ""}.items():
         monkeypatch.setenv(name, value)

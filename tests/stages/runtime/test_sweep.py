@@ -111,32 +111,6 @@ def test_blob_that_a_killed_sweep_set_aside_comes_back_or_goes_once_old(store, t
     assert [one.key[-64:] for one in store.objects.list(ASIDE)] == [names["young"]]
 
 
-def move_keeps_bytes(objects: Objects) -> None:
-    objects.put("a", b"1")
-    objects.put("b", b"2")
-    objects.move("a", "deep/c")
-    assert (objects.read("a"), objects.read("deep/c")) == (None, b"1")
-    objects.move("absent", "d")
-    objects.move("deep/c", "b")
-    assert [one.key for one in objects.list("")] == ["b"] and objects.read("b") == b"2"
-
-
-def test_move_gives_another_key_and_replaces_nothing(tmp_path):
-    move_keeps_bytes(LocalObjects(tmp_path))
-
-
-def test_move_in_s3_is_as_on_a_disk_and_takes_a_large_object_in_parts(s3_root, monkeypatch):  # noqa: F811
-    objects = S3Objects(s3_root)
-    move_keeps_bytes(objects)
-    from boto3.s3.transfer import TransferConfig
-
-    monkeypatch.setattr("stages.adapters.s3_store._COPIES", TransferConfig(5 << 20, multipart_chunksize=5 << 20))
-    data = os.urandom(11 << 20)
-    objects.put("large", data)
-    objects.move("large", "moved")
-    assert objects.stat("large") is None and objects.read("moved") == data
-
-
 def aged(folder: Path, hours: float = 25) -> None:
     then = time.time() - hours * 3600
     for path in (*folder.rglob("*"), folder):
