@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands import deploy, inspect, manage, run, watch
+from flows.commands import catalog, compare, deploy, inspect, manage, run, watch
 from flows.running import interruption
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ app = typer.Typer(
 for _command in (
     *(run.init, run.plan, run.run, run.recipes),
     *(watch.watch, watch.hooks, deploy.deploy),
-    *(inspect.runs, inspect.ls, inspect.inspect, inspect.explain, inspect.compare, inspect.logs, inspect.verify),
+    *(inspect.runs, inspect.ls, inspect.inspect, inspect.explain, compare.compare, inspect.logs, inspect.verify),
+    *(catalog.models, catalog.stages),
     *(manage.cancel, manage.promote, manage.rollback, manage.reconcile, manage.sweep, manage.doctor),
 ):
     app.command()(_command)

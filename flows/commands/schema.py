@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 
 from flows.recipe.model import Recipe
+from flows.registry.overview import ModelsResult
+from flows.reporting.compare import CompareResult
+from flows.reporting.stage_docs import StagesResult
 from flows.results import SCHEMAS
 from stages.runtime.contract import Frozen
 
+LISTS: dict[str, type[Frozen]] = {"models": ModelsResult, "stages": StagesResult, "compare": CompareResult}
+"""What is printed with --json and kept nowhere."""
 FOLDER = Path(__file__).parent / "schemas"
 
 
 def schemas() -> dict[str, str]:
     """File name -> text, generated from the models and every stage's params."""
-    models: dict[str, type[Frozen]] = {"recipe": Recipe, **SCHEMAS}
+    models: dict[str, type[Frozen]] = {"recipe": Recipe, **SCHEMAS, **LISTS}
     return {f"{name}.json": _text(name, model.model_json_schema()) for name, model in models.items()}
 
 

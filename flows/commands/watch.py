@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.commands.options import SetOption, StoreOption
+from flows.commands.options import SetOption, StoreOption, seconds
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
@@ -30,11 +29,13 @@ def watch(
     ] = None,
     sets: SetOption = None,
     store: StoreOption = None,
-) -> None:
+) -> int:
     """Start one run for each checkpoint that arrives.
 
     The same bytes at two places are one checkpoint. With $PREFECT_API_URL an event is sent, and the recipe's automation
-    starts the run; without it the recipe runs here.
+    starts the run; without it the recipe runs here. A run that breaks or fails a gate is told, and the watch goes on;
+    with --once the exit code is that of the worst run: 1 broken, or its event not confirmed, 3 does not fit, 2 a gate
+    failed.
     """
     from flows.recipe.read import load_recipe
     from flows.settings import enter, settle
@@ -48,7 +49,7 @@ def watch(
     every_s, settle_s = seconds(every), seconds(settled)
     if again:
         forget(settings.connect().objects, loaded.name, again)
-    begin(uri, loaded, settings, every_s=every_s, settle_s=settle_s, once=once, say=typer.echo)
+    return begin(uri, loaded, settings, every_s=every_s, settle_s=settle_s, once=once, say=typer.echo)
 
 
 def hooks(
@@ -62,8 +63,9 @@ def hooks(
 ) -> None:
     """Receive MLflow's webhooks over TLS.
 
-    An alias that moved is announced. $ENGINERY_WEBHOOK_SECRET is the webhook's secret. `enginery watch
-    models:/NAME@ALIAS` does the same by polling.
+    An alias that moved is announced. What Prefect's server has not confirmed is answered by 503, so that MLflow sends
+    it again, and is announced anew each minute until it is. $ENGINERY_WEBHOOK_SECRET is the webhook's secret.
+    `enginery watch models:/NAME@ALIAS` does the same by polling.
     """
     from flows.recipe.read import load_recipe
     from flows.settings import enter, settle
@@ -74,17 +76,3 @@ def hooks(
     from flows.triggers.webhooks import Address, serve
 
     serve(uri, loaded, settings, Address(host=host, port=port, cert=cert, key=key), typer.echo)
-
-
-def seconds(text: str) -> float:
-    """A duration such as 0.5s, 30s, 5m, 1h, in seconds.
-
-    Raises:
-        StageError: it is none.
-    """
-    from stages.runtime.contract import StageError
-
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|)", text)
-    if not found:
-        raise StageError(f"{text!r} is no duration", limit="a number with s, m or h, such as 30s")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]

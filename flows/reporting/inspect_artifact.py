@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from flows.results import Inspection, Tensors
 from stages.runtime.artifacts import Store
-from stages.runtime.contract import StageError
+from stages.runtime.contract import Manifest, StageError
 from stages.runtime.fingerprint import digest_bytes
+from stages.runtime.looking import looked_into
 
 LEAST_DUPLICATE_BYTES = 4096
 """Small equal tensors (norms of ones, zero biases) are no waste worth a line."""
@@ -91,9 +92,11 @@ def inspect(store: Store, identity: str) -> Inspection:
     Raises:
         StageError: it is not sealed, its bytes differ from their digests, or a file is not what its name says.
     """
-    manifest = store.manifest(identity)
-    folder = store.checkout(identity)
-    assert manifest is not None
+    with looked_into(store, identity) as (folder, manifest):
+        return _inspected(store.uri, identity, manifest, folder)
+
+
+def _inspected(uri: str, identity: str, manifest: Manifest, folder: Path) -> Inspection:
     tensors = list(stored(folder))
     facts = _facts(folder)
     duplicates = _duplicates(tensors)
@@ -102,7 +105,7 @@ def inspect(store: Store, identity: str) -> Inspection:
     zeros = {t.name: t.zeros() for t in tensors}
     return Inspection(
         fingerprint=identity,
-        uri=store.uri,
+        uri=uri,
         kind=manifest.kind,
         step=manifest.provenance.step,
         size_bytes=manifest.size_bytes,

@@ -94,6 +94,17 @@ def finished(objects: Objects, recipe: str) -> set[str]:
     return {name.removesuffix(".done.json") for name in found if re.fullmatch(r"[0-9a-f]{64}\.done\.json", name)}
 
 
+def pending(objects: Objects, recipe: str, event: str) -> list[Arrival]:
+    """The recorded arrivals of a kind for which something is left to do, the oldest first."""
+    done, found = finished(objects, recipe), []
+    for one in list(objects.list(f"{ARRIVALS}{recipe}/")):
+        key = re.fullmatch(r"([0-9a-f]{64})\.json", one.key.rpartition("/")[2])
+        record = find(objects, recipe, key[1]) if key and key[1] not in done else None
+        if record and record.event == event:
+            found.append(record)
+    return sorted(found, key=lambda one: one.seen)
+
+
 def forget(objects: Objects, recipe: str, prefix: str) -> str:
     """Take away the one arrival whose key begins so; returns the key.
 

@@ -25,7 +25,7 @@ from flows.triggers.arrival_records import Arrival, arrived, checkpoint, finish,
 from flows.triggers.checkpoint_scan import Prefix, look
 from flows.triggers.watched_alias import arrival, parse, standing
 from stages.runtime.artifacts import Store
-from stages.runtime.contract import Interrupted, StageError, Unavailable
+from stages.runtime.contract import DoesNotFit, Interrupted, StageError, Unavailable
 
 Say = Callable[[str], None]
 
@@ -38,9 +38,13 @@ class Look:
     waits: bool
 
 
+_WORST = (0, 2, 3, 1)
+"""Exit codes of what came of arrivals, the best first: as asked, a gate failed, does not fit, broken or not sent."""
+
+
 def watch(
     uri: str, recipe: Recipe, settings: Settings, *, every_s: float, settle_s: float, once: bool, say: Say
-) -> None:
+) -> int:
     """Look at a place again and again, and start one run for each thing that arrives.
 
     Args:
@@ -52,6 +56,9 @@ def watch(
         once: end after what is there now, instead of going on for ever.
         say: hears one line for each thing that happens.
 
+    Returns:
+        With `once`, the exit code of the worst that came of an arrival.
+
     Raises:
         StageError: the place is not there, or one may not read it, or the recipe cannot take a checkpoint.
         Unavailable: the first look failed; later ones are repeated.
@@ -60,14 +67,14 @@ def watch(
     looks = _looks(uri, recipe, store, settle_s, say)
     if not uri.startswith("models:"):
         on_source(recipe, uri)  # a recipe that can take nothing is refused before anything arrives
-    seen, failed = looks(), False
+    seen, failed, worst = looks(), False, 0
     say(f"watching {uri} for recipe {recipe.name}")
     while True:
         try:
             seen = looks() if failed else seen
-            _act_on_new(seen, recipe, settings, store, say)
+            worst = max(worst, _act_on_new(seen, recipe, settings, store, say), key=_WORST.index)
             if once and not seen.waits:
-                return
+                return worst
             time.sleep(max(settle_s, 0.1) if once else every_s)
             seen, failed = looks(), False
         except Unavailable as error:
@@ -79,12 +86,13 @@ def watch(
             time.sleep(every_s)
 
 
-def _act_on_new(seen: Look, recipe: Recipe, settings: Settings, store: Store, say: Say) -> None:
-    done = finished(store.objects, recipe.name)
+def _act_on_new(seen: Look, recipe: Recipe, settings: Settings, store: Store, say: Say) -> int:
+    done, codes = finished(store.objects, recipe.name), [0]
     for one in seen.arrivals:
         if one.key not in done:
-            _act(one, recipe, settings, store, say)
+            codes.append(_act(one, recipe, settings, store, say))
             done.add(one.key)
+    return max(codes, key=_WORST.index)
 
 
 @flow(name="watch")
@@ -115,19 +123,23 @@ def watch_once(uri: str, recipe: Recipe | str, settle_s: float = 10.0) -> list[s
     return sorted(new)
 
 
-def announce(store: Store, found: Arrival, say: Say, *, confirm_s: float = CONFIRM_S) -> None:
+def announce(store: Store, found: Arrival, say: Say, *, confirm_s: float = CONFIRM_S) -> bool:
     """Send the event of an arrival, once for its key; done as soon as the server has it on record.
+
+    Returns:
+        Whether it has.
 
     Raises:
         Unavailable: the server does not answer; the record stands, and the next look sends it.
         StageError: it refuses.
     """
     record = arrived(store.objects, found)
-    if deliver(record.announcement(), confirm_s=confirm_s):
-        finish(store.objects, record, announced=str(record.id))
-        say(f"announced {record.name} ({record.key[:12]}) as {record.event}")
-    else:
+    if not deliver(record.announcement(), confirm_s=confirm_s):
         say(f"the event of {record.name} was sent and is not on record yet; the next look asks again")
+        return False
+    finish(store.objects, record, announced=str(record.id))
+    say(f"announced {record.name} ({record.key[:12]}) as {record.event}")
+    return True
 
 
 def _looks(uri: str, recipe: Recipe, store: Store, settle_s: float, say: Say) -> Callable[[], Look]:
@@ -149,23 +161,24 @@ def _checkpoints(prefix: Prefix, say: Say) -> Look:
     return Look(found, waits=any(one.waits for one in seen.values()))
 
 
-def _act(one: Arrival, recipe: Recipe, settings: Settings, store: Store, say: Say) -> None:
+def _act(one: Arrival, recipe: Recipe, settings: Settings, store: Store, say: Say) -> int:
+    """Announce an arrival or run the recipe on it; returns the exit code of what came of it."""
     try:
         if has_server():
-            announce(store, one, say)
-        else:
-            _run_here(one, recipe, settings, store, say)
+            return 0 if announce(store, one, say) else 1
+        return _run_here(one, recipe, settings, store, say)
     except Unavailable as error:
         say(f"{one.name} is tried again at the next look: {error}")
+        return 1
 
 
-def _run_here(one: Arrival, recipe: Recipe, settings: Settings, store: Store, say: Say) -> None:
+def _run_here(one: Arrival, recipe: Recipe, settings: Settings, store: Store, say: Say) -> int:
     """Run the recipe in this process. The record is closed when the run ended, so a kill in its middle goes on."""
     store.scratch.mkdir(parents=True, exist_ok=True)
     with (store.scratch / "arrivals.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if one.key in finished(store.objects, recipe.name):
-            return
+            return 0
         record = arrived(store.objects, one)
         say(f"running {recipe.name} on {record.name} ({record.key[:12]})")
         try:
@@ -177,6 +190,7 @@ def _run_here(one: Arrival, recipe: Recipe, settings: Settings, store: Store, sa
             finish(store.objects, record, error=str(error))
             again = f"`enginery watch` with --again {record.key[:12]} tries it once more"
             say(f"{recipe.name} on {record.name} failed: {error}\n{again}")
+            return 3 if isinstance(error, DoesNotFit) else 1
         except Exception as error:
             finish(store.objects, record, error=f"{type(error).__name__}: {error}")
             raise
@@ -184,3 +198,4 @@ def _run_here(one: Arrival, recipe: Recipe, settings: Settings, store: Store, sa
             finish(store.objects, record, run=result.run, passed=result.passed)
             verdict = "passed" if result.passed else "failed its gates"
             say(f"{recipe.name} on {record.name} {verdict}; report: {result.report}")
+            return 0 if result.passed else 2

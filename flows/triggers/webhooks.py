@@ -1,7 +1,8 @@
 """MLflow's webhooks over TLS: an alias that moved is announced at once, where polling would find it later.
 
 A webhook is believed when its signature is that of the shared secret, its time is fresh and its delivery is new. What
-it says is looked up in the registry, so that the event is the very one that polling would send.
+it says is looked up in the registry, so that the event is the very one that polling would send. MLflow sends a webhook
+again only a few times within seconds: what Prefect has not confirmed by then is announced from here until it has.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,11 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
-from flows.prefect_api.events import has_server
+from flows.prefect_api.events import ALIAS_MOVED, has_server
 from flows.recipe.model import Recipe
 from flows.settings import Settings
 from flows.tracking.connect import Tracking, open_tracking
+from flows.triggers.arrival_records import arrived, pending
 from flows.triggers.watch import announce
 from flows.triggers.watched_alias import Alias, arrival, parse
 from stages.runtime.artifacts import Store
@@ -40,6 +44,8 @@ FRESH_S = 300
 LARGEST_BYTES = 1 << 20
 CONFIRM_S = 10.0
 """MLflow gives up on an answer after 30 seconds."""
+AGAIN_S = 60.0
+"""Between two tries to announce what is not on record."""
 
 
 @dataclass
@@ -82,12 +88,80 @@ def verified(secret: str, headers: Mapping[str, str], body: bytes, now: float) -
     return delivery
 
 
-def application(
-    alias: Alias, recipe: str, secret: str, store: Store, tracking: Tracking, say: Callable[[str], None]
-) -> FastAPI:
+@dataclass(frozen=True)
+class Announcer:
+    """Brings what webhooks said to Prefect's server, and goes on until it has it on record.
+
+    Attributes:
+        unread: versions that could not be looked up while the registry was away.
+    """
+
+    alias: Alias
+    recipe: str
+    store: Store
+    tracking: Tracking
+    say: Callable[[str], None]
+    unread: set[str] = field(default_factory=set)
+
+    def moved(self, version: str) -> bool:
+        """Announce that the alias was put on a version; whether the server has it on record.
+
+        Raises:
+            Unavailable: the registry or Prefect's server does not answer.
+            StageError: there is no such version, or the server refuses.
+        """
+        try:
+            found = arrival(self.tracking, self.alias, version, self.recipe)
+        except Unavailable:
+            self.unread.add(version)
+            raise
+        self.unread.discard(version)
+        return announce(self.store, found, self.say, confirm_s=CONFIRM_S)
+
+    def make_good(self) -> None:
+        """Announce what is not on record yet: also what an earlier process was told of."""
+        for version in sorted(self.unread.copy()):
+            arrived(self.store.objects, arrival(self.tracking, self.alias, version, self.recipe))
+            self.unread.discard(version)
+        for record in pending(self.store.objects, self.recipe, ALIAS_MOVED):
+            if (record.payload.get("model"), record.payload.get("alias")) == (self.alias.model, self.alias.name):
+                announce(self.store, record, self.say, confirm_s=CONFIRM_S)
+
+    def keep_on(self, stop: threading.Event, every_s: float) -> None:
+        """Make good now and again and again, until told to stop."""
+        told = ""
+        while not stop.is_set():
+            try:
+                self.make_good()
+                told = ""
+            except (StageError, OSError, ValueError) as error:  # whatever it is, the next minute may be better
+                if told != str(error):
+                    self.say(f"not everything is announced yet, and it is tried each minute: {error}")
+                told = str(error)
+            stop.wait(every_s)
+
+    @asynccontextmanager
+    async def beside(self, every_s: float) -> AsyncIterator[None]:
+        """Make good beside what else goes on, in a thread that ends with it or with the process."""
+        stop = threading.Event()
+        work = (self.keep_on, stop, every_s)
+        threading.Thread(target=copy_context().run, args=work, name="announcer", daemon=True).start()
+        try:
+            yield
+        finally:
+            stop.set()
+
+
+def application(announcer: Announcer, secret: str, *, every_s: float = AGAIN_S) -> FastAPI:
     """The web application: POST / takes webhooks, GET /health says that it is there."""
-    app = FastAPI(title="Enginery's webhooks", docs_url=None, redoc_url=None, openapi_url=None)
-    deliveries = Deliveries()
+    app = FastAPI(
+        title="Enginery's webhooks",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=lambda _: announcer.beside(every_s),
+    )
+    deliveries, alias, say = Deliveries(), announcer.alias, announcer.say
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -103,8 +177,7 @@ def application(
         if version is None:
             return {"status": "nothing to do"}
         try:
-            found = await run_in_threadpool(arrival, tracking, alias, version, recipe)
-            await run_in_threadpool(announce, store, found, say, confirm_s=CONFIRM_S)
+            confirmed = await run_in_threadpool(announcer.moved, version)
         except Unavailable as error:
             deliveries.give_back(delivery)
             say(f"version {version} of {alias.uri} was not announced: {error}")
@@ -112,6 +185,9 @@ def application(
         except StageError as error:
             say(f"version {version} of {alias.uri} was not announced: {error}")
             raise HTTPException(422, error.what) from error
+        if not confirmed:
+            deliveries.give_back(delivery)
+            raise HTTPException(503, "the event is sent, and Prefect's server does not have it on record yet")
         return {"status": "announced"}
 
     return app
@@ -154,7 +230,7 @@ def serve(
         )
     _check_certificate(address.cert, address.key)
     store = settings.connect()
-    app = application(alias, recipe.name, secret, store, open_tracking(store.scratch), say)
+    app = application(Announcer(alias, recipe.name, store, open_tracking(store.scratch), say), secret)
     try:
         listening = socket.create_server((address.host, address.port))
     except OSError as error:

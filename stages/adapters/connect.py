@@ -22,23 +22,25 @@ def default_store() -> str:
     return os.environ.get("ENGINERY_STORE") or str(Path.home() / ".enginery" / "store")
 
 
-def connect(uri: str, scratch: Path | None = None) -> Store:
+def connect(uri: str, scratch: Path | None = None, *, reading: bool = False) -> Store:
     """Open a store.
 
     Args:
         uri: a folder, a file:// URI, or the URI of a store of `stages/adapters`, such as s3://bucket/prefix.
         scratch: folder for drafts, views and downloads; by default `state` inside a store on this machine, or below
             $ENGINERY_HOME (~/.enginery) for a remote one.
+        reading: only look: nothing is made or written, and a store that is not there is an error.
 
     Raises:
-        StageError: the scheme is unknown, or one may not write there.
+        StageError: the scheme is unknown, or one may not write there; with `reading`: there is none, or one may not
+            read it.
     """
     objects = _objects(uri)
     if scratch is None and objects.remote:
         home = Path(os.environ.get("ENGINERY_HOME") or Path.home() / ".enginery")
         scratch = home / "scratch" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    objects.probe()
-    return Store(objects, scratch or Path(unquote(urlsplit(objects.uri).path)) / "state")
+    objects.probe(writing=not reading)
+    return Store(objects, scratch or Path(unquote(urlsplit(objects.uri).path)) / "state", reading=reading)
 
 
 def _objects(uri: str) -> Objects:

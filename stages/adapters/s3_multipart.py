@@ -78,8 +78,8 @@ def if_absent(name: str, put: Callable[[], object]) -> bool:
     raise AssertionError
 
 
-def sweep(bucket: str, prefix: str, *, older_than_s: float) -> tuple[int, int]:
-    """Abort uploads below a prefix that rest for so long; returns how many, and their bytes.
+def sweep(bucket: str, prefix: str, *, older_than_s: float, dry: bool = False) -> tuple[int, int]:
+    """Abort uploads below a prefix that rest for so long, or with `dry` look only; returns how many, and their bytes.
 
     What nobody completes is billed like an object and listed nowhere.
     """
@@ -91,7 +91,8 @@ def sweep(bucket: str, prefix: str, *, older_than_s: float) -> tuple[int, int]:
             # An upload that is gone on with began long ago, but has young parts.
             if max([upload["Initiated"], *(one["LastModified"] for one in parts)]).timestamp() >= before:
                 continue
-            asked(f"s3://{bucket}/{key}", lambda: _abort(bucket, key, name))  # noqa: B023
+            if not dry:
+                asked(f"s3://{bucket}/{key}", lambda: _abort(bucket, key, name))  # noqa: B023
         except client().exceptions.NoSuchUpload:
             continue
         count, freed = count + 1, freed + sum(one["Size"] for one in parts)

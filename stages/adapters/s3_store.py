@@ -6,12 +6,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
 from stages.adapters import s3_multipart
 from stages.adapters.s3_client import asked, client, fetch_object, listed, parse, spoken, status_of
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Moved, Objects, ObjectStat, unheard
+
+_COPIES = TransferConfig(multipart_threshold=1 << 28, multipart_chunksize=1 << 28)
+"""A server copies at most 5 GB in one request, and has to answer before the connection is given up."""
 
 
 def open_store(uri: str) -> Objects:
@@ -29,13 +33,17 @@ class S3Objects:
         self._prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{self._bucket}/{prefix}".rstrip("/")
 
-    def probe(self) -> None:
-        """Put one object twice: the second must be refused.
+    def probe(self, *, writing: bool = True) -> None:
+        """See Objects. One object is put twice: the second must be refused.
 
         Raises:
-            StageError: one may not write here, or the server overwrites where it was told not to.
+            StageError: one may not write here, or the server overwrites where it was told not to; without `writing`:
+                nothing is here, or one may not read it.
             Unavailable: the server does not answer.
         """
+        if not writing:
+            self._look()
+            return
         key = f".probe-{uuid.uuid4().hex}"
         try:
             first, second = self.put(key, b"probe"), self.put(key, b"probe again")
@@ -107,15 +115,37 @@ class S3Objects:
         for key, size, modified, _ in listed(self._bucket, self._prefix + prefix):
             yield ObjectStat(key.removeprefix(self._prefix), size, modified)
 
+    def move(self, key: str, to: str) -> None:
+        """See Objects. The server copies, a large object in parts."""
+        source = {"Bucket": self._bucket, "Key": self._prefix + key}
+        with spoken(self._name(key)):
+            try:
+                if self.stat(to) is None:
+                    client().copy(source, self._bucket, self._prefix + to, Config=_COPIES)  # type: ignore[arg-type]
+            except ClientError as error:
+                if status_of(error) != 404:
+                    raise
+                return
+        self.delete(key)
+
     def delete(self, key: str) -> None:
         """See Objects."""
         with spoken(self._name(key)):
             asked(self._name(key), lambda: client().delete_object(Bucket=self._bucket, Key=self._prefix + key))
 
-    def sweep_uploads(self, prefix: str, *, older_than_s: float) -> tuple[int, int]:
+    def sweep_uploads(self, prefix: str, *, older_than_s: float, dry: bool = False) -> tuple[int, int]:
         """See Objects. They are uploads in parts that nobody completed."""
         with spoken(self._name(prefix)):
-            return s3_multipart.sweep(self._bucket, self._prefix + prefix, older_than_s=older_than_s)
+            return s3_multipart.sweep(self._bucket, self._prefix + prefix, older_than_s=older_than_s, dry=dry)
+
+    def _look(self) -> None:
+        with spoken(self.uri):
+            found = client().list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+        if not found.get("Contents"):
+            raise StageError(
+                f"there is no store at {self.uri}",
+                remedy="Name the one that a run has made with --store or $ENGINERY_STORE.",
+            )
 
     def _name(self, key: str) -> str:
         return f"{self.uri}/{key}"

@@ -6,32 +6,38 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stages.runtime.contract import PARTIAL, FileEntry, Manifest, Progress, StageError, Work
-from stages.runtime.fingerprint import differing_fields, digest_file, fingerprint, first_difference
-from stages.runtime.parts import PARTS
-from stages.runtime.stores import Objects
-from stages.runtime.sweep import DRAFTS, VIEWS, Swept, old_work, unnamed
+from stages.runtime.fingerprint import canonical, differing_fields, digest_file, fingerprint, first_difference
+from stages.runtime.stores import Objects, ObjectStat
 from stages.runtime.transfers import bar, bring, locked
 
 MANIFESTS = "artifacts/"
 BLOBS = "blobs/"
 RELAYS = "relays/"
 """What stages in containers say, until the run that waits for them has heard it."""
-KEPT_SECONDS = 24 * 3600
-"""How old an unreferenced blob or a draft must be before `sweep` takes it: longer than any publication lasts."""
+PUBLISHING = "publishing/"
+"""The digests that a manifest is about to name, so that no sweep takes their blobs before it stands."""
+ASIDE = "aside/"
+"""Blobs on their way out: a sweep empties it only after it has looked once more whether somebody names them."""
+DRAFTS, VIEWS = "drafts", "views"
 _FINISHED = "finished.json"
 
 
 class Store:
-    """Sealed artifacts in `objects`; drafts and views in `scratch`, a folder on this machine."""
+    """Sealed artifacts in `objects`; drafts and views in `scratch`, a folder on this machine.
 
-    def __init__(self, objects: Objects, scratch: Path) -> None:
+    With `reading` nothing is written into `objects`.
+    """
+
+    def __init__(self, objects: Objects, scratch: Path, *, reading: bool = False) -> None:
         self.objects = objects
         self.scratch = scratch
+        self.reading = reading
         self.uri = objects.uri
         # A plan asks for every manifest once a step, and each is a request to a remote store.
         self._read: dict[str, tuple[tuple[int, float], Manifest]] = {}
@@ -47,7 +53,7 @@ class Store:
             return None
         manifest = self._parsed(identity, data)
         for name, entry in manifest.files.items():
-            found = self.objects.stat(_blob(entry.sha256))
+            found = self.objects.stat(blob_key(entry.sha256)) or self._brought_back(entry.sha256)
             if found is None or found.size != entry.size:
                 raise StageError(
                     f"{name} of artifact {identity[:12]} is damaged in {self.uri}",
@@ -57,14 +63,14 @@ class Store:
                 )
         return manifest
 
-    def manifests(self) -> Iterator[tuple[str, Manifest]]:
-        """Every sealed artifact: fingerprint and manifest."""
+    def manifests(self, *, unsettled_s: float = 0.0) -> Iterator[tuple[str, Manifest]]:
+        """Every sealed artifact: fingerprint and manifest. What is younger than `unsettled_s` is read anew."""
         for found in self.objects.list(MANIFESTS):
             name = found.key.removeprefix(MANIFESTS)
             if not name.endswith(".json") or name.startswith("."):
                 continue
             identity, state = name.removesuffix(".json"), (found.size, found.modified)
-            if self._read.get(identity, (None,))[0] != state:
+            if self._read.get(identity, (None,))[0] != state or time.time() - found.modified < unsettled_s:
                 data = self.objects.read(found.key)
                 if data is None:
                     continue
@@ -93,23 +99,25 @@ class Store:
         """Seal a draft: each file to its digest, then the manifest if absent. Returns the manifest that stands."""
         identity = fingerprint(manifest.work)
         sizes = {entry.sha256: entry.size for entry in manifest.files.values()}
-        absent = (size for digest, size in sizes.items() if not self.objects.stat(_blob(digest)))
+        announced = f"{PUBLISHING}{identity}-{uuid.uuid4().hex[:8]}.json"
+        self.objects.put(announced, canonical(sorted(sizes)))
+        absent = (size for digest, size in sizes.items() if not self.objects.stat(blob_key(digest)))
         moved = bar(progress, self.objects, "uploading {} to {}", absent)
-        stood = [
-            (entry, name)
-            for name, entry in manifest.files.items()
-            if not self.objects.put_file(_blob(entry.sha256), draft / name, moved)
-        ]
+        for name, entry in manifest.files.items():
+            self.objects.put_file(blob_key(entry.sha256), draft / name, moved)
         data = manifest.model_dump_json(indent=1).encode()
+        stands: Manifest | None = manifest
         if self.objects.put(f"{MANIFESTS}{identity}.json", data, replace=replace):
-            for entry, name in stood:
-                # While the others travelled nothing named it, so `sweep` may have taken it.
-                self.objects.put_file(_blob(entry.sha256), draft / name)
-            return manifest
-        theirs = self.manifest(identity)
-        if theirs is None:
+            for name, entry in manifest.files.items():
+                # A sweep that had looked before all this was announced may have taken what stood already.
+                if self.objects.stat(blob_key(entry.sha256)) is None:
+                    self.objects.put_file(blob_key(entry.sha256), draft / name)
+        else:
+            stands = self.manifest(identity)
+        self.objects.delete(announced)
+        if stands is None:
             raise StageError(f"the manifest of {identity[:12]} vanished while it was published", remedy="Run again.")
-        return theirs
+        return stands
 
     def checkout(self, identity: str, progress: Progress | None = None) -> Path:
         """A read-only folder with the artifact's files, every byte hashed against the manifest.
@@ -137,12 +145,20 @@ class Store:
         assert manifest is not None
         return manifest
 
+    def _brought_back(self, digest: str) -> ObjectStat | None:
+        """A blob that a sweep has just set aside, or one that was killed then, in its place again."""
+        if self.reading:
+            return None
+        for found in [one for one in self.objects.list(ASIDE) if one.key.endswith(f"-{digest}")]:
+            self.objects.move(found.key, blob_key(digest))
+        return self.objects.stat(blob_key(digest))
+
     def _damaged(self, entry: FileEntry) -> bool:
-        found = self.objects.stat(_blob(entry.sha256))
+        found = self.objects.stat(blob_key(entry.sha256))
         if found is None or found.size != entry.size:
             return found is not None
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            self.objects.fetch(_blob(entry.sha256), Path(folder) / "blob")
+            self.objects.fetch(blob_key(entry.sha256), Path(folder) / "blob")
             return digest_file(Path(folder) / "blob") != entry.sha256
 
     def _build(self, view: Path, manifest: Manifest, identity: str, progress: Progress | None) -> None:
@@ -156,9 +172,9 @@ class Store:
             sizes = (entry.size for entry in manifest.files.values())
             moved = bar(progress, self.objects, "downloading {} from {}", sizes)
             for name, entry in manifest.files.items():
-                found = bring(self.objects, _blob(entry.sha256), entry, building / name, moved)
+                found = bring(self.objects, blob_key(entry.sha256), entry, building / name, moved)
                 if found != entry.sha256:
-                    raise _mismatch(identity, name, found, entry.sha256)
+                    raise mismatch(identity, name, found, entry.sha256)
             for path in sorted(building.rglob("*")):
                 if path.is_file() and path.relative_to(building).as_posix() not in manifest.files:
                     path.unlink()
@@ -169,7 +185,7 @@ class Store:
             found = digest_file(view / name) if (view / name).is_file() else "absent"
             if found != entry.sha256:
                 shutil.rmtree(view)
-                raise _mismatch(identity, name, found, entry.sha256)
+                raise mismatch(identity, name, found, entry.sha256)
 
     @contextmanager
     def draft(self, identity: str) -> Iterator[Path]:
@@ -215,23 +231,8 @@ class Store:
         self.objects.delete(f"{MANIFESTS}{identity}.json")
         for entry in self._parsed(identity, data).files.values() if data else ():
             if self._damaged(entry):
-                self.objects.delete(_blob(entry.sha256))
+                self.objects.delete(blob_key(entry.sha256))
         shutil.rmtree(self.scratch / VIEWS / identity, ignore_errors=True)
-
-    def sweep(self, *, older_than_s: float = KEPT_SECONDS) -> Swept:
-        """Remove what is older than `older_than_s` and of no use: drafts, views, downloads and logs beside the store,
-        interrupted uploads, parts, relays and unreferenced blobs in it.
-        """
-        before = time.time() - older_than_s
-        named = {entry.sha256 for _, manifest in self.manifests() for entry in manifest.files.values()}
-        # Files of views are links to the blobs themselves, unless these lie elsewhere.
-        drafts, freed = old_work(self.scratch, before, linked=() if self.objects.remote else (VIEWS,))
-        uploads = 0
-        for prefix in (MANIFESTS, BLOBS):
-            count, size = self.objects.sweep_uploads(prefix, older_than_s=older_than_s)
-            uploads, freed = uploads + count, freed + size
-        blobs, size = unnamed(self.objects, (BLOBS, PARTS, RELAYS), named, before)
-        return Swept(drafts, blobs, freed + size, uploads)
 
     def _parsed(self, identity: str, data: bytes) -> Manifest:
         try:
@@ -254,7 +255,8 @@ def entries(folder: Path) -> dict[str, FileEntry]:
     return found
 
 
-def _mismatch(identity: str, name: str, found: str, wanted: str) -> StageError:
+def mismatch(identity: str, name: str, found: str, wanted: str) -> StageError:
+    """A file whose bytes are not those of its digest."""
     return StageError(
         f"{name} of artifact {identity[:12]} does not match its digest",
         measured=found[:12],
@@ -292,5 +294,6 @@ def _clear(draft: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _blob(digest: str) -> str:
+def blob_key(digest: str) -> str:
+    """Where the bytes of a digest lie."""
     return f"{BLOBS}{digest[:2]}/{digest}"

@@ -16,6 +16,7 @@ from typing import Protocol
 from stages.runtime.contract import StageError
 
 _PUTTING = ".put-"
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK)
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,11 @@ class Objects(Protocol):
     remote: bool
     """Whether bytes cross a network; otherwise the URI names a folder here, where a run's scratch lies too."""
 
-    def probe(self) -> None:
-        """Raise StageError when one may not write here, or conditional put does not work."""
+    def probe(self, *, writing: bool = True) -> None:
+        """Raise StageError when one may not write here, or conditional put does not work.
+
+        Without `writing` nothing is written: StageError says that there is no store here, or none that one may read.
+        """
 
     def stat(self, key: str) -> ObjectStat | None:
         """Size and age of an object, None when absent."""
@@ -63,11 +67,14 @@ class Objects(Protocol):
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         """Every object whose key begins with `prefix`, in key order."""
 
+    def move(self, key: str, to: str) -> None:
+        """Give an object another key, whatever its size; where that stands, or this one is absent, it is as deleted."""
+
     def delete(self, key: str) -> None:
         """Remove an object; absent is fine."""
 
-    def sweep_uploads(self, prefix: str, *, older_than_s: float) -> tuple[int, int]:
-        """Remove what interrupted puts left below `prefix`; returns how many, and their bytes."""
+    def sweep_uploads(self, prefix: str, *, older_than_s: float, dry: bool = False) -> tuple[int, int]:
+        """Remove what interrupted puts left below `prefix`, or with `dry` look only; returns how many, and bytes."""
 
 
 class LocalObjects:
@@ -79,12 +86,15 @@ class LocalObjects:
         self.root = root.absolute()
         self.uri = self.root.as_uri()
 
-    def probe(self) -> None:
-        """Create the folder and write one file there.
+    def probe(self, *, writing: bool = True) -> None:
+        """See Objects. One file is written and is gone at once.
 
         Raises:
-            StageError: the folder cannot be made or written to.
+            StageError: the folder cannot be made or written to; without `writing`: it is absent or cannot be read.
         """
+        if not writing:
+            self._look()
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
@@ -147,7 +157,7 @@ class LocalObjects:
         try:
             return self._link(path, target)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+            if error.errno not in _NO_LINK:
                 raise
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=_PUTTING)
         try:
@@ -167,7 +177,7 @@ class LocalObjects:
         try:
             os.link(source, path)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+            if error.errno not in _NO_LINK:
                 raise
             shutil.copyfile(source, path)
 
@@ -185,18 +195,48 @@ class LocalObjects:
             if not path.is_dir():
                 yield ObjectStat(key, found.st_size, found.st_mtime)
 
+    def move(self, key: str, to: str) -> None:
+        """See Objects. A link first, so that the bytes have a name at every moment."""
+        source, target = self._path(key), self._path(to)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except FileNotFoundError:
+            return
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            source.rename(target)  # another user's file may be renamed where it may not be linked
+        _sync_folder(target.parent)
+        source.unlink(missing_ok=True)
+
     def delete(self, key: str) -> None:
         """See Objects."""
         self._path(key).unlink(missing_ok=True)
 
-    def sweep_uploads(self, prefix: str, *, older_than_s: float) -> tuple[int, int]:
+    def sweep_uploads(self, prefix: str, *, older_than_s: float, dry: bool = False) -> tuple[int, int]:
         """See Objects. They are the temporary files of processes that were killed."""
         before, count, freed = time.time() - older_than_s, 0, 0
         for found in list(self.list(prefix)):
             if found.key.rpartition("/")[2].startswith(_PUTTING) and found.modified < before:
-                self.delete(found.key)
+                if not dry:
+                    self.delete(found.key)
                 count, freed = count + 1, freed + found.size
         return count, freed
+
+    def _look(self) -> None:
+        if not self.root.is_dir():
+            raise StageError(
+                f"there is no store at {self.root}",
+                remedy="Name the one that a run has made with --store or $ENGINERY_STORE.",
+            )
+        if not os.access(self.root, os.R_OK | os.X_OK):
+            raise StageError(
+                f"the store {self.root} cannot be read",
+                remedy="Change the folder's permissions, or name another with --store or $ENGINERY_STORE.",
+            )
 
     def _path(self, key: str) -> Path:
         return self.root / key

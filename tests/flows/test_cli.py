@@ -104,6 +104,7 @@ def sealed(store, step: str, files: dict[str, bytes], kind=Kind.CHECKPOINT, metr
     folder = store.scratch / "made" / step
     folder.mkdir(parents=True)
     for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     entries = {n: FileEntry(sha256=digest_file(folder / n), size=(folder / n).stat().st_size) for n in files}
     made = Provenance(
@@ -130,8 +131,8 @@ def test_help_is_there_at_once_without_heavy_imports():
     code = (
         "import sys\nfrom flows.cli import main\nmain(['--help'])\n"
         "heavy = ['torch', 'mlflow', 'prefect', 'transformers', 'numpy', 'yaml', 'pydantic']\n"
-        "found = [name for name in heavy if name in sys.modules]\nmain(['run', '--help'])\n"
-        "print(found + [name for name in heavy[:-1] if name in sys.modules])"
+        "found = [name for name in heavy if name in sys.modules]\nmain(['run', '--help'])\nmain(['stages', 'prune'])\n"
+        "print(found + [name for name in heavy[:-2] if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -248,7 +249,7 @@ def test_recipe_with_mistakes_is_one_line_each_and_nothing_is_written(recipe, ca
 
 def test_store_that_may_not_be_written_to_is_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert main(["ls", "--store", str(tmp_path / "file" / "store")]) == 1
+    assert main(["sweep", "--store", str(tmp_path / "file" / "store")]) == 1
     said = capsys.readouterr().err
     assert "cannot be written to" in said and "--store" in said and said.count("\n") == 1
 
@@ -375,9 +376,33 @@ def test_compare_puts_artifacts_and_their_reports_side_by_side(opened, capsys, r
     assert json.loads(capsys.readouterr().out)["measures"]["size_bytes"] == {"a": 10.0, "b": 5.0}
     record = open_run(opened.scratch, load_recipe(recipe), ["x"])
     record.finish(result(run=record.name))
-    assert main(["compare", record.name, "last"]) == 0
+    assert main(["compare", record.name, "last", "--all"]) == 0
     assert "validate-cpu-text perplexity" in capsys.readouterr().out
     assert main(["compare", "one", "zzz"]) == 1
+
+
+def test_compare_of_two_runs_shows_what_differs_and_counts_what_does_not(opened, capsys, recipe):
+    first = open_run(opened.scratch, load_recipe(recipe), ["x"])
+    first.finish(result(run=first.name))
+    other = open_run(opened.scratch, load_recipe(recipe, ["steps.int8.params.scheme=int4_weight_only"]), ["x"])
+    other.finish(result(passed=False, run=other.name).model_copy(update={"seconds": 80.0}))
+    broken = open_run(opened.scratch, load_recipe(recipe), ["x"])
+    broken.failed(StageError("disk full"))
+    assert main(["compare", first.name, other.name]) == 0
+    said = capsys.readouterr().out
+    for text in ("steps.int8.params.scheme", "int8_w8a8", "int4_weight_only", "gate failed", "failed: 1.3, limit 1.25"):
+        assert text in said, text
+    assert "steps.dense.stage" not in said and "dense size_bytes" not in said and "rows are not shown: --all" in said
+    hidden = int(said.partition(" equal rows")[0].split()[-1])
+    assert main(["compare", first.name, other.name, "--all"]) == 0
+    everything = capsys.readouterr().out
+    assert everything.count("│\n") == said.count("│\n") + hidden and "not shown" not in everything
+    assert main(["compare", first.name, other.name, "--json"]) == 0
+    data = valid(capsys.readouterr().out, "compare")
+    assert data["params"]["steps.int8.params.scheme"] == {"a": "int8_w8a8", "b": "int4_weight_only"}
+    assert data["measures"]["seconds"] == {"a": 75.2, "b": 80.0} and data["measures"]["cpu size_bytes"]["a"] == 9e7
+    assert main(["compare", first.name, broken.name]) == 0
+    assert "error" in capsys.readouterr().out
 
 
 def test_inspect_prints_what_the_bytes_say(opened, capsys):
@@ -402,7 +427,15 @@ def test_sweep_takes_an_artifact_away(opened, capsys):
     assert main(["sweep", "--artifact", "a"]) == 0
     assert "took away" in capsys.readouterr().out and opened.manifest(identity) is None
     assert main(["sweep"]) == 0
-    assert "removed 0 drafts" in capsys.readouterr().out
+    assert "removed 0 in all, 0 B" in capsys.readouterr().out
+    blob = next((opened.objects.root / "blobs").rglob("*"))
+    for path in (opened.objects.root / "blobs").rglob("*"):
+        os.utime(path, (1, 1))
+    assert main(["sweep", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "blobs: 1, 1 B" in said and "would remove 1 in all, 1 B" in said and blob.exists()
+    assert main(["sweep", "--runs-older-than", "soon"]) == 1
+    assert main(["sweep"]) == 0 and "removed 1 in all" in capsys.readouterr().out
 
 
 def test_promote_rollback_and_reconcile_say_where_the_alias_stands(capsys, monkeypatch):

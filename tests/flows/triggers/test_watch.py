@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import boto3
 import pytest
 
 from flows.cli import main
-from flows.commands.watch import seconds
+from flows.commands.options import seconds
 from flows.prefect_api import events
 from flows.recipe.model import Recipe
 from flows.settings import settle
@@ -25,7 +26,7 @@ from flows.triggers.arrival_records import ARRIVALS, arrived, begin, checkpoint,
 from flows.triggers.checkpoint_scan import Prefix, look
 from stages.adapters.s3_client import parse
 from stages.models.checkpoint import layout
-from stages.runtime.contract import StageError, Unavailable
+from stages.runtime.contract import DoesNotFit, Interrupted, StageError, Unavailable
 from tests.flows.prefect_server import deployed, eventually, prefect_api, runs_of
 from tests.flows.prefect_server import events as events_of
 from tests.stages.adapters.conftest import s3_endpoint, s3_root
@@ -352,6 +353,45 @@ def test_run_that_a_bug_or_the_network_ends_is_recorded_only_where_it_is_a_bug(p
     assert b"ValueError: a bug" in prefix.store.objects.read(f"{ARRIVALS}arrive/{key}.done.json")
 
 
+@pytest.mark.parametrize(
+    ("came", "code"),
+    [
+        (["passed"], 0),
+        (["failed"], 2),
+        (["failed", DoesNotFit("too small")], 3),
+        ([StageError("it broke"), "failed", DoesNotFit("too small"), "passed"], 1),
+        ([Unavailable("no network"), "passed"], 1),
+        ([Interrupted("ended")], 130),
+    ],
+)
+def test_watch_once_exits_as_the_worst_of_its_runs(tmp_path, capsys, monkeypatch, came, code):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    for number in range(len(came)):
+        whole(tmp_path / "in" / str(number), bytes([number]))
+    path, left = tmp_path / "r.yaml", list(came)
+    path.write_text(recipe().model_dump_json(exclude_none=True, exclude={"gates"}))
+
+    def optimize(*_):
+        what = left.pop(0)
+        if isinstance(what, BaseException):
+            raise what
+        return types.SimpleNamespace(passed=what == "passed", run="r", report="/r.html")
+
+    monkeypatch.setattr("flows.triggers.watch.optimize", optimize)
+    words = ["watch", str(tmp_path / "in"), "--recipe", str(path), "--once", "--settle", "0s"]
+    assert main([*words, "--store", str(tmp_path / "store")]) == code and not left
+    assert main([*words[:-3], "--help"]) == 0 and "3 does not fit" in capsys.readouterr().out
+
+
+def test_watch_once_fails_where_the_event_is_not_confirmed(prefix, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    whole(Path(prefix.uri) / "a")
+    answers, settings = [False, True], settle(store=prefix.store.uri)
+    monkeypatch.setattr("flows.triggers.watch.deliver", lambda one, confirm_s: answers.pop(0))
+    how = {"every_s": 1, "settle_s": 0, "once": True, "say": [].append}
+    assert [watch.watch(prefix.uri, recipe(), settings, **how) for _ in range(2)] == [1, 0]
+
+
 def test_watcher_outlives_looks_that_fail_after_the_first(prefix, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     whole(Path(prefix.uri) / "a")
@@ -385,7 +425,7 @@ def test_watch_command_refuses_what_it_cannot_do(tmp_path, capsys, monkeypatch):
     assert main(["watch", str(tmp_path), "--recipe", str(path), "--again", "ab", *at]) == 1
     said = capsys.readouterr().err
     assert "/no/where" in said and "no recipe" in said and "'soon' is no duration" in said and "no arrival" in said
-    assert [seconds(text) for text in ("3", "0.5s", "2m", "1h")] == [3, 0.5, 120, 3600]
+    assert [seconds(text) for text in ("3", "0.5s", "2m", "1h", "90d")] == [3, 0.5, 120, 3600, 7776000]
 
 
 def upload(folder: Path, uri: str) -> None:

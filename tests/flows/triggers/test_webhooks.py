@@ -26,11 +26,11 @@ from flows.cli import main
 from flows.prefect_api.events import ALIAS_MOVED
 from flows.recipe.model import Register
 from flows.settings import settle
-from flows.triggers import watch
-from flows.triggers.arrival_records import finished
+from flows.triggers import watch, webhooks
+from flows.triggers.arrival_records import arrived, finished
 from flows.triggers.watched_alias import Alias, arrival, parse, standing
-from flows.triggers.webhooks import LARGEST_BYTES, SECRET, application, verified
-from stages.runtime.contract import StageError
+from flows.triggers.webhooks import LARGEST_BYTES, SECRET, Announcer, application, verified
+from stages.runtime.contract import StageError, Unavailable
 from tests.flows.prefect_server import deployed, events, eventually, prefect_api, runs_of
 from tests.flows.recorded import tracking_in
 from tests.flows.triggers.test_watch import recipe
@@ -68,7 +68,8 @@ def tracking(tmp_path):
 @pytest.fixture
 def hook(tracking, store):
     said = []
-    with TestClient(application(Alias(MODEL, ALIAS), "hooked", HUSH, store, tracking, said.append)) as client:
+    announcer = Announcer(Alias(MODEL, ALIAS), "hooked", store, tracking, said.append)
+    with TestClient(application(announcer, HUSH)) as client:
         client.said = said
         yield client
 
@@ -162,6 +163,38 @@ def test_webhook_is_taken_again_once_the_server_is_back(prefect_api, hook, store
     assert post(hook, moved("2"), delivery="d-3").status_code == 200 and len(finished(store.objects, "hooked")) == 1
     answer = post(hook, moved("99"))
     assert answer.status_code == 422 and "99" in hook.said[-1]
+
+
+@pytest.mark.parametrize("why", ["away", "not on record yet", "registry away", "told to an earlier process"])
+def test_what_was_not_announced_is_made_good_without_another_webhook(prefect_api, store, tracking, monkeypatch, why):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    said, name = [], f"good-{why.replace(' ', '-')}"
+    announcer = Announcer(Alias(MODEL, ALIAS), name, store, tracking, said.append)
+    if why == "told to an earlier process":
+        arrived(store.objects, arrival(tracking, announcer.alias, "1", name))
+        arrived(store.objects, arrival(tracking, Alias(MODEL, "other"), "1", name))
+    with TestClient(application(announcer, HUSH, every_s=0.5)) as client, monkeypatch.context() as patch:
+        if why == "away":
+            with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+                assert post(client, moved("1"), delivery="d").status_code == 503
+        elif why == "not on record yet":
+            patch.setattr(webhooks, "CONFIRM_S", 0.0)  # the server writes its events down each second
+            assert post(client, moved("1"), delivery="d").status_code == 503
+        elif why == "registry away":
+
+            def away(*_):
+                raise Unavailable("no MLflow answers")
+
+            patch.setattr(webhooks, "arrival", away)
+            assert post(client, moved("1"), delivery="d").status_code == 503
+            patch.undo()
+        assert eventually(lambda: finished(store.objects, name)), said
+        if why != "told to an earlier process":
+            assert post(client, moved("1"), delivery="d").status_code == 200, "MLflow may send it again"
+    ours = [one for one in events(prefect_api, ALIAS_MOVED) if one["resource"].get("enginery.recipe") == name]
+    assert [one["payload"]["version"] for one in ours] == ["1"]
+    assert len(finished(store.objects, name)) == 1
 
 
 def test_alias_without_a_source_that_fetch_speaks_leaves_the_recipes_own(tracking):

@@ -22,6 +22,7 @@ from stages.runtime.contract import PARTIAL, Unavailable
 from stages.runtime.execute import Outcome, execute, work_of
 from stages.runtime.fingerprint import digest_bytes, fingerprint
 from stages.runtime.progress import Silent
+from stages.runtime.sweep import sweep
 from tests.services.killing import kill_at, random_file, there_and_back
 from tests.services.transfer import Heard
 from tests.stages.adapters.relay import Relay
@@ -286,11 +287,11 @@ def test_sweep_aborts_uploads_that_rest_and_spares_those_that_go_on(s3_root: str
     client().upload_part(
         Bucket=bucket, Key=f"{prefix}/blobs/bb/goes-on", UploadId=upload, PartNumber=1, Body=part_of(file, 1)
     )
-    swept = store.sweep(older_than_s=2.5)
-    assert (swept.uploads, swept.blobs, swept.bytes) == (1, 0, 2 * PART)
+    swept = sweep(store, older_than_s=2.5)
+    assert (swept.counts["uploads"], swept.counts["blobs"], swept.bytes) == (1, 0, 2 * PART)
     assert uploads(s3_root, "blobs/aa/rests") == [] and uploads(s3_root, "blobs/bb/goes-on") == [{1: PART}]
     assert uploads(s3_root, "other/rests") == [{1: PART}], "what is not ours is left alone"
-    assert store.sweep(older_than_s=-60).uploads == 1
+    assert sweep(store, older_than_s=-60).counts["uploads"] == 1
 
 
 def test_bar_of_a_transfer_runs_from_what_is_there_to_the_whole(

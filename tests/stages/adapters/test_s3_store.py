@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from boto3.s3.transfer import TransferConfig
 
 from stages.adapters import s3_client, s3_multipart, s3_source
 from stages.adapters.connect import FilePins, connect
@@ -23,6 +24,15 @@ from tests.stages.runtime.test_stores import keeps_objects, publishes_and_notice
 
 def test_objects_in_s3_behave_as_those_on_a_disk(s3_root: str, tmp_path: Path) -> None:
     keeps_objects(S3Objects(s3_root), tmp_path)
+
+
+def test_move_in_s3_takes_a_large_object_in_parts(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = TransferConfig(5 << 20, multipart_chunksize=5 << 20)
+    monkeypatch.setattr("stages.adapters.s3_store._COPIES", copies)
+    objects, data = S3Objects(s3_root), os.urandom(11 << 20)
+    objects.put("large", data)
+    objects.move("large", "moved")
+    assert objects.stat("large") is None and objects.read("moved") == data
 
 
 def test_store_in_s3_publishes_once_and_notices_damage(s3_root: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from stages.runtime.contract import Divided, StageError
 from stages.runtime.dividing import count_units, execute_part
 from stages.runtime.execute import work_of
 from stages.runtime.progress import Silent
+from stages.runtime.sweep import sweep
 from tests.stages.runtime.trial import TRIAL, TrialParams
 
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30)).map(lambda one: range(one[0], sum(one))), max_size=5)
@@ -70,10 +71,10 @@ def test_part_that_is_damaged_or_of_other_work_is_not_brought_and_gives_way_to_a
 
 def test_parts_that_no_run_gathered_are_swept_when_they_are_old(store):
     parts.put(store.objects, "w", range(4), b"[]")
-    assert store.sweep().blobs == 0
+    assert sweep(store).counts["parts"] == 0
     assert parts.standing(store.objects, "w") == [range(4)]
-    swept = store.sweep(older_than_s=-1)
-    assert (swept.blobs, swept.bytes > 0, parts.standing(store.objects, "w")) == (1, True, [])
+    swept = sweep(store, older_than_s=-1)
+    assert (swept.counts["parts"], swept.bytes > 0, parts.standing(store.objects, "w")) == (1, True, [])
 
 
 def divided_trial(computed):

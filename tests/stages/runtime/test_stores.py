@@ -40,9 +40,14 @@ def keeps_objects(objects: Objects, tmp_path: Path) -> None:
     assert [one.key for one in objects.list("a/")] == ["a/one", "a/two"]
     assert [one.key for one in objects.list("a/t")] == ["a/two"]
     assert list(objects.list("nothing/")) == []
-    objects.delete("a/one")
-    objects.delete("a/one")
-    assert objects.stat("a/one") is None
+    objects.move("a/one", "deep/moved")
+    assert (objects.read("a/one"), objects.read("deep/moved")) == (None, b"third")
+    objects.move("absent", "d")
+    objects.move("deep/moved", "b")
+    assert [one.key for one in objects.list("")] == ["a/two", "b"] and objects.read("b") == b""
+    objects.delete("b")
+    objects.delete("b")
+    assert objects.stat("b") is None
 
 
 def manifest_of(draft: Path, **params: object) -> Manifest:

@@ -1,0 +1,132 @@
+"""Two artifacts or two runs side by side: what was measured, and of runs also the recipe's values and the gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from flows.reporting.format import number
+from flows.reporting.inspect_artifact import find_artifact
+from flows.results import RunResult
+from stages.runtime.artifacts import Store
+from stages.runtime.contract import Frozen, Kind
+from stages.runtime.fingerprint import first_difference
+
+
+class Pair(Frozen):
+    """One row of a comparison; None where a side has no such thing."""
+
+    a: Any
+    b: Any
+
+
+class CompareResult(Frozen):
+    """`enginery compare --json`: two artifacts or two runs.
+
+    Attributes:
+        params: of two runs: the recipes' values by their paths.
+        gates: of two runs: how they ended, and what became of each gate.
+        difference: of two artifacts: the first field in which their works differ.
+    """
+
+    a: str
+    b: str
+    measures: dict[str, Pair]
+    params: dict[str, Pair]
+    gates: dict[str, Pair]
+    difference: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recorded run: its state, its recipe as it ran, and its result if it came to one."""
+
+    state: str
+    recipe: str
+    result: RunResult | None
+
+
+@dataclass(frozen=True)
+class _Side:
+    measures: dict[str, Any]
+    params: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
+
+
+def compared(store: Store, names: tuple[str, str], runs: tuple[Run | None, Run | None]) -> CompareResult:
+    """Everything of both sides, equal or not.
+
+    Args:
+        store: where artifacts lie.
+        names: of an artifact, or of a run, each.
+        runs: the record of each name that is a run's.
+
+    Raises:
+        StageError: a name is neither.
+    """
+    left, right = (
+        _of_run(run) if run else _Side(_measures(store, name)) for name, run in zip(names, runs, strict=True)
+    )
+    return CompareResult(
+        a=names[0],
+        b=names[1],
+        measures=_pairs(left.measures, right.measures),
+        params=_pairs(left.params, right.params) if all(runs) else {},
+        gates=_pairs(left.gates, right.gates) if all(runs) else {},
+        difference="" if any(runs) else _difference(store, *names),
+    )
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value of nested mappings with the path to it; records in a list go by their `name`, or by their number."""
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        inner = {str(one.get("name", place)): one for place, one in enumerate(value)}.items()
+    else:
+        yield path, value
+        return
+    for name, one in inner:
+        yield from flat(one, f"{path}.{name}" if path else str(name))
+
+
+def _of_run(run: Run) -> _Side:
+    result = run.result
+    measures: dict[str, Any] = {"seconds": result.seconds} if result else {}
+    gates: dict[str, Any] = {}
+    for step in result.steps if result else ():
+        measures |= {f"{step.name} {name}": value for name, value in step.metrics.items()}
+    for gate in result.gates if result else ():
+        against = f" against {gate.against}" if gate.against else ""
+        where = f" on {gate.corpus}" if gate.corpus else ""
+        held = "passed" if gate.passed else "failed"
+        gates[f"{gate.measure} of {gate.artifact}{against}{where}"] = (
+            f"{held}: {number(gate.measured)}, limit {number(gate.limit)}"
+        )
+    return _Side(measures, dict(flat(yaml.safe_load(run.recipe))), {"state": run.state, **gates})
+
+
+def _measures(store: Store, name: str) -> dict[str, float]:
+    """An artifact's metrics and those of the reports about it."""
+    identity = find_artifact(store, name)
+    manifest = store.manifest(identity)
+    assert manifest is not None
+    found = {"files_bytes": float(manifest.size_bytes), **manifest.metrics}
+    for _, report in store.manifests():
+        if report.kind is Kind.REPORT and report.work.inputs.get("model") == identity:
+            corpus = report.work.inputs.get("text", "")[:8]
+            found |= {f"{key} on {corpus}": value for key, value in report.metrics.items() if key != "size_bytes"}
+    return found
+
+
+def _pairs(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Pair]:
+    return {name: Pair(a=left.get(name), b=right.get(name)) for name in dict.fromkeys([*left, *right])}
+
+
+def _difference(store: Store, a: str, b: str) -> str:
+    left, right = (store.manifest(find_artifact(store, name)) for name in (a, b))
+    assert left is not None and right is not None
+    return first_difference(left.work, right.work)

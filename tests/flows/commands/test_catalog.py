@@ -1,0 +1,117 @@
+"""What there is to choose from: registered models with the journal's truth beside MLflow's, and what stages take."""
+
+# ruff: noqa: F401 - fixtures that other modules define are imported and then named as arguments
+
+import json
+
+import pytest
+
+from flows.cli import main
+from flows.registry import journal
+from flows.reporting.stage_docs import described
+from stages import STAGES, stage
+from stages.adapters.connect import connect
+from stages.measures.table import MEASURES
+from tests.flows.commands.test_reading import filled
+from tests.flows.recorded import tracking_in
+from tests.flows.test_cli import own_store, valid
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_is_described_whole(name, capsys):
+    said, definition = described(name), stage(name)
+    fields = {n for n, f in definition.params.model_fields.items() if n not in ("exact", "downloads")}
+    assert {one.name for one in said.params} == fields
+    assert all(one.about and one.type not in ("any", "") for one in said.params), "each param is documented"
+    assert said.about and said.inputs.keys() == definition.inputs.keys()
+    required = {n for n, f in definition.params.model_fields.items() if f.is_required()}
+    assert {one.name for one in said.params if one.default is None} == required
+    for one in said.params:
+        if one.default is not None:
+            assert definition.params.model_fields[one.name].default in (
+                (json.loads(one.default)),
+                tuple(json.loads(one.default)) if one.default.startswith("[") else None,
+            )
+    assert main(["stages", name, "--json"]) == 0
+    assert valid(capsys.readouterr().out, "stages")["stages"][0]["name"] == name
+
+
+def test_stages_shows_values_limits_and_measures(capsys):
+    params = {one.name: one for one in described("prune").params}
+    assert params["keep"].allowed == "more than 0, less than 1" and params["keep"].default == "0.95"
+    assert params["by"].allowed == "loss, influence" and params["pattern"].type == "string or null"
+    assert params["skip"].type == "list of string"
+    assert described("corpus").params[1].type == "mapping of number"
+    assert main(["stages"]) == 0
+    said = capsys.readouterr().out
+    assert [name for name in STAGES if f"│ {name} " not in said] == []
+    assert main(["stages", "validate"]) == 0
+    said = capsys.readouterr().out
+    for name in (*MEASURES, "size_bytes"):
+        assert f"measures {name}: " in said
+    assert "in nats. The exponential of the mean over all tokens." in said and "shape" not in said
+    assert main(["stages", "nothing"]) == 1
+    assert "there is no stage 'nothing'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    filled(str(tmp_path / "store"))
+    return connect(str(tmp_path / "store"))
+
+
+def listed(capsys):
+    assert main(["models", "--json"]) == 0
+    return valid(capsys.readouterr().out, "models")
+
+
+def test_models_lists_versions_with_figures_size_and_digest(registered, capsys):
+    (one,) = listed(capsys)["models"]
+    engine = next(identity for identity, manifest in registered.manifests() if manifest.kind == "engine")
+    assert (one["model"], one["version"], one["aliases"], one["mlflow"]) == ("m", "1", ["champion"], ["champion"])
+    assert (one["size_bytes"], one["digest"], one["note"]) == (5, engine, "")
+    assert one["measures"] == {"perplexity against dense on text": 1.1} and one["targets"] == {
+        "onnxruntime:cpu": "judged"
+    }
+    assert main(["models", "m"]) == 0
+    said = capsys.readouterr().out
+    assert engine in said and "!" not in said and "MLflow was not asked" not in said
+    assert main(["models", "none"]) == 1
+    assert "no recipe registered a model 'none'; limit m" in capsys.readouterr().err
+
+
+def test_models_marks_what_mlflow_has_elsewhere_and_what_it_lost(registered, capsys):
+    client = tracking_in(registered.scratch).client
+    client.delete_registered_model_alias("m", "champion")
+    assert listed(capsys)["models"][0]["note"] == "MLflow has champion on nothing: `enginery reconcile m` puts it back"
+    assert main(["models"]) == 0
+    assert "- !" in capsys.readouterr().out
+    client.delete_model_version("m", "1")
+    (one,) = listed(capsys)["models"]
+    assert one["mlflow"] is None and "has lost this version" in one["note"]
+
+
+def test_models_without_mlflow_is_the_journal_alone_and_says_so(registered, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    data = listed(capsys)
+    assert "127.0.0.1:9" in data["away"] and data["models"][0]["aliases"] == ["champion"]
+    assert (data["models"][0]["mlflow"], data["models"][0]["note"]) == (None, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (registered.scratch / "mlflow.db").unlink()
+    assert main(["models"]) == 0
+    assert "MLflow was not asked, and the journal is listed alone: there is no database" in capsys.readouterr().out
+    assert not (registered.scratch / "mlflow.db").exists()
+
+
+def test_models_tells_versions_of_one_number_apart_and_follows_a_rollback(registered, capsys):
+    first = journal.head(registered.objects, "m", "champion").version
+    other = first.candidate.executables["cpu"].model_copy(update={"fingerprint": "f" * 64})
+    rebuilt = first.model_copy(update={"candidate": first.candidate.model_copy(update={"executables": {"cpu": other}})})
+    journal.append(registered.objects, "m", "champion", "promote", lambda _: rebuilt, "again")
+    lines = listed(capsys)["models"]
+    assert [(one["version"], one["digest"][0] == "f", one["aliases"]) for one in lines] == [
+        ("1", False, []),
+        ("1", True, ["champion"]),
+    ]
+    assert lines[1]["size_bytes"] is None and lines[1]["mlflow"] is None
