@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands import deploy, inspect, manage, run, watch
+from flows.commands import deploy, inspect, manage, run, ui, watch
 
 if TYPE_CHECKING:
     from stages.runtime.contract import StageError
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 for _command in (
     *(run.init, run.plan, run.run, run.recipes),
-    *(watch.watch, watch.hooks, deploy.deploy),
+    *(watch.watch, watch.hooks, deploy.deploy, ui.ui),
     *(inspect.runs, inspect.ls, inspect.inspect, inspect.explain, inspect.compare, inspect.logs, inspect.verify),
     *(manage.cancel, manage.promote, manage.rollback, manage.reconcile, manage.sweep, manage.doctor),
 ):

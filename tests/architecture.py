@@ -23,7 +23,7 @@ from stages.runtime.fingerprint import ROOT, imported
 FLOWS = (
     ("flows.cli",),
     ("flows.commands",),
-    ("flows.triggers", "flows.production"),
+    ("flows.triggers", "flows.production", "flows.pages"),
     ("flows.pipeline",),
     ("flows.registry", "flows.running", "flows.judging"),
     ("flows.reporting", "flows.tracking", "flows.recipe", "flows.prefect_api"),
