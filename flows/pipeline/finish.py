@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from flows.pipeline.figures import metrics, tags
 from flows.pipeline.verdict import Judgement
 from flows.prefect_api.retry import AWAY_S, patiently
 from flows.registry.journal import Candidate, head
@@ -19,7 +20,6 @@ from flows.registry.projection import Registry, reconcile, release
 from flows.reporting.report import curves_of, write_report
 from flows.results import ModelResult, RunResult
 from flows.running.session import Session, manifest_of
-from flows.tracking.connect import answered
 from stages.runtime.contract import StageError
 
 
@@ -109,19 +109,8 @@ def _report(session: Session, judgement: Judgement, result: RunResult) -> None:
 
 def _measured(session: Session, judgement: Judgement, result: RunResult) -> None:
     """Figures, verdict and report in MLflow's run."""
-    metrics = {"seconds": result.seconds, **{one.key: one.challenger for one in judgement.beside}}
-    metrics |= {f"champion.{one.key}": one.champion for one in judgement.beside if one.champion is not None}
-    for gate in result.gates:
-        if gate.measured is not None:
-            metrics[".".join(filter(None, ["gate", gate.measure, gate.artifact, gate.corpus]))] = gate.measured
-    tags = {
-        "enginery.verdict": "passed" if result.passed else "failed",
-        "enginery.executed": ", ".join(result.executed),
-        "enginery.compiled": ", ".join(result.compiled),
-    }
-    with answered(session.tracking.uri):
-        session.mlflow.summary(metrics, tags)
-        session.mlflow.artifact(_page(session))
+    session.mlflow.summary(metrics(session, judgement, result), tags(result))
+    session.mlflow.artifact(_page(session))
 
 
 def _promoted(session: Session, judgement: Judgement, candidate: Candidate, result: RunResult) -> tuple[RunResult, str]:
@@ -174,9 +163,8 @@ def _completed(session: Session, judgement: Judgement, result: RunResult, note: 
     again = f"`enginery explain {result.run}` names {named}; the same recipe run again writes a whole report."
 
     def tagged() -> None:
-        with answered(session.tracking.uri):
-            session.mlflow.summary(tags={"enginery.version": f"{model.name} {model.version}"})
-            session.mlflow.artifact(_page(session))
+        session.mlflow.summary(tags={"enginery.version": f"{model.name} {model.version}"})
+        session.mlflow.artifact(_page(session))
 
     def recorded() -> None:
         if session.record.result is None:

@@ -10,6 +10,8 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
+from flows.reporting.verdict_text import described, state, summary
+
 if TYPE_CHECKING:
     from flows.results import RunResult, StepResult
     from flows.running.session import Session
@@ -21,18 +23,19 @@ def show(session: Session, result: RunResult) -> None:
     key = "".join(c if c.isalnum() else "-" for c in session.recipe.name.lower()).strip("-")
     rows = [_row(step) for step in result.steps]
     create_table_artifact(rows, key=f"steps-{key}", description=f"Steps of {session.recipe.name}")
-    said = [f"- {gate.text}" for gate in result.gates]
-    verdict = "passed" if result.passed else "failed"
-    model = f"\n\nRegistered: {result.model.name} version {result.model.version}" if result.model else ""
-    create_markdown_artifact(
-        f"# {session.recipe.name}: {verdict}\n\n" + "\n".join(said) + model, key=f"verdict-{key}", description="Verdict"
-    )
-    mlflow = session.tracking.link(session.mlflow.id)
-    report = f"file://{result.report}"
+    mlflow, report = session.tracking.link(session.mlflow.id), f"file://{result.report}"
+    page = verdict_page(session.recipe.name, result, mlflow)
+    create_markdown_artifact(page, key=f"verdict-{key}", description=summary(result))
     if mlflow.startswith("http"):
         create_link_artifact(mlflow, link_text="MLflow run", key=f"mlflow-{key}", description="MLflow")
         report = f"{mlflow}/artifacts/report.html"
     create_link_artifact(report, link_text="report", key=f"report-{key}", description="HTML report")
+
+
+def verdict_page(recipe: str, result: RunResult, mlflow: str) -> str:
+    """The verdict in Markdown: the state, each gate, what was promoted, where MLflow's run is."""
+    where = f"[MLflow's run]({mlflow})" if mlflow.startswith("http") else f"MLflow's run: `{mlflow}`"
+    return f"# {recipe}: {state(result)}\n\n{described(result)}\n\n{where}\n"
 
 
 def _row(step: StepResult) -> dict[str, object]:

@@ -49,6 +49,17 @@ def compared(
     ]
 
 
+def about_model(model: str) -> str:
+    """What MLflow's page of a registered model says of all its versions."""
+    return (
+        "Versions that held the gates of an Enginery recipe. Each carries its engine and tokenizer; its description is "
+        "its model card.\n\nAn alias follows the promotion journal in Enginery's store. Move it by "
+        f"`enginery promote {model} VERSION` or `enginery rollback {model}`: one that is moved by hand is put back.\n\n"
+        f'```python\nmodel = mlflow.pyfunc.load_model("models:/{model}@champion")\n'
+        'model.predict(["The capital of France is"])\n```\n'
+    )
+
+
 def card(
     candidate: Candidate,
     recipe: str,

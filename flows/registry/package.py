@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.tracking.connect import Tracking, answered, quiet
+from flows.tracking.connect import NOTE, Tracking, quiet
+from flows.tracking.errors import answered
 from stages.adapters.backends import GRAPHS_BACKEND, backend, module_of
 from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree, imported
 
@@ -47,7 +48,11 @@ def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, 
                 tracking.experiment_id,
                 name=name,
                 source_run_id=run_id,
-                tags={PACKAGE: package, "enginery.fingerprint": fingerprint},
+                tags={
+                    PACKAGE: package,
+                    "enginery.fingerprint": fingerprint,
+                    NOTE: f"The engine `{fingerprint[:12]}` of {name} with its tokenizer and the code that opens it.",
+                },
                 model_type="enginery",
             )
             _save(Path(scratch, "model"), engine, code, made.model_id, run_id)

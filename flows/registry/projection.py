@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from flows.registry.announce import tell
 from flows.registry.journal import Candidate, Promotion, Version, append, head, history, rolled_back, standing
+from flows.registry.model_card import about_model
 from flows.registry.package import logged_model
-from flows.tracking.connect import Tracking, answered
+from flows.tracking.connect import Tracking
+from flows.tracking.errors import MISSING, STANDS, Refused
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Objects
 
@@ -84,8 +86,7 @@ def release(
         Unavailable: MLflow does not answer.
     """
     candidate.check()
-    with answered(registry.tracking.uri):
-        version, new = _register(registry, candidate, engine, card)
+    version, new = _register(registry, candidate, engine, card)
     return _entered(registry, version, alias, why, new=new, again=False)
 
 
@@ -96,8 +97,7 @@ def promote(registry: Registry, model: str, number: str, alias: str, why: str = 
         StageError: there is no such version, or no recipe registered it.
         Unavailable: MLflow does not answer.
     """
-    with answered(registry.tracking.uri):
-        version = next((one for one in versions(registry, model) if one.number == number), None)
+    version = next((one for one in versions(registry, model) if one.number == number), None)
     if version is None:
         have = ", ".join(one.number for one in versions(registry, model))
         raise StageError(f"no recipe registered version {number} of {model}", limit=have or "no version")
@@ -145,8 +145,7 @@ def reconcile(registry: Registry, model: str) -> list[Drift]:
             entry = head(registry.objects, model, one.alias)
             assert entry is not None
             _check_present(registry, entry.version)
-            with answered(registry.tracking.uri):
-                registry.client.set_registered_model_alias(model, one.alias, entry.version.number)
+            registry.client.set_registered_model_alias(model, one.alias, entry.version.number)
         mended += wrong  # and look again: another process may have appended meanwhile
     tell(registry.objects, model)
     return mended
@@ -155,8 +154,7 @@ def reconcile(registry: Registry, model: str) -> list[Drift]:
 def drift(registry: Registry, model: str) -> list[Drift]:
     """Aliases of the journal that MLflow has elsewhere: moved by hand, or not moved yet."""
     should = {entry.alias: entry.version.number for entry in history(registry.objects, model)}
-    with answered(registry.tracking.uri):
-        stands = _aliases(registry.client, model) or {}
+    stands = _aliases(registry.client, model) or {}
     return [Drift(model, alias, n, stands.get(alias)) for alias, n in should.items() if stands.get(alias) != n]
 
 
@@ -242,8 +240,7 @@ def _of_identity(registry: Registry, candidate: Candidate) -> Version | None:
 
 
 def _check_present(registry: Registry, version: Version) -> None:
-    with answered(registry.tracking.uri):
-        stands = any(one.same(version) for one in versions(registry, version.candidate.model))
+    stands = any(one.same(version) for one in versions(registry, version.candidate.model))
     if not stands:
         raise StageError(
             f"MLflow has lost version {version.number} of {version.candidate.model}, which the journal promoted",
@@ -253,21 +250,21 @@ def _check_present(registry: Registry, version: Version) -> None:
 
 def _aliases(client: MlflowClient, model: str) -> dict[str, str] | None:
     """Alias -> version number, None when no model is registered so."""
-    from mlflow.exceptions import MlflowException
-
     try:
         return {alias: str(number) for alias, number in client.get_registered_model(model).aliases.items()}
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+    except Refused as error:
+        if error.code != MISSING:
             raise
         return None
 
 
 def _create_model(client: MlflowClient, model: str) -> None:
-    from mlflow.exceptions import MlflowException
-
+    """The registered model, with a description where it has none; a person's is left alone."""
+    about = about_model(model)
     try:
-        client.create_registered_model(model)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        client.create_registered_model(model, description=about)
+    except Refused as error:
+        if error.code != STANDS:
             raise
+        if not client.get_registered_model(model).description:
+            client.update_registered_model(model, about)

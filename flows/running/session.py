@@ -22,12 +22,14 @@ from flows.running.loose_ends import LooseEnds
 from flows.running.order import Order
 from flows.running.placement import load_pools
 from flows.running.plan import Planned, check_start, needs, resolve
-from flows.running.run_records import Record, Recorder, as_yaml, open_run
+from flows.running.run_records import Record, Recorder, open_run
 from flows.running.step_queue import Slots
+from flows.running.tracked_run import tracked_run
 from flows.running.work_pool import Dispatcher
 from flows.settings import Settings, enter
 from flows.tracking.connect import Tracking, open_tracking
-from flows.tracking.runs import RecipeRun, StepRun, recipe_run
+from flows.tracking.runs import RecipeRun
+from flows.tracking.steps import StepRun
 from stages import stage
 from stages.measures.size import size_bytes
 from stages.runtime.artifacts import Store
@@ -124,10 +126,8 @@ def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[
             store = patiently(settings.connect, away_s=away_s)
             planned = patiently(lambda: _planned(asked.steps, settings, store, terminal.for_step), away_s=away_s)
             tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
-            tags = {"enginery.store": store.uri}
-            followed = recipe_run(tracking, recipe.name, record.name, tags, as_yaml(recipe), ended)
-            loose, remedy = LooseEnds(record, terminal.line), "The next run beside it ends it there."
-            with loose.closed(followed, ended, "the end of MLflow's run", remedy) as mlflow:
+            loose = LooseEnds(record, terminal.line)
+            with tracked_run(tracking, asked, planned, store.uri, loose, ended) as mlflow:
                 yield Session(
                     recipe=recipe,
                     steps=asked.steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 """What MLflow takes in one `log_batch`."""
+LONGEST = {"param": 6000, "tag": 8000}
+"""Characters of a value that MLflow takes."""
+NOT_FINITE = "enginery.not_finite"
 
 
 @dataclass
@@ -25,14 +29,24 @@ class Buffer:
     points: list[tuple[str, float, int, int]] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
 
+    def before(self, later: Buffer) -> Buffer:
+        """This and what came later, which counts where both say something."""
+        return Buffer(self.params | later.params, self.points + later.points, self.tags | later.tags)
+
 
 def send(client: MlflowClient, run_id: str, waiting: Buffer) -> None:
-    """Send what waits in as few calls as MLflow allows."""
+    """Send what waits in as few calls as MLflow allows.
+
+    Its charts break on a NaN or an infinity: they stay here, and a tag names their metrics.
+    """
     from mlflow.entities import Metric, Param, RunTag
 
+    finite = [point for point in waiting.points if math.isfinite(point[1])]
+    odd = sorted({name for name, value, *_ in waiting.points if not math.isfinite(value)})
+    named = {**waiting.tags, NOT_FINITE: ", ".join(odd)} if odd else waiting.tags
     params = [Param(key, text) for key, text in waiting.params.items()]
-    tags = [RunTag(key, text[:5000]) for key, text in waiting.tags.items()]
-    metrics = [Metric(key, value, at, step) for key, value, at, step in _thinned(waiting.points)]
+    tags = [RunTag(key, text[: LONGEST["tag"]]) for key, text in named.items()]
+    metrics = [Metric(key, value, at, step) for key, value, at, step in _thinned(finite)]
     while params or tags or metrics:
         client.log_batch(run_id, metrics=metrics, params=params[: BATCH["params"]], tags=tags[: BATCH["tags"]])
         metrics, params, tags = [], params[BATCH["params"] :], tags[BATCH["tags"] :]
@@ -63,7 +77,7 @@ def flattened(value: Any, prefix: str = "") -> dict[str, str]:
             flat |= flattened(inner, f"{prefix}.{key}" if prefix else str(key))
         return flat
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    if len(text) > 6000:
+    if len(text) > LONGEST["param"]:
         text = f"{text[:5900]}... sha256 {digest_bytes(text.encode())}"
     return {valid_key(prefix): text}
 

@@ -1,4 +1,4 @@
-"""The connection to MLflow: opened once, its errors as ours, its noise kept out."""
+"""The connection to MLflow: opened once, in the experiment and registry that MLflow's own variables name."""
 
 from __future__ import annotations
 
@@ -6,18 +6,29 @@ import fcntl
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.runtime.contract import StageError, Unavailable
+from flows.tracking.errors import MISSING, Refused, answered, answering
+from stages.runtime.contract import StageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 EXPERIMENT = "enginery"
+NOTE = "mlflow.note.content"
+"""The tag of an experiment or a run that MLflow's pages show as its description, in Markdown."""
+ABOUT = """\
+Runs of Enginery: a recipe compresses a model step by step, judges what came of it
+and promotes what held its gates.
+
+- A run is a recipe run; its nested runs are the steps. Its description says what it came to, gate by gate.
+- `Finished`: every gate held, or there was none. `Failed`: a gate did not hold, or a step broke. `Killed`: interrupted.
+- To compare two runs, select both: the params are those of the recipe (`int8.scheme`), the metrics those of what was
+  judged (`cpu/perplexity.text`; without an artifact's name those of the engine that an alias would serve).
+"""
 NOISE = (
     r"Type object <class 'prefect\.server\.",  # SQLAlchemy about Prefect's tables, when MLflow sets up all of a process
     r"The ``noload`` loader strategy is deprecated",  # SQLAlchemy about MLflow's own tables
@@ -25,22 +36,23 @@ NOISE = (
     r".*An input example was not provided",  # the signature is stated, and an example would load the model
 )
 """What MLflow's modules warn of and nobody here can mend."""
-PASSING = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"})
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """A place where runs are recorded.
+    """A place where runs are recorded and versions registered.
 
     Attributes:
-        client: MLflow's client for `uri`; safe to use from several threads.
-        uri: tracking and registry URI.
+        client: MLflow's client for it, whose errors are ours; safe to use from several threads.
+        uri: where runs are recorded.
         experiment_id: where every run of ours lives.
+        registry_uri: where versions are registered; empty where that is `uri`.
     """
 
     client: MlflowClient
     uri: str
     experiment_id: str
+    registry_uri: str = ""
 
     def link(self, run_id: str) -> str:
         """Where a person sees a run: a page of the server, or the command that serves the embedded database.
@@ -49,19 +61,28 @@ class Tracking:
         """
         if self.uri.startswith("http"):
             pages = os.environ.get("ENGINERY_MLFLOW_PAGES") or self.uri
-            return f"{pages.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
-        return f"mlflow ui --backend-store-uri {self.uri}"
+            return f"{pages.rstrip('/')}/{self.page(run_id)}"
+        registry = f" --registry-store-uri {self.registry_uri}" if self.registry_uri else ""
+        return f"mlflow ui --backend-store-uri {self.uri}{registry}"
+
+    def page(self, run_id: str, artifact: str = "") -> str:
+        """A run's page, or that of a file of it, as a link from any of MLflow's pages."""
+        file = f"/artifacts/{artifact}" if artifact else ""
+        return f"#/experiments/{self.experiment_id}/runs/{run_id}{file}"
 
 
-def open_tracking(scratch: Path, *, uri: str = "", experiment: str = EXPERIMENT) -> Tracking:
+def open_tracking(scratch: Path, *, uri: str = "", experiment: str = "") -> Tracking:
     """Open MLflow, once, under a lock: SQLite's migrations race at first use.
+
+    Versions are registered where $MLFLOW_REGISTRY_URI says, by default beside the runs.
 
     Args:
         scratch: folder of the embedded database and its artifacts.
         uri: where to record; by default $MLFLOW_TRACKING_URI, else SQLite below `scratch`.
-        experiment: its name.
+        experiment: its name; by default that of $MLFLOW_EXPERIMENT_ID or $MLFLOW_EXPERIMENT_NAME, else `enginery`.
 
     Raises:
+        StageError: the experiment was deleted, or its id is unknown.
         Unavailable: MLflow does not answer.
     """
     quiet()
@@ -69,44 +90,68 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = EXPERIMENT)
 
     scratch.mkdir(parents=True, exist_ok=True)
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{scratch.absolute() / 'mlflow.db'}"
-    # A server keeps artifacts where it was told to; a bare database would put them below the working directory.
-    remote = uri.startswith(("http://", "https://", "databricks"))
-    location = None if remote else (scratch.absolute() / "mlartifacts").as_uri()
-    with (scratch / "mlflow.lock").open("w") as lock, answered(uri):
+    registry = os.environ.get("MLFLOW_REGISTRY_URI", "")
+    registry = registry if registry != uri else ""
+    with (scratch / "mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        known = client.get_experiment_by_name(experiment)
-        if known is None:
-            return Tracking(client, uri, client.create_experiment(experiment, artifact_location=location))
+        with answered(uri):
+            plain = MlflowClient(tracking_uri=uri, registry_uri=registry or uri)
+        client = answering(plain, f"{uri}, with its registry at {registry}" if registry else uri)
+        if registry:
+            client.search_registered_models(max_results=1)
+        known = _experiment(client, experiment)
+        if isinstance(known, str):
+            # A server keeps artifacts where it was told to; a bare database would put them below the working directory.
+            remote = uri.startswith(("http://", "https://", "databricks"))
+            location = None if remote else (scratch.absolute() / "mlartifacts").as_uri()
+            tags = {} if experiment else {NOTE: ABOUT}
+            return Tracking(client, uri, client.create_experiment(known, location, tags), registry)
     if known.lifecycle_stage != "active":
         raise StageError(
-            f"MLflow's experiment {experiment!r} was deleted",
+            f"MLflow's experiment {known.name!r} was deleted",
             remedy=f"Restore it: mlflow experiments restore -x {known.experiment_id}",
         )
-    return Tracking(client, uri, known.experiment_id)
+    if known.name == EXPERIMENT and NOTE not in known.tags:
+        client.set_experiment_tag(known.experiment_id, NOTE, ABOUT)
+    return Tracking(client, uri, known.experiment_id, registry)
 
 
-@contextmanager
-def answered(uri: str) -> Iterator[None]:
-    """Turn MLflow's errors into ours: Unavailable where a retry may help, else StageError with its text."""
-    from mlflow.exceptions import MlflowException
-
+def _experiment(client: MlflowClient, asked: str) -> Experiment | str:
+    """The experiment that is asked for, or the name of the one to create."""
+    number = "" if asked else os.environ.get("MLFLOW_EXPERIMENT_ID", "")
+    named = asked or os.environ.get("MLFLOW_EXPERIMENT_NAME", "")
+    if not number:
+        return client.get_experiment_by_name(named or EXPERIMENT) or named or EXPERIMENT
     try:
-        yield
-    except MlflowException as error:
-        if error.error_code in PASSING:
-            raise Unavailable(
-                f"MLflow at {uri} does not answer as it should ({error})",
-                remedy="Start it and see its log, or unset MLFLOW_TRACKING_URI to record in the embedded database.",
-            ) from error
-        raise StageError(f"MLflow at {uri} refused: {error}") from error
+        known = client.get_experiment(number)
+    except Refused as error:
+        if error.code != MISSING:
+            raise
+        raise StageError(
+            f"MLflow has no experiment of the id {number}",
+            remedy="Correct MLFLOW_EXPERIMENT_ID, or name the experiment by MLFLOW_EXPERIMENT_NAME instead.",
+        ) from error
+    if named and known.name != named:
+        raise StageError(
+            "MLFLOW_EXPERIMENT_ID and MLFLOW_EXPERIMENT_NAME name two experiments",
+            measured=f"{number} is {known.name!r}",
+            limit=repr(named),
+            remedy="Unset one of them.",
+        )
+    return known
 
 
 def quiet() -> None:
-    """Keep MLflow from calling home, from looking for git and from telling of its migrations. Call before import."""
+    """Keep MLflow from calling home, looking for git and telling of its migrations. Call before import.
+
+    It also asks a server that is away for four minutes by itself, each time and deaf to a deadline; a run has one of
+    its own, and Ctrl-C must not wait for that.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in NOISE:

@@ -5,31 +5,87 @@ Steps run in threads at once, so every call names its run: the fluent interface 
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
-from flows.tracking.batches import Buffer, flattened, now, send, valid_key
-from flows.tracking.connect import Tracking, answered
-from stages.runtime.artifacts import BLOBS, Store
-from stages.runtime.contract import Interrupted, Manifest
-from stages.runtime.fingerprint import digest_bytes
+from flows.tracking.batches import Buffer, flattened, now, send
+from flows.tracking.connect import NOTE, Tracking
+from flows.tracking.datasets import Dataset, inputs
+from flows.tracking.ends import End
+from flows.tracking.leftovers import PARENT, PART, RUN, Known, end_leftovers, held_open, process_tags
+from flows.tracking.steps import Opening, StepRun, Told
+from stages.runtime.contract import Interrupted, StageError, Unavailable
 
-if TYPE_CHECKING:
-    pass
-
-SMALL_BYTES = 1_000_000
-"""Files below this size are logged when a person could read them; all others are named in files.json."""
-READABLE = frozenset({".json", ".jsonl", ".txt", ".yaml", ".yml", ".csv", ".md", ".html"})
 FLUSH_S = 2.0
+HURRY_S = 3.0
+"""How long a person who interrupts a run waits for MLflow."""
+_LAST_TRY_S = 30.0
+"""How long a run that a service made fail waits for MLflow: it has waited for that service already."""
+
+T = TypeVar("T")
+
+
+class Again(Protocol):
+    """Who asks until there is an answer, while MLflow is away."""
+
+    def __call__(self, ask: Callable[[], T], /) -> T:
+        """The answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A recipe run at its beginning.
+
+    Attributes:
+        recipe: its name.
+        run: the run's name in `enginery runs`.
+        tags: more of the run's.
+        text: the recipe as it runs.
+        params: of the whole recipe, nested or flat.
+        read: step -> what it reads from outside; under the empty name what the whole run does.
+    """
+
+    recipe: str
+    run: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    text: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    read: Mapping[str, tuple[Dataset, ...]] = field(default_factory=dict)
+
+
+def plain_end(_run_id: str, error: BaseException | None) -> End:
+    """The end of a run of which nothing is known but the error that ended it."""
+    if isinstance(error, KeyboardInterrupt | Interrupted):
+        return End("KILLED", "**interrupted**")
+    return End("FINISHED") if error is None else End("FAILED", "**failed**")
+
+
+def _once(ask: Callable[[], T], /) -> T:
+    return ask()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Close:
+    """How a recipe run is closed.
+
+    Attributes:
+        end: its end, from its id in MLflow and the error that ended it, None for none.
+        known: the end of an earlier run, from its id in MLflow and its name, None where nobody knows.
+        told: hears what did not come about in MLflow. None of it is an error of the run.
+        again: asks again while MLflow is away.
+    """
+
+    end: Callable[[str, BaseException | None], End] = plain_end
+    known: Known = lambda _id, _run: None
+    told: Told = lambda _what, _error: None
+    again: Again = _once
 
 
 @dataclass(frozen=True)
@@ -38,17 +94,21 @@ class RecipeRun:
 
     tracking: Tracking
     id: str
+    start: Start
+    told: Told
     closed: threading.Event = field(default_factory=threading.Event)
     steps: list[StepRun] = field(default_factory=list)
 
     def child(self, step_name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> StepRun:
-        """Begin a step's run. Its params are sent with the first batch."""
-        made = self.tracking.client.create_run(
-            self.tracking.experiment_id,
-            run_name=step_name,
-            tags={**_source(), "mlflow.parentRunId": self.id, "enginery.step": step_name, **(tags or {})},
+        """Begin a step's run."""
+        ours = {PARENT: self.id, PART: self.start.run, "enginery.step": step_name}
+        opening = Opening(
+            name=step_name,
+            tags={**_source(), **process_tags(os.getpid()), **ours, **(tags or {})},
+            params=flattened(params),
+            read=self.start.read.get(step_name, ()),
         )
-        step = StepRun(self.tracking, made.info.run_id, step_name, Buffer(params=flattened(params)))
+        step = StepRun(self.tracking, opening, self.told)
         self.steps.append(step)
         return step
 
@@ -60,185 +120,123 @@ class RecipeRun:
         """Log a file of the whole run, such as the report."""
         self.tracking.client.log_artifact(self.id, str(path))
 
+    def begin(self) -> None:
+        """Say what is known before anything runs. To do it again does no harm."""
+        client = self.tracking.client
+        send(client, self.id, Buffer(params=flattened(self.start.params) if self.start.params else {}))
+        if read := self.start.read.get(""):
+            client.log_inputs(self.id, inputs(read))
+        if self.start.text:
+            client.log_text(self.id, self.start.text, "recipe.yaml")
+
     def write_until_closed(self) -> None:
-        """Send every step's curve each few seconds. A stage never waits for MLflow."""
+        """Send what the steps say, every few seconds. A stage never waits for MLflow."""
         while not self.closed.wait(FLUSH_S):
             for step in list(self.steps):
                 step.flush()
 
-    def end_children(self) -> None:
-        """A step that neither finished nor failed was cut off."""
+    def settle(self, end: End, ended_ms: int) -> None:
+        """End the run, then its steps: one that neither finished nor failed was cut off. Again does no harm.
+
+        Raises:
+            Unavailable: MLflow does not answer.
+            StageError: it refused to end a run; the others are ended.
+        """
+        client, refused = self.tracking.client, []
+        send(client, self.id, Buffer(tags={NOTE: end.description} if end.description else {}))
+        client.set_terminated(self.id, end.status, ended_ms)
         for step in self.steps:
             step.interrupted()
+            try:
+                step.settle()
+            except Unavailable:
+                raise
+            except StageError as error:
+                refused.append(error)
+        for first in refused:
+            raise first
 
 
 @contextmanager
-def recipe_run(
-    tracking: Tracking,
-    recipe_name: str,
-    run_id: str,
-    tags: Mapping[str, str] | None = None,
-    recipe_text: str = "",
-    ended: Sized = (),
-) -> Iterator[RecipeRun]:
-    """One recipe run as a parent run; ended as finished, failed or killed by how the block ends.
+def recipe_run(tracking: Tracking, start: Start, close: Close | None = None) -> Iterator[RecipeRun]:
+    """One recipe run as a parent run, ended by how the block ends.
 
-    Once `ended` holds the run's result, it is finished: an interrupt undoes no promotion.
+    What MLflow fails in after the beginning is told and breaks nothing, and runs that stay open for it are ended by
+    the next recipe run of this machine.
+
+    Raises:
+        Unavailable: MLflow does not answer at the beginning.
+        StageError: it refuses the run.
     """
-    _end_orphans(tracking)
-    ours = {"enginery.run": run_id, "enginery.recipe": recipe_name, "enginery.process": _process()}
+    close = close or Close()
+    with held_open(start.run):
+        close.again(lambda: end_leftovers(tracking, close.known))
+        tries = count()
+        parent = RecipeRun(tracking, close.again(lambda: _created(tracking, start, next(tries) > 0)), start, close.told)
+        writer = threading.Thread(target=parent.write_until_closed, name="mlflow-curves", daemon=True)
+        writer.start()
+        error: BaseException | None = None
+        try:
+            close.again(parent.begin)
+            yield parent
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            parent.closed.set()
+            _closed(parent, close, error, writer)
+
+
+def _created(tracking: Tracking, start: Start, again: bool) -> str:
+    """MLflow's run of a recipe run. The answer to an earlier try may be what was lost."""
+    if again:
+        known = tracking.client.search_runs([tracking.experiment_id], f"tags.`{RUN}` = '{start.run}'", max_results=1)
+        if known:
+            return str(known[0].info.run_id)
+    ours = {RUN: start.run, "enginery.recipe": start.recipe, **process_tags(os.getpid())}
     made = tracking.client.create_run(
-        tracking.experiment_id, run_name=recipe_name, tags={**_source(), **ours, **(tags or {})}
+        tracking.experiment_id, run_name=start.recipe, tags={**_source(), **ours, **start.tags}
     )
-    parent = RecipeRun(tracking, made.info.run_id)
-    writer = threading.Thread(target=parent.write_until_closed, name="mlflow-curves", daemon=True)
-    writer.start()
-    status = "FAILED"
-    try:
-        if recipe_text:
-            tracking.client.log_text(parent.id, recipe_text, "recipe.yaml")
-        yield parent
-        status = "FINISHED"
-    except (KeyboardInterrupt, Interrupted):
-        status = "KILLED"
-        raise
-    finally:
-        status = "FINISHED" if ended else status
-        parent.closed.set()
+    return str(made.info.run_id)
+
+
+def _closed(parent: RecipeRun, close: Close, error: BaseException | None, writer: threading.Thread) -> None:
+    end, ended_ms = close.end(parent.id, error), int(time.time() * 1000)
+
+    def settled() -> None:
         writer.join()
-        parent.end_children()
-        tracking.client.set_terminated(parent.id, status)
+        parent.settle(end, ended_ms)
+
+    try:
+        if isinstance(error, KeyboardInterrupt | Interrupted):
+            _within(settled, HURRY_S)
+        elif isinstance(error, Unavailable):
+            _within(settled, _LAST_TRY_S)
+        else:
+            close.again(settled)
+    # Any error: what the run came to is on record, or on its way as an error of its own.
+    except Exception as broken:  # noqa: BLE001
+        close.told("the end of MLflow's run", broken)
 
 
-class StepRun:
-    """One step's run. It is a `Progress` listener itself, and ends once."""
+def _within(do: Callable[[], None], limit_s: float) -> None:
+    """Do it in a thread that is left behind when it takes longer: a call to a server that hangs cannot be ended."""
+    broken: list[Exception] = []
 
-    def __init__(self, tracking: Tracking, run_id: str, name: str, waiting: Buffer) -> None:
-        self.id, self.name = run_id, name
-        self.curve: dict[str, list[tuple[int, float]]] = {}
-        self._tracking, self._waiting = tracking, waiting
-        self._notes: list[str] = []
-        self._lock, self._sending = threading.Lock(), threading.Lock()
-        self._ended = False
+    def kept() -> None:
+        try:
+            do()
+        except Exception as error:  # noqa: BLE001 - raised below
+            broken.append(error)
 
-    @property
-    def progress(self) -> StepRun:
-        """The listener of this step."""
-        return self
-
-    def advanced(self, done: float, total: float) -> None:
-        """See Progress. The bar is the terminal's affair."""
-
-    def metric(self, name: str, value: float, step: int) -> None:
-        """See Progress. Kept in memory; the writer sends it."""
-        with self._lock:
-            self._waiting.points.append((valid_key(name), float(value), int(time.time() * 1000), step))
-            self.curve.setdefault(name, []).append((step, float(value)))
-
-    def note(self, text: str) -> None:
-        """See Progress. The last note stands as a tag while the step runs, all of them in notes.txt after it."""
-        with self._lock:
-            self._notes.append(text)
-            self._waiting.tags["enginery.note"] = text
-
-    def flush(self) -> None:
-        """Send what waits; when MLflow does not answer, keep it for the next time."""
-        from mlflow.exceptions import MlflowException
-
-        with self._sending:
-            with self._lock:
-                taken, self._waiting = self._waiting, Buffer()
-            try:
-                send(self._tracking.client, self.id, taken)
-            except MlflowException:
-                with self._lock:
-                    self._waiting.params = taken.params | self._waiting.params
-                    self._waiting.points = taken.points + self._waiting.points
-                    self._waiting.tags = taken.tags | self._waiting.tags
-
-    def finished(
-        self, manifest: Manifest, fingerprint: str, uri: str, cached: bool, store: Store | None = None
-    ) -> None:
-        """The step's artifact is sealed.
-
-        Args:
-            manifest: of the artifact.
-            fingerprint: of the artifact.
-            uri: of the store.
-            cached: it stood already: its files are with the run that made it and are not logged again.
-            store: where small files are read from; without it they are named only.
-        """
-        made = manifest.provenance
-        figures = {**manifest.metrics, "artifact_bytes": float(manifest.size_bytes)}
-        if not cached:
-            figures |= {"seconds": made.seconds, "peak_rss_bytes": float(made.peak_rss_bytes)}
-            self._log_files(manifest, store)
-        tags = {
-            "enginery.stage": manifest.work.stage,
-            "enginery.kind": str(manifest.kind),
-            "enginery.fingerprint": fingerprint,
-            "enginery.uri": f"{uri}#{fingerprint}",
-            "enginery.cached": str(cached).lower(),
-            "enginery.device": made.device,
-            "enginery.commit": made.commit,
-        }
-        self._end("FINISHED", tags, figures)
-
-    def failed(self, error: BaseException) -> None:
-        """The step ended by an error."""
-        self._end("FAILED", {"enginery.error": str(error) or type(error).__name__})
-
-    def interrupted(self) -> None:
-        """The step was cut off; nothing happens when it ended before."""
-        self._end("KILLED", {})
-
-    def _end(self, status: str, tags: Mapping[str, str], figures: Mapping[str, float] | None = None) -> None:
-        if self._ended:
-            return
-        self._ended = True
-        with self._sending, self._lock:
-            last = self._waiting
-            last.points += now(figures or {})
-            last.tags |= tags
-            self._waiting = Buffer()
-        with answered(self._tracking.uri):
-            if self._notes:
-                self._tracking.client.log_text(self.id, "\n".join(self._notes) + "\n", "notes.txt")
-            send(self._tracking.client, self.id, last)
-            self._tracking.client.set_terminated(self.id, status)
-
-    def _log_files(self, manifest: Manifest, store: Store | None) -> None:
-        listed: dict[str, dict[str, str | int | bool]] = {}
-        with tempfile.TemporaryDirectory(prefix="enginery-files-") as folder:
-            for name, entry in manifest.files.items():
-                small = entry.size < SMALL_BYTES and Path(name).suffix in READABLE
-                data = store.objects.read(f"{BLOBS}{entry.sha256[:2]}/{entry.sha256}") if small and store else None
-                whole = data is not None and digest_bytes(data) == entry.sha256
-                if data is not None and whole:
-                    path = Path(folder, name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(data)
-                listed[name] = {"sha256": entry.sha256, "size": entry.size, "logged": whole}
-            Path(folder, "files.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
-            self._tracking.client.log_artifacts(self.id, folder)
+    thread = threading.Thread(target=kept, name="mlflow-end", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        raise Unavailable("MLflow did not answer in time", limit=f"{limit_s:g} s")
+    for error in broken:
+        raise error
 
 
 def _source() -> dict[str, str]:
     return {"mlflow.source.name": "enginery", "mlflow.source.type": "LOCAL"}
-
-
-def _process() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _end_orphans(tracking: Tracking) -> None:
-    """Runs of processes of this machine that were killed would stand as running for ever."""
-    running = tracking.client.search_runs([tracking.experiment_id], "attributes.status = 'RUNNING'", max_results=200)
-    gone = set()
-    for run in running:
-        host, _, pid = run.data.tags.get("enginery.process", "").rpartition(":")
-        if host == socket.gethostname() and not Path("/proc", pid).exists():
-            gone.add(run.info.run_id)
-    for run in running:
-        if run.info.run_id in gone or run.data.tags.get("mlflow.parentRunId") in gone:
-            tracking.client.set_terminated(run.info.run_id, "KILLED")

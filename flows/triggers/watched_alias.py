@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 from flows.recipe.model import Recipe
-from flows.tracking.connect import Tracking, answered
+from flows.tracking.connect import Tracking
+from flows.tracking.errors import MISSING, Refused
 from flows.triggers.arrival_records import Arrival, moved_alias
 from stages.adapters.sources import SCHEMES
 from stages.runtime.contract import StageError
@@ -53,15 +54,12 @@ def standing(tracking: Tracking, alias: Alias) -> str | None:
     Raises:
         Unavailable: MLflow does not answer.
     """
-    from mlflow.exceptions import MlflowException
-
-    with answered(tracking.uri):
-        try:
-            aliases = tracking.client.get_registered_model(alias.model).aliases
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
+    try:
+        aliases = tracking.client.get_registered_model(alias.model).aliases
+    except Refused as error:
+        if error.code != MISSING:
+            raise
+        return None
     return str(aliases[alias.name]) if alias.name in aliases else None
 
 
@@ -72,8 +70,7 @@ def arrival(tracking: Tracking, alias: Alias, version: str, recipe: str) -> Arri
         StageError: there is no such version.
         Unavailable: MLflow does not answer.
     """
-    with answered(tracking.uri):
-        found = tracking.client.get_model_version(alias.model, version)
+    found = tracking.client.get_model_version(alias.model, version)
     source = found.tags.get(SOURCE_TAG) or found.source or ""
     fetched = source if source.partition("://")[0] in SCHEMES and "://" in source else ""
     return moved_alias(recipe, alias.model, alias.name, version, fetched, f"{found.source} {found.run_id}")

@@ -35,6 +35,14 @@ def is_result(path, _text):
     return path.name == "result.json"
 
 
+def of_verdict(_client, _run, tags=(), **_):
+    return any(tag.key == "enginery.verdict" for tag in tags)
+
+
+def of_version(_client, _run, tags=(), **_):
+    return any(tag.key == "enginery.version" for tag in tags)
+
+
 def of_engine(_source, target):
     return "/out/cpu/" in str(target)
 
@@ -76,7 +84,8 @@ class Break:
             yield
 
 
-SUMMARY, ARTIFACT = "flows.tracking.runs.RecipeRun.summary", "flows.tracking.runs.RecipeRun.artifact"
+SUMMARY, ARTIFACT = "mlflow.MlflowClient.log_batch", "mlflow.MlflowClient.log_artifact"
+ENDED = "mlflow.MlflowClient.set_terminated"
 PUT, ALIAS = "stages.runtime.stores.LocalObjects.put", "mlflow.MlflowClient.set_registered_model_alias"
 PAGE = "flows.reporting.report._template"
 
@@ -84,8 +93,8 @@ BEFORE = {
     "copies": Break(where="shutil.copyfile", error=FULL, on=of_engine),
     "report": Break(where=PAGE, error=FULL),
     "report's copy": Break(where="shutil.copyfile", error=FULL, on=of_report),
-    "MLflow's figures": Break(where=SUMMARY, error=REFUSED),
-    "MLflow that stays away": Break(where=SUMMARY, error=AWAY),
+    "MLflow's figures": Break(where=SUMMARY, error=REFUSED, on=of_verdict),
+    "MLflow that stays away": Break(where=SUMMARY, error=AWAY, on=of_verdict),
     "MLflow's copy of the report": Break(where=ARTIFACT, error=FULL),
     "logged model": Break(where="flows.registry.projection.logged_model", error=FULL),
     "version": Break(where="mlflow.MlflowClient.create_model_version", error=REFUSED),
@@ -98,11 +107,11 @@ AFTER = {
     "event": Break(where="flows.registry.projection.tell", error=RuntimeError("no such event")),
     "report with the version": Break(where=PAGE, error=FULL, at=2),
     "its copy": Break(where="shutil.copyfile", error=FULL, at=2, on=of_report),
-    "MLflow's tag": Break(where=SUMMARY, error=REFUSED, at=2),
+    "MLflow's tag": Break(where=SUMMARY, error=REFUSED, on=of_version),
     "MLflow's report": Break(where=ARTIFACT, error=FULL, at=2),
     "record": Break(where="flows.running.run_records._write", error=FULL, once=True, on=is_result),
     "record's last line": Break(where="flows.running.run_records.Record._ended", error=FULL),
-    "closing of MLflow's run": Break(where="flows.tracking.runs.RecipeRun.end_children", error=REFUSED),
+    "closing of MLflow's run": Break(where=ENDED, error=REFUSED),
 }
 
 
@@ -210,9 +219,7 @@ INTERRUPTED = {
     "while the record is written": Break(
         where="flows.running.run_records._write", error=KeyboardInterrupt(), once=True, on=is_result
     ),
-    "while MLflow's run is closed": Break(
-        where="flows.tracking.runs.RecipeRun.end_children", error=KeyboardInterrupt()
-    ),
+    "while MLflow's run is closed": Break(where=ENDED, error=KeyboardInterrupt()),
 }
 
 
@@ -229,7 +236,7 @@ def test_interrupt_after_the_promotion_leaves_a_record_that_says_passed(place, w
 
 
 def test_interrupt_before_the_promotion_leaves_a_record_that_says_interrupted(place):
-    with Break(where=SUMMARY, error=KeyboardInterrupt()).now(), pytest.raises(KeyboardInterrupt):
+    with Break(where=SUMMARY, error=KeyboardInterrupt(), on=of_verdict).now(), pytest.raises(KeyboardInterrupt):
         place.run()
     assert place.state == "interrupted" and place.promoted == [] and place.alias == ""
 
@@ -257,10 +264,14 @@ def hurried(monkeypatch):
 
 
 def test_end_is_tried_again_while_mlflow_is_away_and_for_no_other_error(place, hurried):
-    with place.session() as session, Break(where=SUMMARY, error=AWAY, once=True).now():
+    with place.session() as session, Break(where=SUMMARY, error=AWAY, once=True, on=of_verdict).now():
         assert optimize._end(made(session)).passed
     assert place.promoted == place.versions == ["1"] and sum("tried again" in one for one in place.terminal.lines) == 1
-    with pytest.raises(OSError), place.session() as session, Break(where=SUMMARY, error=FULL, once=True).now():
+    with (
+        pytest.raises(OSError),
+        place.session() as session,
+        Break(where=SUMMARY, error=FULL, once=True, on=of_verdict).now(),
+    ):
         optimize._end(made(session))
     assert place.state == "error"
 
@@ -312,7 +323,7 @@ def test_gate_that_fails_is_reported_and_recorded_and_promotes_nothing(place):
         result = place.run()
     assert not result.passed and result.model is None and place.state == "gate failed"
     assert place.promoted == place.versions == [] and "Nothing was registered" in page_of(result)
-    assert place.followed(result.run).data.tags["enginery.verdict"] == "failed"
+    assert place.followed(result.run).data.tags["enginery.verdict"] == "gate failed"
 
 
 def test_command_exits_0_and_names_the_remedy_where_the_alias_broke_and_1_where_a_part_before_it(place, capsys):

@@ -82,6 +82,30 @@ def test_release_registers_promotes_and_says_what_was_not_judged(registry, engin
     assert models(registry.objects) == [MODEL] and drift(registry, MODEL) == []
 
 
+def test_release_describes_the_model_where_nobody_has(registry, engine):
+    release(registry, candidate(registry, "a"), engine, ALIAS)
+    assert f"enginery rollback {MODEL}" in registry.client.get_registered_model(MODEL).description
+    registry.client.update_registered_model(MODEL, "A person wrote this.")
+    release(registry, candidate(registry, "b"), engine, ALIAS)
+    assert registry.client.get_registered_model(MODEL).description == "A person wrote this."
+    registry.client.create_registered_model("old")
+    release(registry, candidate(registry, "c", model="old"), engine, ALIAS)
+    assert "model card" in registry.client.get_registered_model("old").description
+
+
+def test_registry_apart_from_the_runs_has_versions_and_aliases(tmp_path, engine, monkeypatch):
+    from mlflow import MlflowClient
+
+    tracking_in(tmp_path / "there")
+    there = f"sqlite:///{tmp_path}/there/mlflow.db"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", there)
+    apart = Registry(LocalObjects(tmp_path / "store"), tracking_in(tmp_path / "runs"))
+    made = release(apart, candidate(apart, "a"), engine, ALIAS)
+    assert made.moved and drift(apart, MODEL) == []
+    assert MlflowClient(there).get_model_version_by_alias(MODEL, ALIAS).version in (1, "1")
+    assert MlflowClient(apart.tracking.uri).search_registered_models() == []
+
+
 def test_release_of_the_same_engines_registers_nothing_new(registry, engine):
     release(registry, candidate(registry, "a"), engine, ALIAS)
     again = candidate(registry, "a").model_copy(update={"verdict": {"passed": True, "gates": ["changed"]}})
@@ -301,14 +325,15 @@ def test_release_killed_between_its_steps_comes_to_one_version(killed, where):
 
 def test_release_by_two_at_once_keeps_the_lowest_version(registry, engine, monkeypatch):
     asked = candidate(registry, "a")
-    client = registry.client
-    create = type(client).create_model_version
+    from mlflow import MlflowClient
+
+    create = MlflowClient.create_model_version
 
     def overtaken(self, name, *args, **kwargs):  # another process registers the same engines first
         create(self, name, *args, **kwargs)
         return create(self, name, *args, **kwargs)
 
-    monkeypatch.setattr(type(client), "create_model_version", overtaken)
+    monkeypatch.setattr(MlflowClient, "create_model_version", overtaken)
     made = release(registry, asked, engine, ALIAS)
     assert (made.version, made.new) == ("1", False) and [one.number for one in versions(registry, MODEL)] == ["1"]
 

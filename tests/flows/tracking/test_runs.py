@@ -1,43 +1,32 @@
 """Runs, curves and files as MLflow gives them back."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from itertools import pairwise
-from pathlib import Path
 
+import boto3  # noqa: F401 - as in a process that keeps MLflow's files in S3
 import pytest
 
 from flows.tracking import runs as module
 from flows.tracking.batches import flattened, valid_key
-from flows.tracking.connect import Tracking, answered, open_tracking
-from flows.tracking.runs import recipe_run
-from stages.runtime.contract import Interrupted, StageError, Unavailable
-from tests.flows.recorded import sealed, tracking_in
-
-
-@pytest.fixture
-def tracking(tmp_path, monkeypatch) -> Tracking:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tracking_in(tmp_path / "mlflow")
-
-
-def children(tracking, parent_id):
-    query = f"tags.`mlflow.parentRunId` = '{parent_id}'"
-    return tracking.client.search_runs([tracking.experiment_id], query)
-
-
-def read(tracking, run_id, name):
-    return Path(tracking.client.download_artifacts(run_id, name)).read_text()
+from flows.tracking.datasets import Dataset
+from flows.tracking.ends import End
+from flows.tracking.runs import Close
+from stages.runtime.contract import StageError
+from tests.flows.recorded import sealed
+from tests.flows.tracking.broken import (
+    begun,
+    children,
+    note,
+    read,
+)
 
 
 def test_run_with_a_finished_step_has_params_metrics_tags_and_files(tracking, store):
     files = {"config.json": b'{"a": 1}', "model.safetensors": b"x" * 50, "big.json": b"1" * 1_000_001}
     name, manifest = sealed(store, files, metrics={"parameters": 7.0}, method="basis", keep=0.95)
-    with recipe_run(tracking, "smollm2", "run-1", {"why": "test"}, "recipe: 1\n") as parent:
+    with begun(tracking, "smollm2", "run-1", tags={"why": "test"}, text="recipe: 1\n") as parent:
         step = parent.child("shared", {"method": "basis", "search": {"keep": 0.95, "ranks": [1, 2]}})
         step.finished(manifest, name, store.uri, cached=False, store=store)
         parent.summary({"passed": 1.0}, {"verdict": "passed"})
@@ -48,10 +37,11 @@ def test_run_with_a_finished_step_has_params_metrics_tags_and_files(tracking, st
     assert read(tracking, parent.id, "recipe.yaml") == "recipe: 1\n"
     assert (child.info.status, child.info.run_name) == ("FINISHED", "shared")
     assert child.data.params == {"method": "basis", "search.keep": "0.95", "search.ranks": "[1, 2]"}
-    assert child.data.metrics["parameters"] == 7 and child.data.metrics["seconds"] == 1.5
+    assert child.data.metrics["parameters"] == 7 and "seconds" not in child.data.metrics
     assert child.data.metrics["artifact_bytes"] == manifest.size_bytes
     tags = child.data.tags
     assert (tags["enginery.fingerprint"], tags["enginery.cached"]) == (name, "false")
+    assert (tags["enginery.seconds"], tags["enginery.peak_rss_bytes"]) == ("1.50", "1000000000")
     assert tags["enginery.uri"] == f"{store.uri}#{name}"
     listed = json.loads(read(tracking, child.info.run_id, "files.json"))
     assert {file: one["logged"] for file, one in listed.items()} == {
@@ -66,7 +56,7 @@ def test_run_with_a_finished_step_has_params_metrics_tags_and_files(tracking, st
 
 def test_curve_is_in_mlflow_while_the_step_runs(tracking, monkeypatch):
     monkeypatch.setattr(module, "FLUSH_S", 0.05)
-    with recipe_run(tracking, "r", "1") as parent:
+    with begun(tracking) as parent:
         step = parent.child("healed", {"tokens": 5})
         for i in range(3):
             step.progress.metric("kl", 1 / (i + 1), i)
@@ -88,7 +78,7 @@ def test_curve_is_in_mlflow_while_the_step_runs(tracking, monkeypatch):
 
 
 def test_metric_of_a_dense_curve_neither_waits_nor_loses_its_ends(tracking):
-    with recipe_run(tracking, "r", "1") as parent:
+    with begun(tracking) as parent:
         step = parent.child("healed", {})
         started = time.monotonic()
         for i in range(5_000):
@@ -103,44 +93,35 @@ def test_metric_of_a_dense_curve_neither_waits_nor_loses_its_ends(tracking):
         assert max(b - a for a, b in pairwise(steps)) < 40
 
 
-def test_flush_when_mlflow_fails_keeps_the_points_for_later(tracking, monkeypatch):
-    from mlflow.exceptions import MlflowException
-
-    def refuse(*_, **__):
-        raise MlflowException("down")
-
-    with recipe_run(tracking, "r", "1") as parent:
-        step = parent.child("healed", {"a": 1})
-        step.metric("kl", 1.0, 0)
-        with monkeypatch.context() as down:
-            down.setattr(tracking.client, "log_batch", refuse)
-            step.flush()
-        step.metric("kl", 0.5, 1)
-        step.flush()
-        assert len(tracking.client.get_metric_history(step.id, "kl")) == 2
-        assert tracking.client.get_run(step.id).data.params == {"a": "1"}
-        step.metric("kl", 0.5, 2)
-        with monkeypatch.context() as down:
-            down.setattr(tracking.client, "log_batch", refuse)
-            with pytest.raises(Unavailable, match="down"):
-                step.failed(ValueError("x"))
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(KeyboardInterrupt(), "KILLED"), (Interrupted("stop"), "KILLED"), (StageError("bad"), "FAILED")],
-)
-def test_run_that_raises_ends_with_its_steps(tracking, error, status):
-    with pytest.raises(type(error)), recipe_run(tracking, "r", "1") as parent:
+def test_metric_that_is_no_finite_number_is_named_and_not_drawn(tracking):
+    with begun(tracking) as parent:
         step = parent.child("healed", {})
-        failed = parent.child("pruned", {})
-        failed.failed(StageError("what", measured=3, limit=2))
-        failed.failed(StageError("twice"))
-        raise error
-    assert tracking.client.get_run(parent.id).info.status == status
-    assert tracking.client.get_run(step.id).info.status == "KILLED"
-    ended = tracking.client.get_run(failed.id)
-    assert (ended.info.status, ended.data.tags["enginery.error"]) == ("FAILED", "what; measured 3; limit 2")
+        step.metric("kl", 1.0, 0)
+        step.metric("kl", float("nan"), 1)
+        step.metric("loss", float("inf"), 1)
+        parent.summary({"perplexity.text": float("nan"), "size_bytes": 7.0})
+    run, child = tracking.client.get_run(parent.id), tracking.client.get_run(step.id)
+    assert run.data.metrics == {"size_bytes": 7.0} and run.data.tags["enginery.not_finite"] == "perplexity.text"
+    assert child.data.metrics == {"kl": 1.0} and child.data.tags["enginery.not_finite"] == "kl, loss"
+
+
+def test_run_has_params_datasets_and_a_description_on_its_page_and_the_step_its_error(tracking):
+    text = Dataset("text", "a" * 64, "pydoc://topics", ("calibrate", "test"))
+    dense = Dataset("dense", "b" * 64, "/models/dense", ("checkpoint",))
+    read = {"": (dense, text), "healed": (text,)}
+    close = Close(end=lambda run_id, error: End("FAILED", f"**gate failed** of {run_id}"))
+    params = {"int8": {"scheme": "int8_w8a8", "search": {"ranks": [1]}}}
+    with begun(tracking, close=close, params=params, read=read) as parent:
+        parent.child("healed", {}).failed(StageError("what", measured=3, limit=2))
+    run, (child,) = tracking.client.get_run(parent.id), children(tracking, parent.id)
+    assert run.data.params == {"int8.scheme": "int8_w8a8", "int8.search.ranks": "[1]"}
+    assert (run.info.status, note(tracking, parent.id)) == ("FAILED", f"**gate failed** of {parent.id}")
+    assert "what; measured 3; limit 2" in note(tracking, child.info.run_id)
+    seen = {one.dataset.name: one for one in run.inputs.dataset_inputs}
+    assert {name: one.tags[0].value for name, one in seen.items()} == {"dense": "checkpoint", "text": "calibrate, test"}
+    assert seen["text"].dataset.digest == "a" * 36 and seen["text"].dataset.source_type == "pydoc"
+    assert json.loads(seen["dense"].dataset.source) == {"uri": "/models/dense"}
+    assert [one.dataset.name for one in child.inputs.dataset_inputs] == ["text"]
 
 
 def test_steps_of_many_threads_keep_their_own_figures(tracking, store):
@@ -154,7 +135,7 @@ def test_steps_of_many_threads_keep_their_own_figures(tracking, store):
                 step.flush()
         step.finished(made[i][1], made[i][0], store.uri, cached=False, store=store)
 
-    with recipe_run(tracking, "r", "1") as parent:
+    with begun(tracking) as parent:
         threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
@@ -173,90 +154,18 @@ def test_steps_of_many_threads_keep_their_own_figures(tracking, store):
 def test_cached_run_of_25_steps_stays_cheap(tracking, store):
     name, manifest = sealed(store, {"a.json": b"1"}, metrics={f"m{i}": 1.0 for i in range(8)})
     started = time.process_time()
-    with recipe_run(tracking, "r", "1", recipe_text="recipe: 1") as parent:
+    with begun(tracking, text="recipe: 1") as parent:
         for i in range(25):
             parent.child(f"s{i}", {f"p{j}": j for j in range(10)}).finished(manifest, name, store.uri, True, store)
     assert time.process_time() - started < 2  # processor time, since others may use the machine
     found = children(tracking, parent.id)
     assert {run.data.tags["enginery.cached"] for run in found} == {"true"} and len(found) == 25
-    assert "seconds" not in found[0].data.metrics and not tracking.client.list_artifacts(found[0].info.run_id)
-
-
-def test_killed_run_is_ended_by_the_next_one(tracking):
-    script = (
-        "import os, signal, sys; from pathlib import Path; from flows.tracking.connect import open_tracking\n"
-        "from flows.tracking.runs import recipe_run\n"
-        "with recipe_run(open_tracking(Path(sys.argv[1])), 'r', 'first') as parent:\n"
-        "    parent.child('healed', {}); os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    folder = Path(tracking.uri.removeprefix("sqlite:///")).parent
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], check=False, env={**os.environ})
-    assert done.returncode == -9
-    with recipe_run(tracking, "r", "second") as parent:
-        states = {
-            run.info.run_name: run.info.status for run in children_of_all(tracking) if run.info.run_id != parent.id
-        }
-    assert states == {"r": "KILLED", "healed": "KILLED"}
-
-
-def children_of_all(tracking):
-    return tracking.client.search_runs([tracking.experiment_id])
-
-
-def test_open_by_several_processes_at_first_use_migrates_once(tmp_path):
-    script = "import sys; from pathlib import Path; from flows.tracking.connect import open_tracking\n"
-    script += "print(open_tracking(Path(sys.argv[1])).experiment_id)"
-    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    ran = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", script, str(tmp_path / "new")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=120) for process in ran]
-    assert [process.returncode for process in ran] == [0, 0], said
-    assert said[0] == said[1] and said[0][1] == ""
-
-
-def test_open_prefers_the_environments_uri_and_keeps_artifacts_beside_scratch(tmp_path, monkeypatch):
-    tracking_in(tmp_path / "a")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/a/mlflow.db")
-    tracking = open_tracking(tmp_path / "b", experiment="of the environment")
-    assert tracking.uri.endswith("/a/mlflow.db") and not (tmp_path / "b" / "mlflow.db").exists()
-    location = tracking.client.get_experiment(tracking.experiment_id).artifact_location
-    assert location == (tmp_path / "b" / "mlartifacts").as_uri()
-    assert tracking.link("1") == f"mlflow ui --backend-store-uri {tracking.uri}"
-    assert Tracking(tracking.client, "http://h:5/", "7").link("1") == "http://h:5/#/experiments/7/runs/1"
-
-
-def test_open_a_deleted_experiment_names_the_remedy(tracking):
-    tracking.client.delete_experiment(tracking.experiment_id)
-    with pytest.raises(StageError, match="mlflow experiments restore"):
-        tracking_in(Path(tracking.uri.removeprefix("sqlite:///")).parent)
-
-
-def test_open_a_file_store_is_refused_with_mlflows_text(tmp_path):
-    with pytest.raises(StageError, match="MLflow at file:"):
-        open_tracking(tmp_path, uri=(tmp_path / "runs").as_uri())
-
-
-def test_answered_tells_a_refusal_from_an_outage():
-    from mlflow.exceptions import MlflowException
-
-    with pytest.raises(Unavailable), answered("u"):
-        raise MlflowException("connection lost")
-    with pytest.raises(StageError, match="refused: no such") as caught, answered("u"):
-        raise MlflowException("no such", error_code=1000)
-    assert not isinstance(caught.value, Unavailable)
+    assert "enginery.seconds" not in found[0].data.tags and not tracking.client.list_artifacts(found[0].info.run_id)
 
 
 def test_flattened_long_values_and_odd_keys_are_taken_by_mlflow(tracking):
     params = {"a": {"x*y": None, "empty": {}}, "text": "z" * 7000, **{f"p{i}": i for i in range(150)}}
-    with recipe_run(tracking, "r", "1") as parent:
+    with begun(tracking) as parent:
         parent.child("s", params).interrupted()
         parent.child("t", {}).interrupted()
     by_name = {run.info.run_name: run.data.params for run in children(tracking, parent.id)}

@@ -1,0 +1,122 @@
+"""MLflow's errors as ours, whichever library raised them: its own, requests, SQLAlchemy, boto3 below its artifacts."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from stages.runtime.contract import StageError, Unavailable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PASSING = frozenset({
+    "ABORTED",
+    "DEADLINE_EXCEEDED",
+    "INTERNAL_ERROR",
+    "REQUEST_LIMIT_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "TEMPORARILY_UNAVAILABLE",
+})  # fmt: skip
+MISSING = "RESOURCE_DOES_NOT_EXIST"
+STANDS = "RESOURCE_ALREADY_EXISTS"
+_REMEDY = "Start it and see its log, or unset MLFLOW_TRACKING_URI to record in the embedded database."
+
+
+class Refused(StageError):
+    """MLflow answered and said no. `code` is its name for the reason, empty where there is none."""
+
+    code = ""
+
+
+def answering(client: MlflowClient, uri: str) -> MlflowClient:
+    """A client whose every error is ours; see `answered`."""
+    return cast("MlflowClient", _Answering(client, uri))
+
+
+@contextmanager
+def answered(uri: str) -> Iterator[None]:
+    """Turn MLflow's errors into ours.
+
+    Raises:
+        Unavailable: another try may help.
+        Refused: none does; with MLflow's text.
+    """
+    try:
+        yield
+    except Exception as error:
+        ours = _ours(error, uri)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+class _Answering:
+    def __init__(self, client: MlflowClient, uri: str) -> None:
+        self._client, self._uri = client, uri
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        if not callable(found):
+            return found
+
+        @functools.wraps(found)
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            with answered(self._uri):
+                return found(*args, **kwargs)
+
+        return asked
+
+
+def _ours(error: Exception, uri: str) -> StageError | None:
+    """The error as ours, None where no service raised it."""
+    import requests
+    import urllib3
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy import exc
+
+    if isinstance(error, MlflowException):
+        return _away(error, uri) if error.error_code in PASSING else _refused(error, uri, error.error_code)
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        status = error.response.status_code
+        return _away(error, uri) if status >= 500 or status == 429 else _refused(error, uri)
+    if isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError):
+        return _away(error, uri)
+    if isinstance(error, exc.SQLAlchemyError):
+        passing = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
+        return _away(error, uri) if isinstance(error, passing) else _refused(error, uri)
+    # Only a process that has loaded boto3 can have met its errors; loading it for each refusal would cost a second.
+    return _of_s3(error, uri) if "boto3" in sys.modules else None
+
+
+def _of_s3(error: Exception, uri: str) -> StageError | None:
+    """What S3 said of a file that MLflow's client sends there itself."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    from stages.adapters.s3_client import spoken
+
+    # boto3 hides the server's answer to an upload in an error of its own.
+    wrapped = type(error).__module__.startswith(("boto3.", "s3transfer."))
+    told = error.__cause__ or error.__context__ if wrapped else error
+    if not isinstance(told, BotoCoreError | ClientError):
+        return _away(error, uri) if wrapped else None
+    try:
+        with spoken(f"the files of MLflow at {uri}"):
+            raise told
+    except StageError as ours:
+        return ours
+    except (BotoCoreError, ClientError):
+        return _refused(error, uri)
+
+
+def _away(error: Exception, uri: str) -> Unavailable:
+    return Unavailable(f"MLflow at {uri} does not answer as it should ({error})", remedy=_REMEDY)
+
+
+def _refused(error: Exception, uri: str, code: str = "") -> Refused:
+    refused = Refused(f"MLflow at {uri} refused: {error}")
+    refused.code = code
+    return refused

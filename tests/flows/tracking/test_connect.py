@@ -1,0 +1,93 @@
+"""The connection: where it is, which experiment and registry, what is said of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import boto3  # noqa: F401 - as in a process that keeps MLflow's files in S3
+import pytest
+
+from flows.tracking.connect import Tracking, open_tracking
+from stages.runtime.contract import StageError
+from tests.flows.recorded import tracking_in
+
+
+def test_open_by_several_processes_at_first_use_migrates_once(tmp_path):
+    script = "import sys; from pathlib import Path; from flows.tracking.connect import open_tracking\n"
+    script += "print(open_tracking(Path(sys.argv[1])).experiment_id)"
+    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    ran = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", script, str(tmp_path / "new")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in ran]
+    assert [process.returncode for process in ran] == [0, 0], said
+    assert said[0] == said[1] and said[0][1] == ""
+
+
+def test_open_prefers_the_environments_uri_and_keeps_artifacts_beside_scratch(tmp_path, monkeypatch):
+    tracking_in(tmp_path / "a")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/a/mlflow.db")
+    tracking = open_tracking(tmp_path / "b", experiment="of the environment")
+    assert tracking.uri.endswith("/a/mlflow.db") and not (tmp_path / "b" / "mlflow.db").exists()
+    location = tracking.client.get_experiment(tracking.experiment_id).artifact_location
+    assert location == (tmp_path / "b" / "mlartifacts").as_uri()
+    assert tracking.link("1") == f"mlflow ui --backend-store-uri {tracking.uri}"
+    assert Tracking(tracking.client, "http://h:5/", "7").link("1") == "http://h:5/#/experiments/7/runs/1"
+
+
+def test_open_follows_mlflows_own_names_of_experiment_and_registry(tmp_path, monkeypatch):
+    tracking_in(tmp_path / "registry")
+    registry = f"sqlite:///{tmp_path}/registry/mlflow.db"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "team")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", registry)
+    made = tracking_in(tmp_path / "runs")
+    assert made.client.get_experiment(made.experiment_id).name == "team" and made.registry_uri == registry
+    assert f"--registry-store-uri {registry}" in made.link("1")
+    made.client.create_registered_model("there")
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    plain = tracking_in(tmp_path / "runs")
+    assert plain.client.search_registered_models() == [] and plain.registry_uri == ""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", made.experiment_id)
+    assert tracking_in(tmp_path / "runs").experiment_id == made.experiment_id != plain.experiment_id
+    assert open_tracking(tmp_path, uri=plain.uri, experiment="bench").experiment_id != made.experiment_id
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    with pytest.raises(StageError, match=r"two experiments; measured \d+ is 'team'; limit 'another'"):
+        tracking_in(tmp_path / "runs")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "4711")
+    with pytest.raises(StageError, match=r"no experiment of the id 4711.*MLFLOW_EXPERIMENT_NAME"):
+        tracking_in(tmp_path / "runs")
+
+
+def test_open_describes_its_own_experiment_and_no_other(tracking, monkeypatch, tmp_path):
+    def about(name):
+        made = tracking.client.get_experiment_by_name(name)
+        return made.tags.get("mlflow.note.content", "")
+
+    assert "compare two runs" in about("enginery")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+    tracking.client.create_experiment("theirs")
+    tracking.client.set_experiment_tag(tracking.experiment_id, "mlflow.note.content", "A person wrote this.")
+    open_tracking(tmp_path, uri=tracking.uri)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    open_tracking(tmp_path, uri=tracking.uri)
+    assert about("theirs") == "" and about("enginery") == "A person wrote this."
+
+
+def test_open_a_deleted_experiment_names_the_remedy(tracking):
+    tracking.client.delete_experiment(tracking.experiment_id)
+    with pytest.raises(StageError, match="mlflow experiments restore"):
+        tracking_in(Path(tracking.uri.removeprefix("sqlite:///")).parent)
+
+
+def test_open_a_file_store_is_refused_with_mlflows_text(tmp_path):
+    with pytest.raises(StageError, match="MLflow at file:"):
+        open_tracking(tmp_path, uri=(tmp_path / "runs").as_uri())
