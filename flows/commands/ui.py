@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.options import StoreOption
+from flows.commands.options import StoreOption, opened
 
 
 def ui(
@@ -24,13 +24,12 @@ def ui(
     Both are served on this machine alone, until Ctrl-C. Servers that $PREFECT_API_URL and $MLFLOW_TRACKING_URI name are
     not started: their addresses are printed.
     """
-    from flows.commands.options import scratch_of
-
-    scratch = scratch_of(store)
-    from flows.pages.servers import show_pages
+    found = opened(store)
+    from flows.pages.servers import Wanted, show_pages
 
     def say(text: str) -> None:
         with suppress(OSError):  # a terminal that is closed
             typer.echo(text)
 
-    show_pages(scratch.absolute(), {"Prefect": prefect_port, "MLflow": mlflow_port}, say)
+    ports = {"Prefect": prefect_port, "MLflow": mlflow_port}
+    show_pages(Wanted(store=found.uri, scratch=found.scratch.absolute(), ports=ports, say=say))

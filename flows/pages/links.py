@@ -52,7 +52,13 @@ async def _page(client: httpx.AsyncClient, run: str) -> str:
         found = (await _ask(client, "runs/search", wanted)).get("runs", ())
     except (httpx.HTTPError, ValueError, KeyError):
         return ""
-    return "".join(f"#/experiments/{one['info']['experiment_id']}/runs/{one['info']['run_id']}" for one in found)
+    pages = [f"#/experiments/{one['info']['experiment_id']}/runs/{one['info']['run_id']}" for one in found]
+    return as_training(pages[0]) if pages else ""
+
+
+def as_training(page: str) -> str:
+    """A page of MLflow in its pages for training: those for prompts and agents, its first choice, show no params."""
+    return f"{page}?workflowType=machine_learning"
 
 
 async def _ask(

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -76,6 +77,7 @@ class Mirror:
         """Write what is missing of a run; returns whether it was cancelled on its page."""
         flow_run_id = _id(run.key)
         found = await _MODELS.flow_runs.read_flow_run(session, flow_run_id)
+        stopped = found is not None and found.state is not None and found.state.type in _STOPPED
         if found is None:
             flow = await _MODELS.flows.create_flow(session, core.Flow(name=FLOW))
             made = core.FlowRun(
@@ -87,6 +89,7 @@ class Mirror:
                 idempotency_key=run.key,
             )
             await _MODELS.flow_runs.create_flow_run(session, made)
+            await self._dated(session, self._db.FlowRun, flow_run_id, run.states[0].at)
         held = await self._ids(session, self._db.FlowRunState, self._db.FlowRunState.flow_run_id == flow_run_id)
         for id_, state in _states(run.key, "", run.states):
             if id_ not in held:
@@ -94,7 +97,7 @@ class Mirror:
         await self._steps(session, run, flow_run_id)
         await self._lines(session, run, flow_run_id)
         await self._artifacts(session, run, flow_run_id)
-        return found is not None and found.state is not None and found.state.type in _STOPPED
+        return stopped
 
     async def _steps(self, session: AsyncSession, run: FlowRun, flow_run_id: UUID) -> None:
         table, state = self._db.TaskRun, self._db.TaskRunState
@@ -104,6 +107,7 @@ class Mirror:
             task_run_id = _id(run.key, step.name)
             if task_run_id not in known:
                 await _MODELS.task_runs.create_task_run(session, _task_run(run.key, step, flow_run_id))
+                await self._dated(session, table, task_run_id, run.states[0].at)
             for id_, one in _states(run.key, step.name, step.states):
                 if id_ not in held:
                     await _MODELS.task_runs.set_task_run_state(session, task_run_id, one, force=True)
@@ -142,11 +146,16 @@ class Mirror:
                     id=id_,
                     key=f"{one.what}-{key}",
                     type=one.type,
-                    description=f"{one.what} of run {run.key}",
+                    description=one.description,
                     data=one.data,
                     flow_run_id=flow_run_id,
                 ),
             )
+            await self._dated(session, table, id_, run.states[-1].at)
+
+    async def _dated(self, session: AsyncSession, table: Any, id_: UUID, at: datetime) -> None:
+        """Have a row begin when what it tells of did: Prefect's timeline reaches to what was made last."""
+        await session.execute(sa.update(table).where(table.id == id_).values(created=at, updated=at))
 
     async def _ids(self, session: AsyncSession, table: Any, where: Any) -> set[UUID]:
         return set((await session.execute(sa.select(table.id).where(where))).scalars())

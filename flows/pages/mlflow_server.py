@@ -5,20 +5,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import sys
 from pathlib import Path
 
-from flows.pages.serving import serve
-from flows.tracking.connect import open_tracking
+from starlette.requests import Request
+from starlette.responses import RedirectResponse
+from starlette.routing import Route
+
+from flows.pages.links import as_training
+from flows.pages.serving import below, serve
+from flows.running.tracked_run import end_killed
+from flows.tracking.connect import Tracking, open_tracking
+from stages.runtime.contract import StageError
+
+_LOOK_S = 5.0
+_LOG = logging.getLogger("enginery.pages")
 
 
-def main(descriptor: str, scratch: str) -> None:
+def main(descriptor: str, scratch: str, store: str) -> None:
     """Serve a socket; $MLFLOW_TRACKING_URI is the database.
 
     Args:
         descriptor: of the socket that listens.
         scratch: folder of the embedded database and its artifacts.
+        store: its URI.
     """
     # It brings the database up to date under the lock that runs take, and makes the experiment with its own folder.
     tracking = open_tracking(Path(scratch))
@@ -26,11 +39,24 @@ def main(descriptor: str, scratch: str) -> None:
 
     os.environ[BACKEND_STORE_URI_ENV_VAR] = tracking.uri
     os.environ[ARTIFACT_ROOT_ENV_VAR] = (Path(scratch).absolute() / "mlartifacts").as_uri()
-    if os.environ.get("MLFLOW_REGISTRY_URI"):
-        os.environ[REGISTRY_STORE_URI_ENV_VAR] = os.environ["MLFLOW_REGISTRY_URI"]
+    if tracking.registry_uri:
+        os.environ[REGISTRY_STORE_URI_ENV_VAR] = tracking.registry_uri
     from mlflow.server.fastapi_app import app
 
-    serve(app, int(descriptor))
+    async def runs(_request: Request) -> RedirectResponse:
+        return RedirectResponse(as_training(f"/#/experiments/{tracking.experiment_id}/runs"))
+
+    serve(below(app, [Route("/runs", runs)]), int(descriptor), _end_killed(tracking, Path(scratch), store))
+
+
+async def _end_killed(tracking: Tracking, scratch: Path, store: str) -> None:
+    """A run that was killed stands as running until someone says that it does not."""
+    while True:
+        try:
+            await asyncio.to_thread(end_killed, tracking, scratch, store)
+        except StageError as error:
+            _LOG.warning("%s", error)
+        await asyncio.sleep(_LOOK_S)
 
 
 if __name__ == "__main__":

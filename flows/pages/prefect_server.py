@@ -6,19 +6,13 @@ One process for both: the mirror writes with the server's models, on its connect
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 from prefect.server.api.server import create_app
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.routing import Mount
 
 from flows.pages.links import routes
 from flows.pages.mirror import Mirror
-from flows.pages.serving import serve
+from flows.pages.serving import below, serve
 
 
 def main(descriptor: str, scratch: str, mlflow: str) -> None:
@@ -31,19 +25,7 @@ def main(descriptor: str, scratch: str, mlflow: str) -> None:
     """
     # No scheduler, no automations, no telemetry: nothing runs here, and what ran is told by its record.
     prefect = create_app(webserver_only=True, final=True)
-
-    @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with prefect.router.lifespan_context(prefect):
-            yield
-
-    app = Starlette(
-        routes=[*routes(Path(scratch), mlflow), Mount("/", prefect)],
-        # A page elsewhere must not reach it by a name that it has resolved to this machine.
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
-        lifespan=lifespan,
-    )
-    serve(app, int(descriptor), Mirror(Path(scratch)).follow())
+    serve(below(prefect, routes(Path(scratch), mlflow)), int(descriptor), Mirror(Path(scratch)).follow())
 
 
 if __name__ == "__main__":

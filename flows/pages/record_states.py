@@ -13,6 +13,7 @@ import yaml
 
 from flows.recipe.expand import expanded
 from flows.recipe.model import Recipe
+from flows.reporting.verdict_text import described, summary
 from flows.results import RunLine, RunResult
 from flows.running.run_records import Record
 from stages.runtime.contract import StageError
@@ -52,6 +53,7 @@ class Artifact:
     what: str
     type: Literal["table", "markdown"]
     data: str
+    description: str
 
 
 @dataclass(frozen=True)
@@ -152,17 +154,13 @@ def _end(told: Told) -> State | None:
         return None
     at = _ended_at(told)
     if result:
-        # What gates said is the whole of it; a run that has none says so by its state.
-        failed = [gate.said for gate in result.gates if not gate.passed]
-        if failed or not result.passed:
-            return State("FAILED", "Failed", at, f"{state}: {'; '.join(failed)}")
-        model = f"; {result.model.name} version {result.model.version} is registered" if result.model else ""
-        return State("COMPLETED", "Completed", at, state + model)
+        came_to = summary(result)
+        return State("COMPLETED", "Completed", at, came_to) if result.passed else State("FAILED", "Failed", at, came_to)
     if state == "interrupted":
         return State("CANCELLED", "Cancelled", at, "interrupted")
     if state == "error":
         return State("FAILED", "Failed", at, told.line.error)
-    return State("CRASHED", "Crashed", at, "its process vanished without a word; this is when it was last heard of")
+    return State("CRASHED", "Crashed", at, "its process ended without a word; it was last heard of at this time")
 
 
 def _ended_at(told: Told) -> datetime:
@@ -202,7 +200,7 @@ def _step(told: Told, name: str, end: State | None) -> Iterator[State]:
         else:
             yield State("CANCELLED", "Cancelled", at, "interrupted")
     if end and not done:
-        yield _cut_off(told, end) if begun else State("PENDING", "NotReady", end.at, "the run ended before")
+        yield _cut_off(told, end) if begun else State("CANCELLED", "Cancelled", end.at, "never started")
 
 
 def _one_after_another(states: Iterable[State]) -> Iterator[State]:
@@ -248,13 +246,8 @@ def _artifacts(told: Told, steps: Sequence[StepRun], end: State | None) -> Itera
     """Nothing of it changes once it is there: they are the end's."""
     if end is None:
         return
-    yield Artifact("steps", "table", json.dumps(_rows(told, steps)))
-    yield Artifact("verdict", "markdown", _verdict(told, end))
-    at = f"/runs/{told.line.run}"
-    links = [f"[MLflow's page of this run]({at}/mlflow)"]
-    if told.result:
-        links.insert(0, f"[The report]({at}/report.html)")
-    yield Artifact("links", "markdown", "\n\n".join(links))
+    yield Artifact("steps", "table", json.dumps(_rows(told, steps)), "Every step: how it ended, seconds, size")
+    yield Artifact("verdict", "markdown", _verdict(told, end), end.message)
 
 
 def _rows(told: Told, steps: Sequence[StepRun]) -> list[dict[str, object]]:
@@ -279,17 +272,11 @@ def _rows(told: Told, steps: Sequence[StepRun]) -> list[dict[str, object]]:
 
 
 def _verdict(told: Told, end: State) -> str:
-    """The verdict in Markdown: what the run came to, then each gate."""
-    said = [f"# {told.line.recipe}: {told.line.state if told.line.state != 'ended' else 'crashed'}"]
+    """What the run came to, and where more of it stands, in Markdown."""
+    run = told.line.run
     if told.result is None:
-        said.append(end.message)
-        return "\n\n".join(said)
-    result = told.result
-    if result.gates:
-        said.append("\n".join(f"- {'✔' if gate.passed else '✘'} {gate.said}" for gate in result.gates))
-    if result.model:
-        said.append(f"Registered: {result.model.name} version {result.model.version} as {result.model.alias}")
-    for words, names in (("Executed and judged", result.executed), ("Compiled, not judged", result.compiled)):
-        if names:
-            said.append(f"{words}: {', '.join(names)}")
-    return "\n\n".join(said)
+        said, links = f": {end.name.lower()}\n\n{end.message}", []
+    else:
+        said, links = f"\n\n{described(told.result)}", [f"[The report](/runs/{run}/report.html)"]
+    links.append(f"[Its page in MLflow](/runs/{run}/mlflow)")
+    return f"# {told.line.recipe}{said}\n\n{', '.join(links)}\n"

@@ -30,6 +30,7 @@ GRACE_S = 3.0
 """After so long a server that was asked to end is killed."""
 HEALTH = {"Prefect": "/api/health", "MLflow": "/health"}
 """The servers, and what answers once they are there."""
+SERVES = "serves.json"
 _START_S = 300.0
 _LOOK_S = 0.2
 _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -75,13 +76,35 @@ class Server:
         )
 
 
-def show_pages(scratch: Path, ports: Mapping[str, int], say: Say) -> None:
-    """Serve the pages of a store until a signal ends them. A server that the environment names is named, not started.
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The pages that a person asks for.
 
-    Args:
-        scratch: of the store.
+    Attributes:
+        store: its URI.
+        scratch: its folder on this machine.
         ports: of "Prefect" and "MLflow"; 0 for one that is free.
-        say: tells a person.
+        say: tells the person.
+    """
+
+    store: str
+    scratch: Path
+    ports: Mapping[str, int]
+    say: Say
+
+    @property
+    def folder(self) -> Path:
+        """Where the servers' logs and addresses lie."""
+        return self.scratch / "pages"
+
+    def tell(self, addresses: Mapping[str, str]) -> None:
+        """Say where the pages are."""
+        for name in HEALTH:
+            self.say(f"{name}: {addresses[name]}")
+
+
+def show_pages(wanted: Wanted) -> None:
+    """Serve the pages of a store until a signal ends them. A server that the environment names is named, not started.
 
     Raises:
         StageError: a port is taken, or a server ended by itself.
@@ -89,56 +112,63 @@ def show_pages(scratch: Path, ports: Mapping[str, int], say: Say) -> None:
     """
     elsewhere = _named()
     if elsewhere.keys() == HEALTH.keys():
-        _tell(elsewhere, say)
+        wanted.tell(elsewhere)
         return
-    folder = scratch / "pages"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
+    wanted.folder.mkdir(parents=True, exist_ok=True)
+    with (wanted.folder / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _tell_of_other(folder / "serves.json", say)
+            _tell_of_other(wanted)
             return
         with _ended_by_signals() as ended, ExitStack() as stack:
-            stack.callback((folder / "serves.json").unlink, missing_ok=True)
-            _serve(stack, scratch, elsewhere, ports, ended, say)
+            stack.callback((wanted.folder / SERVES).unlink, missing_ok=True)
+            _serve(wanted, elsewhere, ended, stack)
 
 
-def _serve(
-    stack: ExitStack, scratch: Path, elsewhere: Mapping[str, str], ports: Mapping[str, int], ended: Event, say: Say
-) -> None:
-    folder, new = scratch / "pages", not (scratch / "prefect" / "prefect.db").exists()
-    said = {"process": os.getpid(), "host": socket.gethostname(), "addresses": {}}
-    _write(folder / "serves.json", said)
-    sockets = {name: stack.enter_context(_listening(name, ports[name])) for name in HEALTH if name not in elsewhere}
+def _serve(wanted: Wanted, elsewhere: Mapping[str, str], ended: Event, stack: ExitStack) -> None:
+    said = {"process": os.getpid(), "host": socket.gethostname()}
+    _write(wanted.folder / SERVES, said)
+    own = [name for name in HEALTH if name not in elsewhere]
+    sockets = {name: stack.enter_context(_listening(name, wanted.ports[name])) for name in own}
     addresses = {name: f"http://{HOST}:{one.getsockname()[1]}" for name, one in sockets.items()} | dict(elsewhere)
-    began = "; Prefect makes its database first, which takes up to a minute" if new and "Prefect" in sockets else ""
-    say(f"starting{began}")
+    new = "Prefect" in own and not (wanted.scratch / "prefect" / "prefect.db").exists()
+    wanted.say("starting" + ("; Prefect makes its database first, which takes up to a minute" if new else ""))
     servers: list[Server] = []
     stack.callback(_end, servers)
     for name, listening in sockets.items():
-        servers.append(_started(name, addresses, listening, scratch))
+        servers.append(_started(name, addresses, listening, wanted))
         listening.close()
-    until = time.monotonic() + _START_S
-    while not all(server.answers() for server in servers):
-        if ended.wait(_LOOK_S):
-            return
-        if time.monotonic() > until:
-            raise Unavailable(
-                "the pages did not come up in time", limit=f"{_START_S:g} s", remedy=f"See the logs in {folder}."
-            )
-    _write(folder / "serves.json", {**said, "addresses": addresses})
-    _tell(addresses, say)
-    say("Ctrl-C ends them; no run needs them")
+    if not _all_answer(servers, ended, wanted.folder):
+        return
+    pages = {name: address + ("" if name in elsewhere else "/runs") for name, address in addresses.items()}
+    _write(wanted.folder / SERVES, {**said, "pages": pages})
+    wanted.tell(pages)
+    wanted.say("Ctrl-C ends them; no run needs them")
     while not ended.wait(1.0):
         for server in servers:
             server.check()
 
 
-def _started(name: str, addresses: Mapping[str, str], listening: socket.socket, scratch: Path) -> Server:
-    folder, descriptor = scratch / "pages", listening.fileno()
+def _all_answer(servers: Sequence[Server], ended: Event, folder: Path) -> bool:
+    """Whether they came up before someone ended them."""
+    until = time.monotonic() + _START_S
+    while not all(server.answers() for server in servers):
+        if ended.wait(_LOOK_S):
+            return False
+        if time.monotonic() > until:
+            raise Unavailable(
+                "the pages did not come up in time", limit=f"{_START_S:g} s", remedy=f"See the logs in {folder}."
+            )
+    return True
+
+
+def _started(name: str, addresses: Mapping[str, str], listening: socket.socket, wanted: Wanted) -> Server:
+    folder, scratch, descriptor = wanted.folder, wanted.scratch, listening.fileno()
     if name == "MLflow":
-        command, environment = ["flows.pages.mlflow_server", str(descriptor), str(scratch)], _mlflow_environment()
+        command = ["flows.pages.mlflow_server", str(descriptor), str(scratch), wanted.store]
+        # Its jobs would start processes of their own; nothing of ours is one.
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     else:
         command = ["flows.pages.prefect_server", str(descriptor), str(scratch), addresses["MLflow"]]
         environment = _prefect_environment(scratch / "prefect", addresses["Prefect"])
@@ -169,14 +199,7 @@ def _prefect_environment(home: Path, address: str) -> dict[str, str]:
         "PREFECT_SERVER_UI_API_URL": "/api",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),  # by default it writes into its own package
-    }
-
-
-def _mlflow_environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost,localhost:*,127.0.0.1,127.0.0.1:*",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # evaluations of ours run nowhere in it
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",  # that one asks a server of Amplitude for its settings
     }
 
 
@@ -191,23 +214,18 @@ def _named() -> dict[str, str]:
     return found
 
 
-def _tell(addresses: Mapping[str, str], say: Say) -> None:
-    for name in HEALTH:
-        say(f"{name}: {addresses[name]}")
-
-
-def _tell_of_other(path: Path, say: Say) -> None:
-    """Another process serves this store's pages: where, as soon as it says so."""
+def _tell_of_other(wanted: Wanted) -> None:
+    """Another process serves this store's pages: where, once it knows."""
     try:
-        other = json.loads(path.read_text(encoding="utf-8"))
+        other = json.loads((wanted.folder / SERVES).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         other = {}
     who = f"process {other['process']} on {other['host']}" if other else "another process"
-    if other.get("addresses"):
-        say(f"{who} serves the pages of this store already")
-        _tell(other["addresses"], say)
+    if other.get("pages"):
+        wanted.say(f"{who} serves the pages of this store already")
+        wanted.tell(other["pages"])
     else:
-        say(f"{who} is starting the pages of this store; ask again in a moment")
+        wanted.say(f"{who} is starting the pages of this store; ask again in a moment")
 
 
 def _listening(name: str, port: int) -> socket.socket:

@@ -8,16 +8,35 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import BaseRoute, Mount
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flows.pages.servers import GRACE_S
 
+_AT_HOME = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+"""No page asks anyone but its own server, whatever its scripts would like to tell elsewhere."""
 
-def serve(app: Any, descriptor: int, beside: Coroutine[Any, Any, None] | None = None) -> None:
+
+def below(app: Any, routes: Sequence[BaseRoute]) -> Starlette:
+    """An application with routes of ours before its own."""
+
+    @asynccontextmanager
+    async def lifespan(_outer: Starlette) -> AsyncIterator[None]:
+        async with app.router.lifespan_context(app):
+            yield
+
+    return Starlette(routes=[*routes, Mount("/", app)], lifespan=lifespan)
+
+
+def serve(app: ASGIApp, descriptor: int, beside: Coroutine[Any, Any, None] | None = None) -> None:
     """Serve until a signal, or until standard input ends: it is the pipe of the process that started this one.
 
     Args:
@@ -25,7 +44,9 @@ def serve(app: Any, descriptor: int, beside: Coroutine[Any, Any, None] | None = 
         descriptor: a socket that listens already.
         beside: what goes on once it serves.
     """
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    # A page elsewhere must not reach it by a name that it has resolved to this machine.
+    guarded = TrustedHostMiddleware(_at_home(app), allowed_hosts=["127.0.0.1", "localhost"])
+    config = uvicorn.Config(guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     threading.Thread(target=_end_with_parent, args=(server,), daemon=True).start()
     asyncio.run(_served(server, socket.socket(fileno=descriptor), beside))
@@ -51,3 +72,15 @@ def _end_with_parent(server: uvicorn.Server) -> None:
     server.should_exit = True
     time.sleep(GRACE_S)
     os._exit(1)
+
+
+def _at_home(app: ASGIApp) -> ASGIApp:
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["content-security-policy"] = _AT_HOME
+            await send(message)
+
+        await app(scope, receive, sent)
+
+    return guarded
