@@ -10,16 +10,18 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
 from flows.pages.links import as_training
-from flows.pages.serving import below, serve
-from flows.running.tracked_run import end_killed
-from flows.tracking.connect import Tracking, open_tracking
+from flows.pages.serving import below, end_with_parent, serve
 from stages.runtime.contract import StageError
+
+if TYPE_CHECKING:
+    from flows.tracking.connect import Tracking
 
 _LOOK_S = 5.0
 _LOG = logging.getLogger("enginery.pages")
@@ -33,6 +35,9 @@ def main(descriptor: str, scratch: str, store: str) -> None:
         scratch: folder of the embedded database and its artifacts.
         store: its URI.
     """
+    end_with_parent()
+    from flows.tracking.connect import open_tracking
+
     # It brings the database up to date under the lock that runs take, and makes the experiment with its own folder.
     tracking = open_tracking(Path(scratch))
     from mlflow.server.constants import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR, REGISTRY_STORE_URI_ENV_VAR
@@ -51,6 +56,8 @@ def main(descriptor: str, scratch: str, store: str) -> None:
 
 async def _end_killed(tracking: Tracking, scratch: Path, store: str) -> None:
     """A run that was killed stands as running until someone says that it does not."""
+    from flows.running.tracked_run import end_killed
+
     while True:
         try:
             await asyncio.to_thread(end_killed, tracking, scratch, store)

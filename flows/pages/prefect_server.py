@@ -8,11 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from prefect.server.api.server import create_app
-
-from flows.pages.links import routes
-from flows.pages.mirror import Mirror
-from flows.pages.serving import below, serve
+from flows.pages.serving import below, end_with_parent, serve
 
 
 def main(descriptor: str, scratch: str, mlflow: str) -> None:
@@ -23,6 +19,12 @@ def main(descriptor: str, scratch: str, mlflow: str) -> None:
         scratch: folder of the records.
         mlflow: the address of MLflow's pages.
     """
+    end_with_parent()
+    from prefect.server.api.server import create_app
+
+    from flows.pages.links import routes
+    from flows.pages.mirror import Mirror
+
     # No scheduler, no automations, no telemetry: nothing runs here, and what ran is told by its record.
     prefect = create_app(webserver_only=True, final=True)
     serve(below(prefect, routes(Path(scratch), mlflow)), int(descriptor), Mirror(Path(scratch)).follow())

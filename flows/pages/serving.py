@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 import threading
@@ -25,6 +26,19 @@ _AT_HOME = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 """No page asks anyone but its own server, whatever its scripts would like to tell elsewhere."""
 
 
+def end_with_parent() -> None:
+    """End when standard input does: it is a pipe of the process that started this one. Call before anything is slow."""
+
+    def wait() -> None:
+        while sys.stdin.buffer.read(1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def below(app: Any, routes: Sequence[BaseRoute]) -> Starlette:
     """An application with routes of ours before its own."""
 
@@ -37,7 +51,7 @@ def below(app: Any, routes: Sequence[BaseRoute]) -> Starlette:
 
 
 def serve(app: ASGIApp, descriptor: int, beside: Coroutine[Any, Any, None] | None = None) -> None:
-    """Serve until a signal, or until standard input ends: it is the pipe of the process that started this one.
+    """Serve until a signal.
 
     Args:
         app: an ASGI application.
@@ -48,7 +62,6 @@ def serve(app: ASGIApp, descriptor: int, beside: Coroutine[Any, Any, None] | Non
     guarded = TrustedHostMiddleware(_at_home(app), allowed_hosts=["127.0.0.1", "localhost"])
     config = uvicorn.Config(guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
-    threading.Thread(target=_end_with_parent, args=(server,), daemon=True).start()
     asyncio.run(_served(server, socket.socket(fileno=descriptor), beside))
 
 
@@ -64,14 +77,6 @@ async def _served(server: uvicorn.Server, listening: socket.socket, beside: Coro
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-
-
-def _end_with_parent(server: uvicorn.Server) -> None:
-    while sys.stdin.buffer.read(1):
-        pass
-    server.should_exit = True
-    time.sleep(GRACE_S)
-    os._exit(1)
 
 
 def _at_home(app: ASGIApp) -> ASGIApp:
