@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands import catalog, compare, deploy, inspect, manage, run, watch
+from flows.commands import catalog, compare, deploy, inspect, manage, run, ui, watch
 from flows.running import interruption
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 for _command in (
     *(run.init, run.plan, run.run, run.recipes),
-    *(watch.watch, watch.hooks, deploy.deploy),
+    *(watch.watch, watch.hooks, deploy.deploy, ui.ui),
     *(inspect.runs, inspect.ls, inspect.inspect, inspect.explain, compare.compare, inspect.logs, inspect.verify),
     *(catalog.models, catalog.stages),
     *(manage.cancel, manage.promote, manage.rollback, manage.reconcile, manage.sweep, manage.doctor),

@@ -82,6 +82,7 @@ class Record:
     def finish(self, result: RunResult) -> None:
         """Record the end of a run that was judged."""
         _write(self.folder / "result.json", result.model_dump_json(indent=1))
+        self.log({"event": "finished"})
         self._ended()
 
     def failed(self, error: BaseException) -> None:
@@ -109,6 +110,7 @@ class Record:
 
     def line(self) -> RunLine:
         """The run in one line."""
+        running = self.pid is not None  # first: what ends meanwhile has left its word
         facts, result = self.facts, self.result
         failure = _json(self.folder / "failure.json") or {}
         state: RunState
@@ -117,7 +119,7 @@ class Record:
         elif failure:
             state = "interrupted" if failure.get("interrupted") else "error"
         else:
-            state = "running" if self.pid is not None else "ended"
+            state = "running" if running else "ended"
         return RunLine(
             run=self.name,
             recipe=str(facts.get("recipe", "")),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from flows.prefect_api.retry import AWAY_S, patiently
@@ -19,6 +21,7 @@ from flows.running.run_records import Record, as_yaml
 from flows.tracking.connect import Tracking
 from flows.tracking.datasets import Dataset
 from flows.tracking.ends import End
+from flows.tracking.leftovers import GONE, end_leftovers
 from flows.tracking.runs import Close, RecipeRun, Start, recipe_run
 from stages import stage
 from stages.runtime.contract import Interrupted, Kind
@@ -62,6 +65,16 @@ def tracked_run(
     )
     close = Close(end=told.end, known=told.known, told=told.broken, again=again)
     return recipe_run(tracking, start, close)
+
+
+def end_killed(tracking: Tracking, scratch: Path, store: str) -> None:
+    """End in MLflow what runs of this machine that were killed left running, as their records say.
+
+    Raises:
+        Unavailable: MLflow does not answer.
+    """
+    nobody = LooseEnds(Record(scratch / "runs" / "none"), lambda _: None)
+    end_leftovers(tracking, _Told(tracking, store, nobody, ()).known)
 
 
 def recipe_params(recipe: Recipe, planned: Mapping[str, Planned]) -> dict[str, Any]:
@@ -129,12 +142,13 @@ class _Told:
         record = Record(self.loose.record.folder.parent / run) if run else None
         if record is None or not record.facts:
             return None
-        if result := record.result:
-            return self._of_result(run_id, result, record)
-        line = record.line()
-        if line.state in ("error", "interrupted"):
-            return self._of_error(run_id, line.error, record, interrupted=line.state == "interrupted")
-        return None
+        end, line, result = GONE, record.line(), record.result
+        if result:
+            end = self._of_result(run_id, result, record)
+        elif line.state in ("error", "interrupted"):
+            end = self._of_error(run_id, line.error, record, interrupted=line.state == "interrupted")
+        heard = max([line.started, *(str(event["at"]) for event in record.events())])
+        return replace(end, at_ms=round(datetime.fromisoformat(heard).timestamp() * 1000))
 
     def broken(self, what: str, error: Exception) -> None:
         """Tell of it; nothing of the run hangs on it."""

@@ -10,7 +10,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True)
 class End:
-    """MLflow's status, and what the run's page says of it in Markdown."""
+    """MLflow's status, what the run's page says of it in Markdown, and when it was, where that is not now."""
 
     status: Status
     description: str = ""
+    at_ms: int | None = None

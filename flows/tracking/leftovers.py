@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ _OPEN: set[str] = set()
 """The recipe runs that this process drives at this moment, by name."""
 GONE = End(
     "KILLED",
-    "**interrupted**: its process ended without a word. The same command goes on from the last sealed step.",
+    "**crashed**: its process ended without a word. The same command goes on from the last sealed step.",
 )
 
 
@@ -75,10 +76,10 @@ def end_leftovers(tracking: Tracking, known: Known) -> None:
             continue
         end = known(run.info.run_id, tags.get(RUN) or tags.get(PART, "")) or GONE
         if RUN not in tags:  # of a run that finished every step was sealed; of others nobody knows
-            end = End("FINISHED") if end.status == "FINISHED" else GONE
+            end = End("FINISHED", at_ms=end.at_ms) if end.status == "FINISHED" else replace(GONE, at_ms=end.at_ms)
         if end.description:
             send(tracking.client, run.info.run_id, Buffer(tags={NOTE: end.description}))
-        tracking.client.set_terminated(run.info.run_id, end.status)
+        tracking.client.set_terminated(run.info.run_id, end.status, end.at_ms)
 
 
 def alive(pid: int, started: float | None) -> bool:
