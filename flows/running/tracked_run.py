@@ -89,7 +89,9 @@ def recipe_params(recipe: Recipe, planned: Mapping[str, Planned]) -> dict[str, A
     if recipe.judge:
         found["judge"] = recipe.judge.model_dump(mode="json")
     for gate in recipe.gates:
-        found |= _bounds(gate)
+        for name, limit in _bounds(gate):
+            alike = sum(other.partition("#")[0] == name for other in found)
+            found[f"{name}#{alike + 1}" if alike else name] = limit
     if recipe.register_as:
         found["register"] = recipe.register_as.model_dump(mode="json")
     return found

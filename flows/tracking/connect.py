@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "enginery"
 NOTE = "mlflow.note.content"
 """The tag of an experiment or a run that MLflow's pages show as its description, in Markdown."""
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's pages show the runs of such an experiment as those of a training, with charts and a comparison."""
 ABOUT = """\
 Runs of Enginery: a recipe compresses a model step by step, judges what came of it
 and promotes what held its gates.
@@ -104,7 +106,7 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = "") -> Trac
             # A server keeps artifacts where it was told to; a bare database would put them below the working directory.
             remote = uri.startswith(("http://", "https://", "databricks"))
             location = None if remote else (scratch.absolute() / "mlartifacts").as_uri()
-            tags = {} if experiment else {NOTE: ABOUT}
+            tags = KIND if experiment else {**KIND, NOTE: ABOUT}
             return Tracking(client, uri, client.create_experiment(known, location, tags), registry)
     if known.lifecycle_stage != "active":
         raise StageError(

@@ -15,6 +15,7 @@ import psutil
 from flows.tracking.batches import Buffer, send
 from flows.tracking.connect import NOTE, Tracking
 from flows.tracking.ends import End
+from stages.runtime.contract import StageError, Unavailable
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -67,10 +68,13 @@ def end_leftovers(tracking: Tracking, known: Known) -> None:
 
     Raises:
         Unavailable: MLflow does not answer.
+        StageError: it refused to end one, which may be of another of its users; the others are ended.
     """
     running = list(_running(tracking))
     left = {run.info.run_id for run in running if _left(run.data.tags)}
+    refused = []
     for run in running:
+<<<<<<< HEAD
         tags = run.data.tags
         if run.info.run_id not in left and tags.get(PARENT) not in left:
             continue
@@ -80,6 +84,27 @@ def end_leftovers(tracking: Tracking, known: Known) -> None:
         if end.description:
             send(tracking.client, run.info.run_id, Buffer(tags={NOTE: end.description}))
         tracking.client.set_terminated(run.info.run_id, end.status, end.at_ms)
+=======
+        if run.info.run_id in left or run.data.tags.get(PARENT) in left:
+            try:
+                _end(tracking, run, known)
+            except Unavailable:
+                raise
+            except StageError as error:
+                refused.append(error)
+    for first in refused:
+        raise first
+
+
+def _end(tracking: Tracking, run: Run, known: Known) -> None:
+    tags, run_id = run.data.tags, run.info.run_id
+    end = known(run_id, tags.get(RUN) or tags.get(PART, "")) or GONE
+    if RUN not in tags:  # of a run that finished every step was sealed; of others nobody knows
+        end = End("FINISHED") if end.status == "FINISHED" else GONE
+    if end.description:
+        send(tracking.client, run_id, Buffer(tags={NOTE: end.description}))
+    tracking.client.set_terminated(run_id, end.status)
+>>>>>>> h-mlflow
 
 
 def alive(pid: int, started: float | None) -> bool:

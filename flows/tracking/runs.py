@@ -19,6 +19,7 @@ from flows.tracking.batches import Buffer, flattened, now, send
 from flows.tracking.connect import NOTE, Tracking
 from flows.tracking.datasets import Dataset, inputs
 from flows.tracking.ends import End
+from flows.tracking.errors import Refused
 from flows.tracking.leftovers import PARENT, PART, RUN, Known, end_leftovers, held_open, process_tags
 from flows.tracking.steps import Opening, StepRun, Told
 from stages.runtime.contract import Interrupted, StageError, Unavailable
@@ -170,7 +171,10 @@ def recipe_run(tracking: Tracking, start: Start, close: Close | None = None) -> 
     """
     close = close or Close()
     with held_open(start.run):
-        close.again(lambda: end_leftovers(tracking, close.known))
+        try:
+            close.again(lambda: end_leftovers(tracking, close.known))
+        except Refused as refused:
+            close.told("the end of an earlier run in MLflow", refused)
         tries = count()
         parent = RecipeRun(tracking, close.again(lambda: _created(tracking, start, next(tries) > 0)), start, close.told)
         writer = threading.Thread(target=parent.write_until_closed, name="mlflow-curves", daemon=True)

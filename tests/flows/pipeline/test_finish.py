@@ -87,8 +87,8 @@ class Break:
             yield
 
 
-SUMMARY, ARTIFACT = "mlflow.MlflowClient.log_batch", "mlflow.MlflowClient.log_artifact"
-ENDED = "mlflow.MlflowClient.set_terminated"
+SUMMARY, ENDED = "mlflow.MlflowClient.log_batch", "mlflow.MlflowClient.set_terminated"
+ARTIFACT = "flows.tracking.runs.RecipeRun.artifact"
 PUT, ALIAS = "stages.runtime.stores.LocalObjects.put", "mlflow.MlflowClient.set_registered_model_alias"
 PAGE = "flows.reporting.report._template"
 

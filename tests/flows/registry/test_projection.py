@@ -103,7 +103,7 @@ def test_registry_apart_from_the_runs_has_versions_and_aliases(tmp_path, engine,
     made = release(apart, candidate(apart, "a"), engine, ALIAS)
     assert made.moved and drift(apart, MODEL) == []
     assert MlflowClient(there).get_model_version_by_alias(MODEL, ALIAS).version in (1, "1")
-    assert MlflowClient(apart.tracking.uri).search_registered_models() == []
+    assert MlflowClient(registry_uri=apart.tracking.uri).search_registered_models() == []
 
 
 def test_release_of_the_same_engines_registers_nothing_new(registry, engine):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import boto3  # noqa: F401 - as in a process that keeps MLflow's files in S3
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from flows.tracking.ends import End
 from flows.tracking.leftovers import alive
@@ -99,3 +101,15 @@ def test_run_beside_one_of_the_same_process_ends_it_not(tracking):
         with begun(tracking, recipe="other", run="second"):
             assert states(tracking) == {"one": "RUNNING", "other": "RUNNING"}
         assert states(tracking) == {"one": "RUNNING", "other": "FINISHED"}
+
+
+def test_leftover_that_mlflow_refuses_to_end_is_told_and_hides_no_other(tracking):
+    gone = {"enginery.process": f"{socket.gethostname()}:99999999"}
+    made = [tracking.client.create_run(tracking.experiment_id, tags=gone).info.run_id for _ in range(2)]
+    told = []
+    close = Close(told=lambda what, error: told.append((what, str(error))))
+    refusal = MlflowException("not yours", error_code=PERMISSION_DENIED)
+    with broken("set_terminated", refusal, times=1), begun(tracking, close=close):
+        ended = sorted(tracking.client.get_run(one).info.status for one in made)
+    assert ended == ["KILLED", "RUNNING"]
+    assert [what for what, _ in told] == ["the end of an earlier run in MLflow"] and "not yours" in told[0][1]
