@@ -68,10 +68,13 @@ class Ui:
         """Its exit code; nothing of it is left in time."""
         code = self.process.wait(ENDS_S)
         assert eventually(lambda: not self.servers(), ENDS_S), self.servers()
+        self.hang_up()
         return code
 
     def hang_up(self) -> None:
-        os.close(self._terminal)
+        if self._terminal >= 0:
+            os.close(self._terminal)
+            self._terminal = -1
 
     def press(self, key: bytes) -> None:
         os.write(self._terminal, key)
@@ -135,6 +138,7 @@ def test_ui_serves_both_on_the_loopback_interface_and_a_second_one_names_them(ui
     assert f"process {ui.process.pid} on " in said
     assert all(page in said for page in pages.values())
     assert other.process.wait(ENDS_S) == 0
+    other.hang_up()
     assert len(ui.servers()) == 2
 
 
