@@ -19,6 +19,7 @@ from flows.pipeline.pages import show
 from flows.pipeline.steps import AGAIN_S, STEPS_AT_ONCE, end, keep, raise_first, same, stop
 from flows.prefect_api.flow_run_tag import OURS
 from flows.prefect_api.progress import RunLog
+from flows.prefect_api.retry import await_api
 from flows.recipe.check import check_recipe
 from flows.recipe.expand import expanded
 from flows.recipe.model import Recipe
@@ -128,7 +129,9 @@ def drive(recipe: Recipe, force: Sequence[str] = (), from_step: str | None = Non
     """Run a recipe inside the flow run that goes on; returns its RunResult as JSON values, or the flow run's state."""
     settings = replace(settle(), force=frozenset(force), from_step=from_step)
     with TerminalProgress() as terminal, opened(expanded(recipe), settings, terminal) as session:
-        return _state(_driven(session))
+        state = _state(_driven(session))
+    await_api(str(flow_run.id))
+    return state
 
 
 def _state(result: RunResult) -> dict[str, Any] | State[Any]:

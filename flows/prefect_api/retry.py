@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
+from uuid import UUID
 
 import httpx
 
@@ -79,6 +80,15 @@ def api(answer_s: float = ANSWER_S) -> Iterator[SyncPrefectClient]:
     }
     with temporary_settings(asked_once), SyncClientContext({"event_hooks": {"request": [limited]}}) as opened:
         yield opened.client
+
+
+def await_api(flow_run: str) -> None:
+    """Wait for an API that is away: Prefect tells it the flow run's end next, and gives up after some seconds.
+
+    Where it stays away nothing is lost: the store has heard already how the work ended.
+    """
+    with suppress(Unavailable), api() as client:
+        patiently(lambda: client.read_flow_run(UUID(flow_run)))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from prefect.exceptions import ObjectNotFound
 
 from flows.prefect_api.events import ALIAS_MOVED, CHECKPOINT_CREATED
 from flows.prefect_api.flow_run_tag import OURS
+from flows.prefect_api.retry import answered
 from flows.production.differences import Difference, Part, compared
 from flows.production.variables import Shell
 from flows.recipe.read import load_recipe

@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 from flows.registry.journal import Candidate, Promotion, Version, history, models
 from flows.registry.projection import Registry, versions
-from flows.tracking.connect import Tracking, answered, quiet
+from flows.tracking.connect import Tracking, quiet
+from flows.tracking.errors import answered
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Frozen, Metrics, StageError
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
-from uuid import UUID
 
 import httpx
 from prefect import flow, get_run_logger
@@ -27,7 +26,7 @@ from flows.running.progress_relay import Sender
 from stages import stage
 from stages.__main__ import described
 from stages.adapters.connect import connect
-from stages.runtime.contract import StageError, Unavailable, Work
+from stages.runtime.contract import StageError, Work
 from stages.runtime.patience import be_patient
 from stages.runtime.progress import Listeners
 
@@ -58,24 +57,15 @@ def run_stage(
             outcome = launcher.run(_read(order), Listeners((log, Bar(order["step"]), sender)))
     except StageError as error:
         sender.end({"event": "error", **described(error)})
-        _await_api()
+        await_api(str(flow_run.id))
         return Failed(name=type(error).__name__, message=str(error))
     except BaseException:
         launcher.stop()
         raise
     said = {"identity": outcome.identity, "cached": outcome.cached, "changed": outcome.changed}
     sender.end({"event": "sealed", **said})
-    _await_api()
+    await_api(str(flow_run.id))
     return said
-
-
-def _await_api() -> None:
-    """Wait for an API that is away: Prefect tells it the flow's end next, and gives up after some seconds.
-
-    Where it stays away nothing is lost: the run that waits for the step has heard from the store how it ended.
-    """
-    with suppress(Unavailable), api() as client:
-        patiently(lambda: client.read_flow_run(UUID(str(flow_run.id))))
 
 
 def _read(order: dict[str, Any]) -> Order:

@@ -74,17 +74,6 @@ def end_leftovers(tracking: Tracking, known: Known) -> None:
     left = {run.info.run_id for run in running if _left(run.data.tags)}
     refused = []
     for run in running:
-<<<<<<< HEAD
-        tags = run.data.tags
-        if run.info.run_id not in left and tags.get(PARENT) not in left:
-            continue
-        end = known(run.info.run_id, tags.get(RUN) or tags.get(PART, "")) or GONE
-        if RUN not in tags:  # of a run that finished every step was sealed; of others nobody knows
-            end = End("FINISHED", at_ms=end.at_ms) if end.status == "FINISHED" else replace(GONE, at_ms=end.at_ms)
-        if end.description:
-            send(tracking.client, run.info.run_id, Buffer(tags={NOTE: end.description}))
-        tracking.client.set_terminated(run.info.run_id, end.status, end.at_ms)
-=======
         if run.info.run_id in left or run.data.tags.get(PARENT) in left:
             try:
                 _end(tracking, run, known)
@@ -100,11 +89,10 @@ def _end(tracking: Tracking, run: Run, known: Known) -> None:
     tags, run_id = run.data.tags, run.info.run_id
     end = known(run_id, tags.get(RUN) or tags.get(PART, "")) or GONE
     if RUN not in tags:  # of a run that finished every step was sealed; of others nobody knows
-        end = End("FINISHED") if end.status == "FINISHED" else GONE
+        end = End("FINISHED", at_ms=end.at_ms) if end.status == "FINISHED" else replace(GONE, at_ms=end.at_ms)
     if end.description:
         send(tracking.client, run_id, Buffer(tags={NOTE: end.description}))
-    tracking.client.set_terminated(run_id, end.status)
->>>>>>> h-mlflow
+    tracking.client.set_terminated(run_id, end.status, end.at_ms)
 
 
 def alive(pid: int, started: float | None) -> bool:
