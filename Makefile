@@ -54,7 +54,7 @@ real-test: install  ## a slice on the real model: fetch to verdict, short texts
 fault-test: install  ## whole runs, kills, pools and clusters in processes of their own
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault -n 2 --dist loadfile --durations 5 $(ARGS) tests
 
-service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered
+service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered, pages in Chromium
 	@$(BIN)/python -m pytest -m service $(ARGS) tests/services tests/flows
 
 bench: install  ## every compression technique: loss, seconds, memory, beside peers; ONLY=int4,w8a8 for some, ARGS=--help

@@ -54,24 +54,29 @@ class Mirror:
     async def look(self) -> None:
         """Mirror the records that have changed since the last look. One that cannot be read hides no other."""
         for record in await asyncio.to_thread(records, self._scratch):
+            changed = await asyncio.to_thread(_signature, record)
+            if self._seen.get(record.name) == changed:
+                continue
             try:
-                await self._mirrored(record)
-            except (OSError, ValueError, KeyError, SQLAlchemyError) as error:
+                goes_on = await self._mirrored(record)
+            except SQLAlchemyError as error:  # such as a database that is locked: at the next look
                 _LOG.warning("run %s is not mirrored: %s", record.name, error)
+                continue
+            except (OSError, ValueError, KeyError) as error:
+                _LOG.warning("run %s cannot be read: %s", record.name, error)
+                goes_on = False
+            # A run that goes on is looked at each time: someone may press Cancel on its page.
+            self._seen[record.name] = None if goes_on else changed
 
-    async def _mirrored(self, record: Record) -> None:
-        changed = await asyncio.to_thread(_signature, record)
-        if self._seen.get(record.name) == changed:
-            return
+    async def _mirrored(self, record: Record) -> bool:
         run = flow_run(await asyncio.to_thread(read, record))
         async with self._db.session_context(begin_transaction=True) as session:
             stopped = await self._written(session, run)
-        # A run that goes on is looked at each time: someone may press Cancel on its page.
-        self._seen[record.name] = None if run.goes_on else changed
         if stopped and run.goes_on and record.name not in self._told_to_end:
             self._told_to_end.add(record.name)
             with suppress(StageError):  # it has ended by itself
                 record.cancel()
+        return run.goes_on
 
     async def _written(self, session: AsyncSession, run: FlowRun) -> bool:
         """Write what is missing of a run; returns whether it was cancelled on its page."""

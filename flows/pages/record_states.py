@@ -142,7 +142,7 @@ def flow_run(told: Told) -> FlowRun:
         parameters={"recipe": told.recipe},
         states=tuple(_one_after_another([running, end] if end else [running])),
         steps=steps,
-        lines=(*_lines(told, began), *([_last_line(end)] if end else [])),
+        lines=tuple(_lines(told, began, end)),
         artifacts=tuple(_artifacts(told, steps, end)),
     )
 
@@ -165,13 +165,17 @@ def _end(told: Told) -> State | None:
 
 def _ended_at(told: Told) -> datetime:
     """When a run said that it ends; of one that did not, the last that was heard of it."""
-    ends = [event["at"] for event in told.events if event["event"] in ("finished", "error", "interrupted")]
+    ends = [event["at"] for event in told.events if _is_end(event)]
     if ends:
         return datetime.fromisoformat(ends[0])
     heard = datetime.fromisoformat(max([told.line.started, *(event["at"] for event in told.events)]))
     if told.line.seconds is None:
         return heard
     return max(heard, datetime.fromisoformat(told.line.started) + timedelta(seconds=told.line.seconds))
+
+
+def _is_end(event: Event) -> bool:
+    return event["event"] in ("finished", "error", "interrupted") and not event.get("step")
 
 
 def _heard_of(told: Told) -> list[str]:
@@ -219,7 +223,9 @@ def _cut_off(told: Told, end: State) -> State:
     return State(end.type if end.type != "COMPLETED" else "CANCELLED", end.name, end.at, end.message)
 
 
-def _lines(told: Told, began: datetime) -> Iterator[Line]:
+def _lines(told: Told, began: datetime, end: State | None) -> Iterator[Line]:
+    """The log; what is told after the end, such as a loose end, stands behind it, so that it only grows."""
+    last = Line(end.at, end.message, level=INFO if end.type == "COMPLETED" else ERROR) if end else None
     yield Line(began, f"run {told.line.run}: {shlex.join(told.command)}")
     for event in told.events:
         at, step, what = datetime.fromisoformat(event["at"]), str(event.get("step", "")), event["event"]
@@ -236,10 +242,11 @@ def _lines(told: Told, began: datetime) -> Iterator[Line]:
             yield Line(at, f"{step}: interrupted", step, ERROR)
         elif what == "loose end":
             yield Line(at, f"{event['what']} did not come about ({event['error']}). {event['remedy']}", level=ERROR)
-
-
-def _last_line(end: State) -> Line:
-    return Line(end.at, end.message, level=INFO if end.type == "COMPLETED" else ERROR)
+        elif _is_end(event) and last:
+            yield last
+            last = None
+    if last:
+        yield last
 
 
 def _artifacts(told: Told, steps: Sequence[StepRun], end: State | None) -> Iterator[Artifact]:

@@ -164,10 +164,11 @@ def open_run(scratch: Path, recipe: Recipe, command: Sequence[str]) -> Record:
         "folder": str(Path.cwd()),
         "started": _now(),
     }
-    _write(record.folder / "run.json", json.dumps(facts, indent=1))
-    _write(record.folder / "recipe.yaml", as_yaml(recipe))
     own = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": socket.gethostname()}
     _write(record.folder / "pid", json.dumps(own))
+    _write(record.folder / "recipe.yaml", as_yaml(recipe))
+    # Last: whoever finds what this says finds a run that has a process.
+    _write(record.folder / "run.json", json.dumps(facts, indent=1))
     return record
 
 

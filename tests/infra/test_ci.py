@@ -107,19 +107,27 @@ def project(tmp_path):
     folder, tools = tmp_path / "project", tmp_path / "tools"
     shutil.copytree(ROOT / ".ci", folder / ".ci", ignore=shutil.ignore_patterns("__pycache__"))
     tools.mkdir()
+    others = tmp_path / "others"  # what a machine has besides: all but a browser, and nothing that installs one
+    others.mkdir()
+    for name in ("bash", "cat", "cp", "dirname", "env", "mktemp", "rm", "sh", "grep"):
+        (others / name).symlink_to(shutil.which(name))
 
     def tool(name: str, does: str) -> None:
         (tools / name).write_text(f"#!/bin/sh\n{does}\n")
         (tools / name).chmod(0o755)
 
-    def run(engine: bool, check: int = 0, **sources: str):
+    def run(engine: bool, check: int = 0, browser: bool = True, **sources: str):
         makes = f'echo "makes $2"\n[ "$2" != check ] || exit {check}\n[ -e "$2.xml" ] || exit 0\n'
         tool("make", makes + 'cp "$2.xml" "${3#ARGS=--junitxml=}"\nexit "$(cat "$2.status")"')
         tool("docker", "echo 28.0" if engine else "exit 1")
+        tool("id", "echo 0")
+        tool("apt-get", 'echo "$@" >> apt')
+        for name in ("chromium", "chromedriver") if browser else ():
+            tool(name, "exit 0")
         for name in TARGETS:
             status = ended(folder, name, sources.get(name.partition("-")[0], PASSES))
             (folder / f"{name}.status").write_text(str(status))
-        shell = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable}
+        shell = {**os.environ, "PATH": f"{tools}:{others}", "PYTHON": sys.executable}
         done = subprocess.run(
             [folder / ".ci" / "run"],
             stdout=subprocess.PIPE,
@@ -149,6 +157,15 @@ def test_run_with_an_engine_fails_where_production_skips_and_without_one_says_th
     assert project(engine=True, production=SKIPS)[1][-1] == "4 passed, 1 failed, 1 skipped"
     status, lines = project(engine=False, production=SKIPS)
     assert (status, lines[-1]) == (0, "4 passed, 0 failed, 1 skipped")
+
+
+def test_run_where_no_browser_is_installs_one_and_where_one_is_nothing(project, tmp_path):
+    asked = tmp_path / "project" / "apt"
+    status, lines = project(engine=True, browser=False)
+    assert status == 0 and "== install Chromium" in lines
+    assert asked.read_text() == "install -y --no-install-recommends chromium chromium-driver\n"
+    asked.unlink()
+    assert project(engine=True)[0] == 0 and not asked.exists()
 
 
 def test_run_has_a_slice_for_every_mark_of_the_tests_but_those_that_need_a_gpu():

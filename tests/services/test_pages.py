@@ -143,11 +143,12 @@ def shown(browser, *words, frame=False):
 
 
 def click(browser, text):
-    """Click a link once it is there."""
+    """Click a link once it is there, and look where it leads, be it in another window."""
     from selenium.webdriver.common.by import By
 
     shown(browser, text)
     browser.find_element(By.LINK_TEXT, text).click()
+    browser.switch_to.window(browser.window_handles[-1])
 
 
 def flow_run(pages, name):
@@ -206,15 +207,14 @@ def test_prefect_page_leads_to_verdict_report_and_mlflow(runs, pages, browser):
     asked = {"artifacts": {"key": {"any_": ["verdict-tiny"]}}, "flow_runs": {"tags": {"all_": [runs["failed"]]}}}
     flow_run(pages, runs["failed"])
     (verdict,) = httpx.post(f"{pages['Prefect']}/api/artifacts/filter", json=asked).json()
-    browser.get(f"{pages['Prefect']}/artifacts/artifact/{verdict['id']}")
+    address = f"{pages['Prefect']}/artifacts/artifact/{verdict['id']}"
+    browser.get(address)
     shown(browser, "gate failed", LIMIT, "size_bytes of small")
     click(browser, "The report")
-    browser.switch_to.window(browser.window_handles[-1])
     shown(browser, "1 of 2 gates did not hold", runs["failed"])
     assert browser.current_url == f"{pages['Prefect']}/runs/{runs['failed']}/report.html"
-    browser.back()
+    browser.get(address)
     click(browser, "Its page in MLflow")
-    browser.switch_to.window(browser.window_handles[-1])
     shown(browser, runs["failed"], "Failed", LIMIT)
     assert browser.current_url.startswith(pages["MLflow"])
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
-import os
 import signal
+import socket
+import subprocess
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 
+import psutil
 import pytest
 
 from flows.recipe.model import Recipe
@@ -76,10 +78,16 @@ def counts(found):
     return {what: len(rows) for what, rows in found.items()}
 
 
-def test_mirror_writes_every_run_once_with_its_own_times_and_cancel_reaches_it(tmp_path, monkeypatch):
-    killed = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
+@pytest.fixture
+def sleeper():
+    """A process that does nothing, in place of one that runs a recipe."""
+    made = subprocess.Popen(["sleep", "120"])
+    yield made
+    made.kill()
+    made.wait()
 
+
+def test_mirror_writes_every_run_once_with_its_own_times_and_cancel_reaches_it(tmp_path, sleeper):
     async def story():
         from prefect.server import models
         from prefect.server.database import provide_database_interface
@@ -90,6 +98,8 @@ def test_mirror_writes_every_run_once_with_its_own_times_and_cancel_reaches_it(t
         db = provide_database_interface()
         await db.create_db()
         passed, broken, going = (begun(tmp_path, day) for day in range(3))
+        own = {"pid": sleeper.pid, "started": psutil.Process(sleeper.pid).create_time(), "host": socket.gethostname()}
+        (going.folder / "pid").write_text(json.dumps(own))
         passed.finish(result(run=passed.name))
         broken.failed(StageError("no room"))
         torn = tmp_path / "runs" / "20260101-000000-torn"
@@ -122,8 +132,7 @@ def test_mirror_writes_every_run_once_with_its_own_times_and_cancel_reaches_it(t
             asked = states.State(type=states.StateType.CANCELLING)
             await models.flow_runs.set_flow_run_state(session, runs[going.name].id, asked, force=True)
         await again.look()
-        await again.look()
-        assert killed == [(os.getpid(), signal.SIGTERM)]
+        assert await asyncio.to_thread(sleeper.wait, 5) == -signal.SIGTERM
         going.failed(KeyboardInterrupt())
         await again.look()
         last = await held(db)

@@ -108,6 +108,15 @@ def test_states_of_one_moment_follow_each_other_by_a_millisecond():
     assert dense.states[2].at - dense.states[1].at == timedelta(milliseconds=1)
 
 
+def test_log_only_grows_also_by_what_is_told_after_the_end():
+    loose = event(10, "loose end", what="MLflow's alias", error="E: x", remedy="Wait.")
+    before = told("passed", *BEGUN, came_to=result()).lines
+    at_the_end = told("passed", *BEGUN, event(9, "finished"), came_to=result()).lines
+    after = told("passed", *BEGUN, event(9, "finished"), loose, came_to=result()).lines
+    assert [line.text for line in before] == [line.text for line in at_the_end]
+    assert after[:-1] == at_the_end and "MLflow's alias did not come about" in after[-1].text
+
+
 def test_table_of_steps_says_how_long_each_ran_and_what_it_measured():
     sealed = [event(n, "sealed", name, fingerprint="ab" * 32, cached=False) for n, name in ((8, "cpu"),)]
     run = told("passed", *BEGUN, *sealed, event(9, "finished"), came_to=result())
