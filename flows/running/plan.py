@@ -5,20 +5,29 @@ Every identity is known before anything runs, since a fingerprint needs only the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 from flows.prefect_api.retry import patiently
 from flows.recipe.expand import PlannedStep
+from flows.reporting.format import size
 from flows.running.order import Order
+from flows.running.placement import Pools
 from stages import stage
+from stages.adapters.backends import backend
 from stages.adapters.connect import pins
+from stages.adapters.sources import SCHEMES
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Kind, Manifest, Params, Pins, Progress, StageError, Work
 from stages.runtime.execute import check_kinds, work_of
-from stages.runtime.fingerprint import fingerprint
+from stages.runtime.fingerprint import differing_fields, fingerprint
 from stages.runtime.patience import BRIEFLY_S
+
+OUTSIDE = frozenset(SCHEMES) - {"file"}
+"""Schemes of sources that lie beyond this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +56,11 @@ class Planned:
     def name(self) -> str:
         """The step's name in the recipe."""
         return self.order.step
+
+    @property
+    def hit(self) -> bool:
+        """Whether it is sealed and nobody wants it made again."""
+        return self.manifest is not None and not self.order.force
 
 
 def resolve(
@@ -113,15 +127,76 @@ def _pinned(
     return patiently(lambda: pin(params, pins(store), progress), away_s=BRIEFLY_S, say=progress.note)
 
 
-def needs(planned: Planned) -> str:
-    """What making this step asks of the machine, in words."""
-    definition = stage(planned.order.stage)
-    said = [f"{definition.image} image"]
-    if definition.pin:
-        said.append("network, unless the source is local or was pinned before")
-    if planned.manifest:
-        said = ["nothing: sealed"]
-    return ", ".join(said)
+def needs(planned: Iterable[Planned], store: Store, pools: Pools | None) -> dict[str, str]:
+    """What making each step asks of where it runs, in words, as far as it is known.
+
+    Args:
+        planned: the steps.
+        store: whose artifacts say what making their like took.
+        pools: where steps run in containers of their own; None for this machine.
+
+    Returns:
+        Step name -> memory, disk, network, and what is not installed here or which container it is.
+    """
+    found: dict[str, str] = {}
+    sealed: list[Manifest] | None = None
+    for one in planned:
+        if one.hit:
+            found[one.name] = "nothing: sealed"
+            continue
+        if sealed is None:
+            sealed = [manifest for _, manifest in store.manifests()]
+        said = [_took(one, sealed), _network(one.order.params)]
+        said += [_container(pools, one.order.stage)] if pools else _not_installed(one.order)
+        found[one.name] = ", ".join(filter(None, said))
+    return found
+
+
+def _took(one: Planned, sealed: Iterable[Manifest]) -> str:
+    """Memory and disk as the artifact that is most like it took."""
+    work, step = one.order.work, one.name
+    alike = [manifest for manifest in sealed if manifest.work.stage == work.stage]
+    if not alike:
+        return "memory and disk: known when its like was made once"
+    nearest = min(alike, key=lambda m: (m.provenance.step != step, differing_fields(m.work, work)))
+    memory = f"{size(nearest.provenance.peak_rss_bytes)} memory, " if nearest.provenance.peak_rss_bytes else ""
+    return f"{memory}{size(nearest.size_bytes)} disk (as the nearest sealed one took)"
+
+
+def _network(params: Params) -> str:
+    scheme = str(getattr(params, "source", "")).partition("://")[0]
+    return f"network to {scheme}://, unless its download is still here" if scheme in OUTSIDE else ""
+
+
+def _container(pools: Pools, name: str) -> str:
+    place = pools.place(name)
+    limits = f"{size(place.memory_bytes)} memory and {place.minutes:g} min at most"
+    return f"a container of {pools.image(name)} in pool {place.pool} ({limits})"
+
+
+def _not_installed(order: Order) -> list[str]:
+    """Libraries that the work requires and this machine lacks, each with what installs it."""
+    required = dict(order.work.requires)
+    if chosen := getattr(order.params, "backend", ""):
+        required.setdefault(backend(chosen).library, "")
+    extra = stage(order.stage).image.value
+    said = []
+    for name, wanted in required.items():
+        found = _installed(name)
+        if found is None:
+            how = f": pip install 'enginery[{extra}]'" if wanted else ""
+            said.append(f"{name}, which is not installed{how}")
+        elif wanted and found != wanted.split("+")[0]:
+            said.append(f"{name} {wanted}, not {found}: install the versions of constraints.txt")
+    return said
+
+
+@cache
+def _installed(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_start(planned: Mapping[str, Planned], first: str) -> frozenset[str]:

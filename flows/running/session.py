@@ -94,15 +94,17 @@ class Session:
 def plan(asked: Expanded, settings: Settings, terminal: Terminal | None = None) -> list[PlanLine]:
     """What a run would do, step by step: hit or miss, the first field that differs, what it needs."""
     enter(settings)
-    planned = _planned(asked.steps, settings, settings.connect(), terminal.for_step if terminal else lambda _: Silent())
+    store = settings.connect()
+    planned = _planned(asked.steps, settings, store, terminal.for_step if terminal else lambda _: Silent())
+    needed = needs(planned.values(), store, load_pools() if settings.launcher == "pool" else None)
     return [
         PlanLine(
             name=name,
             stage=one.order.stage,
-            hit=one.manifest is not None and not one.order.force,
+            hit=one.hit,
             why="asked for by --force or --from" if one.order.force else one.why,
             fingerprint=one.identity,
-            needs=needs(one),
+            needs=needed[name],
         )
         for name, one in planned.items()
     ]
