@@ -23,10 +23,10 @@ class Lossy:
 
     def put(self, key, data, *, replace=False):
         self.puts += 1
-        if self.away or self.puts % 3 == 1:
+        if self.away or self.puts % 7 == 1:
             raise Unavailable("away")
         placed = self._objects.put(key, data, replace=replace)
-        if self.puts % 3 == 2:
+        if self.puts % 7 == 2:
             raise Unavailable("the answer was lost")
         return placed
 

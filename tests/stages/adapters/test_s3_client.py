@@ -66,6 +66,8 @@ _OF_BOTO = sorted(
 def made(kind: type[Exception]) -> Exception:
     """An error of a kind, with something for each field of its text."""
     fields = {name for _, name, _, _ in string.Formatter().parse(getattr(kind, "fmt", "")) if name}
+    if kind is of_boto.WaiterError:
+        fields |= {"last_response"}
     try:
         return kind(**dict.fromkeys(fields, "x"))
     except (TypeError, KeyError):
