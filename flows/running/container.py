@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Failed
 
 from flows.prefect_api.progress import Bar, RunLog
-from flows.prefect_api.retry import api, await_api
+from flows.prefect_api.retry import api, await_api, patiently
 from flows.running.child_process import Launcher
 from flows.running.order import Order
 from flows.running.progress_relay import Sender
