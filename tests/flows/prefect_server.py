@@ -19,39 +19,61 @@ import httpx
 import pytest
 
 
+class Server:
+    """A server on a free port with files of its own, that can be away for a while."""
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="prefect-"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.api = f"http://127.0.0.1:{self._port}/api"
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+
+    def start(self) -> None:
+        """Begin, and wait until it answers."""
+        where = ["--host", "127.0.0.1", "--port", str(self._port)]
+        command = [Path(sys.executable).with_name("prefect"), "server", "start", *where]
+        ours = {
+            "PREFECT_HOME": str(self.home),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_UI_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
+        }
+        others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        with (self.home / "log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=others | ours)
+        self._process, deadline = process, time.monotonic() + 120
+        while not self._answers():
+            assert process.poll() is None and time.monotonic() < deadline, (self.home / "log").read_text()[-2000:]
+            time.sleep(0.3)
+
+    def stop(self) -> None:
+        """Be away."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def close(self) -> None:
+        """End, and leave nothing."""
+        self.stop()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.api}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+
 @cache
 def started() -> str:
     """The API's address; the server ends with this process."""
-    home = Path(tempfile.mkdtemp(prefix="prefect-"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [Path(sys.executable).with_name("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    ours = {
-        "PREFECT_HOME": str(home),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_UI_ENABLED": "false",
-        "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
-    }
-    others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    with (home / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=others | ours)
-
-    def end() -> None:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-        shutil.rmtree(home, ignore_errors=True)
-
-    atexit.register(end)
-    api, deadline = f"http://127.0.0.1:{port}/api", time.monotonic() + 120
-    while True:
-        try:
-            if httpx.get(f"{api}/health").status_code == 200:
-                return api
-        except httpx.TransportError:
-            pass
-        assert server.poll() is None and time.monotonic() < deadline, (home / "log").read_text()[-2000:]
-        time.sleep(0.3)
+    server = Server()
+    server.start()
+    return server.api
 
 
 @pytest.fixture

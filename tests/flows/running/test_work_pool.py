@@ -129,7 +129,7 @@ def test_dispatch_stage_error_comes_back_whole_and_the_next_attempt_is_a_new_run
     with pytest.raises(StageError) as inline:
         Launcher(store, "inline", 1, tmp_path).run(one, Silent())
     assert str(said[0]) == str(said[1]) == str(inline.value)
-    key = dispatcher(store, "plain").key(one)
+    key = f"work:{dispatcher(store, 'plain').key(one)}"
     assert sorted(ours(deployment, key)) == [f"{key}:1", f"{key}:2"]
 
 
@@ -142,7 +142,8 @@ def test_dispatch_two_runs_of_one_work_follow_one_container(pool, store, tmp_pat
     for run in runs:
         run.join()
     assert [made.identity for made in outcomes] == 2 * [fingerprint(one.work)]
-    assert len(ours(deployment, dispatcher(store, "plain").key(one))) == 1
+    key = f"work:{dispatcher(store, 'plain').key(one)}"
+    assert len(ours(deployment, key)) == 1
 
 
 def test_dispatch_pool_without_a_live_worker_says_so_in_time(pool, store, tmp_path):
@@ -186,7 +187,7 @@ def test_dispatch_stopped_run_cancels_what_it_started(pool, store, tmp_path):
 
     waiting = thread(launch)
     waiting.start()
-    key = running.key(one)
+    key = f"work:{running.key(one)}"
     assert eventually(lambda: ours(deployment, key))
     running.stop()
     waiting.join(30)
