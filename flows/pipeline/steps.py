@@ -11,7 +11,7 @@ from tenacity.nap import sleep_using_event
 
 from flows.pipeline.finish import finish
 from flows.pipeline.verdict import judged
-from flows.prefect_api.retry import patiently
+from flows.prefect_api.retry import AWAY_S, patiently
 from flows.results import RunResult
 from flows.running.interruption import unwinding
 from flows.running.session import Session, run_step
@@ -72,8 +72,8 @@ def end(session: Session, shown: Callable[[RunResult], None] | None = None) -> R
         session: whose steps are done.
         shown: puts the result where people look; what breaks there is told.
     """
-    judgement = patiently(lambda: judged(session), say=session.terminal.line)
-    result = patiently(lambda: finish(session, judgement), say=session.terminal.line)
+    judgement = patiently(lambda: judged(session), away_s=AWAY_S, say=session.terminal.line)
+    result = patiently(lambda: finish(session, judgement), away_s=AWAY_S, say=session.terminal.line)
     if shown:
         with session.loose.told("the flow run's page in Prefect", same(session)):
             shown(result)

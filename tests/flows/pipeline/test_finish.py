@@ -18,7 +18,6 @@ from flows.pipeline import optimize
 from flows.pipeline.finish import finish
 from flows.pipeline.steps import end, run_steps
 from flows.pipeline.verdict import judged
-from flows.prefect_api import retry
 from flows.registry.journal import history
 from flows.running.session import run_step
 from stages.adapters.connect import connect
@@ -261,7 +260,7 @@ def test_end_done_twice_registers_and_promotes_once(place):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    monkeypatch.setattr(retry, "_PAUSE_S", 0.0)
+    monkeypatch.setattr("flows.pipeline.steps.AWAY_S", 20)
     monkeypatch.setattr(optimize, "show", lambda session, result: None)
 
 

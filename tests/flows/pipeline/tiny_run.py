@@ -188,5 +188,6 @@ _COUNT = itertools.count(1)
 
 
 @pytest.fixture
-def place(sealed, tmp_path):
+def place(sealed, tmp_path, monkeypatch):
+    monkeypatch.setattr("flows.pipeline.steps.AWAY_S", 0)  # what is away stays so
     return Place(sealed, tmp_path, f"tiny{next(_COUNT)}")

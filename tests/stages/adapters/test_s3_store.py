@@ -14,6 +14,7 @@ from stages.adapters import s3_client, s3_multipart, s3_source
 from stages.adapters.connect import FilePins, connect
 from stages.adapters.s3_store import S3Objects
 from stages.adapters.sources import Wanted, open_source, pin_source
+from stages.runtime import patience
 from stages.runtime.contract import StageError, Unavailable
 from stages.runtime.fingerprint import digest_bytes, digest_tree
 from stages.runtime.progress import Silent
@@ -140,6 +141,7 @@ def test_source_in_s3_is_one_with_the_same_bytes_on_a_disk_and_goes_on_without_n
     assert found.digest == on_disk.digest
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(s3_client, "_TRIES", 1)
+    monkeypatch.setattr(patience, "_of_process_s", 0.0)
     s3_client.client.cache_clear()
     assert pin_source(f"{s3_root}/text", wanted, digest_tree, pins, Heard()) == found
     assert "going on with what it was last" in Heard.notes[0]
@@ -153,6 +155,7 @@ def test_server_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a")
     monkeypatch.setattr(s3_client, "_TRIES", 1)
+    monkeypatch.setattr(patience, "_of_process_s", 0.0)
     s3_client.client.cache_clear()
     with pytest.raises(Unavailable, match="no server answers"):
         connect("s3://bucket/prefix", tmp_path)
