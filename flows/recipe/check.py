@@ -1,52 +1,82 @@
-"""Whether the steps, the judging and the gates of a recipe fit together; nothing is run or fetched to know it."""
+"""Whether a recipe can run: its shape, its steps, its judging, its gates; nothing is run or fetched to know it.
+
+Each step, each gate and each field is looked at by itself. What is wrong is said once, where it is wrong: of what only
+builds on it nothing is said.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from pydantic import ValidationError
 
-from flows.recipe.expand import executable_here, expanded, upstream
+from flows.recipe.expand import expanded, upstream
 from flows.recipe.located_yaml import Fault
 from flows.recipe.located_yaml import Path as Field
-from flows.recipe.model import Gate, Judge, Recipe, RecipeError, Step
+from flows.recipe.model import Recipe, RecipeError
+from flows.recipe.seen import CHAMPION, Seen, SeenStep, Wanted, guessed, steps_of
+from flows.recipe.shape import BROKEN, dotted, meant, part, said, shaped, without_echoes
 from stages import STAGES, stage
 from stages.measures.table import MEASURES
 from stages.runtime.contract import Kind, StageError
 
-CHAMPION = "champion"
-_RUNS = (Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE)
+_RUNS = frozenset({Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE})
 """Kinds that answer, so that they can be judged."""
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise RecipeError unless the steps, the judging and the gates fit together."""
-    found = faults(recipe)
+    data = recipe.model_dump(mode="json", by_alias=True)
+    found = faults(data)
     if found:
-        raise RecipeError("\n".join(f"{_dotted(fault.path, recipe)}: {fault.text}" for fault in found))
+        raise RecipeError("\n".join(f"{dotted(fault.path, data)}: {fault.text}" for fault in found))
 
 
-def faults(recipe: Recipe) -> list[Fault]:
-    """Everything that keeps a recipe of the right shape from running."""
-    # Each part builds on what the one before found sound, so that one mistake is not said in three places.
-    faulty = list(_names(recipe))
-    for index, step in enumerate(recipe.steps):
-        faulty += check_step(index, step)
-        if step.stage in STAGES:
-            faulty += _inputs(recipe, index, step)
-    if not faulty:
-        faulty += [*_precisions(recipe), *_judge(recipe), *_register(recipe)]
-    if not faulty:
-        faulty += [*_measured(recipe), *_gates(recipe)]
-    return faulty
+def faults(data: dict[str, Any]) -> list[Fault]:
+    """Everything that keeps a recipe, given as JSON values, from running."""
+    found, left = shaped(data)
+    steps, judge, gates = steps_of(data, left), part(left, "judge"), part(left, "gates", [])
+    of_params = {step.index: _params(step, left["steps"][step.index]) for step in steps}
+    seen = Seen(
+        steps=steps,
+        judge=judge,
+        gates=gates if isinstance(gates, list) else [],
+        unsound=frozenset(index for index, faulty in of_params.items() if faulty or steps[index].params is BROKEN),
+        guessed={},
+    )
+    seen = replace(seen, guessed=guessed(steps, _wanted(seen)))
+    for faulty in of_params.values():
+        found += faulty
+    found += _names(seen)
+    if part(left, "register") is not None and judge is None:
+        found.append(Fault(("register",), "only what was judged is promoted; allowed: together with `judge`"))
+    if not steps:
+        return found  # there is nothing that the rest could speak of
+    for step in steps:
+        found += _inputs(seen, step)
+    found += _precisions(seen)
+    found += _judge(seen)
+    wrong = {str(fault.path[1]) for fault in found if fault.path[:1] == ("judge",) and len(fault.path) > 1}
+    if not wrong:
+        found += _measured(seen)
+    for index, gate in enumerate(seen.gates):
+        if isinstance(gate, dict):
+            found += _gate(seen, ("gates", index), gate, wrong)
+    return found
 
 
-def check_step(index: int, step: Step) -> list[Fault]:
+def _params(step: SeenStep, left: Any) -> list[Fault]:
     """What is wrong inside one step, whatever stands around it: its stage and its params."""
-    here: Field = ("steps", index)
-    if step.stage not in STAGES:
-        return [Fault((*here, "stage"), f"there is no stage {step.stage!r}; allowed: {', '.join(STAGES)}")]
+    here: Field = ("steps", step.index)
+    named = part(left, "stage")
+    if not step.stage:
+        text = f"there is no stage {named!r}; allowed: {', '.join(STAGES)}"
+        return [Fault((*here, "stage"), text)] if isinstance(named, str) else []
+    if not isinstance(step.params, dict):
+        return []
     params = stage(step.stage).params
     try:
         params.model_validate_json(json.dumps(step.params), strict=True)
@@ -54,176 +84,191 @@ def check_step(index: int, step: Step) -> list[Fault]:
         known = ", ".join(params.model_fields) or "nothing"
         return [
             Fault((*here, "params", *one["loc"]), said(one["type"], one["msg"], known))
-            for one in error.errors(include_url=False)
+            for one in without_echoes(error.errors(include_url=False))
         ]
     return []
 
 
-def said(kind: str, message: str, allowed: str) -> str:
-    """One of pydantic's errors in the words of a recipe."""
-    if kind == "extra_forbidden":
-        return f"unknown key; allowed: {allowed}"
-    if kind == "missing":
-        return "required and not there"
-    return message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
+def _wanted(seen: Seen) -> list[Wanted]:
+    """Every step that is spoken of: by steps, by `judge` and by gates."""
+    spoken = [(name, _RUNS) for name in seen.named("artifacts")]
+    spoken += [(name, frozenset({Kind.CORPUS})) for name in seen.named("corpora")]
+    spoken.append((part(seen.judge, "baseline"), frozenset({Kind.CHECKPOINT})))
+    for gate in seen.gates:
+        spoken += [(part(gate, field), _RUNS) for field in ("artifact", "against")]
+        spoken.append((part(gate, "corpus"), frozenset({Kind.CORPUS})))
+    wanted = [one for step in seen.steps for one in step.reads()]
+    return wanted + [Wanted(name, None, kinds) for name, kinds in spoken if isinstance(name, str)]
 
 
-def _names(recipe: Recipe) -> Iterator[Fault]:
-    first: dict[str, int] = {}
-    for index, step in enumerate(recipe.steps):
+def _names(seen: Seen) -> Iterator[Fault]:
+    first: set[str] = set()
+    for step in seen.steps:
         if step.name == CHAMPION:
-            yield Fault(("steps", index, "name"), "`champion` means the model now served; allowed: another name")
-        if step.name in first:
+            text = "`champion` means the model now served; allowed: another name"
+            yield Fault(("steps", step.index, "name"), text)
+        elif step.name in first:
             text = f"the name {step.name!r} stands twice; allowed: a name that no other step has"
-            yield Fault(("steps", index, "name"), text)
-        first.setdefault(step.name, index)
+            yield Fault(("steps", step.index, "name"), text)
+        first |= {step.name} - {""}
 
 
-def _inputs(recipe: Recipe, index: int, step: Step) -> Iterator[Fault]:
+def _inputs(seen: Seen, step: SeenStep) -> Iterator[Fault]:
     """Roles, order and kinds of what a step reads."""
-    here: Field = ("steps", index, "inputs")
-    definition = stage(step.stage)
-    for role, accepted in definition.inputs.items():
-        if not accepted.optional and role not in step.inputs:
+    if not step.stage or not isinstance(step.inputs, dict):
+        return
+    here: Field = ("steps", step.index, "inputs")
+    roles = stage(step.stage).inputs
+    unknown = [role for role in step.inputs if role not in roles]
+    for role, accepted in roles.items():
+        if not accepted.optional and role not in step.inputs and not meant(role, unknown):
             kinds = " or ".join(sorted(accepted.kinds))
             yield Fault(here, f"{step.stage} needs an input {role!r}; allowed: the name of a step that makes a {kinds}")
     for role, source in step.inputs.items():
-        if role not in definition.inputs:
-            roles = ", ".join(definition.inputs) or "no inputs"
-            yield Fault((*here, role), f"{step.stage} has no input {role!r}; allowed: {roles}")
-            continue
-        many = definition.inputs[role].many
-        if many != isinstance(source, list):
-            yield Fault((*here, role), f"allowed: {'a list of steps' if many else 'one step'}")
-            continue
-        for name in [source] if isinstance(source, str) else source:
-            yield from _reads(recipe, index, (*here, role), name, definition.inputs[role].kinds)
+        if role in unknown:
+            text = f"{step.stage} has no input {role!r}; allowed: {', '.join(roles) or 'no inputs'}"
+            yield Fault((*here, role), text)
+        elif source is not BROKEN and roles[role].many != isinstance(source, list):
+            yield Fault((*here, role), f"allowed: {'a list of steps' if roles[role].many else 'one step'}")
+        else:
+            for name in source if isinstance(source, list) else [source]:
+                yield from _reads(seen, step.index, (*here, role), name, roles[role].kinds)
 
 
-def _reads(recipe: Recipe, index: int, path: Field, name: str, kinds: frozenset[Kind]) -> Iterator[Fault]:
-    fitting = [s.name for s in recipe.steps[:index] if _output(s) in kinds]
+def _reads(seen: Seen, index: int, path: Field, name: Any, kinds: frozenset[Kind]) -> Iterator[Fault]:
+    if not isinstance(name, str):
+        return
+    fitting = [step.name for step in seen.steps[:index] if step.output in kinds]
     allowed = f"allowed: {', '.join(fitting) or 'no step before this one fits'}"
-    source = next((s for s in recipe.steps[:index] if s.name == name), None)
-    if source is None:
-        later = any(s.name == name for s in recipe.steps[index:])
-        text = f"{name!r} comes later or is this step itself" if later else f"there is no step {name!r}"
+    source = seen.find(name)
+    if source is None or source.index >= index:
+        text = f"{name!r} comes later or is this step itself" if source else f"there is no step {name!r}"
         yield Fault(path, f"{text}; {allowed}")
-    elif (made := _output(source)) is not None and made not in kinds:
-        yield Fault(path, f"{name!r} makes a {made}, wanted is a {' or '.join(sorted(kinds))}; {allowed}")
+    elif source.output is not None and source.output not in kinds:
+        yield Fault(path, f"{name!r} makes a {source.output}, wanted is a {' or '.join(sorted(kinds))}; {allowed}")
 
 
-def _output(step: Step) -> Kind | None:
-    return stage(step.stage).output if step.stage in STAGES else None
-
-
-def _precisions(recipe: Recipe) -> Iterator[Fault]:
+def _precisions(seen: Seen) -> Iterator[Fault]:
     """What no builder can build for an architecture: known here, before an engine is built for minutes."""
     from stages.adapters.backends import refuse_impossible
 
-    for index, step in enumerate(recipe.steps):
-        if step.stage != "compile":
+    for step in seen.steps:
+        if step.stage != "compile" or step.index in seen.unsound:
             continue
         params = stage("compile").params.model_validate(step.params)
-        formats = _formats(recipe, step.name)
-        try:
-            refuse_impossible(params.backend, params.architectures, formats.keys())
-        except StageError as error:
-            made = ", ".join(f"{name} by step {source!r}" for name, source in formats.items() if source)
-            where = "architectures" if "architectures" in step.params else "backend"
-            allowed = error.limit or "nothing"
-            said = f"{error.what}; allowed: {allowed}. {error.remedy}{f' (made {made})' if made else ''}"
-            yield Fault(("steps", index, "params", where), said)
+        formats = _formats(seen, step.name)
+        told: set[str] = set()
+        for asked in [[one] for one in params.architectures] or [[]]:
+            try:
+                refuse_impossible(params.backend, asked, formats.keys())
+            except StageError as error:
+                made = ", ".join(f"{name} by step {source!r}" for name, source in formats.items() if source)
+                where = "architectures" if "architectures" in step.params else "backend"
+                allowed = error.limit or "nothing"
+                text = f"{error.what}; allowed: {allowed}. {error.remedy}{f' (made {made})' if made else ''}"
+                if text not in told:
+                    yield Fault(("steps", step.index, "params", where), text)
+                told.add(text)
 
 
-def _formats(recipe: Recipe, name: str) -> dict[str, str]:
+def _formats(seen: Seen, name: str) -> dict[str, str]:
     """Number formats of the graph that a step reads -> the step that chose them."""
     # Norms, scales and products of activations stay float32 in every graph that is exported.
     found = {"float32": ""}
-    above = upstream(recipe, name)
-    for step in recipe.steps:
-        if step.stage == "quantize" and step.name in above:
+    above = upstream(seen.sound(), name)
+    for step in seen.steps:
+        if step.stage == "quantize" and step.name in above and step.index not in seen.unsound:
             params = stage("quantize").params.model_validate(step.params)
             found[str(getattr(params, "scheme", "")).partition("_")[0]] = step.name
     return found
 
 
-def _judge(recipe: Recipe) -> Iterator[Fault]:
-    judge = recipe.judge
-    if judge is None:
+def _judge(seen: Seen) -> Iterator[Fault]:
+    if not isinstance(seen.judge, dict):
         return
-    for index, name in enumerate(judge.artifacts):
-        yield from _named(recipe, ("judge", "artifacts", index), name, _RUNS)
-    yield from _named(recipe, ("judge", "baseline"), judge.baseline, (Kind.CHECKPOINT,))
-    for index, name in enumerate(judge.corpora):
-        yield from _named(recipe, ("judge", "corpora", index), name, (Kind.CORPUS,))
-        corpus = next((step for step in recipe.steps if step.name == name), None)
-        splits = corpus.params.get("splits") if corpus else None
-        if isinstance(splits, dict) and not splits.get(judge.split):
+    for index, name in enumerate(_listed(seen, "artifacts")):
+        yield from _named(seen, ("judge", "artifacts", index), name, _RUNS)
+    yield from _named(seen, ("judge", "baseline"), part(seen.judge, "baseline"), frozenset({Kind.CHECKPOINT}))
+    split = part(seen.judge, "split", "test")
+    for index, name in enumerate(_listed(seen, "corpora")):
+        yield from _named(seen, ("judge", "corpora", index), name, frozenset({Kind.CORPUS}))
+        corpus = seen.find(name) if isinstance(name, str) else None
+        if corpus is None or split is BROKEN or corpus.index in seen.unsound:
+            continue
+        splits = corpus.params.get("splits")
+        if isinstance(splits, dict) and not splits.get(split):
             have = ", ".join(split for split, share in splits.items() if share)
-            yield Fault(("judge", "split"), f"corpus {name!r} has no split {judge.split!r}; allowed: {have}")
+            yield Fault(("judge", "split"), f"corpus {name!r} has no split {split!r}; allowed: {have}")
     for what in ("artifacts", "corpora"):
-        names = getattr(judge, what)
+        names = seen.named(what)
         if len(set(names)) < len(names):
             yield Fault(("judge", what), "a name stands twice; allowed: each once")
 
 
-def _measured(recipe: Recipe) -> Iterator[Fault]:
+def _listed(seen: Seen, field: str) -> list[Any]:
+    listed = part(seen.judge, field, [])
+    return listed if isinstance(listed, list) else []
+
+
+def _measured(seen: Seen) -> Iterator[Fault]:
+    recipe = seen.sound()
     taken = {step.name for step in recipe.steps}
+    compiled = any(step.index in seen.unsound for step in seen.steps if step.stage == "compile")
+    if recipe.judge is None or compiled or not {*recipe.judge.artifacts, recipe.judge.baseline} <= taken:
+        return  # which measurements there will be cannot be told
     for name in [step.name for step in expanded(recipe).steps if step.measures and step.name in taken]:
         yield Fault(("judge",), f"a step is called {name!r} as this measurement would be; allowed: another name")
 
 
-def _named(recipe: Recipe, path: Field, name: str, kinds: tuple[Kind, ...]) -> Iterator[Fault]:
-    fitting = [step.name for step in recipe.steps if stage(step.stage).output in kinds]
-    if name not in fitting:
-        known = any(step.name == name for step in recipe.steps)
-        text = f"{name!r} is no {' or '.join(kinds)}" if known else f"there is no step {name!r}"
+def _named(seen: Seen, path: Field, name: Any, kinds: frozenset[Kind]) -> Iterator[Fault]:
+    if not isinstance(name, str):
+        return
+    fitting = [step.name for step in seen.steps if step.output in kinds]
+    known = seen.find(name)
+    if known is None or (known.output is not None and known.output not in kinds):
+        text = f"{name!r} is no {' or '.join(sorted(kinds))}" if known else f"there is no step {name!r}"
         yield Fault(path, f"{text}; allowed: {', '.join(fitting) or 'none in this recipe'}")
 
 
-def _gates(recipe: Recipe) -> Iterator[Fault]:
-    for index, gate in enumerate(recipe.gates):
-        here: Field = ("gates", index)
-        if gate.measure == "size_bytes":
-            yield from _size_gate(recipe, here, gate)
-        elif recipe.judge is None:
-            yield Fault((*here, "measure"), f"{gate.measure} needs `judge`; allowed: size_bytes")
-        else:
-            yield from _score_gate(recipe, recipe.judge, here, gate)
+def _gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) -> Iterator[Fault]:
+    measure = part(gate, "measure")
+    if measure == "size_bytes":
+        yield from _size_gate(seen, here, gate)
+    elif seen.judge is None and isinstance(measure, str):
+        yield Fault((*here, "measure"), f"{measure} needs `judge`; allowed: size_bytes")
+    elif seen.judge is not None:
+        yield from _score_gate(seen, here, gate, wrong)
 
 
-def _size_gate(recipe: Recipe, here: Field, gate: Gate) -> Iterator[Fault]:
-    if gate.corpus is not None:
+def _size_gate(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:
+    if part(gate, "corpus") not in (None, BROKEN):
         yield Fault((*here, "corpus"), "a size has no corpus; allowed: leave it out")
-    if gate.artifact is not None:
-        yield from _named(recipe, (*here, "artifact"), gate.artifact, _RUNS)
-    elif recipe.judge is None:
+    if part(gate, "artifact") is not None:
+        yield from _named(seen, (*here, "artifact"), part(gate, "artifact"), _RUNS)
+    elif seen.judge is None:
         yield Fault((*here, "artifact"), "required, since nothing is judged; allowed: the name of a step")
-    if gate.against not in (None, CHAMPION):
-        yield from _named(recipe, (*here, "against"), str(gate.against), _RUNS)
+    if part(gate, "against") != CHAMPION:
+        yield from _named(seen, (*here, "against"), part(gate, "against"), _RUNS)
 
 
-def _score_gate(recipe: Recipe, judge: Judge, here: Field, gate: Gate) -> Iterator[Fault]:
-    executed = [name for name in judge.artifacts if executable_here(recipe.step(name))]
-    against = [CHAMPION, *executed] + ([] if MEASURES[gate.measure].paired else [judge.baseline])
-    for field, value, allowed, why in (
-        ("measure", gate.measure, judge.measures, "is not measured"),
-        ("artifact", gate.artifact, executed, "is not judged by execution here"),
-        ("corpus", gate.corpus, judge.corpora, "is not judged"),
-        ("against", gate.against, against, "has no such measure"),
+def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) -> Iterator[Fault]:
+    """What a gate says of what `judge` has; `wrong` are the fields of `judge` that cannot be relied on."""
+    measure, baseline = part(gate, "measure"), part(seen.judge, "baseline")
+    paired = isinstance(measure, str) and MEASURES[measure].paired
+    executed, corpora = seen.executed(), seen.named("corpora")
+    against = [CHAMPION, *executed, *([baseline] if isinstance(baseline, str) and not paired else [])]
+    measures = part(seen.judge, "measures", list(MEASURES))
+    for field, allowed, why, of in (
+        ("measure", measures, "is not measured", {"measures"}),
+        ("artifact", executed, "is not judged by execution here", {"artifacts"}),
+        ("corpus", corpora, "is not judged", {"corpora"}),
+        ("against", against, "has no such measure", {"artifacts", "baseline"}),
     ):
-        if value is not None and value not in allowed:
-            yield Fault((*here, field), f"{value!r} {why}; allowed: {', '.join(allowed) or 'none in this recipe'}")
-
-
-def _register(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.register_as and recipe.judge is None:
-        yield Fault(("register",), "only what was judged is promoted; allowed: together with `judge`")
-
-
-def _dotted(path: Field, recipe: Recipe) -> str:
-    """A path as `--set` writes it: a step by its name, a gate by its number."""
-    parts = list(path)
-    if len(parts) > 1 and parts[0] == "steps" and isinstance(parts[1], int):
-        parts[1] = recipe.steps[parts[1]].name
-    return ".".join(str(part) for part in parts) or "recipe"
+        value = part(gate, field)
+        if not isinstance(value, str) or allowed is BROKEN or value in allowed:
+            continue
+        strange = field != "measure" and seen.find(value) is None
+        # Where the list itself is wrong, the name may be what was meant to stand there; an unknown one is wrong anyway.
+        if strange or (isinstance(seen.judge, dict) and not of & wrong and measure is not BROKEN):
+            text = f"there is no step {value!r}" if strange else f"{value!r} {why}"
+            yield Fault((*here, field), f"{text}; allowed: {', '.join(allowed) or 'none in this recipe'}")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ValidationError
-
-from flows.recipe.check import check_step, faults, said
+from flows.recipe.check import faults
 from flows.recipe.located_yaml import Fault, Located, read_yaml, scalar
 from flows.recipe.located_yaml import Path as Field
-from flows.recipe.model import Gate, Judge, Recipe, RecipeError, Register, Step
-from stages import STAGES, stage
+from flows.recipe.model import Recipe, RecipeError
+from flows.recipe.shape import dotted, keys_at, names_of
 
 SHIPPED = Path(__file__).parent / "shipped"
 
@@ -69,66 +69,41 @@ def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
         RecipeError: everything that is wrong, one line each.
     """
     document = read_yaml(_text(path))
-    report = _Report(path, document)
-    if document.faults:
-        report.refuse(document.faults)
     data = document.value
     if not isinstance(data, dict):
         wrong = "the recipe is empty" if data is None else "a recipe is a mapping"
-        report.refuse([Fault((), f"{wrong}; allowed: {', '.join(_names(Recipe))}", 1)])
-    changed = {_set(data, text) for text in sets}
-    report.changed = changed
+        empty = Fault((), f"{wrong}; allowed: {', '.join(names_of(Recipe))}", 1)
+        raise _refused(path, document, set(), document.faults or [empty], [])
+    data, changed, unset = _all_set(data, sets)
+    document = replace(document, value=data)
     _resolve_sources(data, path.parent, changed)
+    # Where YAML itself was refused, nothing is left to look at.
+    lost = [fault.path for fault in document.faults if _at(data, fault.path) is None]
+    found = [one for one in faults(data) if not any(one.path[: len(at)] == at for at in [*lost, *unset])]
+    if document.faults or found or unset:
+        raise _refused(path, document, changed, [*document.faults, *found], list(unset.values()))
+    return Recipe.model_validate_json(json.dumps(data), strict=True)
+
+
+def _refused(
+    path: Path, document: Located, changed: set[Field], found: Iterable[Fault], unset: list[str]
+) -> RecipeError:
+    """Everything that is wrong: what the command line asked for, then faults in the order of the file."""
+    lines: set[tuple[int, str]] = set()
+    for fault in found:
+        by_hand = any(fault.path[: len(one)] == one for one in changed)
+        text = f"{dotted(fault.path, document.value)}{' (--set)' if by_hand else ''}: {fault.text}"
+        lines.add((fault.line or document.line(fault.path), text))
+    return RecipeError("\n".join([*unset, *(f"{path}:{line}: {text}" for line, text in sorted(lines))]))
+
+
+def _at(data: Any, path: Field) -> Any:
     try:
-        recipe = Recipe.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        report.refuse([*_shape(error, data), *_steps_alone(data)])
-    found = faults(recipe)
-    if found:
-        report.refuse(found)
-    return recipe
-
-
-class _Report:
-    """Faults as lines of text."""
-
-    def __init__(self, path: Path, document: Located) -> None:
-        self.path, self.document = path, document
-        self.changed: set[Field] = set()
-
-    def refuse(self, found: Iterable[Fault]) -> None:
-        """Raise them, in the order of the file."""
-        placed = sorted({(fault.line or self.document.line(fault.path), self._said(fault)) for fault in found})
-        raise RecipeError("\n".join(f"{self.path}:{line}: {text}" for line, text in placed))
-
-    def _said(self, fault: Fault) -> str:
-        by_hand = any(fault.path[: len(path)] == path for path in self.changed)
-        return f"{_dotted(fault.path, self.document.value)}{' (--set)' if by_hand else ''}: {fault.text}"
-
-
-def keys_at(data: Any, path: Field) -> list[str] | None:
-    """The keys that a mapping at `path` may have; None where any may stand."""
-    match path:
-        case ():
-            return _names(Recipe)
-        case ("judge",):
-            return _names(Judge)
-        case ("register",):
-            return _names(Register)
-        case ("gates", int()):
-            return _names(Gate)
-        case ("steps", int()):
-            return _names(Step)
-        case ("steps", int() as index, "params" | "inputs" as what):
-            name = data["steps"][index].get("stage")
-            if name not in STAGES:
-                return None
-            return list(stage(name).inputs) if what == "inputs" else _names(stage(name).params)
-    return None
-
-
-def _names(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
+        for key in path:
+            data = data[key]
+    except (KeyError, IndexError, TypeError):  # what was merged by `<<` has lines and no place of its own
+        return None
+    return data
 
 
 def _text(path: Path) -> str:
@@ -140,15 +115,41 @@ def _text(path: Path) -> str:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a file one may read") from error
 
 
+class _Unset(Exception):
+    """A `--set` that cannot be applied, and how far its path led."""
+
+    def __init__(self, text: str, path: Field = ()) -> None:
+        super().__init__(text)
+        self.path = path
+
+
+def _all_set(data: dict[str, Any], sets: Sequence[str]) -> tuple[dict[str, Any], set[Field], dict[Field, str]]:
+    """Apply every `--set`: the recipe as changed, the paths of the values, and what could not be applied where.
+
+    What stands at such a place is not looked at, since the change might have mended it.
+    """
+    changed: set[Field] = set()
+    unset: dict[Field, str] = {}
+    for number, text in enumerate(sets):
+        tried = deepcopy(data)
+        try:
+            changed.add(_set(tried, text))
+            data = tried
+        except _Unset as error:
+            at = error.path if len(error.path) > 1 else ("--set", number)
+            unset[at] = f"{unset[at]}\n{error}" if at in unset else str(error)
+    return data, changed, unset
+
+
 def _set(data: dict[str, Any], text: str) -> Field:
     """Apply one `--set PATH=VALUE` in place; returns the path of the value."""
     where, equals, written = text.partition("=")
     if not equals or not where:
-        raise RecipeError(f"--set {text}: allowed: PATH=VALUE, as in steps.int8.params.scheme=int4_weight_only")
+        raise _Unset(f"--set {text}: allowed: PATH=VALUE, as in steps.int8.params.scheme=int4_weight_only")
     try:
         value = scalar(written)
     except ValueError as error:
-        raise RecipeError(f"--set {where}: {error}") from error
+        raise _Unset(f"--set {where}: {error}") from error
     parts = where.split(".")
     here: Any = data
     path: Field = ()
@@ -165,19 +166,19 @@ def _set(data: dict[str, Any], text: str) -> Field:
 
 
 def _key(data: dict[str, Any], here: Any, path: Field, part: str, where: str) -> str | int:
-    at = _dotted(path, data)
+    at = dotted(path, data)
     if isinstance(here, list):
         names = [str(one.get("name", i)) if isinstance(one, dict) else str(i) for i, one in enumerate(here)]
         if part in names:
             return names.index(part)
         if part.isdecimal() and int(part) < len(here):
             return int(part)
-        raise RecipeError(f"--set {where}: {at} has no {part!r}; allowed: {', '.join(names)}")
+        raise _Unset(f"--set {where}: {at} has no {part!r}; allowed: {', '.join(names)}", path)
     if not isinstance(here, dict):
-        raise RecipeError(f"--set {where}: {at} is a value and has no {part!r}; allowed: {at}=VALUE")
+        raise _Unset(f"--set {where}: {at} is a value and has no {part!r}; allowed: {at}=VALUE", path)
     allowed = keys_at(data, path)
     if allowed is not None and part not in allowed:
-        raise RecipeError(f"--set {where}: {at} has no {part!r}; allowed: {', '.join(allowed) or 'nothing'}")
+        raise _Unset(f"--set {where}: {at} has no {part!r}; allowed: {', '.join(allowed) or 'nothing'}", path)
     return part
 
 
@@ -198,49 +199,3 @@ def _resolve_sources(data: dict[str, Any], folder: Path, changed: set[Field]) ->
         by_hand = any(path[:2] == ("steps", index) and path[-1] == "source" for path in changed)
         found = beside if beside.exists() and not by_hand else local.expanduser()
         params["source"] = found.absolute().as_uri()
-
-
-def _shape(error: ValidationError, data: Any) -> list[Fault]:
-    found: dict[Field, str] = {}
-    for one in error.errors(include_url=False):
-        path = _within(one["loc"], data, extra=one["type"] in ("missing", "extra_forbidden"))
-        text = said(one["type"], one["msg"], ", ".join(keys_at(data, path[:-1]) or ["nothing"]))
-        found[path] = f"{found[path]}, or {text}" if path in found and text not in found[path] else text
-    return [Fault(path, text) for path, text in found.items()]
-
-
-def _within(loc: tuple[str | int, ...], data: Any, *, extra: bool) -> Field:
-    """The part of pydantic's location that names something in the file; it also names branches of a union."""
-    path: Field = ()
-    for part in loc:
-        inside = (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int))
-        if not inside:
-            return (*path, part) if extra and isinstance(data, dict) else path
-        data, path = data[part], (*path, part)
-    return path
-
-
-def _steps_alone(data: dict[str, Any]) -> list[Fault]:
-    """What is wrong inside the steps that have a step's shape, so that it is said together with the rest."""
-    faulty: list[Fault] = []
-    steps = data.get("steps")
-    for index, raw in enumerate(steps if isinstance(steps, list) else ()):
-        try:
-            step = Step.model_validate_json(json.dumps(raw), strict=True)
-        except ValidationError:
-            continue
-        faulty += check_step(index, step)
-    return faulty
-
-
-def _dotted(path: Field, data: Any) -> str:
-    parts: list[str] = []
-    for part in path:
-        name = None
-        if isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-            name = data.get("name") if isinstance(data, dict) else None
-        else:
-            data = data.get(part) if isinstance(data, dict) else None
-        parts.append(str(name if name is not None else part))
-    return ".".join(parts) or "recipe"

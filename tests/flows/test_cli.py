@@ -216,7 +216,7 @@ def test_run_whose_gate_fails_exits_2_and_says_gate_measured_limit(recipe, optim
     [
         (StageError("it broke", measured=3, limit=2, remedy="Mend it."), 1, "error: it broke; measured 3; limit 2. Me"),
         (DoesNotFit("memory ran out"), 3, "error: memory ran out"),
-        (Interrupted("ended"), 130, "error: ended"),
+        (Interrupted("ended"), 130, "interrupted: ended"),
         (KeyboardInterrupt(), 130, "interrupted: what is sealed stays"),
     ],
 )  # fmt: skip
@@ -305,7 +305,7 @@ def test_runs_explain_and_logs_read_the_records(recipe, opened, capsys):
     assert main(["explain", broken.name]) == 0
     assert "error: disk full" in capsys.readouterr().out
     assert main(["logs", done.name, "--follow"]) == 0
-    assert capsys.readouterr().out.strip().endswith("int8 note 12 layers")
+    assert "int8 note 12 layers" in capsys.readouterr().out
     assert main(["logs", "nothing"]) == 1
     assert "no run begins with 'nothing'" in capsys.readouterr().err
 
@@ -335,9 +335,9 @@ def test_cancel_ends_the_process_of_a_run_and_no_other(recipe, opened, capsys):
 def test_sigterm_ends_a_command_with_130(tmp_path):
     code = (
         "import os, signal, sys, flows.commands.inspect as looking, time\n"
-        "import flows.cli as cli\n"
+        "import flows.cli as cli\nfrom flows.__main__ import command\n"
         "@cli.app.command()\ndef wait():\n    print('ready', flush=True); time.sleep(60)\n"
-        "sys.exit(cli.main(['wait']))"
+        "sys.argv[1:] = ['wait']; command()"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n"

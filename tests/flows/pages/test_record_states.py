@@ -45,9 +45,9 @@ def failed_gate():
 ENDS = {
     "passed": (result(), (event(9, "finished"),), ("COMPLETED", "Completed"), "passed", 9),
     "not judged": (
-        result().model_copy(update={"gates": []}), (event(9, "finished"),), ("COMPLETED", "Completed"), "not judged", 9
+        result().model_copy(update={"gates": [], "verdict": "not judged"}), (event(9, "finished"),), ("COMPLETED", "Completed"), "not judged", 9
     ),
-    "gate failed": (failed_gate(), (event(9, "finished"),), ("FAILED", "Failed"), "1.3 against 1.25", 9),
+    "gate failed": (failed_gate(), (event(9, "finished"),), ("FAILED", "Failed"), "measured 1.3, limit at most 1.25", 9),
     "interrupted": (None, (event(9, "error", what="KeyboardInterrupt"),), ("CANCELLED", "Cancelled"), "interrupted", 9),
     "error": (None, (event(9, "error", what="no room"),), ("FAILED", "Failed"), "no room", 9),
     "ended": (None, (), ("CRASHED", "Crashed"), "ended without a word", 4),

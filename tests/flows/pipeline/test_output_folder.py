@@ -147,7 +147,7 @@ def test_output_that_cannot_be_is_refused_at_once(tmp_path, monkeypatch, place, 
     (tmp_path / "theirs" / "cpu").mkdir(parents=True)
     (tmp_path / "inside").symlink_to(store)
     ran = []
-    monkeypatch.setattr("flows.pipeline.optimize.optimize", lambda *_: ran.append(1))
+    monkeypatch.setattr("flows.pipeline.drive.optimize", lambda *_: ran.append(1))
     for folder, said in {
         tmp_path / "file": "is no folder",
         tmp_path / "file" / "out": "is no folder",

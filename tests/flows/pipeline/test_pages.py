@@ -95,9 +95,9 @@ def test_prefects_page_says_state_gates_and_where_mlflows_run_is():
     passed, failed = (made_up(passed=held)[0] for held in (True, False))
     page = verdict_page("tiny", failed, "http://mlflow/#/experiments/1/runs/2")
     assert page.startswith("# tiny: gate failed") and "[MLflow's run](http://mlflow/#/experiments/1/runs/2)" in page
-    assert "measured 1.096, limit at most 1.1" in page
+    assert "measured 1.096, limit 1.1" in page
     assert verdict_page("tiny", passed, "mlflow ui").startswith("# tiny: passed")
     unjudged = verdict_page(
-        "tiny", passed.model_copy(update={"gates": []}), "mlflow ui --backend-store-uri sqlite:///x"
+        "tiny", passed.model_copy(update={"gates": [], "verdict": "not judged"}), "mlflow ui --backend-store-uri sqlite:///x"
     )
     assert unjudged.startswith("# tiny: not judged") and "`mlflow ui --backend-store-uri sqlite:///x`" in unjudged
