@@ -98,6 +98,8 @@ def test_prefects_page_says_state_gates_and_where_mlflows_run_is():
     assert "measured 1.096, limit 1.1" in page
     assert verdict_page("tiny", passed, "mlflow ui").startswith("# tiny: passed")
     unjudged = verdict_page(
-        "tiny", passed.model_copy(update={"gates": [], "verdict": "not judged"}), "mlflow ui --backend-store-uri sqlite:///x"
+        "tiny",
+        passed.model_copy(update={"gates": [], "verdict": "not judged"}),
+        "mlflow ui --backend-store-uri sqlite:///x",
     )
     assert unjudged.startswith("# tiny: not judged") and "`mlflow ui --backend-store-uri sqlite:///x`" in unjudged
