@@ -42,12 +42,11 @@ def failed_gate():
     return result(passed=False)
 
 
+UNJUDGED = result().model_copy(update={"gates": [], "verdict": "not judged"})
 ENDS = {
     "passed": (result(), (event(9, "finished"),), ("COMPLETED", "Completed"), "passed", 9),
-    "not judged": (
-        result().model_copy(update={"gates": [], "verdict": "not judged"}), (event(9, "finished"),), ("COMPLETED", "Completed"), "not judged", 9
-    ),
-    "gate failed": (failed_gate(), (event(9, "finished"),), ("FAILED", "Failed"), "measured 1.3, limit at most 1.25", 9),
+    "not judged": (UNJUDGED, (event(9, "finished"),), ("COMPLETED", "Completed"), "not judged", 9),
+    "gate failed": (failed_gate(), (event(9, "finished"),), ("FAILED", "Failed"), "measured 1.3, limit", 9),
     "interrupted": (None, (event(9, "error", what="KeyboardInterrupt"),), ("CANCELLED", "Cancelled"), "interrupted", 9),
     "error": (None, (event(9, "error", what="no room"),), ("FAILED", "Failed"), "no room", 9),
     "ended": (None, (), ("CRASHED", "Crashed"), "ended without a word", 4),
