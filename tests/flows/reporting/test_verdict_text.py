@@ -15,7 +15,7 @@ def test_summary_of_a_passed_run_is_one_word():
 
 
 def test_summary_of_a_run_without_gates_says_that_nothing_was_judged():
-    assert summary(result(gates=[])) == "not judged" and "no gate" in described(result(gates=[]))
+    assert summary(result(gates=[], verdict="not judged")) == "not judged" and "no gate" in described(result(gates=[]))
 
 
 def test_summary_names_each_failing_gate_with_measured_and_limit_and_no_other():
@@ -24,7 +24,7 @@ def test_summary_names_each_failing_gate_with_measured_and_limit_and_no_other():
     other = one.model_copy(update={"text": f"{text}: FAILED"})
     held = one.model_copy(update={"passed": True, "text": "top1 held"})
     failed = result(passed=False, gates=[held, other, one])
-    assert summary(failed) == f"gate failed: {text}; size_bytes of gpu: 3.0 against 2.0"
+    assert summary(failed) == f"gate failed: {text}; size_bytes of gpu: measured 3.0, limit at most 2.0"
     said = described(failed)
     assert said.startswith("**gate failed**") and "no alias moved" in said
     assert said.index("measured 1.31") < said.index("top1 held") and "size\\_bytes" in said

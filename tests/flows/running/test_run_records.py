@@ -43,7 +43,7 @@ def test_record_ends_in_each_state(recipe, tmp_path):
     states = ["passed", "gate failed", "error", "interrupted", "interrupted"]
     assert [record.line().state for record in ended] == states
     assert ended[0].result == result(run=ended[0].name) and ended[2].result is None
-    assert ended[3].line().error == "KeyboardInterrupt" and all(record.pid is None for record in ended)
+    assert ended[3].line().error == "interrupted" and all(record.pid is None for record in ended)
 
 
 OLD_TEXT = {

@@ -150,7 +150,8 @@ def project(tmp_path, monkeypatch):
         module._module.cache_clear()
         return module.code_digest.__wrapped__("stages.trial")
 
-    return digest
+    yield digest
+    module._module.cache_clear()
 
 
 @pytest.mark.parametrize(
