@@ -76,8 +76,8 @@ def test_run_enters_each_room_once_on_its_way_and_the_recipe_only_before_the_pip
     assert walked["rooms"] == [
         "commands",
         "recipe",
-        "reporting",  # the terminal is opened before anything runs
-        "pipeline",
+        "pipeline",  # --output is looked at before anything runs
+        "reporting",  # and the terminal is opened
         "running",
         "prefect_api",
         "tracking",
