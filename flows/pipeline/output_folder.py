@@ -37,7 +37,8 @@ def copied(recipe: Recipe) -> list[str]:
     """The steps whose artifacts lie in the folder: those that are judged, and those that no other step reads."""
     # A report is about what it reads and makes nothing of it.
     making = [step for step in recipe.steps if stage(step.stage).output is not Kind.REPORT]
-    read = {source for step in making for source in step.roles().values()}
+    given = [sources for step in making for sources in step.inputs.values()]
+    read = {one for sources in given for one in ([sources] if isinstance(sources, str) else sources)}
     judged: set[str] = set()
     if recipe.judge is not None:
         judged = set(recipe.judge.artifacts)
