@@ -17,7 +17,7 @@ from stages.adapters import s3_client, s3_multipart
 from stages.adapters.connect import connect
 from stages.adapters.s3_client import client, parse
 from stages.adapters.s3_store import S3Objects
-from stages.runtime import transfers
+from stages.runtime import patience, transfers
 from stages.runtime.contract import PARTIAL, Unavailable
 from stages.runtime.execute import Outcome, execute, work_of
 from stages.runtime.fingerprint import digest_bytes, fingerprint
@@ -46,7 +46,8 @@ def through(monkeypatch: pytest.MonkeyPatch, s3_root: str) -> Through:
 
     def use(endpoint: str, tries: int = 1) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        monkeypatch.setattr(s3_client, "TRIES", tries)
+        monkeypatch.setattr(s3_client, "_TRIES", tries)
+        monkeypatch.setattr(patience, "_of_process_s", 0.0)
         client.cache_clear()
 
     return use
@@ -244,7 +245,7 @@ def test_part_that_another_replaced_before_the_end_is_sent_in_an_upload_of_its_o
         if always or len(answers) == 1:
             parsed["ETag"] = f'"{digest_bytes(b"of another")[:32]}"'
 
-    monkeypatch.setattr(s3_multipart, "TRIES", 2)
+    monkeypatch.setattr(s3_multipart, "_TRIES", 2)
     client().meta.events.register("after-call.s3.UploadPart", replaced)
     if always:
         with pytest.raises(Unavailable, match="ended by another"):
@@ -265,10 +266,10 @@ def test_write_in_conflict_is_asked_again_and_at_last_unavailable(conflicts: int
             raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
 
     if placed:
-        assert s3_multipart.if_absent(put)
+        assert s3_multipart.if_absent("s3://bucket/key", put)
     else:
         with pytest.raises(Unavailable, match="changed by another"), s3_client.spoken("s3://bucket/key"):
-            s3_multipart.if_absent(put)
+            s3_multipart.if_absent("s3://bucket/key", put)
 
 
 def test_uploads_of_longer_keys_are_not_gone_on_with(s3_root: str, file: Path) -> None:
