@@ -144,7 +144,7 @@ def test_deploying_again_changes_nothing_with_the_variables_and_without(first, s
     bare = {name: "" for name in stack.environment() if not name.startswith("PREFECT_")} | {"HOME": str(tmp_path)}
     try:
         assert "nothing to change" in stack.run("docker", "start", "--attach", stack.container("set-up"))
-        assert "nothing to change" in stack.run(sys.executable, "-m", "flows.cli", "deploy", env=bare)
+        assert "nothing to change" in stack.run(sys.executable, "-m", "flows", "deploy", env=bare)
         pool = stack.api("GET", "/work_pools/cpu")
         assert pool["concurrency_limit"] == 3 and pool["is_paused"]
     finally:

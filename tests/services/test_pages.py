@@ -36,7 +36,7 @@ def enginery(store, source, *options):
     words = [
         sys.executable,
         "-m",
-        "flows.cli",
+        "flows",
         "run",
         RECIPE,
         "--store",

@@ -31,7 +31,7 @@ class Ui:
         self._terminal, inside = pty.openpty()
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "ui", "--store", str(store), *options],
+            [sys.executable, "-m", "flows", "ui", "--store", str(store), *options],
             stdin=inside, stdout=inside, stderr=inside, start_new_session=True, cwd=store.parent,
             env={**plain, "PYTHONPATH": str(ROOT), "HOME": str(store.parent), "PREFECT_SERVER_API_HOST": "0.0.0.0"},
             preexec_fn=_own_terminal,

@@ -238,7 +238,7 @@ def test_command_in_a_shell_without_variables_keeps_what_stands(client, prefect_
     before = everything(client)
     shell = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PREFECT_API_URL": prefect_api}
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "deploy"], cwd=ROOT, env=shell, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "flows", "deploy"], cwd=ROOT, env=shell, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "nothing to change: 19 as they were"
