@@ -44,6 +44,6 @@ def test_row_of_a_small_model_is_measured_and_leaves_the_cores_as_they_were(stor
     if len(cores) < 2:
         pytest.skip("needs two cores")
     with TerminalProgress() as terminal:
-        row = beside.measured(store, terminal, text="pydoc://topics", width=64, blocks=2, repeats=1)
+        row = beside.measured(store, terminal, text="pydoc://topics", width=192, blocks=2, repeats=1)
     assert not row.error and set(row.figures) == FIGURES and min(row.figures.values()) > 0
     assert os.sched_getaffinity(0) == cores
