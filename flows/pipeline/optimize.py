@@ -10,6 +10,7 @@ from typing import Any, cast
 from prefect import flow, get_run_logger, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.context import TagsContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Failed
@@ -146,9 +147,11 @@ def _driven(session: Session) -> RunResult:
     _SESSIONS[session.record.name] = session
     try:
         for name, planned in session.planned.items():
-            named = _step.with_options(name=name, task_run_name=name, tags={planned.order.stage})
+            named = _step.with_options(name=name, task_run_name=name)
             after = [futures[one] for one in planned.after]
-            futures[name] = named.submit(session.record.name, name, wait_for=after, return_state=False)
+            # Without tags: for each of them Prefect asks its API for a slot, and a step begins while that is away, too.
+            with TagsContext(current_tags=set()):
+                futures[name] = named.submit(session.record.name, name, wait_for=after, return_state=False)
         _await(session, futures)
         return end(session, lambda result: show(session, result))
     except BaseException as error:
