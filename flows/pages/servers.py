@@ -22,6 +22,7 @@ from types import FrameType
 
 import httpx
 
+from flows.running.interruption import unwinding
 from stages.runtime.contract import StageError, Unavailable
 from stages.runtime.fingerprint import ROOT
 
@@ -269,6 +270,7 @@ def _ended_by_signals() -> Iterator[Event]:
     ended = Event()
 
     def end(_number: int, _frame: FrameType | None) -> None:
+        unwinding()  # nobody needs to be reminded of this signal
         ended.set()
 
     before = {number: signal.getsignal(number) for number in _ENDS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,6 +52,25 @@ def answered(uri: str) -> Iterator[None]:
         if ours is None:
             raise
         raise ours from error
+
+
+def do_each(acts: Iterable[Callable[[], object]]) -> None:
+    """Do each of these, also where MLflow refuses one.
+
+    Raises:
+        Unavailable: MLflow does not answer; the rest is left.
+        StageError: the first refusal, once all are done.
+    """
+    refused = []
+    for act in acts:
+        try:
+            act()
+        except Unavailable:
+            raise
+        except StageError as error:
+            refused.append(error)
+    for first in refused:
+        raise first
 
 
 class _Answering:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import psutil
@@ -15,7 +15,7 @@ import psutil
 from flows.tracking.batches import Buffer, send
 from flows.tracking.connect import NOTE, Tracking
 from flows.tracking.ends import End
-from stages.runtime.contract import StageError, Unavailable
+from flows.tracking.errors import do_each
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -72,17 +72,8 @@ def end_leftovers(tracking: Tracking, known: Known) -> None:
     """
     running = list(_running(tracking))
     left = {run.info.run_id for run in running if _left(run.data.tags)}
-    refused = []
-    for run in running:
-        if run.info.run_id in left or run.data.tags.get(PARENT) in left:
-            try:
-                _end(tracking, run, known)
-            except Unavailable:
-                raise
-            except StageError as error:
-                refused.append(error)
-    for first in refused:
-        raise first
+    gone = [run for run in running if run.info.run_id in left or run.data.tags.get(PARENT) in left]
+    do_each(partial(_end, tracking, run, known) for run in gone)
 
 
 def _end(tracking: Tracking, run: Run, known: Known) -> None:

@@ -19,10 +19,10 @@ from flows.tracking.batches import Buffer, flattened, now, send
 from flows.tracking.connect import NOTE, Tracking
 from flows.tracking.datasets import Dataset, inputs
 from flows.tracking.ends import End
-from flows.tracking.errors import Refused
+from flows.tracking.errors import Refused, do_each
 from flows.tracking.leftovers import PARENT, PART, RUN, Known, end_leftovers, held_open, process_tags
 from flows.tracking.steps import Opening, StepRun, Told
-from stages.runtime.contract import Interrupted, StageError, Unavailable
+from stages.runtime.contract import Interrupted, Unavailable
 
 FLUSH_S = 2.0
 HURRY_S = 3.0
@@ -143,19 +143,12 @@ class RecipeRun:
             Unavailable: MLflow does not answer.
             StageError: it refused to end a run; the others are ended.
         """
-        client, refused = self.tracking.client, []
+        client = self.tracking.client
         send(client, self.id, Buffer(tags={NOTE: end.description} if end.description else {}))
         client.set_terminated(self.id, end.status, ended_ms)
         for step in self.steps:
             step.interrupted()
-            try:
-                step.settle()
-            except Unavailable:
-                raise
-            except StageError as error:
-                refused.append(error)
-        for first in refused:
-            raise first
+        do_each(step.settle for step in self.steps)
 
 
 @contextmanager

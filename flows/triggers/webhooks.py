@@ -244,7 +244,7 @@ def serve(
         ssl_keyfile=str(address.key),
         log_level="warning",
         server_header=False,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=3,  # less than a command may take to end
     )
     say(f"listening on https://{address.host}:{listening.getsockname()[1]}/ for {alias.uri}, recipe {recipe.name}")
     uvicorn.Server(config).run(sockets=[listening])

@@ -30,6 +30,18 @@ def steps_of(api, count):
     return {one["name"]: one["state_type"] for one in newest(api, "task_runs", **asked)}
 
 
+def breaking(step, error, begun):
+    """What runs a step, but for one that breaks; `begun` has the names of those that were begun."""
+
+    def run(given, name, *listeners):
+        begun.append(name)
+        if name == step:
+            raise error
+        return session.run_step(given, name, *listeners)
+
+    return run
+
+
 def test_flow_run_ends_as_its_run_does(prefect_api, place):
     result = place.run()
     assert result.passed
@@ -44,12 +56,7 @@ def test_flow_run_ends_as_its_run_does(prefect_api, place):
 
 
 def test_flow_run_whose_step_breaks_is_failed_with_its_error(prefect_api, place, monkeypatch):
-    def broken(given, name, *listeners):
-        if name == "graph":
-            raise StageError("the graph is not one")
-        return session.run_step(given, name, *listeners)
-
-    monkeypatch.setattr(optimize, "run_step", broken)
+    monkeypatch.setattr(optimize, "run_step", breaking("graph", StageError("the graph is not one"), []))
     with pytest.raises(StageError, match="the graph is not one"):
         place.run()
     _, state, message = ended(prefect_api)
@@ -57,17 +64,12 @@ def test_flow_run_whose_step_breaks_is_failed_with_its_error(prefect_api, place,
 
 
 def test_flow_run_that_a_person_ends_is_cancelled(prefect_api, place, monkeypatch):
-    def cut(given, name, *listeners):
-        if name == "graph":
-            raise Interrupted(f"step {name} was stopped")
-        return session.run_step(given, name, *listeners)
-
     def asked(given, futures):
         for future in futures.values():
             future.wait()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimize, "run_step", cut)
+    monkeypatch.setattr(optimize, "run_step", breaking("graph", Interrupted("step graph was stopped"), []))
     monkeypatch.setattr(optimize, "_await", asked)
     with pytest.raises(KeyboardInterrupt):
         place.run()
@@ -82,14 +84,7 @@ def test_form_asks_for_what_a_person_may_say_and_no_more():
 
 def test_steps_that_read_a_broken_one_are_not_begun_and_the_error_is_its_own(place, monkeypatch):
     begun = []
-
-    def broken(given, name, *listeners):
-        begun.append(name)
-        if name == "dense":
-            raise StageError("no such checkpoint")
-        return session.run_step(given, name, *listeners)
-
-    monkeypatch.setattr(steps, "run_step", broken)
+    monkeypatch.setattr(steps, "run_step", breaking("dense", StageError("no such checkpoint"), begun))
     with pytest.raises(StageError, match="no such checkpoint"):
         place.run()
     assert "graph" not in begun and place.state == "error"
