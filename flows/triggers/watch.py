@@ -196,6 +196,5 @@ def _run_here(one: Arrival, recipe: Recipe, settings: Settings, store: Store, sa
             raise
         else:
             finish(store.objects, record, run=result.run, passed=result.passed)
-            verdict = "passed" if result.passed else "failed its gates"
-            say(f"{recipe.name} on {record.name} {verdict}; report: {result.report}")
+            say(f"{recipe.name} on {record.name}: {result.verdict}; report: {result.report}")
             return 0 if result.passed else 2
