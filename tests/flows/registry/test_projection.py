@@ -310,6 +310,7 @@ def killed(tmp_path_factory):
     return root, runs
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("where", CASES)
 def test_release_killed_between_its_steps_comes_to_one_version(killed, where):
     root, runs = killed

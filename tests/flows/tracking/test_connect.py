@@ -13,6 +13,7 @@ from stages.runtime.contract import StageError
 from tests.flows.recorded import tracking_in
 
 
+@pytest.mark.fault
 def test_open_by_several_processes_at_first_use_migrates_once(tmp_path):
     script = "import sys; from pathlib import Path; from flows.tracking.connect import open_tracking\n"
     script += "print(open_tracking(Path(sys.argv[1])).experiment_id)"
