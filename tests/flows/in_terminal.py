@@ -22,6 +22,12 @@ from stages.runtime.fingerprint import ROOT
 _MARK = "ENGINERY_TEST_MARK"
 
 
+def listening_to_signals() -> None:
+    """As a person's shell starts a command. What runs tests in the background has them ignore some, and so their children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Command:
     """`enginery ARGUMENTS` as the leader of a session whose terminal is a pseudo-terminal of 24 by 100."""
 
@@ -32,6 +38,7 @@ class Command:
         environment = {**plain, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", _MARK: self.mark, **(env or {})}
         self.pid, self.master = pty.fork()
         if self.pid == 0:
+            listening_to_signals()
             os.chdir(home)
             words = [sys.executable, "-m", "flows", *map(str, arguments)]
             os.execve(words[0], words, environment)

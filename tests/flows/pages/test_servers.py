@@ -17,6 +17,7 @@ import pytest
 from flows.pages.servers import Wanted, show_pages
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import ROOT
+from tests.flows.in_terminal import listening_to_signals
 from tests.flows.prefect_server import eventually
 
 ENDS_S = 5.0
@@ -84,6 +85,7 @@ def _own_terminal() -> None:
     import fcntl
     import termios
 
+    listening_to_signals()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
