@@ -23,7 +23,7 @@ _MARK = "ENGINERY_TEST_MARK"
 
 
 def listening_to_signals() -> None:
-    """As a person's shell starts a command. What runs tests in the background has them ignore some, and so their children."""
+    """As a person's shell starts a command: what runs tests in the background may have them ignore some of these."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
