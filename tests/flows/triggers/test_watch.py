@@ -319,7 +319,7 @@ def test_watcher_without_a_server_runs_each_checkpoint_once(prefix, prefect_api,
         patch.setattr("flows.triggers.watch.optimize", killed)
         with pytest.raises(KeyboardInterrupt):
             once()
-    assert once() == ["running", "arrive"] and "passed; report: " in said[-1]
+    assert once() == ["running", "arrive"] and "not judged; report: " in said[-1]
     assert once() == []
     (root / "a" / "config.json").write_text('{"auto_map": {"x": "y"}}')
     assert once() == ["running", "arrive"] and "(auto_map)" in said[-1] and "--again" in said[-1]
@@ -375,7 +375,7 @@ def test_watch_once_exits_as_the_worst_of_its_runs(tmp_path, capsys, monkeypatch
         what = left.pop(0)
         if isinstance(what, BaseException):
             raise what
-        return types.SimpleNamespace(passed=what == "passed", run="r", report="/r.html")
+        return types.SimpleNamespace(passed=what == "passed", verdict=what, run="r", report="/r.html")
 
     monkeypatch.setattr("flows.triggers.watch.optimize", optimize)
     words = ["watch", str(tmp_path / "in"), "--recipe", str(path), "--once", "--settle", "0s"]
