@@ -229,7 +229,7 @@ def _completed(session: Session, judgement: Judgement, result: RunResult, note: 
 
 
 def _registry(session: Session) -> Registry:
-    return Registry(session.store.objects, session.tracking)
+    return Registry(session.store.objects, session.mlflow.tracking)
 
 
 def _page(session: Session) -> Path:

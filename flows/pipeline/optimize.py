@@ -143,6 +143,7 @@ def _state(result: RunResult) -> dict[str, Any] | State[Any]:
 
 
 def _driven(session: Session) -> RunResult:
+    session.mlflow.opened.result()
     futures: dict[str, PrefectFuture[Any]] = {}
     _SESSIONS[session.record.name] = session
     try:

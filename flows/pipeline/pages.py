@@ -23,7 +23,7 @@ def show(session: Session, result: RunResult) -> None:
     key = "".join(c if c.isalnum() else "-" for c in session.recipe.name.lower()).strip("-")
     rows = [_row(step) for step in result.steps]
     create_table_artifact(rows, key=f"steps-{key}", description=f"Steps of {session.recipe.name}")
-    mlflow, report = session.tracking.link(session.mlflow.id), f"file://{result.report}"
+    mlflow, report = session.mlflow.tracking.link(session.mlflow.id), f"file://{result.report}"
     page = verdict_page(session.recipe.name, result, mlflow)
     create_markdown_artifact(page, key=f"verdict-{key}", description=summary(result))
     if mlflow.startswith("http"):

@@ -72,6 +72,7 @@ def end(session: Session, shown: Callable[[RunResult], None] | None = None) -> R
         session: whose steps are done.
         shown: puts the result where people look; what breaks there is told.
     """
+    session.mlflow.opened.result()  # whose error is final
     judgement = patiently(lambda: judged(session), away_s=AWAY_S, say=session.terminal.line)
     result = patiently(lambda: finish(session, judgement), away_s=AWAY_S, say=session.terminal.line)
     if shown:

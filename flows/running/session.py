@@ -27,7 +27,7 @@ from flows.running.step_queue import Slots
 from flows.running.tracked_run import tracked_run
 from flows.running.work_pool import Dispatcher
 from flows.settings import Settings, enter
-from flows.tracking.connect import Tracking, open_tracking
+from flows.tracking.connect import open_tracking
 from flows.tracking.runs import RecipeRun
 from flows.tracking.steps import StepRun
 from stages import stage
@@ -77,7 +77,6 @@ class Session:
     planned: Mapping[str, Planned]
     launcher: Launcher
     slots: Slots
-    tracking: Tracking
     mlflow: RecipeRun
     started: float
     done: dict[str, StepResult] = field(default_factory=dict)
@@ -139,10 +138,10 @@ def _followed(
     scratch = settings.scratch
     store = patiently(settings.connect, away_s=away_s)
     planned = patiently(lambda: _planned(asked.steps, settings, store, terminal.for_step), away_s=away_s)
-    tracking = patiently(lambda: open_tracking(scratch), away_s=away_s)
     launcher = _launcher(store, settings, record)
+    loose, opening = LooseEnds(record, terminal.line), lambda: patiently(lambda: open_tracking(scratch), away_s=away_s)
     with (
-        tracked_run(tracking, asked, planned, store.uri, LooseEnds(record, terminal.line), ended) as mlflow,
+        tracked_run(opening, asked, planned, store.uri, loose, ended, unopened=launcher.stop) as mlflow,
         ended_by(hurry=lambda: launcher.stop(now=True)),
     ):
         yield Session(
@@ -155,7 +154,6 @@ def _followed(
             planned=planned,
             launcher=launcher,
             slots=Slots(settings.jobs),
-            tracking=tracking,
             mlflow=mlflow,
             started=time.monotonic(),
             ended=ended,

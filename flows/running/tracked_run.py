@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -32,28 +33,30 @@ T = TypeVar("T")
 
 
 def tracked_run(
-    tracking: Tracking,
+    opening: Callable[[], Tracking],
     asked: Expanded,
     planned: Mapping[str, Planned],
     store: str,
     loose: LooseEnds,
     ended: Sequence[RunResult],
+    unopened: Callable[[], object],
 ) -> AbstractContextManager[RecipeRun]:
     """MLflow's run of a recipe run, closed by how the block ends.
 
     Args:
-        tracking: where.
+        opening: opens MLflow; called in a thread, beside which steps can begin.
         asked: the recipe and the steps that run for it.
         planned: those steps with their identities.
         store: its URI.
         loose: hears what did not come about in MLflow.
         ended: holds the run's result once nothing undoes it.
+        unopened: ends what the run does, as MLflow could not be opened.
     """
-    told = _Told(tracking, store, loose, ended)
+    told = _Told(store, loose, ended)
     made = commit()
 
-    def again(ask: Callable[[], T]) -> T:
-        return patiently(ask, away_s=AWAY_S, say=loose.heard)
+    def again(ask: Callable[[], T], stopped: threading.Event | None = None) -> T:
+        return patiently(ask, away_s=AWAY_S, say=loose.heard, stopped=stopped)
 
     start = Start(
         recipe=asked.recipe.name,
@@ -63,8 +66,8 @@ def tracked_run(
         params=recipe_params(asked.recipe, planned),
         read=datasets(asked, planned),
     )
-    close = Close(end=told.end, known=told.known, told=told.broken, again=again)
-    return recipe_run(tracking, start, close)
+    close = Close(end=told.end, known=told.known, told=told.broken, again=again, unopened=unopened)
+    return recipe_run(opening, start, close)
 
 
 def end_killed(tracking: Tracking, scratch: Path, store: str) -> None:
@@ -74,7 +77,7 @@ def end_killed(tracking: Tracking, scratch: Path, store: str) -> None:
         Unavailable: MLflow does not answer.
     """
     nobody = LooseEnds(Record(scratch / "runs" / "none"), lambda _: None)
-    end_leftovers(tracking, _Told(tracking, store, nobody, ()).known)
+    end_leftovers(tracking, _Told(store, nobody, ()).known)
 
 
 def recipe_params(recipe: Recipe, planned: Mapping[str, Planned]) -> dict[str, Any]:
@@ -124,31 +127,30 @@ def datasets(asked: Expanded, planned: Mapping[str, Planned]) -> dict[str, tuple
 class _Told:
     """What MLflow's page says of this run and of earlier ones beside the store."""
 
-    tracking: Tracking
     store: str
     loose: LooseEnds
     ended: Sequence[RunResult]
 
-    def end(self, run_id: str, error: BaseException | None) -> End:
+    def end(self, tracking: Tracking, run_id: str, error: BaseException | None) -> End:
         """A result stands whatever came after it: an interrupt undoes no promotion."""
         record = self.loose.record
         if self.ended:
-            return self._of_result(run_id, self.ended[-1], record)
+            return self._of_result(tracking, run_id, self.ended[-1], record)
         if error is None:
-            return End("FINISHED", self._page(run_id, "**ended** without a verdict", record))
+            return End("FINISHED", self._page(tracking, run_id, "**ended** without a verdict", record))
         interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
-        return self._of_error(run_id, str(error) or type(error).__name__, record, interrupted=interrupted)
+        return self._of_error(tracking, run_id, str(error) or type(error).__name__, record, interrupted=interrupted)
 
-    def known(self, run_id: str, run: str) -> End | None:
+    def known(self, tracking: Tracking, run_id: str, run: str) -> End | None:
         """The end of an earlier run by its record, where it is beside this store."""
         record = Record(self.loose.record.folder.parent / run) if run else None
         if record is None or not record.facts:
             return None
         end, line, result = GONE, record.line(), record.result
         if result:
-            end = self._of_result(run_id, result, record)
+            end = self._of_result(tracking, run_id, result, record)
         elif line.state in ("error", "interrupted"):
-            end = self._of_error(run_id, line.error, record, interrupted=line.state == "interrupted")
+            end = self._of_error(tracking, run_id, line.error, record, interrupted=line.state == "interrupted")
         heard = max([line.started, *(str(event["at"]) for event in record.events())])
         return replace(end, at_ms=round(datetime.fromisoformat(heard).timestamp() * 1000))
 
@@ -157,16 +159,16 @@ class _Told:
         remedy = "The next run on this machine ends what stays open there."
         self.loose.tell(error, what, remedy, stands=bool(self.ended))
 
-    def _of_result(self, run_id: str, result: RunResult, record: Record) -> End:
-        page = self._page(run_id, described(result), record, "report.html")
+    def _of_result(self, tracking: Tracking, run_id: str, result: RunResult, record: Record) -> End:
+        page = self._page(tracking, run_id, described(result), record, "report.html")
         return End("FINISHED" if result.passed else "FAILED", page)
 
-    def _of_error(self, run_id: str, error: str, record: Record, *, interrupted: bool) -> End:
+    def _of_error(self, tracking: Tracking, run_id: str, error: str, record: Record, *, interrupted: bool) -> End:
         words = broken(error, interrupted=interrupted)
-        return End("KILLED" if interrupted else "FAILED", self._page(run_id, words, record))
+        return End("KILLED" if interrupted else "FAILED", self._page(tracking, run_id, words, record))
 
-    def _page(self, run_id: str, words: str, record: Record, *files: str) -> str:
-        links = ", ".join(f"[{name}]({self.tracking.page(run_id, name)})" for name in (*files, "recipe.yaml"))
+    def _page(self, tracking: Tracking, run_id: str, words: str, record: Record, *files: str) -> str:
+        links = ", ".join(f"[{name}]({tracking.page(run_id, name)})" for name in (*files, "recipe.yaml"))
         made, again = commit(), shlex.join(["enginery", "run", "recipe.yaml", "--store", self.store])
         at = f" at commit `{made[:12]}`" if made else ""
         return (

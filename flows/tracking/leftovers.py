@@ -55,8 +55,8 @@ def process_tags(pid: int) -> Mapping[str, str]:
     return {PROCESS: f"{socket.gethostname()}:{pid}", STARTED: f"{psutil.Process(pid).create_time():.2f}"}
 
 
-Known = Callable[[str, str], End | None]
-"""The end of a recipe run, from its id in MLflow and its name; None where nobody knows."""
+Known = Callable[[Tracking, str, str], End | None]
+"""The end of a recipe run, from where it is recorded, its id there and its name; None where nobody knows."""
 
 
 def end_leftovers(tracking: Tracking, known: Known) -> None:
@@ -78,7 +78,7 @@ def end_leftovers(tracking: Tracking, known: Known) -> None:
 
 def _end(tracking: Tracking, run: Run, known: Known) -> None:
     tags, run_id = run.data.tags, run.info.run_id
-    end = known(run_id, tags.get(RUN) or tags.get(PART, "")) or GONE
+    end = known(tracking, run_id, tags.get(RUN) or tags.get(PART, "")) or GONE
     if RUN not in tags:  # of a run that finished every step was sealed; of others nobody knows
         end = End("FINISHED", at_ms=end.at_ms) if end.status == "FINISHED" else replace(GONE, at_ms=end.at_ms)
     if end.description:

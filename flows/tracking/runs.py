@@ -1,6 +1,7 @@
 """Runs, curves and small files in MLflow: one parent run a recipe run, one child run a step.
 
 Steps run in threads at once, so every call names its run: the fluent interface keeps the active run in global state.
+A thread opens MLflow, which takes two seconds to load, and then sends what the steps say: no step waits for it.
 """
 
 from __future__ import annotations
@@ -9,20 +10,24 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flows.tracking.batches import Buffer, flattened, now, send
 from flows.tracking.connect import NOTE, Tracking
 from flows.tracking.datasets import Dataset, inputs
 from flows.tracking.ends import End
 from flows.tracking.errors import Refused, do_each
-from flows.tracking.leftovers import PARENT, PART, RUN, Known, end_leftovers, held_open, process_tags
+from flows.tracking.leftovers import PART, RUN, Known, end_leftovers, held_open, process_tags
 from flows.tracking.steps import Opening, StepRun, Told
 from stages.runtime.contract import Interrupted, Unavailable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 FLUSH_S = 2.0
 HURRY_S = 3.0
@@ -36,8 +41,8 @@ T = TypeVar("T")
 class Again(Protocol):
     """Who asks until there is an answer, while MLflow is away."""
 
-    def __call__(self, ask: Callable[[], T], /) -> T:
-        """The answer."""
+    def __call__(self, ask: Callable[[], T], /, stopped: threading.Event | None = None) -> T:
+        """The answer; no longer asked for once `stopped` is set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +66,14 @@ class Start:
     read: Mapping[str, tuple[Dataset, ...]] = field(default_factory=dict)
 
 
-def plain_end(_run_id: str, error: BaseException | None) -> End:
+def plain_end(_tracking: Tracking, _run_id: str, error: BaseException | None) -> End:
     """The end of a run of which nothing is known but the error that ended it."""
     if isinstance(error, KeyboardInterrupt | Interrupted):
         return End("KILLED", "**interrupted**")
     return End("FINISHED") if error is None else End("FAILED", "**failed**")
 
 
-def _once(ask: Callable[[], T], /) -> T:
+def _once(ask: Callable[[], T], /, stopped: threading.Event | None = None) -> T:
     return ask()
 
 
@@ -77,39 +82,56 @@ class Close:
     """How a recipe run is closed.
 
     Attributes:
-        end: its end, from its id in MLflow and the error that ended it, None for none.
-        known: the end of an earlier run, from its id in MLflow and its name, None where nobody knows.
+        end: its end, from where it is recorded, its id there and the error that ended it, None for none.
+        known: the end of an earlier run, from where it is recorded, its id there and its name; None where nobody knows.
         told: hears what did not come about in MLflow. None of it is an error of the run.
         again: asks again while MLflow is away.
+        unopened: ends what the run does, as MLflow could not be opened: nothing of it could be followed.
     """
 
-    end: Callable[[str, BaseException | None], End] = plain_end
-    known: Known = lambda _id, _run: None
+    end: Callable[[Tracking, str, BaseException | None], End] = plain_end
+    known: Known = lambda _tracking, _id, _run: None
     told: Told = lambda _what, _error: None
     again: Again = _once
+    unopened: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
 class RecipeRun:
     """The parent run."""
 
-    tracking: Tracking
-    id: str
     start: Start
     told: Told
+    opened: Future[tuple[Tracking, str]] = field(default_factory=Future)
     closed: threading.Event = field(default_factory=threading.Event)
+    given_up: threading.Event = field(default_factory=threading.Event)
     steps: list[StepRun] = field(default_factory=list)
+
+    @property
+    def tracking(self) -> Tracking:
+        """Where it is recorded, waited for.
+
+        Raises:
+            Unavailable: MLflow does not answer.
+            StageError: it refuses the run.
+        """
+        return self.opened.result()[0]
+
+    @property
+    def id(self) -> str:
+        """MLflow's own name of the run; see `tracking`."""
+        return self.opened.result()[1]
 
     def child(self, step_name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> StepRun:
         """Begin a step's run."""
-        ours = {PARENT: self.id, PART: self.start.run, "enginery.step": step_name}
+        ours = {PART: self.start.run, "enginery.step": step_name}
         opening = Opening(
             name=step_name,
             tags={**_source(), **process_tags(os.getpid()), **ours, **(tags or {})},
             params=flattened(params),
             read=self.start.read.get(step_name, ()),
         )
-        step = StepRun(self.tracking, opening, self.told)
+        step = StepRun(self, opening, self.told)
         self.steps.append(step)
         return step
 
@@ -121,20 +143,39 @@ class RecipeRun:
         """Log a file of the whole run, such as the report."""
         self.tracking.client.log_artifact(self.id, str(path))
 
-    def begin(self) -> None:
-        """Say what is known before anything runs. To do it again does no harm."""
-        client = self.tracking.client
-        send(client, self.id, Buffer(params=flattened(self.start.params) if self.start.params else {}))
-        if read := self.start.read.get(""):
-            client.log_inputs(self.id, inputs(read))
-        if self.start.text:
-            client.log_text(self.id, self.start.text, "recipe.yaml")
-
-    def write_until_closed(self) -> None:
-        """Send what the steps say, every few seconds. A stage never waits for MLflow."""
+    def open_and_follow(self, opening: Callable[[], Tracking], close: Close) -> None:
+        """Open MLflow and begin the run there, then send what the steps say, every few seconds."""
+        try:
+            self.opened.set_result(self._open(opening, close))
+        except BaseException as error:  # noqa: BLE001 - raised where the run is waited for
+            self.opened.set_exception(error)
+            close.unopened()
+            return
         while not self.closed.wait(FLUSH_S):
             for step in list(self.steps):
                 step.flush()
+
+    def _open(self, opening: Callable[[], Tracking], close: Close) -> tuple[Tracking, str]:
+        def patiently(ask: Callable[[], T]) -> T:
+            return close.again(ask, stopped=self.given_up)
+
+        tracking = patiently(opening)
+        try:
+            patiently(lambda: end_leftovers(tracking, close.known))
+        except Refused as refused:
+            close.told("the end of an earlier run in MLflow", refused)
+        tries = count()
+        identity = patiently(lambda: _created(tracking, self.start, next(tries) > 0))
+        patiently(lambda: self._begin(tracking.client, identity))
+        return tracking, identity
+
+    def _begin(self, client: MlflowClient, identity: str) -> None:
+        """Say what is known before anything runs. To do it again does no harm."""
+        send(client, identity, Buffer(params=flattened(self.start.params) if self.start.params else {}))
+        if read := self.start.read.get(""):
+            client.log_inputs(identity, inputs(read))
+        if self.start.text:
+            client.log_text(identity, self.start.text, "recipe.yaml")
 
     def settle(self, end: End, ended_ms: int) -> None:
         """End the run, then its steps: one that neither finished nor failed was cut off. Again does no harm.
@@ -152,11 +193,17 @@ class RecipeRun:
 
 
 @contextmanager
-def recipe_run(tracking: Tracking, start: Start, close: Close | None = None) -> Iterator[RecipeRun]:
+def recipe_run(opening: Callable[[], Tracking], start: Start, close: Close | None = None) -> Iterator[RecipeRun]:
     """One recipe run as a parent run, ended by how the block ends.
 
-    What MLflow fails in after the beginning is told and breaks nothing, and runs that stay open for it are ended by
-    the next recipe run of this machine.
+    The block begins while MLflow is opened; where that fails the block's own error is but an echo, and MLflow's is
+    raised. What MLflow fails in after the beginning is told and breaks nothing, and runs that stay open for it are
+    ended by the next recipe run of this machine.
+
+    Args:
+        opening: opens MLflow; called in a thread.
+        start: the run at its beginning.
+        close: how it is closed.
 
     Raises:
         Unavailable: MLflow does not answer at the beginning.
@@ -164,24 +211,27 @@ def recipe_run(tracking: Tracking, start: Start, close: Close | None = None) -> 
     """
     close = close or Close()
     with held_open(start.run):
-        try:
-            close.again(lambda: end_leftovers(tracking, close.known))
-        except Refused as refused:
-            close.told("the end of an earlier run in MLflow", refused)
-        tries = count()
-        parent = RecipeRun(tracking, close.again(lambda: _created(tracking, start, next(tries) > 0)), start, close.told)
-        writer = threading.Thread(target=parent.write_until_closed, name="mlflow-curves", daemon=True)
+        run = RecipeRun(start, close.told)
+        writer = threading.Thread(target=run.open_and_follow, args=(opening, close), name="mlflow", daemon=True)
         writer.start()
         error: BaseException | None = None
         try:
-            close.again(parent.begin)
-            yield parent
+            yield run
+            run.opened.result()
         except BaseException as caught:
-            error = caught
+            error = _cause(run, caught)
+            if error is not caught:
+                raise error from caught
             raise
         finally:
-            parent.closed.set()
-            _closed(parent, close, error, writer)
+            run.closed.set()
+            _closed(run, close, error, writer)
+
+
+def _cause(run: RecipeRun, error: BaseException) -> BaseException:
+    """Why a run ended: MLflow that could not be opened stopped its steps, unless a person was first."""
+    asked = isinstance(error, KeyboardInterrupt) or not run.opened.done()
+    return error if asked else run.opened.exception() or error
 
 
 def _created(tracking: Tracking, start: Start, again: bool) -> str:
@@ -197,12 +247,13 @@ def _created(tracking: Tracking, start: Start, again: bool) -> str:
     return str(made.info.run_id)
 
 
-def _closed(parent: RecipeRun, close: Close, error: BaseException | None, writer: threading.Thread) -> None:
-    end, ended_ms = close.end(parent.id, error), int(time.time() * 1000)
+def _closed(run: RecipeRun, close: Close, error: BaseException | None, writer: threading.Thread) -> None:
+    ended_ms = int(time.time() * 1000)
 
     def settled() -> None:
         writer.join()
-        parent.settle(end, ended_ms)
+        if run.opened.exception() is None:
+            run.settle(close.end(run.tracking, run.id, error), ended_ms)
 
     try:
         if isinstance(error, KeyboardInterrupt | Interrupted):
@@ -213,7 +264,10 @@ def _closed(parent: RecipeRun, close: Close, error: BaseException | None, writer
             close.again(settled)
     # Any error: what the run came to is on record, or on its way as an error of its own.
     except Exception as broken:  # noqa: BLE001
-        close.told("the end of MLflow's run", broken)
+        if run.opened.done():
+            close.told("the end of MLflow's run", broken)
+    finally:
+        run.given_up.set()
 
 
 def _within(do: Callable[[], None], limit_s: float) -> None:

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from flows.tracking.batches import Buffer, now, send, valid_key
 from flows.tracking.connect import NOTE, Tracking
 from flows.tracking.datasets import Dataset, inputs
 from flows.tracking.ends import End, Status
+from flows.tracking.leftovers import PARENT
 from stages.runtime.artifacts import BLOBS, Store
 from stages.runtime.contract import Manifest, StageError, Unavailable
 from stages.runtime.fingerprint import digest_bytes
@@ -47,13 +49,25 @@ class Opening:
     read: tuple[Dataset, ...] = ()
 
 
+class Parent(Protocol):
+    """The recipe's run."""
+
+    @property
+    def tracking(self) -> Tracking:
+        """Where it is recorded, waited for."""
+
+    @property
+    def id(self) -> str:
+        """MLflow's own name of it, waited for."""
+
+
 class StepRun:
     """One step's run. It is a `Progress` listener itself, ends once, and never waits for MLflow."""
 
-    def __init__(self, tracking: Tracking, opening: Opening, told: Told) -> None:
+    def __init__(self, parent: Parent, opening: Opening, told: Told) -> None:
         self.name = opening.name
         self.curve: dict[str, list[tuple[int, float]]] = {}
-        self._tracking, self._opening, self._told = tracking, opening, told
+        self._parent, self._opening, self._told = parent, opening, told
         self._waiting = Buffer(params=dict(opening.params))
         self._notes: list[str] = []
         self._lock, self._sending = threading.Lock(), threading.RLock()
@@ -69,9 +83,9 @@ class StepRun:
         """MLflow's run, begun when it is first asked for."""
         with self._sending:
             if not self._id:
-                made = self._tracking.client.create_run(
-                    self._tracking.experiment_id, self._began, dict(self._opening.tags), self.name
-                )
+                tags = {**self._opening.tags, PARENT: self._parent.id}
+                experiment = self._parent.tracking.experiment_id
+                made = self._parent.tracking.client.create_run(experiment, self._began, tags, self.name)
                 self._id = made.info.run_id
             return self._id
 
@@ -160,7 +174,7 @@ class StepRun:
                 return
             self._part("the notes", self._notes_logged)
             self._part("the files", self._files_logged)
-            self._tracking.client.set_terminated(run, end.status, self._ended)
+            self._parent.tracking.client.set_terminated(run, end.status, self._ended)
             self._done.add(_END)
 
     def _close(self, status: Status, tags: Mapping[str, str], figures: Mapping[str, float] | None = None) -> None:
@@ -194,22 +208,22 @@ class StepRun:
         with self._lock:
             taken, self._waiting = self._waiting, Buffer()
         try:
-            send(self._tracking.client, self.id, taken)
+            send(self._parent.tracking.client, self.id, taken)
         except Unavailable:
             with self._lock:
                 self._waiting = taken.before(self._waiting)
             raise
         except StageError as error:
             self._tell("the figures", error)
-            send(self._tracking.client, self.id, Buffer(tags=taken.tags))
+            send(self._parent.tracking.client, self.id, Buffer(tags=taken.tags))
 
     def _inputs_logged(self) -> None:
         if self._opening.read:
-            self._tracking.client.log_inputs(self.id, inputs(self._opening.read))
+            self._parent.tracking.client.log_inputs(self.id, inputs(self._opening.read))
 
     def _notes_logged(self) -> None:
         if self._notes:
-            self._tracking.client.log_text(self.id, "\n".join(self._notes) + "\n", "notes.txt")
+            self._parent.tracking.client.log_text(self.id, "\n".join(self._notes) + "\n", "notes.txt")
 
     def _files_logged(self) -> None:
         if self._made:
@@ -228,7 +242,7 @@ class StepRun:
                     path.write_bytes(data)
                 listed[name] = {"sha256": entry.sha256, "size": entry.size, "logged": whole}
             Path(folder, "files.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
-            self._tracking.client.log_artifacts(self.id, folder)
+            self._parent.tracking.client.log_artifacts(self.id, folder)
 
 
 def _milliseconds() -> int:

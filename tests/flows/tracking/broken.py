@@ -11,8 +11,11 @@ from flows.tracking.runs import Start, recipe_run
 from stages.runtime.contract import Unavailable
 
 
+@contextmanager
 def begun(tracking, recipe="r", run="1", close=None, **start):
-    return recipe_run(tracking, Start(recipe=recipe, run=run, **start), close)
+    with recipe_run(lambda: tracking, Start(recipe=recipe, run=run, **start), close) as parent:
+        parent.opened.result()
+        yield parent
 
 
 def children(tracking, parent_id):
@@ -42,7 +45,7 @@ def broken(call, error=None, times=10_000):
         yield made
 
 
-def asked_again(ask):
+def asked_again(ask, stopped=None):
     """As `patiently` does it, without the pauses."""
     for _ in range(5):
         try:

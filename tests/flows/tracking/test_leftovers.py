@@ -66,7 +66,7 @@ def test_killed_run_is_ended_by_the_next_one(tracking):
     script = (
         "import os, signal, sys; from pathlib import Path; from flows.tracking.connect import open_tracking\n"
         "from flows.tracking.runs import Start, recipe_run\n"
-        "with recipe_run(open_tracking(Path(sys.argv[1])), Start(recipe='r', run='first')) as parent:\n"
+        "with recipe_run(lambda: open_tracking(Path(sys.argv[1])), Start(recipe='r', run='first')) as parent:\n"
         "    parent.child('healed', {}).settle(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     folder = Path(tracking.uri.removeprefix("sqlite:///")).parent
@@ -89,7 +89,7 @@ def test_run_whose_end_never_comes_through_is_told_and_ended_by_the_next_one(tra
     ]
     assert made and set(states(tracking).values()) == {"RUNNING"}
     known = End("FINISHED", "**passed**")
-    other = Close(known=lambda _, run: known if run == "first" else None)
+    other = Close(known=lambda _tracking, _id, run: known if run == "first" else None)
     with begun(tracking, recipe="other", run="second", close=other):
         assert tracking.client.get_run(parent.id).info.status == "FINISHED"
     assert note(tracking, parent.id) == "**passed**"

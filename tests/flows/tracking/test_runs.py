@@ -109,7 +109,7 @@ def test_run_has_params_datasets_and_a_description_on_its_page_and_the_step_its_
     text = Dataset("text", "a" * 64, "pydoc://topics", ("calibrate", "test"))
     dense = Dataset("dense", "b" * 64, "/models/dense", ("checkpoint",))
     read = {"": (dense, text), "healed": (text,)}
-    close = Close(end=lambda run_id, error: End("FAILED", f"**gate failed** of {run_id}"))
+    close = Close(end=lambda _, run_id, error: End("FAILED", f"**gate failed** of {run_id}"))
     params = {"int8": {"scheme": "int8_w8a8", "search": {"ranks": [1]}}}
     with begun(tracking, close=close, params=params, read=read) as parent:
         parent.child("healed", {}).failed(StageError("what", measured=3, limit=2))
