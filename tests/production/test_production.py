@@ -129,6 +129,10 @@ def test_recipe_in_containers_leaves_its_metadata_in_postgresql_and_mlflow(first
     assert stack.database(f"select state_type from flow_run where id = '{first}'") == "COMPLETED"
     assert int(stack.database("select count(*) from artifact where key like 'steps-%'")) >= 1
     assert versions() == ["1"]
+    run = mlflow("runs/search", experiment_ids=["1"], filter="tags.`enginery.recipe` = 'arriving'")["runs"][0]
+    described = {tag["key"]: tag["value"] for tag in run["data"]["tags"]}["mlflow.note.content"]
+    assert run["info"]["status"] == "FINISHED" and "✓ perplexity" in described, described
+    assert "MLflow at" not in stack.logs(first), "it was waited for, or something was left out"
 
 
 def test_steps_outlast_three_minutes_without_prefect_in_one_attempt(first):

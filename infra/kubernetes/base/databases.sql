@@ -1,3 +1,3 @@
 -- Run once, on an empty volume. POSTGRES_DB itself is made by the image.
-CREATE DATABASE mlflow;
-CREATE DATABASE mlflow_users;
+CREATE DATABASE mlflow TEMPLATE template0 ENCODING 'UTF8';
+CREATE DATABASE mlflow_users TEMPLATE template0 ENCODING 'UTF8';
