@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def _source(module: str) -> Path | None:
 def imported(tree: ast.AST) -> list[str]:
     """What a module's code may import, wherever the import stands: modules, their packages, and names in them."""
     names: list[str] = []
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -151,12 +151,22 @@ def imported(tree: ast.AST) -> list[str]:
 
 
 def _without_docstrings(tree: ast.AST) -> ast.AST:
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [
                 s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
             ] or [ast.Pass()]
     return tree
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """A tree and every statement below it. Most of a tree is expressions, which hold none."""
+    yield tree
+    for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+        inner = getattr(tree, field, None)
+        # Of an expression such as `a if b else c`, of a lambda, `body` is another expression.
+        for statement in inner if isinstance(inner, list) else ():
+            yield from _statements(statement)
 
 
 @cache

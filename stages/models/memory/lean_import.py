@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,8 @@ from unittest.mock import patch
 UNUSED = ("scipy", "sklearn")
 """transformers imports them where they are installed, for losses of detection and for assisted generation: a tenth of
 the memory that a stage has before it begins, and a second."""
+_NEEDED = ("transformers.modeling_utils", "transformers.masking_utils")
+"""Also of transformers' modules those that name the compiler at their top, and that every model's own module needs."""
 _COMPILER = "torch._dynamo"
 
 
@@ -32,7 +35,8 @@ def import_transformers() -> None:
         modules[name] = None  # the import system's way of saying that there is none
     try:
         with _uncollected(), _undistributed(), _uncompiled():
-            import_module("transformers.modeling_utils")
+            for name in _NEEDED:
+                import_module(name)
     finally:
         for name in hidden:
             del modules[name]
@@ -71,7 +75,8 @@ def _uncompiled() -> Iterator[None]:
     if _COMPILER in modules:
         yield
         return
-    modules[_COMPILER] = _Unmarking(_COMPILER)
+    modules[_COMPILER] = stand_in = _Unmarking(_COMPILER)
+    stand_in.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]  # single modules of it are used as they are
     try:
         with patch.object(torch, "_dynamo", modules[_COMPILER], create=True):
             yield
