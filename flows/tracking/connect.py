@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from flows.tracking.errors import MISSING, Refused, answered, answering
 from stages.runtime.contract import StageError
+from stages.runtime.lean_imports import without
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -88,8 +89,6 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = "") -> Trac
         Unavailable: MLflow does not answer.
     """
     quiet()
-    from mlflow import MlflowClient
-
     scratch.mkdir(parents=True, exist_ok=True)
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{scratch.absolute() / 'mlflow.db'}"
     registry = os.environ.get("MLFLOW_REGISTRY_URI", "")
@@ -97,7 +96,7 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = "") -> Trac
     with (scratch / "mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with answered(uri):
-            plain = MlflowClient(tracking_uri=uri, registry_uri=registry or uri)
+            plain = _client(uri, registry or uri)
         client = answering(plain, f"{uri}, with its registry at {registry}" if registry else uri)
         if registry:
             client.search_registered_models(max_results=1)
@@ -116,6 +115,14 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = "") -> Trac
     if known.name == EXPERIMENT and NOTE not in known.tags:
         client.set_experiment_tag(known.experiment_id, NOTE, ABOUT)
     return Tracking(client, uri, known.experiment_id, registry)
+
+
+def _client(uri: str, registry: str) -> MlflowClient:
+    # MLflow loads pandas, in a third of its time, to register a kind of data set that no run of ours has.
+    with without("pandas"):
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=uri, registry_uri=registry)
 
 
 def _experiment(client: MlflowClient, asked: str) -> Experiment | str:

@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+from stages.runtime.lean_imports import without
+
 UNUSED = ("scipy", "sklearn")
 """transformers imports them where they are installed, for losses of detection and for assisted generation: a tenth of
 the memory that a stage has before it begins, and a second."""
@@ -29,30 +31,10 @@ def import_transformers() -> None:
 
     Only for a process whose purpose is a stage: transformers remembers what it found.
     """
-    modules: dict[str, Any] = sys.modules
-    hidden = [name for name in UNUSED if name not in modules]
-    for name in hidden:
-        modules[name] = None  # the import system's way of saying that there is none
-    try:
-        with _uncollected(), _undistributed(), _uncompiled():
-            for name in _NEEDED:
-                import_module(name)
-    finally:
-        for name in hidden:
-            del modules[name]
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Modules stay: to look for garbage among them, then and later, costs a fifth of the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if collecting:
-            gc.enable()
+    with without(*UNUSED), _undistributed(), _uncompiled():
+        for name in _NEEDED:
+            import_module(name)
+    gc.freeze()
 
 
 @contextmanager
