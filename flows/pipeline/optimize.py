@@ -19,6 +19,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows.pipeline.pages import show
 from flows.pipeline.steps import AGAIN_S, STEPS_AT_ONCE, end, keep, raise_first, same, stop
 from flows.prefect_api.flow_run_tag import OURS
+from flows.prefect_api.leases import outlast_lost_slots
 from flows.prefect_api.progress import RunLog
 from flows.prefect_api.retry import await_api
 from flows.recipe.check import check_recipe
@@ -48,6 +49,7 @@ class _Asked:
 _ASKED: ContextVar[_Asked | None] = ContextVar("asked", default=None)
 """The run that this thread's flow run is of; none where a worker started it."""
 
+outlast_lost_slots()
 RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=STEPS_AT_ONCE))
 
 

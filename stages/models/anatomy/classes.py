@@ -102,7 +102,8 @@ def empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def plain(model: PreTrainedModel) -> PreTrainedModel:
     """What transformers makes of the model's configuration, without memory (on the meta device)."""
-    with torch.device("meta"), no_init_weights():
+    # On the meta device torch computes some tables by functions that are marked for its compiler.
+    with without_compiler(), torch.device("meta"), no_init_weights():
         made: PreTrainedModel = type(model)(type(model.config).from_dict(model.config.to_dict()))
     return made
 

@@ -31,7 +31,7 @@ def import_transformers() -> None:
 
     Only for a process whose purpose is a stage: transformers remembers what it found.
     """
-    with without(*UNUSED), _undistributed(), _uncompiled():
+    with without(*UNUSED), _undistributed(), without_compiler():
         for name in _NEEDED:
             import_module(name)
     gc.freeze()
@@ -49,8 +49,11 @@ def _undistributed() -> Iterator[None]:
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
-    """While it lasts the compiler's marks leave functions as they are, unless it is loaded already."""
+def without_compiler() -> Iterator[None]:
+    """While it lasts the marks of torch's compiler leave functions as they are, unless it is loaded already.
+
+    To load it takes as long as half of torch does, and what is not compiled needs no mark.
+    """
     import torch
 
     modules: dict[str, Any] = sys.modules
