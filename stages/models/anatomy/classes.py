@@ -28,6 +28,7 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from stages.models.memory.lean_import import without_compiler
 from stages.runtime.contract import StageError
 
 TASKS = (
