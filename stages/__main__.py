@@ -8,18 +8,20 @@ orphan goes on after its parent was killed.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from pydantic import ValidationError
 
@@ -174,5 +176,15 @@ def _guarded() -> Iterator[None]:
         guard.wait()
 
 
+def _ended(code: int) -> NoReturn:
+    """End at once: to take torch apart, module by module, takes a quarter of a second and frees nothing of use."""
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _ended(main())

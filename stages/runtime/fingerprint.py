@@ -6,9 +6,14 @@ import ast
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
+import sys
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +113,7 @@ def code_digest(*modules: str) -> str:
         if digest:
             seen[name] = digest
             pending += known
+    _read.keep()
     return digest_bytes(canonical(sorted(seen.items())))
 
 
@@ -115,12 +121,58 @@ def code_digest(*modules: str) -> str:
 def _module(name: str) -> tuple[str, tuple[str, ...]]:
     """A module's digest and what it may import of the project; nothing where there is no such module."""
     path = _source(name)
-    if path is None:
-        return "", ()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    # `stages` itself is the table of all stages: following it would tie every stage to every other.
-    known = tuple(one for one in imported(tree) if one.startswith("stages."))
-    return digest_bytes(ast.dump(_without_docstrings(tree)).encode()), known
+    return _read(path) if path else ("", ())
+
+
+class _Modules:
+    """What was read of modules, kept beside their bytecode and, like that, by their time and size.
+
+    So that what is kept of a module is of what runs: Python itself would run the bytecode of an earlier one.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._path = Path(cache_from_source(str(root / "digests.py"))).with_suffix(".json")
+        self._kept: dict[str, list[Any]] | None = None
+        self._changed = False
+
+    def __call__(self, path: Path) -> tuple[str, tuple[str, ...]]:
+        """A module's digest and what it may import of the project."""
+        if self._kept is None:
+            self._kept = self._stored()
+        stamp = _stamp(path)
+        found = self._kept.get(str(path))
+        if not found or found[0] != stamp:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            # `stages` itself is the table of all stages: following it would tie every stage to every other.
+            known = [one for one in imported(tree) if one.startswith("stages.")]
+            found = [stamp, digest_bytes(ast.dump(_without_docstrings(tree)).encode()), known]
+            self._kept[str(path)], self._changed = found, True
+        return found[1], tuple(found[2])
+
+    def keep(self) -> None:
+        """Write down what is new, where that is allowed."""
+        if not self._changed or sys.dont_write_bytecode:
+            return
+        self._changed = False
+        whole = self._path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        with suppress(OSError):
+            whole.write_bytes(canonical({"by": _stamp(Path(__file__)), "modules": self._kept}))
+            whole.replace(self._path)
+
+    def _stored(self) -> dict[str, list[Any]]:
+        try:
+            kept = json.loads(self._path.read_bytes())
+            return dict(kept["modules"]) if kept["by"] == _stamp(Path(__file__)) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+
+def _stamp(path: Path) -> list[int]:
+    known = path.stat()
+    return [known.st_mtime_ns, known.st_size]
+
+
+_read = _Modules(ROOT / "stages")
 
 
 def stage_digest(name: str, *used: str) -> str:

@@ -2,6 +2,8 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -138,6 +140,7 @@ FILES = {
 def project(tmp_path, monkeypatch):
     """Write a project; returns what digests its stage after edits given as (path, old, new)."""
     monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "_read", module._Modules(tmp_path / "none"))  # whose folder is not there
 
     def digest(*edits):
         for path, text in FILES.items():
@@ -148,6 +151,7 @@ def project(tmp_path, monkeypatch):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(text)
         module._module.cache_clear()
+        module._read._kept = {}  # files that are written twice in a moment may have one time
         return module.code_digest.__wrapped__("stages.trial")
 
     yield digest
@@ -220,3 +224,49 @@ def test_an_absent_or_other_library_is_refused_with_both_versions(name, measured
         assert_installed({name: "0.0.1"})
     assert caught.value.measured == (measured or importlib.metadata.version(name))
     assert caught.value.limit == "0.0.1"
+
+
+@pytest.fixture
+def kept(project, tmp_path, monkeypatch):
+    """The project's digest in a process that begins: whether a module was read anew, and the digest."""
+    project()
+    (tmp_path / "stages" / "__pycache__").mkdir()
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path, imported = tmp_path / "stages" / "trial.py", module.imported
+
+    def digest(text=None):
+        if text is not None:
+            path.write_text(text)
+            later = path.stat().st_mtime_ns + 10**9
+            os.utime(path, ns=(later, later))
+        read = []
+        monkeypatch.setattr(module, "imported", lambda tree: (read.append(tree), imported(tree))[1])
+        monkeypatch.setattr(module, "_read", module._Modules(tmp_path / "stages"))
+        module._module.cache_clear()
+        found = module.code_digest.__wrapped__("stages.trial")
+        return len(read), found
+
+    return digest
+
+
+def test_what_was_read_of_modules_is_kept_until_their_files_change(kept):
+    read, first = kept()
+    assert read > 1 and kept() == (0, first)
+    assert kept(STAGE.replace("# reason", "# other")) == (1, first)
+    changed, second = kept(STAGE + "MORE = 1\n")
+    assert changed == 1 and second != first
+    assert kept() == (0, second)
+
+
+@pytest.mark.parametrize("broken", [b"", b"{}", b'{"by": 1, "modules": {}}', b"[1]", b"\xff"])
+def test_kept_digests_that_cannot_be_read_are_made_again(kept, tmp_path, broken):
+    read, first = kept()
+    (path,) = (tmp_path / "stages" / "__pycache__").iterdir()
+    path.write_bytes(broken)
+    assert kept() == (read, first) and kept() == (0, first)
+
+
+def test_digests_are_kept_nowhere_where_python_may_keep_nothing(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    read, first = kept()
+    assert kept() == (read, first) and not list((tmp_path / "stages" / "__pycache__").iterdir())
