@@ -230,3 +230,14 @@ def test_run_failing_step_is_one_line_and_what_was_sealed_stays(home, tiny, tmp_
     assert "checkpoint" in kinds
     runs = enginery("runs", "--store", tmp_path / "store", "--json", home=home)[0]
     assert runs["runs"][-1]["state"] == "error"
+
+
+def test_run_that_mlflow_cannot_follow_is_ended_by_its_error_in_the_middle_of_a_step(home, tiny, tmp_path):
+    arguments = [CUT, "--store", tmp_path / "store", "--set", f"steps.dense.params.source={tiny}"]
+    _, _, errors = enginery("run", *arguments, home=home, code=1, env={"MLFLOW_EXPERIMENT_ID": "999"})
+    said = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "MLflow has no experiment of the id 999" in said[0]
+    (run,) = enginery("runs", "--store", tmp_path / "store", "--json", home=home)[0]["runs"]
+    assert run["state"] == "error" and "999" in run["error"]
+    kinds = {manifest.kind for _, manifest in connect(str(tmp_path / "store")).manifests()}
+    assert "engine" not in kinds
