@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from flows.tracking.errors import MISSING, Refused, answered, answering
 from stages.runtime.contract import StageError
-from stages.runtime.lean_imports import without
+from stages.runtime.lean_imports import uncollected
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -118,8 +118,7 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = "") -> Trac
 
 
 def _client(uri: str, registry: str) -> MlflowClient:
-    # MLflow loads pandas, in a third of its time, to register a kind of data set that no run of ours has.
-    with without("pandas"):
+    with uncollected():
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=uri, registry_uri=registry)

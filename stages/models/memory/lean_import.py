@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from stages.runtime.lean_imports import without
+from stages.runtime.lean_imports import uncollected, without
 
 UNUSED = ("scipy", "sklearn")
 """transformers imports them where they are installed, for losses of detection and for assisted generation: a tenth of
@@ -31,7 +31,7 @@ def import_transformers() -> None:
 
     Only for a process whose purpose is a stage: transformers remembers what it found.
     """
-    with without(*UNUSED), _undistributed(), without_compiler():
+    with uncollected(), without(*UNUSED), _undistributed(), without_compiler():
         for name in _NEEDED:
             import_module(name)
     gc.freeze()
