@@ -36,7 +36,7 @@ def in_few_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path
     """
     model = plan.opened(inputs["model"])
     block_parameters = anatomy.block_parameters(model)
-    names = editing.matching(rounding.names(model), params.layers, params.skip)
+    names = editing.matching(rounding.replaceable(model, progress), params.layers, params.skip)
     plan.check_block(params, model, names)
     alone = plan.by_weights_alone(params)
     text_NT = plan.calibration_windows(params, inputs, progress, fitted=not alone)
@@ -47,7 +47,7 @@ def in_few_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path
     rows = _rounded(model, planned, fitted_NT, output / PARTIAL, progress)
     for row in rows:
         row |= rotated.get(row["layer"], {})
-    tables = rounding.quantize_tables(model) if params.embedding == "int8" else []
+    tables = rounding.quantize_tables(model, progress) if params.embedding == "int8" else []
     caches = plan.rounded_caches(params, model, text_NT)
     notes = planned.notes | {name: {**planned.notes.get(name, {}), **note} for name, note in rotated.items()}
     annotate(model, {"scheme": params.scheme, **rounded_cache.described(model)}, notes)

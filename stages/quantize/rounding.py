@@ -18,6 +18,7 @@ from stages.algorithms.refit import output_errors
 from stages.algorithms.rounding import fake_round, round_rows
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
+from stages.models.anatomy.plainness import factor, plain, token_tables, uncalled
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.sites import float_maps
 from stages.models.blockwise.technique import Compressed
@@ -27,6 +28,8 @@ from stages.models.memory.pages import forget
 from stages.quantize.input_ranges import Decision
 from stages.quantize.movable_scales import Site, fold
 from stages.quantize.stored_forms import rounded
+from stages.runtime.contract import Progress
+from stages.runtime.progress import Silent
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Precision:
     input_form: str | None = None
 
 
+SILENT = Silent()
 DAMPING = 0.3
 """Of the fits, a share of the mean squared input: what few bits lose is small, and a calibration text says little of
 most directions. INT4 fitted on 8 windows of a book lost a sixth more KL on the rest of the book with 0.01, and a
@@ -46,27 +50,62 @@ HEADROOM = 2.0
 """FP8 ranges reach so many times the largest value seen: a float is as precise there, and nothing saturates."""
 
 
-def quantize_tables(model: PreTrainedModel) -> list[str]:
-    """INT8 rows for the embedding and the head; one table where they are tied. Returns the replaced paths."""
-    embedding, head = anatomy.embedding(model), anatomy.head(model)
-    table_VH: Tensor = embedding.weight  # type: ignore[assignment]
-    new = QuantizedEmbedding(*table_VH.shape)
-    new.weight, new.weight_scale = round_rows(table_VH.detach())
-    out = QuantizedLinear(int(head.in_features), int(head.out_features), bias=head.bias is not None)  # type: ignore[arg-type]
-    out.bias = head.bias  # type: ignore[assignment]
-    tied = head.weight is table_VH
-    out.weight, out.weight_scale = (
-        (new.weight, new.weight_scale) if tied else round_rows(head.weight.detach())  # type: ignore[operator]
-    )
-    names = {id(module): name for name, module in model.named_modules()}
-    anatomy.replace(model, embedding, new)
-    anatomy.replace(model, head, out)
-    return [names[id(embedding)], names[id(head)]]
+def quantize_tables(model: PreTrainedModel, progress: Progress = SILENT) -> list[str]:
+    """INT8 rows for the tables of tokens and the head; what is tied stays so. Returns the replaced paths.
+
+    A table that does anything else than to scale its rows, and a head that is no plain map, stay as they are, with all
+    that shares their tensor; the progress is told so.
+    """
+    tables, head = token_tables(model), model.get_output_embeddings()
+    factors = {path: factor(table) for path, table in tables.items()}
+    unplain = {path: tables[path].weight for path, found in factors.items() if found is None}
+    if isinstance(head, nn.Linear) and not plain(head):
+        unplain[_path(model, head)] = head.weight
+    for path in unplain:
+        progress.note(f"{path} stays in float: it does more than its weight says")
+    kept = {id(tensor) for tensor in unplain.values()}
+    replaced: list[str] = []
+    codes_of: dict[int, tuple[Tensor, Tensor]] = {}
+    heads = {_path(model, head): head} if isinstance(head, nn.Linear) else {}
+    olds: list[tuple[str, nn.Embedding | nn.Linear]] = [*tables.items(), *heads.items()]  # held: ids are given again
+    for path, old in olds:
+        weight = old.weight
+        if id(weight) in kept:
+            continue
+        if id(weight) not in codes_of:
+            codes_of[id(weight)] = round_rows(weight.detach())
+        codes, scales = codes_of[id(weight)]
+        new: QuantizedEmbedding | QuantizedLinear
+        if isinstance(old, nn.Linear):
+            new = QuantizedLinear(old.in_features, old.out_features, bias=old.bias is not None)
+            new.bias = old.bias
+        else:
+            new = QuantizedEmbedding(len(codes), codes.shape[1], factor=factors[path] or 1.0)
+        new.weight, new.weight_scale = codes, scales
+        anatomy.replace(model, old, new)
+        replaced.append(path)
+    return replaced
+
+
+def _path(model: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)
 
 
 def names(model: PreTrainedModel) -> list[str]:
     """Paths in the model of every float map of its blocks, each under every name it has there."""
     return [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in float_maps(block)]
+
+
+def replaceable(model: PreTrainedModel, progress: Progress) -> list[str]:
+    """Those of `names` that a map of few bits can stand for.
+
+    Left out, and told to the progress, is what does more than its weight says, and what the model reads without a call.
+    """
+    found, read = names(model), uncalled(model)
+    unplain = [name for name in found if name in read or not plain(model.get_submodule(name))]
+    if unplain:
+        progress.note(f"{len(unplain)} maps stay in float, since they are not called as maps: {unplain[0]} ...")
+    return [name for name in found if name not in unplain]
 
 
 def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:

@@ -68,22 +68,29 @@ def _empty(old: nn.Module, entry: Mapping[str, Any]) -> QuantizedLinear | Quanti
     if min(entry["shape"]) < 1:
         raise ValueError(f"a map of shape {entry['shape']}")
     if entry["kind"] == "embedding":
-        return QuantizedEmbedding(*entry["shape"])
+        rows, hidden = entry["shape"]
+        return QuantizedEmbedding(rows, hidden, factor=float(entry.get("factor", 1.0)))
     outputs, inputs = entry["shape"]
-    return QuantizedLinear(
+    bias = getattr(old, "bias", None)
+    new = QuantizedLinear(
         inputs,
         outputs,
         form=entry["format"],
         block=entry["block"],
         input_form=None if entry["input"] == "float" else entry["input"],
-        bias=getattr(old, "bias", None) is not None,
+        bias=bias is not None,
     )
+    if bias is not None:
+        # The same tensor: another module may have it, too, and a file holds it once.
+        new.bias = bias.requires_grad_(False)
+    return new
 
 
 def _entry(module: QuantizedLinear | QuantizedEmbedding) -> dict[str, Any]:
     if isinstance(module, QuantizedEmbedding):
         shape = [module.num_embeddings, module.embedding_dim]
-        return {"kind": "embedding", "shape": shape, "format": "int8", "bits": 8, "granularity": "row"}
+        factor = {} if module.factor == 1 else {"factor": module.factor}
+        return {"kind": "embedding", "shape": shape, "format": "int8", "bits": 8, "granularity": "row"} | factor
     return {
         "kind": "linear",
         "shape": [module.out_features, module.in_features],

@@ -185,6 +185,7 @@ class QuantizedEmbedding(nn.Module):
     """A table of INT8 rows with a scale each; the head may share its tensors.
 
     Attributes:
+        factor: what every row is multiplied by, where the table that it stands for does so.
         weight: int8 [V, H].
         weight_scale: float [V].
     """
@@ -192,9 +193,9 @@ class QuantizedEmbedding(nn.Module):
     weight: Tensor
     weight_scale: Tensor
 
-    def __init__(self, rows: int, hidden: int) -> None:
+    def __init__(self, rows: int, hidden: int, factor: float = 1.0) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim = rows, hidden
+        self.num_embeddings, self.embedding_dim, self.factor = rows, hidden, factor
         self.register_buffer("weight", torch.zeros((rows, hidden), dtype=torch.int8))
         self.register_buffer("weight_scale", torch.ones(rows))
 
@@ -202,8 +203,10 @@ class QuantizedEmbedding(nn.Module):
         """[...] -> [..., H]."""
         if torch.compiler.is_exporting():
             # Engines refuse a Gather of raw INT8: the rows are taken from the dequantized table.
-            return functional.embedding(ids, _dequantize_node(self.weight, self.weight_scale, {"axis": 0}))
-        return functional.embedding(ids, self.weight) * self.weight_scale[ids].unsqueeze(-1)
+            rows = functional.embedding(ids, _dequantize_node(self.weight, self.weight_scale, {"axis": 0}))
+        else:
+            rows = functional.embedding(ids, self.weight) * self.weight_scale[ids].unsqueeze(-1)
+        return rows if self.factor == 1 else rows * self.factor
 
 
 def round_trip(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

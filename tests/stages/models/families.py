@@ -59,12 +59,34 @@ FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
 }  # fmt: skip
 """Name -> class, configuration class, and the settings that make it tiny."""
 
+WIDER: dict[str, tuple[str, str, dict[str, object]]] = {
+    "mbart": ("MBartForConditionalGeneration", "MBartConfig", _BOTH | {"scale_embedding": True}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", _GROUPED),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "xglm": ("XGLMForCausalLM", "XGLMConfig", {"d_model": WIDTH, "ffn_dim": INNER, "num_layers": BLOCKS,
+             "attention_heads": HEADS, "max_position_embeddings": 64}),
+    "biogpt": ("BioGptForCausalLM", "BioGptConfig", _DECODER),
+    "bloom": ("BloomForCausalLM", "BloomConfig", {"hidden_size": WIDTH, "n_layer": BLOCKS, "n_head": HEADS,
+              "bos_token_id": 0, "eos_token_id": 1}),
+    "falcon": ("FalconForCausalLM", "FalconConfig", {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS,
+               "num_attention_heads": HEADS, "bos_token_id": 0, "eos_token_id": 1}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", _DECODER | {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", _DECODER | {"num_key_value_heads": 2,
+                "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _DECODER | {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "electra": ("ElectraForMaskedLM", "ElectraConfig", _ENCODER | {"embedding_size": WIDTH}),
+    "albert": ("AlbertForMaskedLM", "AlbertConfig", _ENCODER | {"embedding_size": 16}),
+    "mamba": ("MambaForCausalLM", "MambaConfig", {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "state_size": 4}),
+}  # fmt: skip
+"""Those whose modules do more than their weights say, and others that not every technique takes."""
+
 
 def family(name: str, root: Path) -> Path:
     """The checkpoint of a family below `root`, made at first use."""
     folder = root / name
     if not folder.is_dir():
-        made, config, settings = FAMILIES[name]
+        made, config, settings = (FAMILIES | WIDER)[name]
         torch.manual_seed(len(name))
         model = getattr(transformers, made)(getattr(transformers, config)(vocab_size=VOCABULARY, **settings))
         with torch.no_grad():
@@ -76,7 +98,7 @@ def family(name: str, root: Path) -> Path:
 
 def library(name: str, folder: Path) -> PreTrainedModel:
     """The checkpoint as transformers loads it, with no key missing or left over."""
-    model, info = getattr(transformers, FAMILIES[name][0]).from_pretrained(
+    model, info = getattr(transformers, (FAMILIES | WIDER)[name][0]).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"]
