@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from flows.running import interruption
+from stages.runtime.ending import end_process
 
 
 def command() -> NoReturn:
@@ -26,7 +27,7 @@ def command() -> NoReturn:
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
             os._exit(code)
-    sys.exit(code)
+    end_process(code)
 
 
 if __name__ == "__main__":

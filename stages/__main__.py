@@ -8,20 +8,17 @@ orphan goes on after its parent was killed.
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
-import logging
 import os
 import signal
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from pydantic import ValidationError
 
@@ -39,6 +36,7 @@ from stages.runtime.contract import (
     Work,
 )
 from stages.runtime.dividing import count_units, execute_part
+from stages.runtime.ending import end_process
 from stages.runtime.execute import Outcome, execute
 from stages.runtime.patience import be_patient
 from stages.runtime.progress import JsonLines
@@ -176,15 +174,5 @@ def _guarded() -> Iterator[None]:
         guard.wait()
 
 
-def _ended(code: int) -> NoReturn:
-    """End at once: to take torch apart, module by module, takes a quarter of a second and frees nothing of use."""
-    atexit._run_exitfuncs()
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    _ended(main())
+    end_process(main())
