@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import NoReturn
 
 from flows.running import interruption
-from stages.runtime.ending import end_process
 
 
 def command() -> NoReturn:
@@ -16,9 +15,13 @@ def command() -> NoReturn:
     with interruption.handled():
         try:
             from flows.cli import main
+            from stages.runtime.ending import end_process
 
             code = main()
-        except KeyboardInterrupt:  # before anything had begun
+        # Before anything had begun. Python makes another error of an interrupt where a class is being made.
+        except BaseException:
+            if not interruption.asked():
+                raise
             interruption.unwinding()
             interruption.say()
             code = interruption.CODE

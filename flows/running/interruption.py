@@ -38,7 +38,7 @@ class _State:
     """What is known of the process that is asked to end."""
 
     def __init__(self) -> None:
-        self.unwinding = False
+        self.asked = self.unwinding = False
         self.hurried: list[Act] = []
         self.last: list[Act] = []
 
@@ -67,6 +67,11 @@ def handled() -> Iterator[None]:
         for one, handler in before.items():
             signal.signal(one, handler)
         os.close(writing)  # the thread reads the end of the pipe, and ends
+
+
+def asked() -> bool:
+    """Whether the process was asked to end."""
+    return _now.asked
 
 
 def unwinding() -> None:
@@ -101,6 +106,7 @@ def say(text: str = SAID) -> None:
 
 
 def _asked(_signal: int, _frame: FrameType | None) -> None:
+    _now.asked = True
     if not _now.unwinding:
         raise KeyboardInterrupt
 

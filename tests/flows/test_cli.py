@@ -332,11 +332,20 @@ def test_cancel_ends_the_process_of_a_run_and_no_other(recipe, opened, capsys):
     assert "elsewhere" in capsys.readouterr().err
 
 
-def test_sigterm_ends_a_command_with_130(tmp_path):
+WAIT = "print('ready', flush=True); time.sleep(60)"
+WAITS = {
+    "in a command": WAIT,
+    "where Python makes another error of it": "type('C', (), {'d': type('D', (), {'__set_name__': lambda *_: wait_()})()})",
+}
+
+
+@pytest.mark.parametrize("where", WAITS)
+def test_sigterm_ends_a_command_with_130(tmp_path, where):
     code = (
         "import os, signal, sys, flows.commands.inspect as looking, time\n"
         "import flows.cli as cli\nfrom flows.__main__ import command\n"
-        "@cli.app.command()\ndef wait():\n    print('ready', flush=True); time.sleep(60)\n"
+        f"def wait_():\n    {WAIT}\n"
+        f"@cli.app.command()\ndef wait():\n    {WAITS[where]}\n"
         "sys.argv[1:] = ['wait']; command()"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
