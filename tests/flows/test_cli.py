@@ -335,7 +335,9 @@ def test_cancel_ends_the_process_of_a_run_and_no_other(recipe, opened, capsys):
 WAIT = "print('ready', flush=True); time.sleep(60)"
 WAITS = {
     "in a command": WAIT,
-    "where Python makes another error of it": "type('C', (), {'d': type('D', (), {'__set_name__': lambda *_: wait_()})()})",
+    "where Python makes another error of it": (
+        "type('C', (), {'d': type('D', (), {'__set_name__': lambda *_: wait_()})()})"
+    ),
 }
 
 
