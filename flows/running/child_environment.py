@@ -22,10 +22,10 @@ _OUTSIDE = (
 _STORE = ("AWS_", "ENGINERY_", "COVERAGE_", "MPLCONFIGDIR", "OPENBLAS_")
 _REACH_OUTSIDE = ("fetch", "corpus")
 _WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Every OpenMP runtime knows it, and what torch, MKL and oneDNN compute goes through one. By default a thread that
-waits for another spins for milliseconds, on a core that the other one, or a neighbour, needs: `make bench ONLY=beside`.
-"""
+_WAITING = {"GOMP_SPINCOUNT": "400", "KMP_BLOCKTIME": "0"}
+"""By default an OpenMP thread that waits for another spins for milliseconds, on a core that the other one, or a
+neighbour, needs; one that sleeps at once is woken for every small product. In between nothing is lost alone and little
+beside others: `make bench ONLY=beside`. torch's wheels bring GNU's runtime, other builds Intel's."""
 
 
 def child_environment(name: str, threads: int) -> dict[str, str]:

@@ -34,7 +34,7 @@ def test_ways_of_waiting_are_the_products_and_openmps_own_whatever_the_user_has(
     with beside._variables({}):
         ours = child_environment("quantize", 2)
     assert spinning.items() - ours.items() == {*beside.SPINNING.items()}
-    assert ours.items() - spinning.items() == {("OMP_WAIT_POLICY", "PASSIVE")}
+    assert ours.items() - spinning.items() == {("GOMP_SPINCOUNT", "400"), ("KMP_BLOCKTIME", "0")}
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE" and "GOMP_SPINCOUNT" not in os.environ
 
 

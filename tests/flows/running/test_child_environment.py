@@ -21,7 +21,7 @@ def test_environment_holds_no_foreign_credential(monkeypatch):
 
 @pytest.mark.parametrize("asked", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "9"}])
 def test_environment_has_the_users_waiting_policy_and_ours_where_there_is_none(monkeypatch, asked):
-    ours = {"OMP_WAIT_POLICY": "PASSIVE"}
+    ours = {"GOMP_SPINCOUNT": "400", "KMP_BLOCKTIME": "0"}
     for name in POLICIES:
         monkeypatch.delenv(name, raising=False)
     for name, value in asked.items():
