@@ -102,6 +102,7 @@ class RecipeRun:
 
     start: Start
     told: Told
+    began_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     opened: Future[tuple[Tracking, str]] = field(default_factory=Future)
     closed: threading.Event = field(default_factory=threading.Event)
     given_up: threading.Event = field(default_factory=threading.Event)
@@ -165,7 +166,7 @@ class RecipeRun:
         except Refused as refused:
             close.told("the end of an earlier run in MLflow", refused)
         tries = count()
-        identity = patiently(lambda: _created(tracking, self.start, next(tries) > 0))
+        identity = patiently(lambda: _created(tracking, self, again=next(tries) > 0))
         patiently(lambda: self._begin(tracking.client, identity))
         return tracking, identity
 
@@ -234,16 +235,16 @@ def _cause(run: RecipeRun, error: BaseException) -> BaseException:
     return error if asked else run.opened.exception() or error
 
 
-def _created(tracking: Tracking, start: Start, again: bool) -> str:
+def _created(tracking: Tracking, run: RecipeRun, *, again: bool) -> str:
     """MLflow's run of a recipe run. The answer to an earlier try may be what was lost."""
+    start = run.start
     if again:
         known = tracking.client.search_runs([tracking.experiment_id], f"tags.`{RUN}` = '{start.run}'", max_results=1)
         if known:
             return str(known[0].info.run_id)
     ours = {RUN: start.run, "enginery.recipe": start.recipe, **process_tags(os.getpid())}
-    made = tracking.client.create_run(
-        tracking.experiment_id, run_name=start.recipe, tags={**_source(), **ours, **start.tags}
-    )
+    tags = {**_source(), **ours, **start.tags}
+    made = tracking.client.create_run(tracking.experiment_id, run.began_ms, tags, start.recipe)
     return str(made.info.run_id)
 
 

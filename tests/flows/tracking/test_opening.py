@@ -69,6 +69,8 @@ def test_person_who_interrupts_is_heard_before_mlflow_is_open_and_the_run_is_kil
         run.child("healed", {})
         raise KeyboardInterrupt
     assert states(tracking) == {"r": "KILLED", "healed": "KILLED"}
+    for one in tracking.client.search_runs([tracking.experiment_id]):
+        assert 0 <= one.info.end_time - one.info.start_time < 10_000, "it began before it ended"
 
 
 def test_person_who_interrupts_does_not_wait_for_mlflow_that_stays_away_and_nothing_is_begun_there_later(
