@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -69,13 +71,19 @@ def cut(store, source, number, code, *options):
         for folder in set((store / "state" / "runs").iterdir()) - before:
             log = folder / "log.jsonl"
             events = log.read_text().splitlines() if log.exists() else []
-            if any('"started", "step": "small"' in line for line in events):
+            if any('"started", "step": "small"' in line for line in events) and followed(store, folder.name):
                 run.send_signal(number)
                 assert run.wait(60) == code
                 return folder.name
         assert run.poll() is None, (store.parent / "log").read_text()
         time.sleep(0.1)
     raise AssertionError((store.parent / "log").read_text())
+
+
+def followed(store, run):
+    """Whether MLflow has the run, which begins while MLflow is opened."""
+    with closing(sqlite3.connect(f"file:{store}/state/mlflow.db?mode=ro", uri=True)) as database:
+        return database.execute("select 1 from tags where value = ?", (run,)).fetchone()
 
 
 @pytest.fixture(scope="module")
