@@ -230,9 +230,9 @@ def recipe_run(opening: Callable[[], Tracking], start: Start, close: Close | Non
 
 
 def _cause(run: RecipeRun, error: BaseException) -> BaseException:
-    """Why a run ended: MLflow that could not be opened stopped its steps, unless a person was first."""
-    asked = isinstance(error, KeyboardInterrupt) or not run.opened.done()
-    return error if asked else run.opened.exception() or error
+    """Why a run ended: where its steps were stopped, since MLflow could not be opened; a step's own error stands."""
+    echo = isinstance(error, Interrupted) and run.opened.done()
+    return (run.opened.exception() if echo else None) or error
 
 
 def _created(tracking: Tracking, run: RecipeRun, *, again: bool) -> str:

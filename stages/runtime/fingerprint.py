@@ -155,9 +155,12 @@ class _Modules:
             return
         self._changed = False
         whole = self._path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        with suppress(OSError):
+        try:
             whole.write_bytes(canonical({"by": _stamp(Path(__file__)), "modules": self._kept}))
             whole.replace(self._path)
+        except OSError:  # no room, or no right to: it is read again next time
+            with suppress(OSError):
+                whole.unlink(missing_ok=True)
 
     def _stored(self) -> dict[str, list[Any]]:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.roles import is_map
+from stages.models.memory.pages import forget
 
 _LOOKED_AT = 64
 """Rows of a table."""
@@ -68,9 +70,17 @@ def uncalled(model: PreTrainedModel) -> set[str]:
                 maps[f"{block.name}.{path}"] = one
                 owners[f"{block.name}.{path}"] = block.module.get_submodule(path.rpartition(".")[0])
     ran: set[int] = set()
+
+    def noted(module: nn.Module, *_: Any) -> None:
+        ran.add(id(module))
+        for tensor in module.parameters(recurse=False):
+            forget(tensor)  # else all pages of a large model's file would be in memory at once
+
+    head = model.get_output_embeddings()
+    watched = (*maps.values(), *owners.values(), *([head] if head is not None else []))
     with ExitStack() as hooks:
-        for module in {id(one): one for one in (*maps.values(), *owners.values())}.values():
-            hooks.callback(module.register_forward_hook(lambda one, *_: ran.add(id(one))).remove)
+        for module in {id(one): one for one in watched}.values():
+            hooks.callback(module.register_forward_hook(noted).remove)
         ask(model)
     return {name for name, one in maps.items() if id(owners[name]) in ran and id(one) not in ran}
 
