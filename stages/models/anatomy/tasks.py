@@ -1,0 +1,51 @@
+"""What a model is for and how much it reads at once: by transformers' own tables and by the model, never by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from stages.models.anatomy import classes
+from stages.models.memory.lean_import import without_compiler
+
+TASKS = dict(zip(("generate", "translate", "fill", "classify", "tag", "answer", "embed"), classes.TASKS, strict=True))
+"""Task -> transformers' table of its architectures."""
+SCORE = "score"
+"""The task of a classifier with a single class: it gives a text a number, as a reward model does."""
+
+
+def task(config: PreTrainedConfig) -> str:
+    """What the class that the configuration names is for: a key of TASKS, or SCORE.
+
+    Raises:
+        StageError: the architecture is not understood.
+    """
+    chosen = classes.model_class(config)
+    for name, table in TASKS.items():
+        found = table._model_mapping.get(type(config), ())
+        if chosen in (found if isinstance(found, tuple) else (found,)):
+            return SCORE if name == "classify" and config.num_labels == 1 else name
+    raise AssertionError("model_class reads the same tables")
+
+
+def longest(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model of the configuration reads at once; None where its positions have no end.
+
+    Raises:
+        StageError: the architecture is not understood.
+    """
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    with without_compiler(), torch.device("meta"):
+        made = classes.model_class(config)(config)
+    return most - _unused(made, most)
+
+
+def _unused(model: PreTrainedModel, most: int) -> int:
+    """Rows at the beginning of a table of positions that no token gets, since these count from behind padding's."""
+    tables = (one for one in model.modules() if isinstance(one, nn.Embedding))
+    own = [one for one in tables if one.num_embeddings == most and one is not model.get_input_embeddings()]
+    return max((one.padding_idx + 1 for one in own if one.padding_idx is not None), default=0)

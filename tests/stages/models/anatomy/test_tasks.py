@@ -1,0 +1,54 @@
+"""What a model is for, and how much it reads, against what transformers itself takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from stages.models.anatomy import tasks
+from stages.models.checkpoint.loading import load_config
+from tests.stages.models.families import FAMILIES, VOCABULARY, WIDER, family, library
+
+ENDLESS = {"t5", "t5_plain", "bloom", "mamba"}
+BY_TABLE = ("gpt2", "opt", "bert_masked", "roberta", "distilbert", "albert", "electra")
+
+
+@pytest.mark.parametrize("name", FAMILIES | WIDER)
+def test_how_much_a_model_reads(name: str, tmp_path: Path) -> None:
+    config = load_config(family(name, tmp_path))
+    most = tasks.longest(config)
+    assert (most is None) == (name in ENDLESS)
+    assert name == "falcon" or most in (None, 64, 62)
+
+
+@pytest.mark.parametrize("name", BY_TABLE)
+def test_a_table_of_positions_holds_so_many_and_not_one_more(name: str, tmp_path: Path) -> None:
+    folder = family(name, tmp_path)
+    most = tasks.longest(load_config(folder))
+    assert most
+    model = library(name, folder)
+    ids_NT = torch.arange(most + 1)[None] % (VOCABULARY - 5) + 4
+    with torch.no_grad():
+        model(input_ids=ids_NT[:, :-1])
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=ids_NT)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("llama", "generate"), ("bert_decoder", "generate"), ("bert_masked", "fill"), ("bert_classes", "classify"),
+        ("bert_tokens", "tag"), ("bert_answers", "answer"), ("bert_bare", "embed"), ("t5", "translate"),
+        ("marian", "translate"), ("mamba", "generate"),
+    ],
+)  # fmt: skip
+def test_task(name: str, wanted: str, tmp_path: Path) -> None:
+    assert tasks.task(load_config(family(name, tmp_path))) == wanted
+
+
+def test_a_classifier_with_one_class_gives_a_number() -> None:
+    config = transformers.LlamaConfig(num_labels=1, architectures=["LlamaForSequenceClassification"])
+    assert tasks.task(config) == "score"
