@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,8 +19,10 @@ from stages.runtime.parts import FOLDER, gaps, keep, kept
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from stages.measures.documents import Document
+    from stages.measures.predictions import Asking
 
 TORCH = "torch:cpu"
 if TYPE_CHECKING:
@@ -31,12 +34,20 @@ KEPT_DOCUMENTS = 8
 """A run that was killed computes at most so many documents again."""
 
 
+@dataclass(frozen=True)
+class _Text:
+    """Windows, and how they are put to the model."""
+
+    ids_NT: Tensor
+    asking: Asking
+
+
 class ValidateParams(Params):
     """What is measured, and where.
 
     Attributes:
         split: the corpus split that is scored.
-        window_tokens: length of a window; one window is one document.
+        window_tokens: length of a window, at most what the model reads; one window is one document.
         windows: at most this many windows, the first ones; None for all.
         target: what the model is executed on; it must be the artifact's own.
     """
@@ -70,13 +81,15 @@ def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, p
     from stages.measures.size import size_bytes
 
     model = inputs["model"]
-    documents = _all_scores(params, inputs, output / FOLDER, progress)
+    text = _text(params, inputs)
+    documents = _all_scores(params, inputs, text, output / FOLDER, progress)
     files = {p.relative_to(model).as_posix(): p.stat().st_size for p in model.rglob("*") if p.is_file()}
     measures = summary(documents) | {"size_bytes": float(size_bytes(files))}
     report = {
         "artifact_target": params.target,
         "split": params.split,
-        "window_tokens": params.window_tokens,
+        "task": text.asking.task,
+        "window_tokens": text.ids_NT.shape[1],
         "corpus": _corpus_digest(inputs["text"]),
         "documents": documents,
         "measures": measures,
@@ -87,34 +100,37 @@ def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, p
 
 def count_windows(params: ValidateParams, inputs: Mapping[str, Path]) -> int:
     """How many windows are scored; each by itself, so that a score does not depend on what is scored beside it."""
-    return len(_windows(params, inputs))
+    return len(_text(params, inputs).ids_NT)
 
 
 def score_part(params: ValidateParams, inputs: Mapping[str, Path], span: range, progress: Progress) -> bytes:
     """The scores of some windows, as `validate` gathers them."""
-    ids_NT = _windows(params, inputs)
-    if span.stop > len(ids_NT):
-        raise StageError("the part ends behind the last window", measured=span.stop, limit=len(ids_NT))
+    text = _text(params, inputs)
+    if span.stop > len(text.ids_NT):
+        raise StageError("the part ends behind the last window", measured=span.stop, limit=len(text.ids_NT))
     documents = []
-    for document in _scorer(params, inputs)(ids_NT, span):
+    for document in _scorer(params, inputs, text)(span):
         documents.append(document)
         progress.advanced(len(documents), len(span))
     return _written(documents)
 
 
-def _all_scores(params: ValidateParams, inputs: Mapping[str, Path], folder: Path, progress: Progress) -> list[Document]:
+def _all_scores(
+    params: ValidateParams, inputs: Mapping[str, Path], text: _Text, folder: Path, progress: Progress
+) -> list[Document]:
     """Every window's scores: those of the parts in `folder`, and the others computed and kept there as they come."""
-    ids_NT = _windows(params, inputs)
-    count = len(ids_NT)
-    scored = _kept_scores(params, ids_NT, folder, "baseline" in inputs, progress)
+    count, tokens = text.ids_NT.shape
+    if tokens < params.window_tokens:
+        progress.note(f"windows of {tokens} tokens, all that the model reads, not of {params.window_tokens}")
+    scored = _kept_scores(params, text, folder, "baseline" in inputs, progress)
     if scored:
         progress.note(f"{len(scored)} of {count} documents are scored already")
         progress.advanced(len(scored), count)
     missing = gaps(count, [range(index, index + 1) for index in scored], KEPT_DOCUMENTS)
-    score = _scorer(params, inputs) if missing else None
+    score = _scorer(params, inputs, text) if missing else None
     for span in missing:
         assert score is not None
-        for index, document in zip(span, score(ids_NT, span), strict=True):
+        for index, document in zip(span, score(span), strict=True):
             scored[index] = document
             progress.advanced(len(scored), count)
         keep(folder, span, _written([scored[index] for index in span]))
@@ -122,14 +138,14 @@ def _all_scores(params: ValidateParams, inputs: Mapping[str, Path], folder: Path
 
 
 def _kept_scores(
-    params: ValidateParams, ids_NT: Tensor, folder: Path, paired: bool, progress: Progress
+    params: ValidateParams, text: _Text, folder: Path, paired: bool, progress: Progress
 ) -> dict[int, Document]:
     from stages.measures.documents import read_documents
 
     scored: dict[int, Document] = {}
     for span, data in kept(folder):
-        ids = ids_NT[span.start : span.stop]
-        documents = read_documents(data, ids, params.split, first=span.start, paired=paired)
+        ids = text.ids_NT[span.start : span.stop]
+        documents = read_documents(data, ids, text.asking, params.split, first=span.start, paired=paired)
         if documents is None or len(documents) != len(span):
             progress.note(f"the scores of documents {span.start} to {span.stop - 1} are not of this corpus: made anew")
         else:
@@ -137,19 +153,33 @@ def _kept_scores(
     return scored
 
 
-def _windows(params: ValidateParams, inputs: Mapping[str, Path]) -> Tensor:
-    from stages.models.checkpoint.loading import load_tokenizer
-    from stages.models.text.windows import windows
+def _text(params: ValidateParams, inputs: Mapping[str, Path]) -> _Text:
+    from stages.measures.predictions import Asking
+    from stages.models.anatomy import tasks
+    from stages.models.checkpoint.loading import load_config, load_tokenizer
+    from stages.models.text.windows import special_ends, windows
 
     model, baseline = inputs["model"], inputs.get("baseline")
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    task = tasks.task(config)
     if baseline:
-        _check_vocabulary(model, baseline)
-    _check_length(model, params.window_tokens)
-    return windows(inputs["text"], params.split, load_tokenizer(model), params.window_tokens, most=params.windows)
+        _check_alike(tokenizer, task, baseline)
+    tokens = min(params.window_tokens, tasks.longest(config) or params.window_tokens)
+    _check_length(model, tokens)
+    mask = tokenizer.mask_token_id if task == "fill" else None
+    if task == "fill" and mask is None:
+        raise StageError(
+            "a masked model is judged by hiding tokens, and its tokenizer has none to hide them with",
+            measured="no mask_token",
+            remedy='Set "mask_token" in tokenizer_config.json.',
+        )
+    before, after = special_ends(tokenizer)
+    asking = Asking(task, len(before), len(after), mask)
+    return _Text(windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows), asking)
 
 
-def _scorer(params: ValidateParams, inputs: Mapping[str, Path]) -> Callable[[Tensor, range], Iterator[Document]]:
-    """Load the model and its baseline; returns (all windows, range of them) -> their scores."""
+def _scorer(params: ValidateParams, inputs: Mapping[str, Path], text: _Text) -> Callable[[range], Iterator[Document]]:
+    """Load the model and its baseline; returns a range of windows -> their scores."""
     from stages.measures.documents import score_documents
     from stages.serving.engine import open_engine
 
@@ -164,9 +194,9 @@ def _scorer(params: ValidateParams, inputs: Mapping[str, Path]) -> Callable[[Ten
         )
     dense = open_engine(baseline, verified=True).logits if baseline else None
 
-    def score(ids_NT: Tensor, span: range) -> Iterator[Document]:
-        ids = ids_NT[span.start : span.stop]
-        return score_documents(ids, judged.logits, dense, params.split, first=span.start)
+    def score(span: range) -> Iterator[Document]:
+        ids = text.ids_NT[span.start : span.stop]
+        return score_documents(ids, judged.logits, dense, text.asking, params.split, first=span.start)
 
     return score
 
@@ -175,25 +205,33 @@ def _written(documents: list[Document]) -> bytes:
     return json.dumps(documents, allow_nan=False).encode()
 
 
-def _check_vocabulary(model: Path, baseline: Path) -> None:
+def _check_alike(tokenizer: PreTrainedTokenizerBase, task: str, baseline: Path) -> None:
     from stages.measures.documents import other_vocabulary
-    from stages.models.checkpoint.loading import load_tokenizer
+    from stages.models.anatomy import tasks
+    from stages.models.checkpoint.loading import load_config, load_tokenizer
 
-    ours, theirs = load_tokenizer(model).get_vocab(), load_tokenizer(baseline).get_vocab()
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(baseline).get_vocab()
     if ours != theirs:
         raise other_vocabulary(len(theirs), len(ours))
+    if (other := tasks.task(load_config(baseline))) != task:
+        raise StageError(
+            "the baseline answers something else than the model, so they cannot be compared",
+            measured=f"its task is {other}",
+            limit=f"the model's own, {task}",
+            remedy="Name the checkpoint the model was made from as baseline, or judge without one.",
+        )
 
 
 def _check_length(model: Path, window_tokens: int) -> None:
-    engine, config = model / "engine.json", model / "config.json"
-    path, key = (engine, "maximum_tokens") if engine.is_file() else (config, "max_position_embeddings")
-    most = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
+    """Raise StageError where an engine was built for less than the windows: its scores would stand beside no others."""
+    engine = model / "engine.json"
+    most = json.loads(engine.read_text(encoding="utf-8")).get("maximum_tokens") if engine.is_file() else None
     if most is not None and window_tokens > most:
         raise StageError(
-            "the windows are longer than the model can read",
+            "the windows are longer than the engine can read",
             measured=f"{window_tokens} tokens",
             limit=f"{most} tokens",
-            remedy="Lower `window_tokens`.",
+            remedy="Lower `window_tokens` of `judge`, or raise `maximum_tokens` where it is compiled.",
         )
 
 

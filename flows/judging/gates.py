@@ -166,9 +166,16 @@ def _column(report: Report, score: str, artifact: str) -> Floats:
     documents = sorted(report["documents"], key=lambda document: document["id"])
     if any(score not in document for document in documents):
         old = "It was measured before this was: gate against the baseline until a version that has it is promoted."
-        remedy = old if artifact == CHAMPION else "It needs `judge: {baseline: ...}`."
+        remedy = old if artifact == CHAMPION else _measurable(report, score)
         raise StageError(f"the report of {artifact} has no {score!r}", remedy=remedy)
     return np.array([document[score] for document in documents], dtype=np.float64)
+
+
+def _measurable(report: Report, score: str) -> str:
+    fitting = {name: one for name, one in MEASURES.items() if report.get("task", "generate") in one.tasks}
+    if any(one.score == score for one in fitting.values()):
+        return "It needs `judge: {baseline: ...}`."
+    return f"Gate on what a model of its task, {report['task']}, is measured by: {', '.join(fitting)}."
 
 
 def _check_paired(ours: Report, theirs: Report, which: str) -> None:

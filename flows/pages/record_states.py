@@ -16,6 +16,7 @@ from flows.recipe.model import Recipe
 from flows.reporting.verdict_text import described, summary
 from flows.results import RunLine, RunResult
 from flows.running.run_records import Record
+from stages.measures.table import foremost, title
 from stages.runtime.contract import StageError
 
 Type = Literal["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "CRASHED"]
@@ -259,6 +260,7 @@ def _artifacts(told: Told, steps: Sequence[StepRun], end: State | None) -> Itera
 
 def _rows(told: Told, steps: Sequence[StepRun]) -> list[dict[str, object]]:
     results = {one.name: one for one in told.result.steps} if told.result else {}
+    shown = foremost(*(one.metrics for one in results.values()))
     rows: list[dict[str, object]] = []
     for step in steps:
         states, done = step.states, results.get(step.name)
@@ -271,7 +273,7 @@ def _rows(told: Told, steps: Sequence[StepRun]) -> list[dict[str, object]]:
                 "state": states[-1].name,
                 "seconds": round(ran.total_seconds(), 1) if len(states) > 2 else "",
                 "size, MB": round(metrics["size_bytes"] / 1e6, 1) if "size_bytes" in metrics else "",
-                "perplexity": round(metrics["perplexity"], 3) if "perplexity" in metrics else "",
+                title(shown): round(metrics[shown], 3) if shown in metrics else "",
                 "fingerprint": done.fingerprint[:12] if done else "",
             }
         )

@@ -11,6 +11,7 @@ from prefect.artifacts import (
 )
 
 from flows.reporting.verdict_text import described, summary
+from stages.measures.table import foremost, title
 
 if TYPE_CHECKING:
     from flows.results import RunResult, StepResult
@@ -21,7 +22,8 @@ def show(session: Session, result: RunResult) -> None:
     """The result on the flow run's page: the table of steps, the verdict, the links."""
     # One key a recipe: Prefect keeps the versions of an artifact under its key, the last one first.
     key = "".join(c if c.isalnum() else "-" for c in session.recipe.name.lower()).strip("-")
-    rows = [_row(step) for step in result.steps]
+    shown = foremost(*(step.metrics for step in result.steps))
+    rows = [_row(step, shown) for step in result.steps]
     create_table_artifact(rows, key=f"steps-{key}", description=f"Steps of {session.recipe.name}")
     mlflow, report = session.mlflow.tracking.link(session.mlflow.id), f"file://{result.report}"
     page = verdict_page(session.recipe.name, result, mlflow)
@@ -38,13 +40,13 @@ def verdict_page(recipe: str, result: RunResult, mlflow: str) -> str:
     return f"# {recipe}: {result.verdict}\n\n{described(result)}\n\n{where}\n"
 
 
-def _row(step: StepResult) -> dict[str, object]:
+def _row(step: StepResult, shown: str) -> dict[str, object]:
     return {
         "step": step.name,
         "stage": step.stage,
         "seconds": step.seconds,
         "cached": step.cached,
         "size, MB": round(step.metrics.get("size_bytes", 0.0) / 1e6, 1),
-        "perplexity": round(step.metrics.get("perplexity", 0.0), 3) or "",
+        title(shown): round(step.metrics.get(shown, 0.0), 3) or "",
         "fingerprint": step.fingerprint[:12],
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from flows.registry.journal import Candidate
 from flows.reporting.format import number, size
 from flows.results import GateResult, StepResult
+from stages.measures.table import foremost, title
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def card(
     """
     sizes = {step.name: size(step.metrics.get("size_bytes", 0.0)) for step in steps}
     served = candidate.executables[candidate.serves]
+    shown = foremost(*(step.metrics for step in steps))
     parts = [
         f"# {candidate.model}",
         f"Made by run `{run}` of recipe `{recipe}`. An alias serves `{candidate.serves}` on `{served.target}`.",
@@ -95,9 +97,9 @@ def card(
         _beside(beside),
         "## Steps",
         _table(
-            ("step", "stage", "size", "perplexity", "fingerprint"),
+            ("step", "stage", "size", title(shown), "fingerprint"),
             [
-                (step.name, step.stage, sizes[step.name], number(step.metrics.get("perplexity")), step.fingerprint[:12])
+                (step.name, step.stage, sizes[step.name], number(step.metrics.get(shown)), step.fingerprint[:12])
                 for step in steps
             ],
         ),

@@ -55,10 +55,12 @@ def log_ticks(low: float, high: float) -> list[float]:
     return coarse if len(coarse) >= 3 else fine
 
 
-def steps_chart(rows: Sequence[tuple[str, float | None, Mapping[str, float]]], corpora: Sequence[str]) -> Markup:
-    """One row a step: its size as a bar, its perplexity on each corpus as a dot."""
+def steps_chart(
+    rows: Sequence[tuple[str, float | None, Mapping[str, float]]], corpora: Sequence[str], measure: str
+) -> Markup:
+    """One row a step: its size as a bar, its measure on each corpus as a dot."""
     height = ROW * len(rows) + 52
-    body = [_text(LABEL, 14, "size", "start head"), _text(540, 14, "perplexity", "start head")]
+    body = [_text(LABEL, 14, "size", "start head"), _text(540, 14, measure, "start head")]
     body += _legend(corpora, 640, 14)
     bars = Scale(0, max([one for _, one, _ in rows if one] or [1.0]), LABEL, 440)
     values = [v for _, _, scores in rows for v in scores.values() if math.isfinite(v)]
@@ -75,7 +77,7 @@ def steps_chart(rows: Sequence[tuple[str, float | None, Mapping[str, float]]], c
             body.append(f'<rect class="bar" x="{LABEL}" y="{y - 7}" width="{width:.1f}" height="14" rx="2"/>')
             body.append(_text(LABEL + width + 6, y + 4, short_size(weight), "start value"))
         body += _dots(scores, corpora, dots, y)
-    return _svg(WIDTH, height, body, "Size and perplexity after each step")
+    return _svg(WIDTH, height, body, f"Size and {measure} after each step")
 
 
 def _dots(scores: Mapping[str, float], corpora: Sequence[str], scale: Scale | None, y: float) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flows.reporting.charts import curve_chart, interval_chart, steps_chart
 from flows.reporting.format import duration, short_number, short_size
 from flows.results import GateResult, RunResult, StepResult
-from stages.measures.table import MEASURES
+from stages.measures.table import MEASURES, foremost, title
 from stages.runtime.artifacts import BLOBS, Store
 from stages.runtime.contract import Manifest
 
@@ -39,7 +39,7 @@ class Row:
     step: StepResult
     size_bytes: float | None
     parameters: float | None
-    perplexity: Mapping[str, float]
+    scores: Mapping[str, float]
 
 
 def write_report(
@@ -64,7 +64,8 @@ def write_report(
         curves: step name -> metric -> (step, value) points, see `curves_of`.
     """
     corpora = list(dict.fromkeys(corpus for _, corpus in reports))
-    rows = [_row(step, manifests, reports) for step in result.steps if step.kind != "report"]
+    shown = foremost(*(report["measures"] for report in reports.values()))
+    rows = [_row(step, manifests, reports, shown) for step in result.steps if step.kind != "report"]
     charted = [row for row in rows if row.step.kind != "corpus"]
     page = _template().render(
         result=result,
@@ -72,9 +73,10 @@ def write_report(
         gates=[(gate, _gate_chart(gate)) for gate in result.gates],
         rows=rows,
         corpora=corpora,
-        measures={name: one.title or name for name, one in MEASURES.items()},
+        measures={name: title(name) for name in MEASURES},
         measurements=[step for step in result.steps if step.kind == "report"],
-        chart=steps_chart([(row.step.name, row.size_bytes, row.perplexity) for row in charted], corpora),
+        chart=steps_chart([(row.step.name, row.size_bytes, row.scores) for row in charted], corpora, title(shown)),
+        shown=title(shown),
         curves={
             step: [curve_chart(name, _thinned(points)) for name, points in drawn.items()]
             for step, drawn in (curves or {}).items()
@@ -121,14 +123,14 @@ def reproduce(command: Sequence[str]) -> str:
     return shlex.join([Path(command[0]).name, *command[1:]]) if command else ""
 
 
-def _row(step: StepResult, manifests: Mapping[str, Manifest], reports: Reports) -> Row:
+def _row(step: StepResult, manifests: Mapping[str, Manifest], reports: Reports, shown: str) -> Row:
     manifest = manifests.get(step.name)
     metrics = step.metrics
     weight = metrics.get("size_bytes", float(manifest.size_bytes) if manifest else None)
     scores = {
-        corpus: float(report["measures"]["perplexity"])
+        corpus: float(report["measures"][shown])
         for (artifact, corpus), report in reports.items()
-        if artifact == step.name and "perplexity" in report["measures"]
+        if artifact == step.name and shown in report["measures"]
     }
     return Row(step, weight, metrics.get("parameters"), scores)
 

@@ -94,7 +94,8 @@ def measures() -> list[MeasureLine]:
     for name, one in MEASURES.items():
         how = "The exponential of the mean" if one.exponential else "The mean"
         beside = " Needs a baseline." if one.paired else ""
-        lines.append(MeasureLine(name=name, about=f"{_first_sentence(one.function)} {how} over all tokens.{beside}"))
+        about = f"{_first_sentence(one.function)} {how}. Of models that {', '.join(sorted(one.tasks))}.{beside}"
+        lines.append(MeasureLine(name=name, about=about))
     return [*lines, MeasureLine(name="size_bytes", about="Bytes of the model's own files.")]
 
 

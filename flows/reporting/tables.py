@@ -10,6 +10,7 @@ from rich.text import Text
 
 from flows.reporting.format import duration, number, size
 from flows.results import GateResult, RunResult, RunVerdict, StepResult
+from stages.measures.table import foremost, title
 
 
 def show_result(result: RunResult, console: Console) -> None:
@@ -41,24 +42,25 @@ _STYLES: Mapping[RunVerdict, str] = {"passed": "bold green", "gate failed": "bol
 
 
 def steps_table(result: RunResult) -> Table:
-    """Step, stage, seconds, cached, size, perplexity, note; a measurement stands with the step it measured."""
+    """Step, stage, seconds, cached, size, foremost measure, note; a measurement stands with the step it measured."""
     table = Table(title=f"Steps of run {result.run}", title_justify="left")
     for column in ("step", "stage"):
         table.add_column(column, overflow="fold")
-    for column in ("seconds", "cached", "size", "perplexity"):
+    shown = foremost(*(step.metrics for step in result.steps))
+    for column in ("seconds", "cached", "size", title(shown)):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("note", overflow="fold")
     measured: dict[str, float] = {}
     for step in result.steps:
-        if step.measures and "perplexity" in step.metrics:
-            measured.setdefault(step.measures, step.metrics["perplexity"])  # on the first corpus
+        if step.measures and shown in step.metrics:
+            measured.setdefault(step.measures, step.metrics[shown])  # on the first corpus
     for step in result.steps:
-        table.add_row(*_step_row(step, measured))
+        table.add_row(*_step_row(step, shown, measured))
     return table
 
 
-def _step_row(step: StepResult, measured: dict[str, float]) -> list[Text]:
-    own = step.metrics.get("perplexity")
+def _step_row(step: StepResult, shown: str, measured: dict[str, float]) -> list[Text]:
+    own = step.metrics.get(shown)
     held = step.metrics.get("size_bytes")
     cells = [
         step.name,

@@ -1,6 +1,6 @@
-"""How far a model's predictions are from those of its baseline, token by token.
+"""How far a model's predictions are from those of its baseline, row by row.
 
-Shapes: T predicted tokens, R rows of them, V vocabulary.
+Shapes: T predicted tokens, R rows, V vocabulary, classes or dimensions.
 """
 
 from __future__ import annotations
@@ -36,13 +36,43 @@ def kl_divergence(baseline_TV: Tensor, model_TV: Tensor) -> Tensor:
 
 
 def top1_agreement(baseline_TV: Tensor, model_TV: Tensor) -> Tensor:
-    """Whether both find the same token likeliest: bool, shape [T].
+    """Whether both find the same token or class likeliest.
+
+    Returns:
+        bool, shape [T].
 
     Raises:
         ValueError: the shapes differ.
     """
     _same_shape(baseline_TV, model_TV)
     return baseline_TV.argmax(-1) == model_TV.argmax(-1)
+
+
+def cosine(baseline_RV: Tensor, model_RV: Tensor) -> Tensor:
+    """The cosine between what both answer.
+
+    Returns:
+        cosine_R (float64), 1 for the same direction.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _same_shape(baseline_RV, model_RV)
+    return torch.nn.functional.cosine_similarity(baseline_RV.double(), model_RV.double(), dim=-1)
+
+
+def relative_error(baseline_RV: Tensor, model_RV: Tensor) -> Tensor:
+    """How long the difference of both answers is, over the length of the baseline's.
+
+    Returns:
+        error_R (float64), 0 where they are equal.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _same_shape(baseline_RV, model_RV)
+    a_RV, b_RV = baseline_RV.double(), model_RV.double()
+    return (b_RV - a_RV).norm(dim=-1) / a_RV.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _same_shape(baseline_TV: Tensor, model_TV: Tensor) -> None:

@@ -51,6 +51,14 @@ def negative_log_likelihood(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def masked_negative_log_likelihood(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
+    """How surprising each hidden token was to a model that read all others, in nats.
+
+    Its mean's exponential is no probability of the text (Salazar et al. 2020), so that it has a name of its own.
+    """
+    return negative_log_likelihood(logits_RV, targets_R)
+
+
 def perplexity(nll: Iterable[float], tokens: Iterable[int]) -> float:
     """Exponential of the token-weighted mean negative log-likelihood.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.models.anatomy.blocks import Block
+from stages.models.checkpoint.editing import readable
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.text.decoder_answers import answered
 from stages.models.text.windows import windows
@@ -41,7 +42,7 @@ def side_by_side(
     Raises:
         StageError: a text is shorter than one window, or a model cannot learn, teach or write as asked.
     """
-    tokenizer, tokens = load_tokenizer(inputs["model"]), params.window_tokens
+    tokenizer, tokens = load_tokenizer(inputs["model"]), readable(inputs["model"], params.window_tokens, progress)
     ids_NT = windows(inputs["text"], "train", tokenizer, tokens)
     roles = [role for role in ("text", "other") if role in inputs]
     judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}

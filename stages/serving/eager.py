@@ -1,36 +1,119 @@
 """A checkpoint that answers by torch, one operation after the other.
 
-Shapes: N sequences, T tokens, V vocabulary.
+Shapes: N sequences, T tokens, V vocabulary, or what else an answer is over.
 """
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.adapters.backends import Forward
-from stages.models.checkpoint.loading import load_model
+from stages.models.anatomy import tasks
+from stages.models.checkpoint.loading import load_model, load_tokenizer
+from stages.runtime.contract import StageError
 
 
-def torch_forward(folder: Path) -> Forward:
-    """(ids_NT, mask_NT) -> logits_NTV of a CHECKPOINT folder, in fp32.
+@dataclass(frozen=True)
+class Eager:
+    """A checkpoint that answers.
+
+    Attributes:
+        forward: (ids_NT, mask_NT) -> what the model answers, in fp32; see `answers`.
+        task: what it is for, see `stages.models.anatomy.tasks`.
+        longest: tokens that it reads at once, None for any number.
+    """
+
+    forward: Forward
+    task: str
+    longest: int | None
+
+
+def eager(folder: Path) -> Eager:
+    """Open a CHECKPOINT folder.
 
     Raises:
         StageError: the checkpoint is damaged or not understood.
     """
     model = load_model(folder)
+    task = tasks.task(model.config)
+    placed = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
-        mask = torch.from_numpy(mask_NT)
-        positions_NT = (mask.cumsum(-1) - 1).clamp(min=0)
+        ids, mask = torch.from_numpy(ids_NT), torch.from_numpy(mask_NT)
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        # Where a row is padded on its left its text begins at the first position all the same.
+        if placed and task == "generate" and not mask.all():
+            given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
-            logits_NTV = model(
-                input_ids=torch.from_numpy(ids_NT), attention_mask=mask, position_ids=positions_NT, use_cache=False
-            ).logits
-        found: NDArray[np.float32] = logits_NTV.numpy()
+            found: NDArray[np.float32] = answers(model, task, given).float().numpy()
         return found
 
-    return forward
+    return Eager(forward, task, tasks.longest(model.config))
+
+
+def answers(model: PreTrainedModel, task: str, given: dict[str, Any]) -> Tensor:
+    """What a model answers.
+
+    Args:
+        model: in eval mode.
+        task: what it is for.
+        given: `input_ids` and `attention_mask`, [N, T], and what else its forward takes.
+
+    Returns:
+        Logits: [N, T, V] of each token, [N, V] of a text's classes, [N, 2, T] of an answer's first and last token.
+        `translate`: of the window itself, each token from those before it. `embed`: the last hidden states, [N, T, H].
+
+    Raises:
+        StageError: the decoder does not say how an answer begins.
+    """
+    if task == "translate":
+        given = given | {"decoder_input_ids": _shifted(model, given["input_ids"])}
+    if task in ("generate", "translate") and "use_cache" in inspect.signature(model.forward).parameters:
+        given = given | {"use_cache": False}
+    out = model(**given, return_dict=True)
+    if task == "answer":
+        return torch.stack([out.start_logits, out.end_logits], dim=1)
+    found: Tensor = out.last_hidden_state if task == "embed" else out.logits
+    return found
+
+
+def fast_tokenizer(folder: Path) -> Tokenizer:
+    """The checkpoint's tokenizer as one of tokenizers' own.
+
+    Raises:
+        StageError: it cannot be turned into one.
+    """
+    found = load_tokenizer(folder)
+    if not found.is_fast:
+        raise StageError(
+            f"the tokenizer of {folder.name} is none of the library tokenizers",
+            measured=type(found).__name__,
+            remedy="Put its tokenizer.json beside the weights.",
+        )
+    made: Tokenizer = found.backend_tokenizer
+    return made
+
+
+def _shifted(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
+    """The decoder's input when it is asked for these tokens, by the architecture's own way to shift them."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        own: Tensor = model.prepare_decoder_input_ids_from_labels(labels=ids_NT)
+        return own
+    first = getattr(model.config, "decoder_start_token_id", None)
+    if first is None:
+        raise StageError(
+            f"{type(model).__name__} does not say how an answer begins",
+            measured="no decoder_start_token_id",
+            remedy="Set decoder_start_token_id in config.json.",
+        )
+    return torch.cat([torch.full_like(ids_NT[:, :1], first), ids_NT[:, :-1]], dim=1)

@@ -21,7 +21,9 @@ from stages.models.checkpoint.json_files import read_json
 from stages.runtime.contract import StageError
 from stages.serving.generate import greedy
 
-GRAPH, ENGINE = "model.onnx", "engine.json"
+GRAPH, DESCRIBED, ENGINE = "model.onnx", "graph.json", "engine.json"
+ENDLESS = 2**31 - 1
+"""Tokens that a model reads whose positions have no end."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,22 @@ class Answerer:
 
     Attributes:
         target: what executes it: `onnxruntime:cpu`, `torch:cpu`, `tensorrt_rtx:sm_89`, ...
+        task: what it is for: `generate` for what continues a text, see `stages.models.anatomy.tasks`.
         maximum_tokens: the longest sequence it reads.
         tokenizer: turns text into its tokens.
         ends: tokens that end a sequence.
-        forward: (ids_NT, mask_NT) -> logits_NTV.
+        forward: (ids_NT, mask_NT) -> logits_NTV, or what else a model of its task answers.
     """
 
     target: str
+    task: str
     maximum_tokens: int
     tokenizer: Tokenizer
     ends: frozenset[int]
     forward: Forward
 
     def logits(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
-        """logits_NTV of whole sequences.
+        """logits_NTV of whole sequences, or what else a model of its task answers.
 
         Raises:
             StageError: they are longer than the model reads.
@@ -58,8 +62,15 @@ class Answerer:
         The prompt is taken as it stands: no chat template is put around it.
 
         Raises:
-            StageError: a prompt is empty or longer than the model reads.
+            StageError: the model continues no text, or a prompt is empty or longer than it reads.
         """
+        if self.task != "generate":
+            raise StageError(
+                "the model continues no text",
+                measured=f"its task is {self.task}",
+                limit="generate",
+                remedy="Ask it for its `logits`.",
+            )
         encoded = [self.tokenizer.encode(prompt).ids for prompt in prompts]
         for ids in encoded:
             if not ids:
@@ -94,35 +105,44 @@ def open_engine(folder: Path, *, verified: bool = False) -> Answerer:
         DoesNotFit: the engine is for a device that this machine has not.
     """
     config = _read(folder / "config.json")
+    if not any((folder / name).is_file() for name in (ENGINE, GRAPH)):
+        return _checkpoint(folder, config)
     if (folder / ENGINE).is_file():
         described = _read(folder / ENGINE)
         target, forward = _executable(folder, described, verified=verified)
-        maximum_tokens = int(described["maximum_tokens"])
     else:
-        target, forward = _uncompiled(folder)
-        maximum_tokens = int(config["max_position_embeddings"])
+        described = _read(folder / DESCRIBED)
+        refuse_impossible(GRAPHS_BACKEND, (), described["precisions"])
+        target, forward = backend(GRAPHS_BACKEND).execute(folder / GRAPH, (), False)
     if not (folder / "tokenizer.json").is_file():
         raise StageError(f"{folder.name} has no tokenizer.json", remedy="Make the artifact again.")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    task, most = described.get("task", "generate"), int(described["maximum_tokens"])
+    return Answerer(
+        target, task, most, _bare(Tokenizer.from_file(str(folder / "tokenizer.json"))), _ends(folder, config), forward
+    )
+
+
+def _checkpoint(folder: Path, config: dict[str, Any]) -> Answerer:
+    # torch is a gigabyte that an engine does not need.
+    from stages.serving.eager import eager, fast_tokenizer
+
+    opened = eager(folder)
+    most = ENDLESS if opened.longest is None else opened.longest
+    return Answerer(
+        "torch:cpu", opened.task, most, _bare(fast_tokenizer(folder)), _ends(folder, config), opened.forward
+    )
+
+
+def _bare(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that neither pads nor cuts."""
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return Answerer(target, maximum_tokens, tokenizer, _ends(folder, config), forward)
+    return tokenizer
 
 
 def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> tuple[str, Forward]:
     chosen = backend(described["backend"])
     return chosen.execute(folder / described["executable"], described["architectures"], verified)
-
-
-def _uncompiled(folder: Path) -> tuple[str, Forward]:
-    if (folder / GRAPH).is_file():
-        described = folder / "graph.json"
-        refuse_impossible(GRAPHS_BACKEND, (), _read(described)["precisions"] if described.is_file() else ())
-        return backend(GRAPHS_BACKEND).execute(folder / GRAPH, (), False)
-    # torch is a gigabyte that an engine does not need.
-    from stages.serving.eager import torch_forward
-
-    return "torch:cpu", torch_forward(folder)
 
 
 def _ends(folder: Path, config: dict[str, Any]) -> frozenset[int]:

@@ -259,14 +259,21 @@ def test_plan_for_a_gpu_is_refused_where_there_is_none(shared_store, judged, big
     refused(shared_store, lambda: judged(identity, topics, target="onnxruntime:cpu"), "tensorrt|driver|GPU|target")
 
 
-@pytest.mark.parametrize("longest", [("dense", 512), ("bigram", 96)])
-def test_windows_longer_than_the_model_reads_are_refused(shared_store, judged, topics, longest, request):
-    name, most = longest
-    model = request.getfixturevalue(name)
+def test_windows_longer_than_an_engine_was_built_for_are_refused(shared_store, judged, topics, bigram):
     error = refused(
-        shared_store, lambda: judged(model, topics, window_tokens=most + 1, windows=1), "longer than the model can read"
+        shared_store, lambda: judged(bigram, topics, window_tokens=97, windows=1), "longer than the engine can read"
     )
-    assert error.limit == f"{most} tokens"
+    assert error.limit == "96 tokens"
+
+
+def test_windows_are_no_longer_than_the_model_reads(shared_store, judged, topics, dense):
+    def report(tokens):
+        found = shared_store.checkout(judged(dense, topics, window_tokens=tokens, windows=1).identity) / "report.json"
+        return json.loads(found.read_text())
+
+    longest, cut = report(512), report(513)
+    assert cut["window_tokens"] == 512
+    assert cut["documents"] == longest["documents"]
 
 
 def test_overflow_in_a_model_or_its_baseline_is_refused_naming_the_document(shared_store, judged, tiny, dense, topics):

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages.models.anatomy import tasks
 from stages.models.anatomy.blocks import block_parameters
 from stages.models.checkpoint.files import stored_parameters
-from stages.models.checkpoint.loading import load_model, load_tokenizer
+from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
 from stages.models.layers.quantization_spec import describe
 from stages.models.memory.pages import trim
 from stages.models.text.windows import windows
@@ -38,13 +39,16 @@ def opened(folder: Path, verb: str) -> PreTrainedModel:
 
 
 def calibration(inputs: Mapping[str, Path], tokens: int, most: int, progress: Progress) -> Tensor:
-    """ids_NT of the `calibrate` split, at most so many windows of so many tokens; fewer are noted.
+    """ids_NT of the `calibrate` split, at most so many windows of so many tokens; fewer or shorter ones are noted.
+
+    Windows are as long as the model reads where that is less.
 
     Raises:
         StageError: there is no text, or it is shorter than one window.
     """
     if "text" not in inputs:
         raise StageError("this method needs an input 'text'", remedy="Give a corpus with a `calibrate` split.")
+    tokens = readable(inputs["model"], tokens, progress)
     tokenizer = load_tokenizer(inputs["model"])
     ids_NT = windows(inputs["text"], "calibrate", tokenizer, tokens, most=most)
     if len(ids_NT) < most:
@@ -52,6 +56,15 @@ def calibration(inputs: Mapping[str, Path], tokens: int, most: int, progress: Pr
     del tokenizer  # a vocabulary takes as much memory as a small model's block
     trim()
     return ids_NT
+
+
+def readable(folder: Path, tokens: int, progress: Progress) -> int:
+    """So many tokens, or as many as the checkpoint reads at once, which is noted."""
+    most = tasks.longest(load_config(folder))
+    if most is None or tokens <= most:
+        return tokens
+    progress.note(f"windows of {most} tokens, all that the model reads, not of {tokens}")
+    return most
 
 
 def matching(names: Sequence[str], layers: Sequence[str], skip: Sequence[str]) -> list[str]:

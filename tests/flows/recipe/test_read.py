@@ -66,7 +66,7 @@ def test_recipe_well_formed_is_read_with_defaults_and_numbers(tmp_path):
     assert recipe.gates[1].at_most == 200_000_000
     assert recipe.register_as.alias == "champion"
     assert recipe.judge.measures == list(MEASURES)
-    assert recipe.judge.measures[:3] == ["perplexity", "kl_divergence", "top1_agreement"]
+    assert {"perplexity", "kl_divergence", "top1_agreement"} <= set(recipe.judge.measures)
 
 
 def test_recipe_written_again_reads_the_same(tmp_path):

@@ -181,7 +181,7 @@ def shapes(chart, tag):
 
 def test_steps_chart_draws_lengths_and_places_in_proportion():
     rows = [("a", 200.0, {"t": 10.0, "u": 30.0}), ("b", 100.0, {"t": 20.0}), ("c", None, {"t": math.nan})]
-    chart = steps_chart(rows, ["t", "u"])
+    chart = steps_chart(rows, ["t", "u"], "perplexity")
     widths = [float(shape["width"]) for shape in shapes(chart, "rect")]
     assert widths[0] == pytest.approx(2 * widths[1]) and len(widths) == 2
     dots = [s for s in shapes(chart, "circle") if float(s["cy"]) > 20]

@@ -6,6 +6,7 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
 from stages.measures.documents import score_documents, summary
+from stages.measures.predictions import Asking
 from stages.runtime.contract import StageError
 
 IDS_NT = torch.randint(0, 20, (4, 33), generator=torch.Generator().manual_seed(0))
@@ -18,7 +19,7 @@ def predictor(seed, vocabulary=20):
 
 def test_scores_of_each_document_equal_scipys():
     model, baseline = predictor(1), predictor(2)
-    found = list(score_documents(IDS_NT, model, baseline, "test"))
+    found = list(score_documents(IDS_NT, model, baseline, Asking(), "test"))
     assert len(found) == 4
     for ids_T, document in zip(IDS_NT.numpy(), found, strict=True):
         q_TV, p_TV = model(ids_T[:-1]).astype(float), baseline(ids_T[:-1]).astype(float)
@@ -29,9 +30,9 @@ def test_scores_of_each_document_equal_scipys():
 
 
 def test_ids_name_the_tokens_and_stay_the_same_for_another_model():
-    first = [document["id"] for document in score_documents(IDS_NT, predictor(1), None, "test")]
-    second = [document["id"] for document in score_documents(IDS_NT, predictor(2), None, "test")]
-    other = [document["id"] for document in score_documents((IDS_NT + 1) % 20, predictor(1), None, "test")]
+    first = [document["id"] for document in score_documents(IDS_NT, predictor(1), None, Asking(), "test")]
+    second = [document["id"] for document in score_documents(IDS_NT, predictor(2), None, Asking(), "test")]
+    other = [document["id"] for document in score_documents((IDS_NT + 1) % 20, predictor(1), None, Asking(), "test")]
     assert first == second
     assert not set(first) & set(other)
     assert len(set(first)) == 4
@@ -40,7 +41,7 @@ def test_ids_name_the_tokens_and_stay_the_same_for_another_model():
 def test_no_more_than_one_window_is_predicted_at_a_time():
     shapes = []
     model = predictor(1)
-    list(score_documents(IDS_NT, lambda ids: shapes.append(ids.shape) or model(ids), None, "test"))
+    list(score_documents(IDS_NT, lambda ids: shapes.append(ids.shape) or model(ids), None, Asking(), "test"))
     assert set(shapes) == {(1, 33)}
 
 
@@ -52,16 +53,16 @@ def test_logits_that_are_no_distribution_are_refused_naming_the_document(bad):
             logits_NTV[0, 7, 3] = bad
         return logits_NTV
 
-    name = list(score_documents(IDS_NT, predictor(1), None, "test"))[2]["id"]
+    name = list(score_documents(IDS_NT, predictor(1), None, Asking(), "test"))[2]["id"]
     with pytest.raises(StageError, match=f"the model gave logits on document {name}"):
-        list(score_documents(IDS_NT, spoiled, None, "test"))
+        list(score_documents(IDS_NT, spoiled, None, Asking(), "test"))
     with pytest.raises(StageError, match=f"its baseline gave logits on document {name}"):
-        list(score_documents(IDS_NT, predictor(1), spoiled, "test"))
+        list(score_documents(IDS_NT, predictor(1), spoiled, Asking(), "test"))
 
 
 def test_a_baseline_with_more_tokens_is_refused():
     with pytest.raises(StageError, match="another vocabulary") as caught:
-        list(score_documents(IDS_NT, predictor(1), predictor(2, vocabulary=21), "test"))
+        list(score_documents(IDS_NT, predictor(1), predictor(2, vocabulary=21), Asking(), "test"))
     assert caught.value.measured == "21 tokens"
 
 
