@@ -49,7 +49,7 @@ def test_stages_shows_values_limits_and_measures(capsys):
     said = capsys.readouterr().out
     for name in (*MEASURES, "size_bytes"):
         assert f"measures {name}: " in said
-    assert "in nats. The exponential of the mean over all tokens." in said and "shape" not in said
+    assert "in nats. The exponential of the mean." in said and "shape" not in said
     assert main(["stages", "nothing"]) == 1
     assert "there is no stage 'nothing'" in capsys.readouterr().err
 
