@@ -30,6 +30,7 @@ CHECKPOINT = Wanted(
     "Give a folder with config.json, *.safetensors and tokenizer files, or a *.gguf file.",
 )
 _CHUNK = 1 << 24
+_NAMED = 6
 
 
 class FetchParams(Params):
@@ -61,19 +62,20 @@ def pin(params: FetchParams, pins: Pins, progress: Progress) -> FetchParams:
 def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write the checkpoint in Hugging Face layout, checked down to each number."""
     path = open_source(params.exact or params.source, CHECKPOINT, params.downloads, output / PARTIAL, progress)
-    chosen = layout.choose(path)
+    chosen, left = layout.choose(path), set[str]()
     if chosen.gguf:
         from stages.adapters.gguf import dequantize
 
         _check_digest(params, chosen)
         dequantize(chosen.gguf, output, progress)
     else:
-        # Headers and configuration are looked at before gigabytes are copied, the copy is what is hashed.
-        layout.check_headers(path if path.is_dir() else path.parent, chosen.weights)
-        layout.check_config(layout.read_given(chosen.files.get("config.json", path / "config.json")), str(path))
+        # All but the numbers is looked at before gigabytes are copied; the copy is what is hashed.
+        folder = path if path.is_dir() else path.parent
+        layout.check_headers(folder, chosen.weights)
+        left = _unread(folder, chosen, progress)
         _copy(chosen, output, progress)
         _check_digest(params, layout.choose(output))
-    return _checked(output, progress)
+    return _checked(output, left, progress)
 
 
 def _check_digest(params: FetchParams, chosen: layout.Chosen) -> None:
@@ -94,15 +96,25 @@ def _copy(chosen: layout.Chosen, output: Path, progress: Progress) -> None:
                 progress.advanced(done, total)
 
 
-def _checked(output: Path, progress: Progress) -> Metrics:
-    """Prove the written checkpoint: whole, known, with a tokenizer, every number finite."""
+def _unread(folder: Path, chosen: layout.Chosen, progress: Progress) -> set[str]:
+    """Prove that names and shapes are those of an architecture of transformers; say and return what is not read."""
+    from stages.models.checkpoint.loading import unread
+
+    if layout.read_given(folder / layout.CONFIG).get("auto_map"):
+        progress.note("config.json names code of its own (auto_map): transformers' own class is used, the code never")
+    left = unread(folder, chosen.weights.values())
+    if left:
+        names = ", ".join(left[:_NAMED]) + (", ..." if len(left) > _NAMED else "")
+        progress.note(f"{len(left)} tensors that this architecture does not read are left out: {names}")
+    return set(left)
+
+
+def _checked(output: Path, left: set[str], progress: Progress) -> Metrics:
+    """Prove the written checkpoint: whole, with a tokenizer, every number finite. What is not read does not count."""
     chosen = layout.choose(output)
     tensors = layout.check_headers(output, chosen.weights)
-    layout.check_config(layout.read_given(output / "config.json"), "config.json")
     layout.check_tokenizer(output)
-    count = layout.parameters(tensors)
-    if count == 0:
-        raise StageError("the checkpoint holds no parameters", measured=0, limit=1, remedy="Give another source.")
+    count = layout.parameters({name: entry for name, entry in tensors.items() if name not in left})
     _check_finite(chosen.weights, progress)
     size = sum(path.stat().st_size for path in chosen.weights.values())
     return {"parameters": count, "size_bytes": size, "tensors": len(tensors)}

@@ -204,16 +204,19 @@ UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: nan(f, float("nan"), torch.float8_e4m3fn),
         r"tensor model\.layers\.3\.mlp",
     ),
-    "remote code": (lambda f: change_json(f / "config.json", auto_map={"AutoModel": "x.Y"}), "auto_map.*never run"),
-    "model type": (lambda f: change_json(f / "config.json", model_type="mystery"), "architecture that transformers"),
+    "remote code": (
+        lambda f: change_json(f / "config.json", auto_map={"AutoModel": "x.Y"}, model_type="mystery"),
+        r"'mystery' of .*mine/config\.json is not understood: .*auto_map.*never run",
+    ),
+    "model type": (lambda f: change_json(f / "config.json", model_type="mystery"), "'mystery' of .* is not understood"),
     "architecture": (lambda f: change_json(f / "config.json", architectures=["MysteryLM"]), "'MysteryLM'"),
-    "no architecture": (lambda f: change_json(f / "config.json", architectures=None), "architecture that"),
+    "no architecture": (lambda f: change_json(f / "config.json", architectures=None), "names the architecture ''"),
     "quantized": (lambda f: change_json(f / "config.json", quantization_config={"quant_method": "gptq"}), "gptq"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
     "no tokenizer": (no_tokenizer, "has no tokenizer.*save_pretrained"),
-    "no parameters": (empty_weights, "no parameters"),
+    "no parameters": (empty_weights, "mine lacks tensors of LlamaForCausalLM; measured 56 missing"),
     "two files": (two_files, "more than one checkpoint"),
     "GGUF beside": (lambda f: (f / "a.gguf").write_bytes(b"GGUF"), "more than one checkpoint"),
     "whole and index": (lambda f: (f / INDEX).write_text("{}"), "more than one checkpoint"),
@@ -305,6 +308,40 @@ def test_progress_reaches_its_total(store: Store, copy: Path) -> None:
     params = pin(FetchParams(source=str(copy)), pins(store), Silent())
     execute(FETCH, params, work_of(FETCH, params, {}), store, Heard())
     assert np.all(np.diff(Heard.shown) >= 0) and Heard.shown[-1] == 1
+
+
+class Noted(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def fetched(folder: Path, store: Store) -> tuple[Path, Outcome, list[str]]:
+    """The sealed checkpoint of a folder, and what fetch said of it."""
+    heard = Noted()
+    params = pin(FetchParams(source=str(folder)), pins(store), heard)
+    outcome = execute(FETCH, params, work_of(FETCH, params, {}), store, heard)
+    return store.checkout(outcome.identity), outcome, heard.said
+
+
+def test_what_the_architecture_does_not_read_is_said_and_does_not_count(store: Store, copy: Path) -> None:
+    tensors = load_file(copy / WEIGHTS)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "score.weight": torch.ones(2, 64)}
+    save_file(tensors | more, copy / WEIGHTS, metadata={"format": "pt"})
+    _, outcome, said = fetched(copy, store)
+    assert any("2 tensors" in text and all(name in text for name in more) for text in said)
+    assert outcome.manifest.metrics["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_code_beside_a_type_that_transformers_has_is_neither_run_nor_copied_and_said(store: Store, copy: Path) -> None:
+    (copy / "modeling_own.py").write_text("raise SystemExit('code of others ran')")
+    change_json(copy / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Llama"})
+    view, _, said = fetched(copy, store)
+    assert not list(view.glob("*.py")) and any("auto_map" in text and "the code never" in text for text in said)
 
 
 def test_translator_arrives_with_both_of_its_sentence_pieces(seal: Seal, store: Store, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Shapes: I inputs, O outputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightRenaming
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -42,9 +40,6 @@ TASKS = (
 )
 """transformers' own tables of architectures, by what they answer."""
 
-_DERIVED = r"(rotary_emb\.inv_freq|embeddings\.position_ids)$"
-"""Tables that old checkpoints store and every model computes from its configuration."""
-
 
 def configuration(read: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """The configuration that config.json holds.
@@ -54,8 +49,9 @@ def configuration(read: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """
     kind = str(read.get("model_type", ""))
     if kind not in CONFIG_MAPPING:
+        own = ": it comes with code of its own (auto_map), which is never run" if read.get("auto_map") else ""
         raise StageError(
-            f"the architecture {kind!r} is not understood",
+            f"the architecture {kind!r} of {where} is not understood{own}",
             limit="the model types that transformers itself knows",
             remedy="Give a checkpoint of one of these types.",
         )
@@ -64,35 +60,51 @@ def configuration(read: Mapping[str, Any], where: str) -> PreTrainedConfig:
             f"{where} is quantized by {read['quantization_config'].get('quant_method', 'another tool')}",
             remedy="Give the checkpoint it was made from.",
         )
-    config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(dict(read))
+    config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict({k: v for k, v in read.items() if k != "auto_map"})
+    config.architectures = [_native(config, read, where)]
     return config
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `architectures` names, from transformers' own tables.
+def _native(config: PreTrainedConfig, read: Mapping[str, Any], where: str) -> str:
+    """The class that `architectures` names, or, where that one is code of the checkpoint's own, what stands for it."""
+    named = (read.get("architectures") or [""])[0]
+    known = [one.__name__ for one in known_classes(config)]
+    # auto_map says for which task the class of its own is: transformers has a class for that task, too.
+    own = {str(of).rpartition(".")[2]: task for task, of in (read.get("auto_map") or {}).items()}
+    for task in TASKS:
+        if named not in known and own.get(named) == task.__name__:
+            found = task._model_mapping.get(type(config), ())
+            named = next((one.__name__ for one in (found if isinstance(found, tuple) else (found,))), named)
+    if named not in known:
+        raise StageError(
+            f"{where} names the architecture {named!r}, which is not understood for {config.model_type!r}",
+            limit=", ".join(known) or "none",
+            remedy=f'Set "architectures" in {where} to the class of the checkpoint.',
+        )
+    return named
 
-    Raises:
-        StageError: it names none, or one that stands in none of TASKS for this model type.
-    """
-    named, known = (config.architectures or [""])[0], []
+
+def known_classes(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
+    """The classes that transformers' own tables have for a model type, each once."""
+    seen = set()
     for task in TASKS:
         found = task._model_mapping.get(type(config), ())
         for one in found if isinstance(found, tuple) else (found,):
-            known.append(one.__name__)
-            if one.__name__ == named:
-                chosen: type[PreTrainedModel] = one
-                return chosen
-    raise StageError(
-        f"config.json names the architecture {named!r}, which is not understood for {config.model_type!r}",
-        limit=", ".join(dict.fromkeys(known)) or "none",
-        remedy='Set "architectures" in config.json to the class of the checkpoint.',
-    )
+            if one.__name__ not in seen:
+                seen.add(one.__name__)
+                yield one
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `architectures` names, see `configuration`."""
+    named = (config.architectures or [""])[0]
+    return next(one for one in known_classes(config) if one.__name__ == named)
 
 
 def empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the configuration whose linear maps are all nn.Linear; its parameters hold no values yet."""
     with no_init_weights():
-        model = model_class(config)._from_config(config, dtype=dtype)
+        model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
         model.tie_weights()
         for path, module in list(model.named_modules()):
             if isinstance(module, Conv1D):
@@ -103,9 +115,15 @@ def empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def plain(model: PreTrainedModel) -> PreTrainedModel:
     """What transformers makes of the model's configuration, without memory (on the meta device)."""
+    return outline(type(model), model.config)
+
+
+def outline(one: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A class's model of a configuration, without memory (on the meta device); the configuration is not touched."""
     # On the meta device torch computes some tables by functions that are marked for its compiler.
     with without_compiler(), torch.device("meta"), no_init_weights():
-        made: PreTrainedModel = type(model)(type(model.config).from_dict(model.config.to_dict()))
+        made = one(type(config).from_dict(config.to_dict()))
+        made.tie_weights()
     return made
 
 
@@ -117,38 +135,6 @@ def transposed(model: PreTrainedModel, reference: PreTrainedModel) -> set[str]:
     places = [path for path, module in reference.named_modules() if isinstance(module, Conv1D)]
     modules = dict(model.named_modules(remove_duplicate=False))
     return {f"{path}.weight" for path in places if isinstance(modules.get(path), nn.Linear)}
-
-
-def named_as(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """Stored name -> name in the model, without the tables that the model computes itself.
-
-    Files may use the names of transformers' own conversion table. Checkpoints of a bare model lack the prefix that the
-    same model bears under a head.
-    """
-    names, prefix = set(model.state_dict()), f"{model.base_model_prefix}."
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
-    computed = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), _DERIVED]
-    found: dict[str, str] = {}
-    for name in stored:
-        new = name if name in names else _renamed(name, renamings)
-        if new not in names and prefix + new in names:
-            new = prefix + new
-        if new in names or not any(re.search(pattern, name) for pattern in computed):
-            found[name] = new
-    return found
-
-
-def file_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Name in the model -> the name that files of this architecture use."""
-    table = [one for one in get_model_conversion_mapping(model, add_legacy=False) if isinstance(one, WeightRenaming)]
-    back = [one.reverse_transform() for one in reversed(table) if not isinstance(one, PrefixChange)]
-    return {name: _renamed(name, back) for name in names}
-
-
-def _renamed(name: str, renamings: Iterable[Any]) -> str:
-    for one in renamings:
-        name = one.rename_source_key(name)[0]
-    return name
 
 
 def computed(model: PreTrainedModel, name: str) -> Tensor | None:

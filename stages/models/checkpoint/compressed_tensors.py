@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages.models.anatomy import classes
-from stages.models.checkpoint import compressed_cache
+from stages.models.checkpoint import compressed_cache, conversions
 from stages.models.layers import quantization_spec, quantized_linear, rounded_cache
 from stages.models.layers.quantized_linear import QuantizedLinear
 from stages.runtime.contract import StageError
@@ -206,7 +206,7 @@ _KEYS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weig
 def _stems(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """Path of everything that the file gives a weight -> its path in the model."""
     stems = dict.fromkeys(name.rpartition(".")[0] for name in stored if name.endswith((".weight", ".weight_packed")))
-    named = classes.named_as(model, [f"{stem}.weight" for stem in stems])
+    named = conversions.named_as(model, [f"{stem}.weight" for stem in stems])
     return {old.removesuffix(".weight"): new.removesuffix(".weight") for old, new in named.items()}
 
 

@@ -109,7 +109,16 @@ def read(folder: Path) -> dict[str, Tensor]:
     Raises:
         StageError: a file is missing, cut short or a pickle.
     """
-    return {name: opened.get_tensor(name) for name, opened in _places(folder)}
+    return read_files(weight_files(folder))
+
+
+def read_files(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of safetensors files by name, a view of its mapped file.
+
+    Raises:
+        StageError: a file is damaged or cut short.
+    """
+    return {name: opened.get_tensor(name) for name, opened in _places(paths)}
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -118,7 +127,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         StageError: as `read`.
     """
-    return {name: tuple(opened.get_slice(name).get_shape()) for name, opened in _places(folder)}
+    return {name: tuple(opened.get_slice(name).get_shape()) for name, opened in _places(weight_files(folder))}
 
 
 def dtypes(folder: Path) -> dict[str, str]:
@@ -127,7 +136,7 @@ def dtypes(folder: Path) -> dict[str, str]:
     Raises:
         StageError: as `read`.
     """
-    return {name: opened.get_slice(name).get_dtype() for name, opened in _places(folder)}
+    return {name: opened.get_slice(name).get_dtype() for name, opened in _places(weight_files(folder))}
 
 
 def stored_parameters(folder: Path) -> int:
@@ -139,8 +148,8 @@ def stored_parameters(folder: Path) -> int:
     return sum(-(-math.prod(shape) * _SHORT.get(kinds[name], 4) // 4) for name, shape in shapes(folder).items())
 
 
-def _places(folder: Path) -> Iterator[tuple[str, Any]]:
-    for file in weight_files(folder):
+def _places(paths: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    for file in paths:
         with _opened(file) as opened:
             for name in opened.keys():
                 yield name, opened

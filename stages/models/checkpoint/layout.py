@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -219,40 +218,6 @@ def check_headers(folder: Path, weights: Mapping[str, Path]) -> dict[str, dict[s
             if placed.get(tensor) != name:
                 raise StageError(f"{INDEX} places tensor {tensor} in {name}, which does not hold it", remedy=_SAFE)
     return headers
-
-
-def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse remote code and architectures that transformers does not know. Nothing is instantiated.
-
-    Raises:
-        StageError: either is asked for.
-    """
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    if config.get("auto_map"):
-        raise StageError(
-            f"{where} asks for code that travels with the checkpoint (auto_map)",
-            remedy="Code of others is never run: use a checkpoint whose architecture transformers itself has.",
-        )
-    if config.get("quantization_config"):
-        raise StageError(
-            f"{where} was quantized by another tool",
-            measured=str(config["quantization_config"].get("quant_method", "quantization_config")),
-            remedy="Start from the checkpoint as it was before; quantize is a step of the recipe.",
-        )
-    kind, names = config.get("model_type"), config.get("architectures") or []
-    tables = {key: value for key, value in vars(modeling_auto).items() if re.fullmatch("MODEL_.*MAPPING_NAMES", key)}
-    known: set[str] = set()
-    for table in tables.values():
-        for value in table.values():
-            known.update([value] if isinstance(value, str) else value)
-    if kind not in CONFIG_MAPPING_NAMES or not names or not set(names) <= known:
-        raise StageError(
-            f"{where} names an architecture that transformers does not know",
-            measured=f"model_type {kind!r}, architectures {names}",
-            remedy="Use a checkpoint of a known architecture, such as LlamaForCausalLM.",
-        )
 
 
 def check_tokenizer(folder: Path) -> None:

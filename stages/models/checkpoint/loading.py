@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -18,13 +18,12 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
-from stages.models.checkpoint import compressed_tensors, files, uneven_sizes
+from stages.models.checkpoint import compressed_tensors, conversions, files, filling, uneven_sizes
 from stages.models.checkpoint.json_files import read_json, write_json
 from stages.models.checkpoint.layout import CONFIG, GENERATION, QUANTIZATION, STRUCTURE, TOKENIZER_FILES, WEIGHTS, carry
 from stages.models.layers import low_rank_linear, quantization_spec, rounded_cache, sparse_linear
-from stages.models.memory import pages
+from stages.models.memory.lean_import import without_compiler
 from stages.runtime.contract import StageError
 
 
@@ -43,12 +42,43 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
         StageError: a file is missing, cut short or a pickle, the architecture is not understood, tensors are missing,
             left over, misshapen or not finite.
     """
-    read = read_json(folder / CONFIG)
-    foreign = read.get("quantization_config", {})
-    compressed = read.pop("quantization_config") if foreign.get("quant_method") == compressed_tensors.METHOD else None
-    config = classes.configuration(read, folder.name)
     stored = files.read(folder)
-    model = classes.empty(config, dtype)
+    model, stored = _built(folder, stored, dtype, folder / CONFIG)
+    filling.fill(model, stored, dtype, folder)
+    sparse_linear.check(model)
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
+    return model.eval()
+
+
+def unread(folder: Path, weights: Iterable[Path]) -> list[str]:
+    """Prove that a checkpoint's names and shapes are those of its architecture; no weight is read.
+
+    Args:
+        folder: where its configuration lies.
+        weights: its safetensors files.
+
+    Returns:
+        The names of the tensors that the architecture does not read.
+
+    Raises:
+        StageError: as `load_model`, but for the values.
+    """
+    stored = files.read_files(weights)
+    # On the meta device torch computes some tables by functions that are marked for its compiler.
+    with without_compiler(), torch.device("meta"):
+        model, stored = _built(folder, stored, torch.float32, folder / CONFIG)
+    return filling.fill(model, {name: one.to("meta") for name, one in stored.items()}, torch.float32, folder)
+
+
+def _built(
+    folder: Path, stored: dict[str, Tensor], dtype: torch.dtype, where: Path
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The model of a folder without its weights, and the tensors under the names that its layers have."""
+    read = read_json(where)
+    foreign = read.get("quantization_config") or {}
+    compressed = read.pop("quantization_config") if foreign.get("quant_method") == compressed_tensors.METHOD else None
+    model = classes.empty(classes.configuration(read, str(where)), dtype)
     with no_init_weights():
         if structure := read_json(folder / STRUCTURE, optional=True):
             with _following(STRUCTURE):
@@ -61,11 +91,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
                     rounded_cache.install(model, quantization["kv_cache"])
         elif compressed:
             stored = compressed_tensors.install(model, compressed, stored)
-    _fill(model, stored, dtype)
-    sparse_linear.check(model)
-    if (folder / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
-    return model.eval()
+    return model, stored
 
 
 @contextmanager
@@ -87,9 +113,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     Raises:
         StageError: it is missing, no JSON, of an architecture that is not understood, or of a foreign quantization.
     """
-    config = classes.configuration(read_json(folder / CONFIG), folder.name)
-    classes.model_class(config)
-    return config
+    return classes.configuration(read_json(folder / CONFIG), str(folder / CONFIG))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -130,13 +154,13 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path, layout: str 
     config, structure = _configured(model), _structure(model, reference)
     quantization = quantization_spec.describe(model)
     turned = classes.transposed(model, reference)
-    once = {names[0]: tensor.detach() for names, tensor in _distinct(model)}
+    once = {names[0]: tensor.detach() for names, tensor in filling.distinct(model)}
     once = {name: tensor for name, tensor in once.items() if not classes.left_out(model, name, tensor)}
     if layout == compressed_tensors.METHOD:
         once, config["quantization_config"] = compressed_tensors.write(model, once, structure)
         quantization = None
-    called = classes.file_names(model, once)
-    files.write(folder / WEIGHTS, {called[name]: w.t() if name in turned else w for name, w in once.items()})
+    laid_out = {name: tensor.t() if name in turned else tensor for name, tensor in once.items()}
+    files.write(folder / WEIGHTS, conversions.file_tensors(model, reference, laid_out))
     for name, spec in ((CONFIG, config), (STRUCTURE, structure), (QUANTIZATION, quantization)):
         if spec:
             write_json(folder / name, spec)
@@ -153,63 +177,3 @@ def _structure(model: PreTrainedModel, reference: PreTrainedModel) -> dict[str, 
     structure = low_rank_linear.describe(model) or {}
     resized = uneven_sizes.describe(model, reference)
     return structure | ({"sizes": resized} if resized else {})
-
-
-def _distinct(model: PreTrainedModel) -> Iterator[tuple[list[str], Tensor]]:
-    # state_dict keeps insertion order, so that the first name is the same in every process.
-    named: dict[int, tuple[list[str], Tensor]] = {}
-    for name, tensor in anatomy.named_tensors(model):
-        named.setdefault(id(tensor), ([], tensor))[0].append(name)
-    yield from named.values()
-
-
-def _fill(model: PreTrainedModel, found: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Put every stored tensor in its place, and assert that none is missing and none is left over."""
-    stored = {new: found[old] for old, new in classes.named_as(model, found).items()}
-    turned = classes.transposed(model, classes.plain(model))
-    new: dict[int, Tensor] = {}
-    missing: list[str] = []
-    for names, old in list(_distinct(model)):
-        one = _one(names, [stored.pop(name) for name in names if name in stored])
-        if one is None:
-            one = classes.computed(model, names[0])
-        if one is None:
-            missing.append(names[0])
-            continue
-        if names[0] in turned and one.dim() == 2:
-            one = one.t()
-        if one.shape != old.shape:
-            raise StageError(f"{names[0]} is misshapen", measured=tuple(one.shape), limit=tuple(old.shape))
-        new[id(old)] = _as(one, old, dtype, names[0])
-    if missing or stored:
-        left = sorted(stored)
-        raise StageError(
-            "weights and configuration do not belong together",
-            measured=f"{len(missing)} missing {missing[:3]}, {len(left)} unexpected {left[:3]}",
-            limit="0 missing, 0 unexpected",
-            remedy="Save it by the class it is used as: AutoModelFor...from_pretrained(...).save_pretrained(...).",
-        )
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            own |= {name: new[id(old)] for name, old in own.items() if id(old) in new}
-
-
-def _one(names: list[str], found: list[Tensor]) -> Tensor | None:
-    """The tensor that stands under one or several names, None where it stands under none."""
-    if any(not torch.equal(found[0], other) for other in found[1:]):
-        raise StageError(
-            f"{' and '.join(names)} are tied by the configuration but differ in the file",
-            remedy='Set "tie_word_embeddings": false in config.json.',
-        )
-    return found[0] if found else None
-
-
-def _as(found: Tensor, old: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if found.is_floating_point() and found.numel():
-        # A NaN or an infinity shows in the extremes; float8 has no kernel for them.
-        wide = found.float() if found.element_size() == 1 else found
-        if not torch.stack(torch.aminmax(wide)).isfinite().all():
-            raise StageError(f"{name} holds a NaN or an infinity", remedy="Give a checkpoint whose weights are finite.")
-    made: Tensor = nn.Parameter(found.to(dtype).contiguous()) if isinstance(old, nn.Parameter) else found
-    pages.forget(found)
-    return made
