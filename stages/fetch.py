@@ -73,9 +73,29 @@ def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress:
         folder = path if path.is_dir() else path.parent
         layout.check_headers(folder, chosen.weights)
         left = _unread(folder, chosen, progress)
-        _copy(chosen, output, progress)
-        _check_digest(params, layout.choose(output))
+        if _dequantized(folder, chosen, output, progress):
+            _check_digest(params, chosen)
+        else:
+            _copy(chosen, output, progress)
+            _check_digest(params, layout.choose(output))
     return _checked(output, left, progress)
+
+
+def _dequantized(folder: Path, chosen: layout.Chosen, output: Path, progress: Progress) -> bool:
+    """Write the checkpoint as floats, and say so, where another tool quantized it in a way that is understood."""
+    from stages.models.checkpoint import files, foreign
+    from stages.models.checkpoint.json_files import write_json
+
+    config = layout.read_given(folder / layout.CONFIG)
+    tool = foreign.method(config, str(folder / layout.CONFIG))
+    if tool is None:
+        return False
+    foreign.write(config, tool, files.read_files(chosen.weights.values()), output / layout.WEIGHTS, progress)
+    write_json(output / layout.CONFIG, foreign.plain(config))
+    layout.carry(folder, output, sorted({*layout.SIDE_FILES} - {layout.CONFIG}))
+    width = str(foreign.width(config)).removeprefix("torch.")
+    progress.note(f"the checkpoint is quantized by {tool}: its maps are written as {width}, as its engine reads them")
+    return True
 
 
 def _check_digest(params: FetchParams, chosen: layout.Chosen) -> None:

@@ -37,7 +37,10 @@ def opened(folder: Path) -> PreTrainedModel:
     """
     model = load_model(folder)
     if describe(model) is not None:
-        raise StageError("the checkpoint is quantized already", remedy="Give the float checkpoint it was made from.")
+        raise StageError(
+            "the checkpoint is quantized already",
+            remedy="Judge, export and compile it as it is, or give the float checkpoint it was made from.",
+        )
     return model
 
 

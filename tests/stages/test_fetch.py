@@ -344,6 +344,39 @@ def test_code_beside_a_type_that_transformers_has_is_neither_run_nor_copied_and_
     assert not list(view.glob("*.py")) and any("auto_map" in text and "the code never" in text for text in said)
 
 
+def test_eight_bit_floats_of_another_tool_become_sixteen_bits_and_it_is_said(store: Store, copy: Path) -> None:
+    tensors = load_file(copy / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    scale, wide = tensors[name].abs().max() / 448, tensors[name]
+    tensors |= {name: (wide / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.reshape(1, 1)}
+    save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
+    foreign = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    change_json(copy / "config.json", quantization_config=foreign, dtype="float16")
+    view, outcome, said = fetched(copy, store)
+    assert any("quantized by fp8" in text and "float16" in text for text in said)
+    config = json.loads((view / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "float16"
+    made = load_file(view / WEIGHTS)
+    assert torch.equal(made[name], (tensors[name].float() * scale).half())
+    assert torch.equal(made["model.norm.weight"], tensors["model.norm.weight"])
+    assert outcome.manifest.metrics["parameters"] == sum(tensor.numel() for tensor in made.values())
+    assert (view / "tokenizer.json").read_bytes() == (copy / "tokenizer.json").read_bytes()
+
+
+def test_checkpoint_in_the_layout_of_compressed_tensors_comes_back_and_is_not_quantized_again(
+    seal: Seal, store: Store, tiny: Path, tmp_path: Path
+) -> None:
+    packed = {"scheme": "int8_weight_only", "embedding": "keep", "layout": "compressed-tensors"}
+    first = seal("quantize", packed, model=seal("fetch", {"source": str(tiny)}).identity)
+    shutil.copytree(store.checkout(first.identity), tmp_path / "back")
+    again = seal("fetch", {"source": str(tmp_path / "back")})
+    view = store.checkout(again.identity)
+    assert (view / WEIGHTS).read_bytes() == (store.checkout(first.identity) / WEIGHTS).read_bytes()
+    assert "quantization_config" in json.loads((view / "config.json").read_text())
+    with pytest.raises(StageError, match=r"quantized already.*or give the float checkpoint"):
+        seal("quantize", {"scheme": "int8_weight_only"}, model=again.identity)
+
+
 def test_translator_arrives_with_both_of_its_sentence_pieces(seal: Seal, store: Store, tmp_path: Path) -> None:
     folder = family("marian", tmp_path)
     tokenizer = {"source.spm": b"source pieces", "target.spm": b"target pieces", "vocab.json": b'{"</s>": 0}'}

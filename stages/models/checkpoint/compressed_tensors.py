@@ -258,7 +258,7 @@ def _scheme(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _ours(name: str, theirs: Mapping[str, Tensor], entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    if any(theirs[key].any() for key in _ZEROS if key in theirs):
+    if any(not theirs[key].is_meta and theirs[key].any() for key in _ZEROS if key in theirs):
         raise _unknown(f"the zero point of {name}", "a value that is not 0")
     (outputs, inputs), form = entry["shape"], quantized_linear.FORMS[entry["format"]]
     packed = theirs.get("weight_packed")

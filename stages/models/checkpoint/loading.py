@@ -19,7 +19,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from stages.models.anatomy import classes
-from stages.models.checkpoint import compressed_tensors, conversions, files, filling, uneven_sizes
+from stages.models.checkpoint import compressed_tensors, conversions, files, filling, foreign, uneven_sizes
 from stages.models.checkpoint.json_files import read_json, write_json
 from stages.models.checkpoint.layout import CONFIG, GENERATION, QUANTIZATION, STRUCTURE, TOKENIZER_FILES, WEIGHTS, carry
 from stages.models.layers import low_rank_linear, quantization_spec, rounded_cache, sparse_linear
@@ -42,8 +42,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
         StageError: a file is missing, cut short or a pickle, the architecture is not understood, tensors are missing,
             left over, misshapen or not finite.
     """
-    stored = files.read(folder)
-    model, stored = _built(folder, stored, dtype, folder / CONFIG)
+    model, stored = _built(folder, read_json(folder / CONFIG), files.read(folder), dtype)
     filling.fill(model, stored, dtype, folder)
     sparse_linear.check(model)
     if (folder / GENERATION).is_file():
@@ -64,21 +63,24 @@ def unread(folder: Path, weights: Iterable[Path]) -> list[str]:
     Raises:
         StageError: as `load_model`, but for the values.
     """
-    stored = files.read_files(weights)
+    read, stored = read_json(folder / CONFIG), files.read_files(weights)
+    outlines = {name: one.to("meta") for name, one in stored.items()}
+    if tool := foreign.method(read, str(folder / CONFIG)):
+        outlines = {name: one for name, one, _ in foreign.floats(read, tool, stored)}
+        read = foreign.plain(read)
     # On the meta device torch computes some tables by functions that are marked for its compiler.
     with without_compiler(), torch.device("meta"):
-        model, stored = _built(folder, stored, torch.float32, folder / CONFIG)
-    return filling.fill(model, {name: one.to("meta") for name, one in stored.items()}, torch.float32, folder)
+        model, outlines = _built(folder, read, outlines, torch.float32)
+        return filling.fill(model, outlines, torch.float32, folder)
 
 
 def _built(
-    folder: Path, stored: dict[str, Tensor], dtype: torch.dtype, where: Path
+    folder: Path, read: dict[str, Any], stored: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The model of a folder without its weights, and the tensors under the names that its layers have."""
-    read = read_json(where)
-    foreign = read.get("quantization_config") or {}
-    compressed = read.pop("quantization_config") if foreign.get("quant_method") == compressed_tensors.METHOD else None
-    model = classes.empty(classes.configuration(read, str(where)), dtype)
+    other = read.get("quantization_config") or {}
+    compressed = read.pop("quantization_config") if other.get("quant_method") == compressed_tensors.METHOD else None
+    model = classes.empty(classes.configuration(read, str(folder / CONFIG)), dtype)
     with no_init_weights():
         if structure := read_json(folder / STRUCTURE, optional=True):
             with _following(STRUCTURE):
