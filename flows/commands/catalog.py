@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.options import JsonOption, StoreOption, cells, console, looked_at, say_json, table
+from flows.commands.options import AnyModelArgument, JsonOption, StoreOption, cells, console, looked_at, say_json, table
 
 if TYPE_CHECKING:
     from flows.registry.overview import ModelLine
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def models(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="One model; all by default.")] = None,
+    model: AnyModelArgument = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:

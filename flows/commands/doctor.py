@@ -94,12 +94,13 @@ def _aliases(settings: Settings) -> Iterator[Line]:
 
         found = projection.Registry(store.objects, open_tracking(store.scratch))
         moved = [one for name in names for one in projection.drift(found, name)]
+        refused = [line for name in names for line in projection.refused(found.objects, name)]
     except StageError as error:
         yield Line("aliases", False, str(error), "Mend the store or MLflow, then look again.")
         return
     said = [f"{one.model}@{one.alias} is on {one.found or 'nothing'}, the journal says {one.journal}" for one in moved]
     remedy = "`enginery reconcile` puts them back." if moved else ""
-    yield Line("aliases", not moved, "; ".join(said) or "where the promotion journal says", remedy)
+    yield Line("aliases", not moved, "; ".join([*said, *refused]) or "where the promotion journal says", remedy)
 
 
 def _versions() -> Line:

@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.options import AliasOption, RunArgument, StoreOption, looked_at, opened, seconds
+from flows.commands.options import (
+    AliasOption,
+    AnyModelArgument,
+    ModelArgument,
+    RunArgument,
+    StoreOption,
+    looked_at,
+    opened,
+    seconds,
+)
 
 if TYPE_CHECKING:
     from flows.registry.projection import Registry, Release
     from stages.runtime.artifacts import Store
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="The registered model's name.")]
 WhyOption = Annotated[str, typer.Option("--why", help="A reason, kept in the promotion journal.")]
 
 
@@ -50,13 +58,10 @@ def rollback(
     _told(model, alias, projection.rollback(_registry(opened(store)), model, alias, why))
 
 
-def reconcile(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="One model; all by default.")] = None,
-    store: StoreOption = None,
-) -> None:
+def reconcile(model: AnyModelArgument = None, store: StoreOption = None) -> None:
     """Put back aliases that were moved by hand.
 
-    The promotion journal says where they stand.
+    The promotion journal says where they stand. An alias of the journal that MLflow takes no more is told, and left.
     """
     from flows.registry import projection
     from flows.registry.journal import models
@@ -66,8 +71,11 @@ def reconcile(
     mended = [drift for name in names for drift in projection.reconcile(found, name)]
     for drift in mended:
         typer.echo(f"{drift.model}@{drift.alias}: was on {drift.found or 'nothing'}, is on {drift.journal} again")
+    refused = [line for name in names for line in projection.refused(found.objects, name)]
+    for line in refused:
+        typer.echo(line)
     if not mended:
-        typer.echo("every alias stands where the journal says")
+        typer.echo(f"every {'other ' if refused else ''}alias stands where the journal says")
 
 
 def sweep(

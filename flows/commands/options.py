@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 
     from stages.runtime.artifacts import Store
 
+
+def _model(name: str | None) -> str | None:
+    from flows.recipe.names import checked_model
+
+    return name if name is None else checked_model(name)
+
+
+def _alias(name: str) -> str:
+    from flows.recipe.names import checked_alias
+
+    return checked_alias(name)
+
+
 StoreOption = Annotated[
     str | None,
     typer.Option(
@@ -34,7 +47,11 @@ ArtifactArgument = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="A step's name, or the beginning of a fingerprint.")
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The beginning of a run's name, or `last`.")]
-AliasOption = Annotated[str, typer.Option("--alias", help="The alias to move.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="The registered model's name.", callback=_model)]
+AnyModelArgument = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="One model; all by default.", callback=_model)
+]
+AliasOption = Annotated[str, typer.Option("--alias", help="The alias to move.", callback=_alias)]
 
 WIDE = 130
 """Columns of a table that no terminal limits."""

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, FiniteFloat, GetJsonSchemaHandler, model_validator
 from pydantic_core import core_schema
 
+from flows.recipe.names import Alias, Title
 from stages import STAGES, stage
 from stages.measures.table import MEASURES
 from stages.runtime.contract import Frozen, StageError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 """Lowercase and without dots, so that it can name a file and a container, and `--set` can address it."""
-
-Title = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
-"""The name of a recipe or a registered model; dots as in `qwen2.5`."""
 
 if TYPE_CHECKING:
     Score = str
@@ -104,7 +102,7 @@ class Register(Frozen):
     """Under which name and alias a model that holds every gate is promoted."""
 
     model: Title
-    alias: Name = "champion"
+    alias: Alias = "champion"
 
 
 class Recipe(Frozen):

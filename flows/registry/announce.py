@@ -6,6 +6,7 @@ import logging
 from uuid import UUID, uuid5
 
 from flows.prefect_api.events import MODEL_PROMOTED, MODEL_ROLLED_BACK, Announcement, deliver, has_server
+from flows.recipe.names import alias_fault
 from flows.registry.journal import JOURNAL, Promotion, head, history
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Objects
@@ -49,7 +50,7 @@ def tell(objects: Objects, model: str) -> None:
     """
     if not has_server():
         return
-    for alias in sorted({entry.alias for entry in history(objects, model)}):
+    for alias in sorted({entry.alias for entry in history(objects, model) if not alias_fault(entry.alias)}):
         entry = head(objects, model, alias)
         assert entry is not None
         told = f"{JOURNAL}{model}/{entry.number:08d}.told.json"

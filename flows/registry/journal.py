@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from flows.recipe.names import checked_alias
 from stages.runtime.contract import Frozen, StageError
 from stages.runtime.fingerprint import canonical, digest_bytes
 from stages.runtime.stores import Objects
@@ -165,7 +166,11 @@ def append(
         action: promote or rollback.
         choose: from the alias's entries so far, the version to stand on, or None to append nothing.
         why: a person's reason.
+
+    Raises:
+        StageError: MLflow takes no such alias, so that its projection could never follow.
     """
+    checked_alias(alias)
     while True:
         everything = history(objects, model)
         entries = [one for one in everything if one.alias == alias]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from flows.recipe.names import alias_fault
 from flows.registry.journal import Candidate, Promotion, Version, history, models
 from flows.registry.projection import Registry, versions
 from flows.tracking.connect import Tracking, quiet
@@ -145,7 +146,11 @@ def _line(name: str, one: _Seen, stands: dict[str, str], sizes: dict[str, int], 
 def _note(name: str, one: _Seen, stands: dict[str, str]) -> str:
     if one.mlflow is None:
         return "MLflow has lost this version: run its recipe again"
-    moved = [alias for alias in one.aliases if stands.get(alias) != one.version.number]
+    good = [alias for alias in one.aliases if not alias_fault(alias)]
+    if one.aliases and not good:
+        again = f"enginery promote {name} {one.version.number}"
+        return f"{alias_fault(one.aliases[0])}: `{again}` makes champion stand on it, with --alias another one"
+    moved = [alias for alias in good if stands.get(alias) != one.version.number]
     said = [f"MLflow has {alias} on {stands.get(alias) or 'nothing'}" for alias in moved]
     return f"{', '.join(said)}: `enginery reconcile {name}` puts it back" if said else ""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.recipe.names import alias_fault
 from flows.registry.announce import tell
 from flows.registry.journal import Candidate, Promotion, Version, append, head, history, rolled_back, standing
 from flows.registry.model_card import about_model
@@ -152,10 +153,22 @@ def reconcile(registry: Registry, model: str) -> list[Drift]:
 
 
 def drift(registry: Registry, model: str) -> list[Drift]:
-    """Aliases of the journal that MLflow has elsewhere: moved by hand, or not moved yet."""
-    should = {entry.alias: entry.version.number for entry in history(registry.objects, model)}
+    """Aliases of the journal that MLflow has elsewhere: moved by hand, or not moved yet; see `refused` for the rest."""
+    entries = [entry for entry in history(registry.objects, model) if not alias_fault(entry.alias)]
+    should = {entry.alias: entry.version.number for entry in entries}
     stands = _aliases(registry.client, model) or {}
     return [Drift(model, alias, n, stands.get(alias)) for alias, n in should.items() if stands.get(alias) != n]
+
+
+def refused(objects: Objects, model: str) -> list[str]:
+    """What the journal says of aliases that MLflow cannot have, with a way on; no entry can be made so any more."""
+    stands = {entry.alias: entry.version.number for entry in history(objects, model)}
+    return [
+        f"{model}@{alias}: left alone on version {number}, since {fault}; "
+        f"`enginery promote {model} {number}` makes champion stand on it, with --alias another one"
+        for alias, number in stands.items()
+        if (fault := alias_fault(alias))
+    ]
 
 
 def versions(registry: Registry, model: str) -> list[Version]:

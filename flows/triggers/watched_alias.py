@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from flows.recipe.model import Recipe
+from flows.recipe.names import checked_alias
 from flows.tracking.connect import Tracking
 from flows.tracking.errors import MISSING, Refused
 from flows.triggers.arrival_records import Arrival, moved_alias
@@ -33,12 +34,13 @@ def parse(uri: str, recipe: Recipe) -> Alias:
     """An alias to watch for a recipe.
 
     Raises:
-        StageError: the form is another, or the recipe promotes to this very alias and would start itself.
+        StageError: the form is another, MLflow takes no such alias, or the recipe promotes to this very alias and would
+            start itself.
     """
-    found = re.fullmatch(r"models:/([^@/]+)@([^@/]+)", uri)
+    found = re.fullmatch(r"models:/([^@/:]+)@([^@/]+)", uri)
     if not found:
         raise StageError(f"{uri} names no alias", limit="models:/NAME@ALIAS", remedy="Write it in this form.")
-    alias = Alias(found[1], found[2])
+    alias = Alias(found[1], checked_alias(found[2]))
     register = recipe.register_as
     if register and (register.model, register.alias) == (alias.model, alias.name):
         raise StageError(

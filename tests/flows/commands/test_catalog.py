@@ -92,6 +92,31 @@ def test_models_marks_what_mlflow_has_elsewhere_and_what_it_lost(registered, cap
     assert one["mlflow"] is None and "has lost this version" in one["note"]
 
 
+def test_models_and_reconcile_tell_of_an_alias_that_mlflow_refuses_and_promote_ends_it(registered, capsys):
+    entry = journal.head(registered.objects, "m", "champion").model_copy(update={"alias": "latest"})
+    registered.objects.delete("promotions/m/00000001.json")
+    registered.objects.put("promotions/m/00000001.json", entry.model_dump_json().encode())
+    tracking_in(registered.scratch).client.delete_registered_model_alias("m", "champion")
+    (one,) = listed(capsys)["models"]
+    assert "MLflow reserves the alias 'latest'" in one["note"] and "`enginery promote m 1`" in one["note"]
+    assert main(["reconcile"]) == 0
+    said = capsys.readouterr().out
+    assert "m@latest: left alone on version 1" in said and "every other alias stands" in said
+    assert main(["promote", "m", "1"]) == 0
+    assert "m@champion now stands on version 1" in capsys.readouterr().out
+    (one,) = listed(capsys)["models"]
+    assert (one["mlflow"], one["note"]) == (["champion"], "")
+
+
+@pytest.mark.parametrize("command", [["promote", "m", "1"], ["rollback", "m"]])
+def test_alias_that_mlflow_refuses_is_refused_by_commands_before_mlflow_is_asked(command, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert main([*command, "--alias", "latest"]) == 1
+    assert "MLflow reserves the alias 'latest'" in capsys.readouterr().err
+    assert main([command[0], "a/b", *command[2:]]) == 1
+    assert "no registered model is called 'a/b'; limit letters" in capsys.readouterr().err
+
+
 def test_models_without_mlflow_is_the_journal_alone_and_says_so(registered, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     data = listed(capsys)

@@ -185,6 +185,31 @@ def test_alias_moved_by_hand_is_reported_and_put_back(registry, engine):
     assert registry.client.get_registered_model(MODEL).aliases == {ALIAS: 2, "someones": 1}
 
 
+def written_before(registry, alias, number=9):
+    """The entry of an alias that MLflow refuses, as the journal once took it."""
+    entry = history(registry.objects, MODEL)[-1].model_copy(update={"alias": alias, "number": number})
+    registry.objects.put(f"promotions/{MODEL}/{number:08d}.json", entry.model_dump_json().encode())
+
+
+@pytest.mark.parametrize("alias", ["latest", "v1"])
+def test_alias_that_mlflow_refuses_enters_no_journal_and_blocks_no_other(registry, engine, alias):
+    release(registry, candidate(registry, "a"), engine, ALIAS)
+    with pytest.raises(StageError, match=f"reserves the alias '{alias}'"):
+        promote(registry, MODEL, "1", alias)
+    with pytest.raises(StageError, match=f"reserves the alias '{alias}'"):
+        rollback(registry, MODEL, alias)
+    assert len(history(registry.objects, MODEL)) == 1 and projection.refused(registry.objects, MODEL) == []
+    written_before(registry, alias)
+    registry.client.delete_registered_model_alias(MODEL, ALIAS)
+    assert drift(registry, MODEL) == reconcile(registry, MODEL) == [Drift(MODEL, ALIAS, "1", None)]
+    assert int(served(registry)) == 1
+    (said,) = projection.refused(registry.objects, MODEL)
+    assert f"{MODEL}@{alias}: left alone on version 1" in said and f"`enginery promote {MODEL} 1`" in said
+    assert promote(registry, MODEL, "1", "challenger").moved
+    release(registry, candidate(registry, "b"), engine, ALIAS)
+    assert rollback(registry, MODEL, ALIAS).version == "1" and int(served(registry)) == 1
+
+
 def test_aliases_of_one_model_stand_apart(registry, engine):
     release(registry, candidate(registry, "a"), engine, ALIAS)
     release(registry, candidate(registry, "b"), engine, "challenger")

@@ -218,6 +218,10 @@ def test_alias_that_the_recipe_promotes_to_itself_is_refused():
     assert parse(f"models:/{MODEL}@other", own).uri == f"models:/{MODEL}@other"
     with pytest.raises(StageError, match="names no alias"):
         parse(f"models:/{MODEL}", own)
+    with pytest.raises(StageError, match="names no alias"):
+        parse(f"models:/a:b@{ALIAS}", own)
+    with pytest.raises(StageError, match="MLflow reserves the alias 'latest'"):
+        parse(f"models:/{MODEL}@latest", own)
 
 
 @pytest.fixture(scope="module")
