@@ -1,6 +1,6 @@
 """Proof from the written bytes that a graph is the checkpoint's model: its few bits, its tensors, its numbers.
 
-Shapes: N windows, T tokens, V vocabulary.
+Shapes: N windows, T tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from stages.adapters.onnxruntime import open_session
+from stages.export import called
 from stages.graphs import onnx_graph
 from stages.graphs.onnx_graph import Held
 from stages.graphs.parity import parity, require_parity
@@ -38,17 +38,19 @@ class Expected:
         rounding: weight -> the scale by which its activations are rounded, for those that are.
         caches: scales of rounded keys and values.
         size_bytes: of all tensors, each distinct one once, block scales as the graph holds them.
-        logits_NTV: on the parity windows, without the rounding of activations and caches.
+        answer_N: on the parity windows, without the rounding of activations and caches; its shape is the task's.
+        shorter_1: the same on the first window without its last tokens.
     """
 
     quantized: Counter[tuple[int, int]]
     rounding: dict[str, frozenset[float]]
     caches: Counter[float]
     size_bytes: int
-    logits_NTV: NDArray[np.float32]
+    answer_N: NDArray[np.float32]
+    shorter_1: NDArray[np.float32]
 
 
-def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64]) -> Expected:
+def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64], task: str = "generate") -> Expected:
     """Read a loaded checkpoint before it is exported."""
     names: dict[int, str] = {}
     for name, tensor in named_tensors(model):
@@ -58,20 +60,17 @@ def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64]) -> Expected:
     weights = {id(m.weight): (m.weight.numel(), getattr(m, "bits", 8)) for m in modules}
     rounded = [m for m in modules if isinstance(m, QuantizedLinear) and m.input_scale is not None]
     scales = {names[id(m.weight)]: m.input_scale for m in rounded}
-    try:
-        for module in rounded:
-            module.input_scale = None
-        with rounded_cache.left_float(model), torch.inference_mode():
-            logits_NTV = model(input_ids=torch.from_numpy(ids_NT), use_cache=False).logits.numpy()
-    finally:
-        for module in rounded:
-            module.input_scale = scales[names[id(module.weight)]]
+    with called.unrounded(model):
+        # One after the other: a classifier without a token of padding takes no two.
+        answer_N = np.concatenate([called.alone(model, task, ids_T[None]) for ids_T in ids_NT])
+        shorter_1 = called.alone(model, task, ids_NT[:1, : -called.PADDING])
     return Expected(
         Counter((bits, values * 8 // bits if bits == 4 else values) for values, bits in weights.values()),
         {name: frozenset({float(scale)}) for name, scale in scales.items() if scale is not None},
         Counter(rounded_cache.scales(model)),
         sum(tensor.numel() * tensor.element_size() for tensor in distinct.values()) + _wider_scales(modules),
-        logits_NTV,
+        answer_N,
+        shorter_1,
     )
 
 
@@ -111,8 +110,8 @@ def require_effect(written: Held, wanted: Expected) -> None:
         )
 
 
-def require_numbers(path: Path, ids_NT: NDArray[np.int64], logits_NTV: NDArray[np.float32]) -> float:
-    """Compare graph and torch on whole windows and behind padding, both without the rounding of activations.
+def require_numbers(path: Path, ids_NT: NDArray[np.int64], wanted: Expected, task: str = "generate") -> float:
+    """Compare graph and torch on whole windows, behind padding and before it, without the rounding of activations.
 
     Returns:
         The largest logit difference, in standard deviations.
@@ -127,13 +126,13 @@ def require_numbers(path: Path, ids_NT: NDArray[np.int64], logits_NTV: NDArray[n
         if changed:
             onnx_graph.save(model, twin)
         session = open_session(twin, literal=True)
-    whole = parity(ids_NT, logits_NTV, session.logits(ids_NT))
+    predicts = task == "generate"
+    found_N = np.concatenate([session.logits(ids_T[None]) for ids_T in ids_NT])
+    whole = parity(ids_NT if predicts else None, wanted.answer_N, found_N)
     require_parity(whole, "the graph and the torch model")
-    # A causal model says the same of the first half whatever follows; padding before it must not matter.
-    half, pad = ids_NT.shape[1] // 2, 3
-    ids_1T = np.concatenate([np.zeros((1, pad), np.int64), ids_NT[:1, :half]], axis=1)
-    mask_1T = np.concatenate([np.zeros((1, pad), np.int64), np.ones((1, half), np.int64)], axis=1)
-    padded = parity(ids_NT[:1, :half], logits_NTV[:1, :half], session.logits(ids_1T, mask_1T)[:, pad:])
+    kept_NT = np.repeat(ids_NT[:1, : -called.PADDING], 2, axis=0) if predicts else None
+    beside_N = called.unpadded(task, session.logits(*called.padded(ids_NT[:1])))
+    padded = parity(kept_NT, np.repeat(wanted.shorter_1, 2, axis=0), beside_N)
     require_parity(padded, "the padded graph and the torch model")
     return max(whole.logit_difference, padded.logit_difference)
 

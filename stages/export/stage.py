@@ -1,6 +1,6 @@
 """Turn a checkpoint into an ONNX graph with explicit Q/DQ and prove that it computes the same.
 
-Shapes: N windows, T tokens, V vocabulary.
+Shapes: N windows, T tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progres
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 GRAPH = "model.onnx"
+ENDLESS_TOKENS = 2048
+"""What an engine reads of a model whose positions have no end, where its tokenizer says nothing either."""
+SANE_TOKENS = 1 << 24
+"""transformers writes 10^30 for a tokenizer that knows no longest text."""
+WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")
+"""What configurations call the tokens that a layer attends to at most."""
+BEYOND_WINDOW = 16
 
 
 class ExportParams(Params):
@@ -28,7 +36,7 @@ class ExportParams(Params):
         opset: version of the ONNX operators. 23 has attention, rotary embedding and RMS norm as one operator each; 21
             is for older runtimes.
         parity_windows: windows of text on which graph and torch must agree.
-        parity_tokens: their length.
+        parity_tokens: their length; they are longer where layers attend to so many tokens at most.
     """
 
     opset: Literal[21, 23] = 23
@@ -38,18 +46,20 @@ class ExportParams(Params):
 
 def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write `model.onnx` and `graph.json`, with the tokenizer beside them."""
-    from stages.export import checks, to_onnx
+    from stages.export import called, checks, to_onnx
     from stages.graphs import onnx_graph
-    from stages.models.checkpoint.loading import load_model
+    from stages.models.anatomy import tasks
+    from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
 
-    source = inputs["model"]
+    source, config, tokenizer = inputs["model"], load_config(inputs["model"]), load_tokenizer(inputs["model"])
+    _refuse_two_stacks(config)
+    task, most = tasks.task(config), _longest(config, tokenizer, progress)
+    ids_NT = _windows(inputs, tokenizer, params.parity_windows, _parity_tokens(params, config, most))
     model = load_model(source)
     to_onnx.densify(model)
-    ids_NT = _windows(params, inputs, model.config.max_position_embeddings)
-    wanted = checks.expected(model, ids_NT)
-    limits = {"maximum_tokens": model.config.max_position_embeddings, "vocabulary": model.config.vocab_size}
+    wanted = checks.expected(model, ids_NT, task)
     progress.advanced(1, 4)
-    exported = to_onnx.to_onnx(model, params.opset)
+    exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1])
     del model
     progress.advanced(2, 4)
     onnx_graph.save(exported, output / GRAPH)
@@ -57,15 +67,18 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
     written = onnx_graph.held(onnx_graph.load(output / GRAPH))
     checks.require_effect(written, wanted)
     progress.advanced(3, 4)
-    difference = checks.require_numbers(output / GRAPH, ids_NT, wanted.logits_NTV)
+    difference = checks.require_numbers(output / GRAPH, ids_NT, wanted, task)
     _carry(source, output)
     described = {
         "opset": params.opset,
-        "inputs": list(to_onnx.INPUTS),
-        "output": to_onnx.OUTPUT,
+        "task": task,
+        "inputs": list(called.INPUTS),
+        "output": called.OUTPUT,
         "precisions": sorted(written.precisions),
         "rounded_products": len(written.rounding),
-    } | limits
+        "maximum_tokens": most,
+        "vocabulary": config.get_text_config().vocab_size,
+    }
     (output / "graph.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
     progress.advanced(4, 4)
     return {
@@ -76,17 +89,43 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
     }
 
 
-def _windows(params: ExportParams, inputs: Mapping[str, Path], longest: int) -> NDArray[np.int64]:
+def _refuse_two_stacks(config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise StageError(
+            f"{(config.architectures or ['the model'])[0]} has an encoder and a decoder: it cannot be exported yet",
+            measured="two stacks of blocks",
+            limit="one",
+            remedy="Take `export` and what follows it out of the recipe, and judge the checkpoint itself.",
+        )
+
+
+def _longest(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> int:
+    from stages.models.anatomy.tasks import longest
+
+    if (most := longest(config)) is not None:
+        return most
+    said = tokenizer.model_max_length
+    most = int(said) if 0 < said < SANE_TOKENS else ENDLESS_TOKENS
+    why = "its tokenizer's longest text" if most == said else "a length for want of another"
+    progress.note(f"the model's positions have no end: engines read {most} tokens, {why}")
+    return most
+
+
+def _parity_tokens(params: ExportParams, config: PreTrainedConfig, most: int) -> int:
+    """Longer than the tokens that a layer attends to at most: a graph that forgets that must not pass."""
+    windows = [getattr(config.get_text_config(), name, None) or 0 for name in WINDOWS]
+    return min(most, max([params.parity_tokens, *(window + BEYOND_WINDOW for window in windows if window < most)]))
+
+
+def _windows(
+    inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase, count: int, tokens: int
+) -> NDArray[np.int64]:
     from stages.graphs.parity import prose_ids
-    from stages.models.checkpoint.loading import load_tokenizer
     from stages.models.text.windows import windows
 
-    tokenizer, tokens = load_tokenizer(inputs["model"]), min(params.parity_tokens, longest)
     if "text" not in inputs:
-        return prose_ids(lambda text: tokenizer(text, verbose=False)["input_ids"], params.parity_windows, tokens)
-    found: NDArray[np.int64] = windows(
-        inputs["text"], "calibrate", tokenizer, tokens, most=params.parity_windows
-    ).numpy()
+        return prose_ids(lambda text: tokenizer(text, verbose=False)["input_ids"], count, tokens)
+    found: NDArray[np.int64] = windows(inputs["text"], "calibrate", tokenizer, tokens, most=count).numpy()
     return found
 
 

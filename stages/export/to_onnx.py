@@ -1,4 +1,4 @@
-"""A causal language model as an ONNX graph: inputs input_ids and attention_mask, output logits.
+"""A model as an ONNX graph: inputs input_ids and attention_mask, output logits.
 
 Shapes: N sequences, T tokens, V vocabulary, H hidden, I inputs and O outputs of a linear map.
 """
@@ -12,20 +12,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stages.export.called import INPUTS, OUTPUT, as_called, masks
 from stages.graphs import onnx_graph
 from stages.models.anatomy import blocks as anatomy
-from stages.models.layers import quantized_linear, rounded_cache
+from stages.models.layers import quantized_linear
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
 from stages.models.layers.sparse_linear import SparseLinear
 from stages.models.low_rank.planning import filled
 from stages.runtime.contract import StageError
 
-INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
 FUSED_ATTENTION = 23
 """The first opset with operators for attention, rotary embedding and RMS norm."""
 FOUR_BIT_FLOATS = 23
@@ -50,30 +52,6 @@ def densify(model: PreTrainedModel) -> None:
             one.dense = filled(w_OI, one.dense.bias)
 
 
-class Causal(nn.Module):
-    """The model as engines call it. `fused`: attention is one operator, not products and a softmax."""
-
-    def __init__(self, model: PreTrainedModel, *, fused: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.fused = fused
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """logits_NTV."""
-        steps_T = torch.arange(input_ids.shape[1])
-        past_TT = steps_T[None, :] <= steps_T[:, None]
-        # Padding attends to itself: a row without any key would turn into NaN and reach the others.
-        own_TT = steps_T[None, :] == steps_T[:, None]
-        mask = past_TT & ((attention_mask[:, None, None, :] > 0) | own_TT)
-        if not self.fused:
-            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-        positions_NT = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        logits: Tensor = self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions_NT, use_cache=False
-        ).logits
-        return logits
-
-
 class Product(nn.Module):
     """A linear map whose weight lies as w_IO, the order that MatMul reads."""
 
@@ -88,29 +66,29 @@ class Product(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def to_onnx(model: PreTrainedModel, opset: int) -> ir.Model:
+def to_onnx(model: PreTrainedModel, opset: int, task: str, ids_1T: NDArray[np.int64]) -> ir.Model:
     """Export; the model's weights are laid out anew in place, so it is of no use afterwards.
 
     Args:
         model: from `load_model`, with its quantized modules.
         opset: version of the ONNX operators, at least 21.
+        task: what the model is for.
+        ids_1T: a window to ask the model by how it has to be called.
 
     Raises:
-        StageError: attention reads a sliding window, the opset has no four-bit floats, or the exporter refuses, with
-            its own text.
+        StageError: padding changes what the model answers, the opset has no four-bit floats, or the exporter refuses,
+            with its own text.
     """
-    _refuse_sliding_window(model)
     _refuse_fp4(model, opset)
+    called = as_called(model, task, ids_1T, fused=opset >= FUSED_ATTENTION)
     first_names = _first_names(model)
     lay_out(model)
-    fused = opset >= FUSED_ATTENTION
-    rounded_cache.use(model, "sdpa" if fused else "eager")
     ids_NT = torch.arange(16).view(2, 8) % model.config.vocab_size
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), masks():
         try:
             program = torch.onnx.export(
-                Causal(model, fused=fused).eval(),
+                called,
                 (ids_NT, torch.ones_like(ids_NT)),
                 dynamo=True,
                 opset_version=opset,
@@ -182,20 +160,6 @@ def _refuse_fp4(model: PreTrainedModel, opset: int) -> None:
             measured=f"{len(floats)} maps like {floats[0]}",
             limit=f"opset {FOUR_BIT_FLOATS}",
             remedy=f"Set `opset: {FOUR_BIT_FLOATS}`.",
-        )
-
-
-def _refuse_sliding_window(model: PreTrainedModel) -> None:
-    config = model.config
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
-    if slides and window < config.max_position_embeddings:
-        raise StageError(
-            "attention over a sliding window cannot be exported",
-            measured=f"a window of {window} tokens",
-            limit=f"full attention over {config.max_position_embeddings} tokens",
-            remedy="Set max_position_embeddings in config.json to the window if that is enough.",
         )
 
 

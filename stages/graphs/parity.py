@@ -25,18 +25,29 @@ class Parity:
     """How far `found` is from `reference`.
 
     Attributes:
-        logit_difference: largest difference of a logit over the standard deviation of the reference's logits.
-        cross_entropy_difference: difference of the mean negative log-likelihoods, in nats a token.
+        logit_difference: largest difference of a logit over the standard deviation of the reference's logits; where
+            there are a few for each window, over the root of their mean square.
+        cross_entropy_difference: difference of the mean negative log-likelihoods, in nats a token; 0 where no token is
+            predicted.
     """
 
     logit_difference: float
     cross_entropy_difference: float
 
 
-def parity(ids_NT: NDArray[np.int64], reference_NTV: NDArray[np.float32], found_NTV: NDArray[np.float32]) -> Parity:
-    """Compare two executions on the same windows."""
-    difference = float(np.abs(reference_NTV - found_NTV).max() / reference_NTV.std())
-    return Parity(difference, abs(_cross_entropy(ids_NT, found_NTV) - _cross_entropy(ids_NT, reference_NTV)))
+def parity(ids_NT: NDArray[np.int64] | None, reference: NDArray[np.float32], found: NDArray[np.float32]) -> Parity:
+    """Compare two executions on the same windows.
+
+    Args:
+        ids_NT: the windows, where the next token is predicted; None for any other answer.
+        reference: [N, T, V], or any shape that begins with N.
+        found: of the same shape.
+    """
+    spread = reference.std() if reference.ndim > 2 else np.sqrt(np.square(reference).mean())
+    difference = float(np.abs(reference - found).max() / spread)
+    if ids_NT is None:
+        return Parity(difference, 0.0)
+    return Parity(difference, abs(_cross_entropy(ids_NT, found) - _cross_entropy(ids_NT, reference)))
 
 
 def require_parity(differences: Parity, what: str) -> None:

@@ -25,7 +25,7 @@ from stages.export.stage import ExportParams, export
 from stages.graphs import onnx_graph
 from stages.graphs.parity import parity, require_parity
 from stages.models.anatomy import blocks as anatomy
-from stages.models.checkpoint.loading import load_model, save_model
+from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.layers import quantized_linear
 from stages.quantize.stored_forms import rounded
 from stages.runtime.contract import StageError
@@ -134,7 +134,7 @@ def _folder(tmp_path: Path) -> Path:
 
 
 def test_weights_left_unpacked_are_refused_and_nothing_is_sealed(mixed, store, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(to_onnx, "to_onnx", lambda _model, _opset: onnx_graph.load(_unpacked(tmp_path)))
+    monkeypatch.setattr(to_onnx, "to_onnx", lambda *_: onnx_graph.load(_unpacked(tmp_path)))
     seal = sealer(store)
     checkpoint = seal("fetch", {"source": mixed.as_uri()}).identity
     with pytest.raises(StageError, match="quantized weights as integers; measured 0 tensors; limit 22"):
@@ -145,7 +145,7 @@ def test_weights_left_unpacked_are_refused_and_nothing_is_sealed(mixed, store, t
 def test_a_graph_with_other_numbers_is_refused(dense_graph, tmp_path, monkeypatch):
     checkpoint, folder, _ = dense_graph
 
-    def wrong(_model, _opset):
+    def wrong(*_):
         model = onnx_graph.load(folder / "model.onnx")
         norm = model.graph.initializers["model.norm.weight"]
         norm.const_value = ir.tensor(norm.const_value.numpy() * 1.01)
@@ -190,9 +190,13 @@ def test_numbers_of_another_model_are_refused(mixed, mixed_graph):  # noqa: F811
     ids = token_windows(1, 24)
     wanted = expected(load_model(mixed), ids)
     folder = mixed_graph / "model.onnx"
-    assert require_numbers(_writable(folder), ids, wanted.logits_NTV) < 1e-4
+    assert require_numbers(_writable(folder), ids, wanted) < 1e-4
     with pytest.raises(StageError, match="the graph and the torch model differ"):
-        require_numbers(_writable(folder), ids, wanted.logits_NTV + np.eye(768, dtype=np.float32)[3])
+        require_numbers(
+            _writable(folder), ids, replace(wanted, answer_N=wanted.answer_N + np.eye(768, dtype=np.float32)[3])
+        )
+    with pytest.raises(StageError, match="the padded graph and the torch model differ"):
+        require_numbers(_writable(folder), ids, replace(wanted, shorter_1=wanted.shorter_1[:, ::-1]))
 
 
 def _writable(path: Path) -> Path:
@@ -241,22 +245,12 @@ def test_large_graphs_keep_their_weights_beside_them(dense_graph, tmp_path, monk
     assert np.array_equal(run(tmp_path, **feeds), run(folder, **feeds))
 
 
-def test_sliding_window_is_refused(tiny, tmp_path):
-    checkpoint = one_block(
-        tiny, tmp_path / "one", model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=128
-    )
-    heard = Hears()
-    with pytest.raises(StageError, match="a window of 128 tokens"):
-        export(ExportParams(), {"model": checkpoint}, tmp_path, heard)
-    assert max(heard.fractions) < 0.5
-
-
 def test_exporters_own_text_reaches_the_user(tiny, tmp_path):
     model = load_model(one_block(tiny, tmp_path / "one"))
     layer = model.model.layers[0]
     layer.mlp.forward = lambda x: x * (1 if float(x.sum()) > 0 else 2)
     with pytest.raises(StageError, match=r"the exporter could not turn LlamaForCausalLM into ONNX; measured .+"):
-        to_onnx.to_onnx(model, 23)
+        to_onnx.to_onnx(model, 23, "generate", token_windows(1, 16))
 
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path):
@@ -269,9 +263,7 @@ def test_text_windows_come_from_the_corpus(tiny, tmp_path):
     from stages.export.stage import _windows
 
     (tmp_path / "calibrate.jsonl").write_text('{"id": "a", "text": "' + "the statement is executed " * 40 + '"}\n')
-    found = _windows(ExportParams(parity_windows=1, parity_tokens=16), {"model": tiny, "text": tmp_path}, 512)
-    from stages.models.checkpoint.loading import load_tokenizer
-
+    found = _windows({"model": tiny, "text": tmp_path}, load_tokenizer(tiny), 1, 16)
     assert load_tokenizer(tiny).decode(found[0]).startswith("the statement is executed")
 
 
@@ -390,12 +382,12 @@ def test_other_bits_in_a_graph_of_floats_are_refused(forms, tmp_path, name):
     ids = token_windows(1, 16)
     wanted = expected(load_model(forms[0]), ids)
     with pytest.raises(StageError, match="the graph and the torch model differ"):
-        require_numbers(tmp_path / "model.onnx", ids, wanted.logits_NTV)
+        require_numbers(tmp_path / "model.onnx", ids, wanted)
 
 
 def test_four_bit_floats_are_refused_at_an_opset_without_them(forms):
     with pytest.raises(StageError, match=r"opset 21 has no four-bit floats; measured 3 maps.*Set `opset: 23`"):
-        to_onnx.to_onnx(load_model(forms[0]), 21)
+        to_onnx.to_onnx(load_model(forms[0]), 21, "generate", token_windows(1, 16))
 
 
 def test_tied_maps_of_blocks_are_laid_out_as_one_tensor(forms):

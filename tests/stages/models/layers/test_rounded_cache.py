@@ -283,7 +283,7 @@ def test_graph_that_rounds_no_cache_is_refused(cached_block, tmp_path):
     model = load_model(cached_block["fp8_e4m3"])
     wanted = expected(model, token_windows(1, 16))
     assert wanted.caches.total() == 2
-    written = onnx_graph.held(to_onnx.to_onnx(model, 23))
+    written = onnx_graph.held(to_onnx.to_onnx(model, 23, "generate", token_windows(1, 16)))
     require_effect(written, wanted)
     with pytest.raises(StageError, match=r"does not round the keys and values.*measured 0 tensors; limit 2"):
         require_effect(replace(written, caches=Counter()), wanted)

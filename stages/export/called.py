@@ -1,0 +1,215 @@
+"""A model as engines call it: token ids and their mask go in, one tensor comes out, whichever side a row is padded on.
+
+Shapes: N sequences, T tokens, V vocabulary, C classes, H hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+
+from stages.graphs.parity import LOGIT_LIMIT, parity
+from stages.models.layers import quantized_linear, rounded_cache
+from stages.runtime.contract import StageError
+
+INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
+TOKEN_AXIS = {"generate": 1, "fill": 1, "tag": 1, "embed": 1, "answer": 2}
+"""Task -> the axis of its answer that goes along the tokens; `classify` and `score` answer once a sequence."""
+PADDING = 3
+"""Tokens of padding by which it is tried that padding changes nothing."""
+ASKED_TOKENS = 16
+"""Length of the window on which a model is asked how it has to be called."""
+_NO_TOKEN = -1
+
+Way = Literal["counted", "own", "rolled"]
+"""How each token gets its place: told to the model, counted without the padding; by the model itself; or by the model
+itself once each row was rolled until its padding stands on the right."""
+
+
+class AsCalled(nn.Module):
+    """The model as engines call it."""
+
+    def __init__(self, model: PreTrainedModel, task: str, way: Way) -> None:
+        super().__init__()
+        self.model, self.task, self.way = model, task, way
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The answer by the task: [N, T, V], [N, T, C], [N, C], [N, 2, T] or [N, T, H]."""
+        pad = self.model.config.get_text_config().pad_token_id
+        if pad is not None:
+            # Models look for the id itself: to find the last token that counts, or to count places.
+            input_ids = torch.where(attention_mask > 0, input_ids, pad)
+        if self.way == "rolled":
+            return self._rolled(input_ids, attention_mask)
+        positions = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if self.way == "counted" else {}
+        return answer(self.task, self.model(input_ids=input_ids, attention_mask=attention_mask, **positions))
+
+    def _rolled(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        steps_T = torch.arange(ids_NT.shape[1])
+        first_N1, count_1 = mask_NT.argmax(1, keepdim=True), steps_T[-1:] + 1
+        # No remainder: the exporter has none by a length that it does not know.
+        there_NT, back_NT = steps_T + first_N1, steps_T - first_N1
+        there_NT = torch.where(there_NT >= count_1, there_NT - count_1, there_NT)
+        back_NT = torch.where(back_NT < 0, back_NT + count_1, back_NT)
+        ids_NT, mask_NT = ids_NT.gather(1, there_NT), mask_NT.gather(1, there_NT)
+        said = answer(self.task, self.model(input_ids=ids_NT, attention_mask=mask_NT))
+        if self.task not in TOKEN_AXIS:
+            return said
+        axis = TOKEN_AXIS[self.task]
+        return said.gather(axis, back_NT.unsqueeze(3 - axis).expand(said.shape))
+
+
+def answer(task: str, said: Any) -> Tensor:
+    """The tensor of a model's output that holds its answer."""
+    if task == "answer":
+        return torch.stack([said.start_logits, said.end_logits], dim=1)
+    found: Tensor = said.last_hidden_state if task == "embed" else said.logits
+    return found
+
+
+@torch.no_grad()
+def alone(model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What the model answers to one window by transformers' own ways: no mask, no place is told to it."""
+    found: NDArray[np.float32] = answer(task, model(input_ids=torch.from_numpy(ids_1T))).numpy()
+    return found
+
+
+def padded(ids_1T: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """ids_NT and mask_NT of two rows: the window but for its last tokens, behind padding and before padding.
+
+    Padding holds tokens like any other: only the mask says that they do not count.
+    """
+    kept = ids_1T[0, :-PADDING]
+    rows = [np.concatenate([ids_1T[0, :PADDING], kept]), np.concatenate([kept, ids_1T[0, :PADDING]])]
+    mask_NT = np.ones((2, ids_1T.shape[1]), np.int64)
+    mask_NT[0, :PADDING] = mask_NT[1, -PADDING:] = 0
+    return np.stack(rows), mask_NT
+
+
+def unpadded(task: str, said_N: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The answers on the tokens that count, to what `padded` gives."""
+    if task not in TOKEN_AXIS:
+        return said_N
+    axis = TOKEN_AXIS[task] - 1
+    count = said_N.shape[TOKEN_AXIS[task]] - PADDING
+    return np.stack([said_N[0].take(range(PADDING, PADDING + count), axis), said_N[1].take(range(count), axis)])
+
+
+def as_called(model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], *, fused: bool) -> AsCalled:
+    """The model with the masks of an exported graph, called so that padding changes nothing.
+
+    Args:
+        model: is changed: how it computes attention.
+        task: what it is for.
+        ids_1T: a window to ask it by.
+        fused: attention is one operator, not products and a softmax.
+
+    Raises:
+        StageError: padding changes what the model answers, however it is called.
+    """
+    model.config.use_cache = False
+    if type(model)._can_set_attn_implementation():
+        rounded_cache.use(model, "sdpa" if fused and model._supports_sdpa else "eager")
+    else:
+        # Attention of the model's own: it takes what is added to its products, and may call torch's fused operator
+        # with fewer heads of keys than of queries, which the exporter does not take.
+        model.config._attn_implementation = "eager"
+    _name_padding(model, task)
+    ids_1T = ids_1T[:, :ASKED_TOKENS]
+    worst = float("inf")
+    with torch.no_grad(), unrounded(model), masks():
+        wanted_N = np.concatenate([alone(model, task, ids_1T[:, :-PADDING])] * 2)
+        ids_NT, mask_NT = map(torch.from_numpy, padded(ids_1T))
+        for way in _ways(model):
+            made = AsCalled(model, task, way)
+            found = parity(None, wanted_N, unpadded(task, made(ids_NT, mask_NT).numpy())).logit_difference
+            if found <= LOGIT_LIMIT:
+                return made.eval()
+            worst = min(worst, found)
+    raise StageError(
+        f"{type(model).__name__} answers otherwise beside padding, so that no engine can be called in batches",
+        measured=f"{worst:.3g} standard deviations",
+        limit=LOGIT_LIMIT,
+        remedy="Take `export` and what follows it out of the recipe, and judge the checkpoint itself.",
+    )
+
+
+def _ways(model: PreTrainedModel) -> tuple[Way, ...]:
+    told = "position_ids" in inspect.signature(model.forward).parameters
+    return ("counted", "own", "rolled") if told else ("own", "rolled")
+
+
+def _name_padding(model: PreTrainedModel, task: str) -> None:
+    """Let a classifier that knows no token of padding see where a row ends: by an id that no text has."""
+    config = model.config.get_text_config()
+    if task in TOKEN_AXIS or config.pad_token_id is not None:
+        return
+    config.pad_token_id = _NO_TOKEN
+    model.get_input_embeddings().register_forward_pre_hook(lambda _module, args: (args[0].clamp(min=0), *args[1:]))
+
+
+@contextmanager
+def unrounded(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, the model rounds no activation, no key and no value: sums that differ in the last digit stay near."""
+    every = quantized_linear.quantized_modules(model).values()
+    scales = {m: m.input_scale for m in every if isinstance(m, quantized_linear.QuantizedLinear)}
+    try:
+        for module in scales:
+            module.input_scale = None
+        with rounded_cache.left_float(model):
+            yield
+    finally:
+        for module, scale in scales.items():
+            module.input_scale = scale
+
+
+@contextmanager
+def masks() -> Iterator[None]:
+    """Within it, transformers makes masks by operations that a graph can hold, whatever pattern a layer attends by."""
+    own = {sdpa_mask: _seen, eager_mask: _added}
+    changed = {name: own[made] for name, made in ALL_MASK_ATTENTION_FUNCTIONS.items() if made in own}
+    for name, made in changed.items():
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = made
+    try:
+        yield
+    finally:
+        for name in changed:
+            del ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
+def _seen(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **_others: Any,
+) -> Tensor:
+    """Which keys each query attends to, bool [N, 1, T, T]."""
+    if use_vmap:
+        raise StageError(
+            "the model attends by a pattern of its own, which no graph holds",
+            remedy="Take `export` and what follows it out of the recipe, and judge the checkpoint itself.",
+        )
+    query_T1, key_T = torch.arange(q_length)[:, None], torch.arange(kv_length)
+    sequence_N111, head = torch.arange(batch_size)[:, None, None, None], torch.zeros((), dtype=torch.int64)
+    seen = mask_function(sequence_N111, head, query_T1[None, None], key_T[None, None, None])
+    if attention_mask is None:
+        return seen
+    # Padding attends to itself: a row without any key would turn into NaN and reach the others.
+    return (seen & (attention_mask[:, None, None, :] > 0)) | (query_T1 == key_T)
+
+
+def _added(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+    """The same as what is added to the products of queries and keys."""
+    return torch.where(_seen(*args, **kwargs), 0.0, torch.finfo(dtype).min)
