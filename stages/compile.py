@@ -18,6 +18,8 @@ GRAPH = "model.onnx"
 PARITY_TOKENS = 64
 
 if TYPE_CHECKING:
+    from stages.models.checkpoint.subject import Subject
+
     BackendName = str
 else:
     BackendName = Literal[backends()]
@@ -75,6 +77,27 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     carry(source, output)
     (output / "engine.json").write_text(json.dumps(engine, indent=1, sort_keys=True), encoding="utf-8")
     return {"size_bytes": float(size)} | metrics
+
+
+def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:
+    """The engine of a graph."""
+    graph: Subject = known["graph"]
+    architectures = tuple(dict.fromkeys(params.architectures))
+    refuse_impossible(params.backend, architectures, _PRECISIONS.get(graph.scheme, ("float32",)))
+    return graph
+
+
+_PRECISIONS = {
+    "int8_w8a8": ("int8", "float32"),
+    "int8_weight_only": ("int8", "float32"),
+    "fp8_e4m3": ("fp8", "float32"),
+    "int4_weight_only": ("int4", "float32"),
+    "auto": ("int4", "int8", "float32"),
+    "nvfp4": ("fp4", "fp8", "float32"),
+    "mxfp4": ("fp4", "float32"),
+    "fp16": ("float16",),
+}
+"""Formats in the graph of a checkpoint that is quantized so, as far as they are always there."""
 
 
 def _lower(graph: Path, target: Path) -> Metrics:
@@ -141,5 +164,6 @@ COMPILE = Stage(
     output=Kind.ENGINE,
     image=Image.TENSORRT,
     run=compile_engine,
+    admit=admit,
     uses=lambda params: (module_of(params.backend),),
 )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage
+
+if TYPE_CHECKING:
+    from stages.models.checkpoint.subject import Subject
 
 
 class FactorizeParams(Params):
@@ -54,6 +59,20 @@ def factorize(params: FactorizeParams, inputs: Mapping[str, Path], output: Path,
     return {**found, "predicted_loss_nats": done.predicted, "sparse_weights": float(weights)}
 
 
+def admit(params: FactorizeParams, known: Mapping[str, Any]) -> Subject:
+    """The factorized checkpoint, as far as shapes say it."""
+    from stages.models.anatomy.blocks import blocks, projections
+    from stages.models.checkpoint.editing import matching
+    from stages.models.low_rank.planning import dense
+
+    given: Subject = known["model"]
+    given.require_float("factorize")
+    matching(dense(given.model), params.layers, params.skip)
+    for block in blocks(given.model):
+        projections(block)
+    return replace(given, loose=True)
+
+
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
 FACTORIZE = Stage(
@@ -63,4 +82,5 @@ FACTORIZE = Stage(
     output=Kind.CHECKPOINT,
     image=Image.TORCH,
     run=factorize,
+    admit=admit,
 )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
+from stages.adapters.sources import Wanted, changed_source, downloaded, open_source, pin_source, scheme_of
 from stages.models.checkpoint import layout
 from stages.runtime.contract import (
     PARTIAL,
@@ -23,6 +23,10 @@ from stages.runtime.contract import (
     Stage,
     StageError,
 )
+from stages.runtime.progress import Silent
+
+if TYPE_CHECKING:
+    from stages.models.checkpoint.subject import Subject
 
 CHECKPOINT = Wanted(
     "checkpoint",
@@ -98,6 +102,32 @@ def _dequantized(folder: Path, chosen: layout.Chosen, output: Path, progress: Pr
     return True
 
 
+def admit(params: FetchParams, known: Mapping[str, Any]) -> Subject | None:
+    """What the checkpoint is: from its source, or from the sealed artifact; None where neither lies here."""
+    from stages.models.checkpoint.loading import outlined
+    from stages.models.checkpoint.subject import of_gguf, subject
+
+    path = known.get("") or _here(params)
+    if path is None:
+        return None
+    chosen = layout.choose(path)
+    if chosen.gguf:
+        return of_gguf(chosen.gguf)
+    folder = path if path.is_dir() else path.parent
+    tensors = layout.check_headers(folder, chosen.weights)
+    layout.check_tokenizer(folder)
+    model, left = outlined(folder, chosen.weights.values())
+    return subject(folder, model, {name: one for name, one in tensors.items() if name not in left}, left)
+
+
+def _here(params: FetchParams) -> Path | None:
+    """Where the source lies on this machine, None where it must be brought first."""
+    exact = params.exact or params.source
+    if scheme_of(exact) != "file" and downloaded(exact, CHECKPOINT, params.downloads) is None:
+        return None
+    return open_source(exact, CHECKPOINT, params.downloads, Path(), Silent())
+
+
 def _check_digest(params: FetchParams, chosen: layout.Chosen) -> None:
     found = chosen.digest()
     if params.digest not in ("", found):
@@ -118,11 +148,11 @@ def _copy(chosen: layout.Chosen, output: Path, progress: Progress) -> None:
 
 def _unread(folder: Path, chosen: layout.Chosen, progress: Progress) -> set[str]:
     """Prove that names and shapes are those of an architecture of transformers; say and return what is not read."""
-    from stages.models.checkpoint.loading import unread
+    from stages.models.checkpoint.loading import outlined
 
     if layout.read_given(folder / layout.CONFIG).get("auto_map"):
         progress.note("config.json names code of its own (auto_map): transformers' own class is used, the code never")
-    left = unread(folder, chosen.weights.values())
+    _, left = outlined(folder, chosen.weights.values())
     if left:
         names = ", ".join(left[:_NAMED]) + (", ..." if len(left) > _NAMED else "")
         progress.note(f"{len(left)} tensors that this architecture does not read are left out: {names}")
@@ -162,4 +192,13 @@ def _check_finite(weights: Mapping[str, Path], progress: Progress) -> None:
                     )
 
 
-FETCH = Stage(name="fetch", params=FetchParams, inputs={}, output=Kind.CHECKPOINT, image=Image.TORCH, run=run, pin=pin)
+FETCH = Stage(
+    name="fetch",
+    params=FetchParams,
+    inputs={},
+    output=Kind.CHECKPOINT,
+    image=Image.TORCH,
+    run=run,
+    pin=pin,
+    admit=admit,
+)

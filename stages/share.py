@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +14,8 @@ from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from stages.models.checkpoint.subject import Subject
 
 Projection = Literal["q+k", "q+k+v", "q", "k", "v", "o", "gate+up", "gate", "up", "down"]
 Method = Literal["basis", "recursive", "tie"]
@@ -71,6 +74,19 @@ def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progres
     if tied:
         editing.refuse_above(int(found["parameters"]), found["parameters_before"] - 1, "parameters")
     return {**found, "predicted_loss_nats": predicted}
+
+
+def admit(params: ShareParams, known: Mapping[str, Any]) -> Subject:
+    """The shared checkpoint, as far as shapes say it."""
+    from stages.models.anatomy.blocks import blocks, projections
+
+    given: Subject = known["model"]
+    given.require_float("share")
+    if params.method == "tie":
+        return given
+    for block in blocks(given.model):
+        projections(block)
+    return replace(given, loose=True)
 
 
 def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Progress) -> float:
@@ -134,4 +150,5 @@ SHARE = Stage(
     output=Kind.CHECKPOINT,
     image=Image.TORCH,
     run=share,
+    admit=admit,
 )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from stages.measures.documents import Document
     from stages.measures.predictions import Asking
+    from stages.models.checkpoint.subject import Subject
 
 TORCH = "torch:cpu"
 if TYPE_CHECKING:
@@ -166,16 +167,30 @@ def _text(params: ValidateParams, inputs: Mapping[str, Path]) -> _Text:
         _check_alike(tokenizer, task, baseline)
     tokens = min(params.window_tokens, tasks.longest(config) or params.window_tokens)
     _check_length(model, tokens)
-    mask = tokenizer.mask_token_id if task == "fill" else None
-    if task == "fill" and mask is None:
+    mask = _mask(tokenizer) if task == "fill" else None
+    before, after = special_ends(tokenizer)
+    asking = Asking(task, len(before), len(after), mask)
+    return _Text(windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows), asking)
+
+
+def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
+    """The model that is judged, if it can be."""
+    from stages.models.checkpoint.loading import load_tokenizer
+
+    model: Subject = known["model"]
+    if model.task == "fill":
+        _mask(load_tokenizer(model.folder))
+    return model
+
+
+def _mask(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.mask_token_id is None:
         raise StageError(
             "a masked model is judged by hiding tokens, and its tokenizer has none to hide them with",
             measured="no mask_token",
             remedy='Set "mask_token" in tokenizer_config.json.',
         )
-    before, after = special_ends(tokenizer)
-    asking = Asking(task, len(before), len(after), mask)
-    return _Text(windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows), asking)
+    return int(tokenizer.mask_token_id)
 
 
 def _scorer(params: ValidateParams, inputs: Mapping[str, Path], text: _Text) -> Callable[[range], Iterator[Document]]:
@@ -251,6 +266,7 @@ VALIDATE = Stage(
     output=Kind.REPORT,
     image=Image.TORCH,
     run=validate,
+    admit=admit,
     executed_on=executed_on,
     uses=chosen_code,
     divided=Divided(count=count_windows, part=score_part),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 from flows.recipe.model import Judge, Recipe, Step
 from stages import stage
 from stages.adapters.backends import GRAPHS_BACKEND, backend
+from stages.quantize.params import block_of
 from stages.runtime.contract import Kind
 
 
@@ -45,9 +47,26 @@ class Expanded:
 
 def expanded(recipe: Recipe) -> Expanded:
     """The recipe's steps, then the measurements that `judge` asks for."""
-    own = [PlannedStep(s.name, s.stage, s.roles(), dict(s.params), executable=executable_here(s)) for s in recipe.steps]
+    own = [
+        PlannedStep(s.name, s.stage, s.roles(), _in_blocks(s, recipe), executable=executable_here(s))
+        for s in recipe.steps
+    ]
     measured = [] if recipe.judge is None else list(_measurements(recipe, recipe.judge))
     return Expanded(recipe, (*own, *_named_apart(measured)))
+
+
+def _in_blocks(step: Step, recipe: Recipe) -> dict[str, Any]:
+    """A step's params; what is left of a width by `prune` is a multiple of the blocks in which it is quantized later.
+
+    Only where the recipe says nothing of it.
+    """
+    params = dict(step.params)
+    if step.stage != "prune" or "multiple" in params or params.get("method", "channels") not in ("channels", "width"):
+        return params
+    later = [one for one in recipe.steps if one.stage == "quantize" and step.name in upstream(recipe, one.name)]
+    blocks = [block for one in later if (block := block_of(stage("quantize").params.model_validate(one.params)))]
+    default = stage("prune").params.model_fields["multiple"].default
+    return params | ({"multiple": math.lcm(default, *blocks)} if blocks else {})
 
 
 def executable_here(step: Step) -> bool:

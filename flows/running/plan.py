@@ -39,7 +39,7 @@ class Planned:
         identity: fingerprint of the work.
         manifest: the sealed artifact, None when it must be made.
         why: the first field in which the nearest sealed artifact differs; empty on a hit.
-        after: names of the steps whose artifacts this one reads.
+        roles: role -> name of the step whose artifact this one reads there.
         measures: the step that a measurement measures, empty for a step of the recipe.
         corpus: the corpus it is measured on.
     """
@@ -48,7 +48,7 @@ class Planned:
     identity: str
     manifest: Manifest | None
     why: str
-    after: tuple[str, ...]
+    roles: Mapping[str, str]
     measures: str = ""
     corpus: str = ""
 
@@ -56,6 +56,11 @@ class Planned:
     def name(self) -> str:
         """The step's name in the recipe."""
         return self.order.step
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Names of the steps whose artifacts this one reads."""
+        return tuple(dict.fromkeys(self.roles.values()))
 
     @property
     def hit(self) -> bool:
@@ -105,7 +110,7 @@ def resolve(
             identity=identity,
             manifest=manifest,
             why="" if manifest else _reason(store, work, step.name, planned, roles),
-            after=tuple(dict.fromkeys(roles.values())),
+            roles=roles,
             measures=step.measures,
             corpus=step.corpus,
         )

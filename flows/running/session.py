@@ -16,6 +16,7 @@ from flows.prefect_api.retry import AWAY_S, patiently
 from flows.recipe.expand import Expanded, PlannedStep
 from flows.recipe.model import Recipe
 from flows.results import PlanLine, RunResult, StepResult
+from flows.running.admission import refuse_inadmissible
 from flows.running.child_process import Launcher
 from flows.running.interruption import ended_by, unwinding
 from flows.running.loose_ends import LooseEnds
@@ -95,6 +96,7 @@ def plan(asked: Expanded, settings: Settings, terminal: Terminal | None = None) 
     enter(settings)
     store = settings.connect()
     planned = _planned(asked.steps, settings, store, terminal.for_step if terminal else lambda _: Silent())
+    refuse_inadmissible(planned, asked.recipe, store, terminal.line if terminal else lambda _: None)
     needed = needs(planned.values(), store, load_pools() if settings.launcher == "pool" else None)
     return [
         PlanLine(
@@ -138,6 +140,7 @@ def _followed(
     scratch = settings.scratch
     store = patiently(settings.connect, away_s=away_s)
     planned = patiently(lambda: _planned(asked.steps, settings, store, terminal.for_step), away_s=away_s)
+    refuse_inadmissible(planned, asked.recipe, store, terminal.line)
     launcher = _launcher(store, settings, record)
     loose, opening = LooseEnds(record, terminal.line), lambda: patiently(lambda: open_tracking(scratch), away_s=away_s)
     with (

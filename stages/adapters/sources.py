@@ -85,9 +85,13 @@ def open_source(exact: str, wanted: Wanted, downloads: str, spare: Path, progres
     """The file or folder of a pinned source, downloaded again into `spare` when its download is gone."""
     if scheme_of(exact) == "file":
         return local_path(exact)
-    if downloads and (Path(downloads) / _folder_name(exact, wanted)).is_dir():
-        return download(exact, wanted, Path(downloads), progress)
-    return download(exact, wanted, spare, progress)
+    return downloaded(exact, wanted, downloads) or download(exact, wanted, spare, progress)
+
+
+def downloaded(exact: str, wanted: Wanted, downloads: str) -> Path | None:
+    """What an earlier download of a pinned source left, None where there was none or it is gone."""
+    folder = Path(downloads) / _folder_name(exact, wanted)
+    return content(folder) if downloads and folder.is_dir() else None
 
 
 def local_path(source: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from stages.models.checkpoint.subject import Subject
 
 GRAPH = "model.onnx"
 ENDLESS_TOKENS = 2048
@@ -89,6 +91,17 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
     }
 
 
+def admit(params: ExportParams, known: Mapping[str, Any]) -> Subject:
+    """The graph of a checkpoint."""
+    from stages.export.to_onnx import FOUR_BIT_FLOATS, no_four_bit_floats
+
+    given: Subject = known["model"]
+    _refuse_two_stacks(given.model.config)
+    if given.scheme in ("nvfp4", "mxfp4") and params.opset < FOUR_BIT_FLOATS:
+        raise no_four_bit_floats(params.opset, f"the scheme {given.scheme}")
+    return given
+
+
 def _refuse_two_stacks(config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise StageError(
@@ -152,4 +165,5 @@ EXPORT = Stage(
     output=Kind.ONNX,
     image=Image.TORCH,
     run=export,
+    admit=admit,
 )

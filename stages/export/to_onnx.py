@@ -155,12 +155,17 @@ def _refuse_fp4(model: PreTrainedModel, opset: int) -> None:
         if isinstance(module, quantized_linear.QuantizedLinear) and module.form.name in ("nvfp4", "mxfp4")
     ]
     if floats and opset < FOUR_BIT_FLOATS:
-        raise StageError(
-            f"opset {opset} has no four-bit floats",
-            measured=f"{len(floats)} maps like {floats[0]}",
-            limit=f"opset {FOUR_BIT_FLOATS}",
-            remedy=f"Set `opset: {FOUR_BIT_FLOATS}`.",
-        )
+        raise no_four_bit_floats(opset, f"{len(floats)} maps like {floats[0]}")
+
+
+def no_four_bit_floats(opset: int, measured: str) -> StageError:
+    """The refusal of an opset that is too old for four-bit floats."""
+    return StageError(
+        f"opset {opset} has no four-bit floats",
+        measured=measured,
+        limit=f"opset {FOUR_BIT_FLOATS}",
+        remedy=f"Set `opset: {FOUR_BIT_FLOATS}`.",
+    )
 
 
 @contextmanager

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
+
+if TYPE_CHECKING:
+    from stages.models.checkpoint.subject import Subject
 
 _FROM_BASE = ("ties", "dare", "dare_ties")
 
@@ -56,6 +59,22 @@ def fuse(params: FuseParams, inputs: Mapping[str, Path], output: Path, progress:
     editing.write_table(output, rows, method=params.method)
     changed = _proven(output, [*models, *([base] if base else [])])
     return {"parameters": float(stored_parameters(output)), "changed_tensors": float(changed), **_means(rows)}
+
+
+def admit(params: FuseParams, known: Mapping[str, Any]) -> Subject:
+    """The first checkpoint, if the others are like it."""
+    models: list[Subject] = [one for role, one in known.items() if role.startswith("models")]
+    _check(params, len(models), known.get("base") and known["base"].folder)
+    for place, one in enumerate(models):
+        one.require_float("fuse")
+        if type(one.model) is not type(models[0].model):
+            raise StageError(
+                f"checkpoint {place} is of another architecture than the first",
+                measured=type(one.model).__name__,
+                limit=type(models[0].model).__name__,
+                remedy="Fuse checkpoints that were trained from one and the same.",
+            )
+    return models[0]
 
 
 def _check(params: FuseParams, count: int, base: Path | None) -> None:
@@ -114,4 +133,5 @@ FUSE = Stage(
     output=Kind.CHECKPOINT,
     image=Image.TORCH,
     run=fuse,
+    admit=admit,
 )

@@ -51,13 +51,7 @@ def channels(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Pro
     Raises:
         StageError: so much cannot go, channels cannot go alone, or an activation is not finite.
     """
-    anatomy.check_type(model.config.model_type)
-    structure.check_channels_free(model)
-    width, total = int(model.config.intermediate_size), anatomy.block_parameters(model)
-    each = sum(output_parameters(block, ("gate", "up"), "down") for block in anatomy.blocks(model))
-    kept = (width - -(-(total - asked.limit) // each)) // asked.multiple * asked.multiple
-    if kept < 1:
-        raise cannot("channels", total - each * (width - asked.multiple), total, asked)
+    kept = kept_channels(model, asked)
     rows = compress(
         model,
         ids_NT,
@@ -69,27 +63,54 @@ def channels(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Pro
     return rows
 
 
+def kept_channels(model: PreTrainedModel, asked: Asked) -> int:
+    """How many channels of each block stay.
+
+    Raises:
+        StageError: so much cannot go, or channels cannot go alone.
+    """
+    anatomy.check_type(model.config.model_type)
+    structure.check_channels_free(model)
+    width, total = int(model.config.intermediate_size), anatomy.block_parameters(model)
+    each = sum(output_parameters(block, ("gate", "up"), "down") for block in anatomy.blocks(model))
+    kept = (width - -(-(total - asked.limit) // each)) // asked.multiple * asked.multiple
+    if kept < 1:
+        raise cannot("channels", total - each * (width - asked.multiple), total, asked)
+    return kept
+
+
 def heads(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progress) -> Rows:
     """Take the same number of key-value groups out of every block, each with the query heads that read it.
 
     Raises:
         StageError: so much cannot go, heads cannot go alone, or an activation is not finite.
     """
+    kept, readers, dim = kept_heads(model, asked)
+    config = model.config
+    technique = OnWeights(Narrow("o", kept * readers * dim, readers * dim))
+    rows = compress(model, ids_NT, technique, asked.partial, progress)
+    config.num_key_value_heads, config.num_attention_heads, config.head_dim = kept, kept * readers, dim
+    return rows
+
+
+def kept_heads(model: PreTrainedModel, asked: Asked) -> tuple[int, int, int]:
+    """How many key-value heads of each block stay, how many heads of queries read each, and their width.
+
+    Raises:
+        StageError: so much cannot go, or heads cannot go alone.
+    """
     anatomy.check_type(model.config.model_type)
     structure.check_heads_free(model)
     config, total = model.config, anatomy.block_parameters(model)
     groups, readers = int(config.num_key_value_heads), int(config.num_attention_heads) // config.num_key_value_heads
-    dim = anatomy.projections(anatomy.blocks(model)[0])["k"].out_features // groups  # type: ignore[operator]
+    dim = int(anatomy.projections(anatomy.blocks(model)[0])["k"].out_features) // groups  # type: ignore[arg-type]
     each = 0
     for block in anatomy.blocks(model):
         each += readers * dim * output_parameters(block, ("q",), "o") + dim * output_parameters(block, ("k", "v"), None)
     kept = groups - -(-(total - asked.limit) // each)
     if kept < 1:
         raise cannot("heads", total - each * (groups - 1), total, asked)
-    technique = OnWeights(Narrow("o", kept * readers * dim, readers * dim))
-    rows = compress(model, ids_NT, technique, asked.partial, progress)
-    config.num_key_value_heads, config.num_attention_heads, config.head_dim = kept, kept * readers, dim
-    return rows
+    return kept, readers, dim
 
 
 def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progress) -> Rows:
@@ -98,12 +119,8 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
     Raises:
         StageError: so much cannot go, or an activation is not finite.
     """
+    check_decoders(model)
     every, total = anatomy.blocks(model), anatomy.block_parameters(model)
-    if any(block.stack != "decoder" for block in every):
-        raise StageError(
-            f"{type(model).__name__} has an encoder: what it predicts next cannot choose its blocks",
-            remedy="Prune its weights by `magnitude`, or give a causal language model.",
-        )
     gone = _chosen(model, ids_NT, asked, progress)
     left = structure.parameters_without(model, [one.block for one in gone])
     if left > asked.limit:
@@ -121,6 +138,15 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
     progress.note(f"blocks {', '.join(map(str, dropped))} of {len(every)} went")
     name = "kl_without" if asked.by == "loss" else "influence"
     return [{"block": one.block, "kept": False, name: one.cost} for one in gone] + rows
+
+
+def check_decoders(model: PreTrainedModel) -> None:
+    """Raise StageError where the loss cannot choose which blocks go."""
+    if any(block.stack != "decoder" for block in anatomy.blocks(model)):
+        raise StageError(
+            f"{type(model).__name__} has an encoder: what it predicts next cannot choose its blocks",
+            remedy="Prune its weights by `magnitude`, or give a causal language model.",
+        )
 
 
 def _chosen(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progress) -> list[Dropped]:

@@ -45,13 +45,7 @@ def width(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progre
     Raises:
         StageError: so much cannot go, a map is not dense or is tied to another, or an activation is not finite.
     """
-    anatomy.check_type(model.config.model_type)
-    _check_free(model)
-    hidden, total = int(model.config.hidden_size), anatomy.block_parameters(model)
-    each = sum(map(_of_one_dimension, anatomy.blocks(model)))
-    kept = (hidden - -(-(total - asked.limit) // each)) // asked.multiple * asked.multiple
-    if kept < 1:
-        raise cannot("the hidden width", total - each * (hidden - asked.multiple), total, asked)
+    hidden, kept = int(model.config.hidden_size), kept_width(model, asked)
     chosen = _chosen(model, ids_NT, kept, asked, progress)
     kept_K = torch.tensor(chosen.pop("kept"))
     stays_H = torch.zeros(hidden, dtype=torch.bool).index_fill(0, kept_K, True)
@@ -65,6 +59,22 @@ def width(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progre
     )
     cut(model, kept_K, asked.partial)
     return [{"layer": "hidden_size", "dimensions_before": hidden, "dimensions": kept, **chosen}, *rows]
+
+
+def kept_width(model: PreTrainedModel, asked: Asked) -> int:
+    """How many dimensions of the stream stay.
+
+    Raises:
+        StageError: so much cannot go, or a map is not dense or is tied to another.
+    """
+    anatomy.check_type(model.config.model_type)
+    _check_free(model)
+    hidden, total = int(model.config.hidden_size), anatomy.block_parameters(model)
+    each = sum(map(_of_one_dimension, anatomy.blocks(model)))
+    kept = (hidden - -(-(total - asked.limit) // each)) // asked.multiple * asked.multiple
+    if kept < 1:
+        raise cannot("the hidden width", total - each * (hidden - asked.multiple), total, asked)
+    return kept
 
 
 def _of_one_dimension(block: Block) -> int:

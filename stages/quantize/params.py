@@ -78,3 +78,9 @@ class QuantizeParams(Params):
         if self.layout == "compressed-tensors" and self.embedding == "int8":
             raise ValueError("layout compressed-tensors holds no INT8 table: set `embedding: keep`")
         return self
+
+
+def block_of(params: QuantizeParams) -> int | None:
+    """How many inputs of a map share a scale, None where a row has one."""
+    blocks = {"int4_weight_only": params.block, "auto": params.block, "nvfp4": 16, "mxfp4": 32}
+    return blocks.get(params.scheme)

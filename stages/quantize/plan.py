@@ -21,7 +21,7 @@ from stages.models.layers.quantization_spec import describe
 from stages.models.memory.saved_state import settle
 from stages.quantize import cache_ranges, mixed_precision, rotation_choice
 from stages.quantize.input_ranges import Decision, How, decided
-from stages.quantize.params import QuantizeParams
+from stages.quantize.params import QuantizeParams, block_of
 from stages.quantize.rounding import Precision, Rounding
 from stages.runtime.contract import Progress, StageError
 from stages.runtime.progress import Silent
@@ -36,12 +36,19 @@ def opened(folder: Path) -> PreTrainedModel:
         StageError: it is quantized already.
     """
     model = load_model(folder)
-    if describe(model) is not None:
+    if (spec := describe(model)) is not None:
+        refuse_quantized(str(spec.get("scheme", "few bits")))
+    return model
+
+
+def refuse_quantized(scheme: str) -> None:
+    """Raise StageError where a checkpoint is quantized."""
+    if scheme:
         raise StageError(
             "the checkpoint is quantized already",
+            measured=scheme,
             remedy="Judge, export and compile it as it is, or give the float checkpoint it was made from.",
         )
-    return model
 
 
 def by_weights_alone(params: QuantizeParams) -> bool:
@@ -164,10 +171,10 @@ def _precision(params: QuantizeParams) -> Precision:
         "int8_w8a8": Precision("int8", input_form="int8"),
         "int8_weight_only": Precision("int8"),
         "fp8_e4m3": Precision("fp8_e4m3", input_form="fp8_e4m3"),
-        "int4_weight_only": Precision("int4", block=params.block),
-        "auto": Precision("int4", block=params.block),
-        "nvfp4": Precision("nvfp4", block=16),
-        "mxfp4": Precision("mxfp4", block=32),
+        "int4_weight_only": Precision("int4", block=block_of(params)),
+        "auto": Precision("int4", block=block_of(params)),
+        "nvfp4": Precision("nvfp4", block=block_of(params)),
+        "mxfp4": Precision("mxfp4", block=block_of(params)),
     }[params.scheme]
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stages.quantize.params import SIXTEEN_BITS, QuantizeParams
 from stages.runtime.contract import Image, Input, Kind, Metrics, Progress, Stage
+
+if TYPE_CHECKING:
+    from stages.models.checkpoint.subject import Subject
 
 
 def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
@@ -20,6 +24,13 @@ def quantize(params: QuantizeParams, inputs: Mapping[str, Path], output: Path, p
     return in_few_bits(params, inputs, output, progress)
 
 
+def admit(params: QuantizeParams, known: Mapping[str, Any]) -> Subject:
+    """See `stages.quantize.admission`."""
+    from stages.quantize.admission import admitted
+
+    return admitted(params, known)
+
+
 QUANTIZE = Stage(
     name="quantize",
     params=QuantizeParams,
@@ -30,4 +41,5 @@ QUANTIZE = Stage(
     output=Kind.CHECKPOINT,
     image=Image.TORCH,
     run=quantize,
+    admit=admit,
 )

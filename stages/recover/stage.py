@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.recover.params import RecoverParams
 from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Progress, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from stages.models.checkpoint.subject import Subject
 
 
 def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
@@ -55,6 +57,15 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     }
 
 
+def admit(params: RecoverParams, known: Mapping[str, Any]) -> Subject:
+    """The model as it came, if it can learn in the way asked."""
+    from stages.recover.checks import check_known
+
+    check_known(known["model"], known["teacher"], params.update)
+    model: Subject = known["model"]
+    return model
+
+
 RECOVER = Stage(
     name="recover",
     params=RecoverParams,
@@ -67,4 +78,5 @@ RECOVER = Stage(
     output=Kind.CHECKPOINT,
     image=Image.TORCH,
     run=recover,
+    admit=admit,
 )

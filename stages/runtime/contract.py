@@ -201,6 +201,8 @@ class Stage(Generic[P]):
             `fetch` and `corpus` have one.
         executed_on: for a stage whose result is a fact about a machine: the executor for given params and inputs.
         uses: the modules that its params choose by name, which its code does not import: they are in `code`, too.
+        admit: (params, role -> what is known of the input before it is made) -> what is known of the output, see
+            `stages.admission`. It raises StageError where the work would, as far as names, shapes and settings say it.
         divided: for a stage whose work is a sum of independent parts. `run` uses those that it finds in its draft, see
             `stages.runtime.parts`, and its bytes do not depend on how the work was divided.
     """
@@ -214,4 +216,5 @@ class Stage(Generic[P]):
     pin: Callable[[P, Pins, Progress], P] | None = None
     executed_on: Callable[[P], dict[str, str]] | None = None
     uses: Callable[[P], tuple[str, ...]] | None = None
+    admit: Callable[[P, Mapping[str, Any]], Any] | None = None
     divided: Divided[P] | None = None

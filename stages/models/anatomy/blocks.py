@@ -6,12 +6,14 @@ Blocks are found by structure; `stages.models.anatomy.roles` says how their maps
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stages.models.anatomy import tasks
 from stages.models.anatomy.roles import ATTENTION, FEED_FORWARD, is_map, maps_of, roles_of
 from stages.runtime.contract import StageError
 
@@ -113,8 +115,9 @@ def blocks(model: PreTrainedModel) -> list[Block]:
         StageError: the architecture is not understood.
     """
     found: list[Block] = []
+    continues = tasks.task(model.config) == "generate"
     for path, layers in stacks(model).items():
-        causal = any(getattr(module, "is_causal", False) for module in layers.modules())
+        causal = continues or any(getattr(module, "is_causal", False) for module in layers.modules())
         stack = "decoder" if causal or "decoder" in path.split(".") else "encoder"
         found += [Block(len(found) + i, f"{path}.{i}", module, stack) for i, module in enumerate(layers)]
     return found
@@ -179,10 +182,10 @@ def _is_norm(name: str) -> bool:
 
 def _scales(norm: nn.Module) -> bool:
     """Whether its output is its weight times what it normalizes, plus its bias."""
-    weight = norm.get_parameter("weight")
-    zero = torch.func.functional_call(norm, {"weight": torch.zeros_like(weight)}, torch.ones_like(weight).cumsum(0))
-    bias = getattr(norm, "bias", None)
-    return torch.equal(zero, torch.zeros_like(zero) if bias is None else bias)
+    probe = deepcopy(norm).to_empty(device="cpu")  # the model may stand on the meta device
+    for parameter in probe.parameters():
+        nn.init.zeros_(parameter)
+    return not probe(torch.arange(1.0, 1 + probe.get_parameter("weight").numel())).any()
 
 
 def last_norm(model: PreTrainedModel) -> nn.Module:

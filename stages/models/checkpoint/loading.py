@@ -50,7 +50,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
     return model.eval()
 
 
-def unread(folder: Path, weights: Iterable[Path]) -> list[str]:
+def outlined(folder: Path, weights: Iterable[Path]) -> tuple[PreTrainedModel, list[str]]:
     """Prove that a checkpoint's names and shapes are those of its architecture; no weight is read.
 
     Args:
@@ -58,7 +58,7 @@ def unread(folder: Path, weights: Iterable[Path]) -> list[str]:
         weights: its safetensors files.
 
     Returns:
-        The names of the tensors that the architecture does not read.
+        The model on the meta device, and the names of the tensors that the architecture does not read.
 
     Raises:
         StageError: as `load_model`, but for the values.
@@ -71,7 +71,8 @@ def unread(folder: Path, weights: Iterable[Path]) -> list[str]:
     # On the meta device torch computes some tables by functions that are marked for its compiler.
     with without_compiler(), torch.device("meta"):
         model, outlines = _built(folder, read, outlines, torch.float32)
-        return filling.fill(model, outlines, torch.float32, folder)
+        left = filling.fill(model, outlines, torch.float32, folder)
+    return model.eval(), left
 
 
 def _built(

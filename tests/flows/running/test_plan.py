@@ -19,7 +19,7 @@ def planned(name="int8", kind="share", requires=None, force=False, manifest=None
     given = stage(kind).params.model_validate(params)
     work = Work(stage=kind, code="0" * 64, params=params, inputs={}, requires=requires or {})
     order = Order(step=name, stage=kind, params=given, work=work, force=force)
-    return Planned(order=order, identity="a" * 64, manifest=manifest, why="", after=())
+    return Planned(order=order, identity="a" * 64, manifest=manifest, why="", roles={})
 
 
 def said(store, pools=None, **how) -> str:

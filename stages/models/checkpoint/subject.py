@@ -1,0 +1,122 @@
+"""What a step will read, as far as it is known before anything is made: the model without its weights.
+
+It stands on the meta device: shapes, names and classes are the model's own, and it takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from stages.models.anatomy import classes, tasks
+from stages.models.checkpoint import layout
+from stages.models.layers import low_rank_linear
+from stages.models.layers.quantization_spec import describe
+from stages.models.memory.lean_import import without_compiler
+from stages.runtime.contract import StageError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint, or what will be made of one.
+
+    Attributes:
+        folder: where its configuration and tokenizer lie: of the checkpoint that all begins with.
+        model: on the meta device; admission gives it the shapes that the steps will.
+        task: what it is for.
+        scheme: how it is quantized, empty for a float one.
+        masked: single weights are zeros that must stay.
+        loose: some maps stand on bases whose widths are found when they are made.
+        facts: what a person wants to know of it, in words.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    task: str
+    scheme: str = ""
+    masked: bool = False
+    loose: bool = False
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def require_float(self, verb: str) -> None:
+        """Raise StageError where it is quantized."""
+        if self.scheme:
+            raise StageError(
+                "the checkpoint is quantized",
+                measured=self.scheme,
+                remedy=f"{verb.capitalize()} first, quantize afterwards.",
+            )
+
+
+def subject(
+    folder: Path, model: PreTrainedModel, tensors: Mapping[str, Mapping[str, Any]], left: Sequence[str]
+) -> Subject:
+    """A checkpoint that lies there.
+
+    Args:
+        folder: where.
+        model: its outline.
+        tensors: its tensors' headers, without those that the architecture does not read.
+        left: the names of those.
+    """
+    task, most = tasks.task(model.config), tasks.longest(model.config)
+    spec = describe(model)
+    scheme = str(spec.get("scheme", "")) if spec else ""
+    kinds = sorted({str(one["dtype"]) for one in tensors.values()})
+    facts = {
+        "architecture": f"{type(model).__name__} ({model.config.model_type})",
+        "task": task,
+        "parameters": f"{layout.parameters(tensors):,} in {', '.join(kinds)}",
+        "reads": "any number of tokens" if most is None else f"{most:,} tokens",
+        "vocabulary": f"{model.config.get_text_config().vocab_size:,}",
+    }
+    if scheme:
+        facts["quantized"] = scheme
+    loose = bool(low_rank_linear.describe(model))
+    if left:
+        facts["not read"] = f"{len(left)} tensors like {left[0]}"
+    return Subject(folder, model, task, scheme, masked=(folder / layout.MASKS).is_file(), loose=loose, facts=facts)
+
+
+def of_gguf(path: Path) -> Subject:
+    """The checkpoint that a GGUF file becomes.
+
+    Raises:
+        StageError: its architecture is not understood.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    # What transformers raises for an architecture or a field of it that it does not know; its text is passed on.
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise StageError(
+            f"{path} has an architecture that is not understood ({error})",
+            remedy="Use a dense decoder, or the same checkpoint as safetensors.",
+        ) from error
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    with without_compiler(), torch.device("meta"):
+        model = classes.empty(config, torch.float32)
+    count = sum(one.numel() for one in model.parameters())
+    facts = {
+        "architecture": f"{type(model).__name__} ({config.model_type}), as GGUF",
+        "task": "generate",
+        "parameters": f"{count:,}, written as F32",
+        "reads": f"{tasks.longest(config):,} tokens",
+        "vocabulary": f"{config.vocab_size:,}",
+    }
+    return Subject(path.parent, model.eval(), "generate", facts=facts)
+
+
+def reshape(one: nn.Module, *, inputs: int | None = None, outputs: int | None = None) -> None:
+    """Give a linear map on the meta device another shape; one that stands on a basis keeps its own."""
+    if not isinstance(one, nn.Linear):
+        return
+    one.in_features, one.out_features = inputs or one.in_features, outputs or one.out_features
+    one.weight = nn.Parameter(torch.empty(one.out_features, one.in_features, device="meta"))
+    if one.bias is not None:
+        one.bias = nn.Parameter(torch.empty(one.out_features, device="meta"))
