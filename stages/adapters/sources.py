@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -34,8 +34,9 @@ class Wanted:
     remedy: str
 
     def takes(self, name: str) -> bool:
-        """Whether a file of this relative path counts."""
-        return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in self.patterns)
+        """Whether a file of this relative path counts, in capitals or not."""
+        own = name.rpartition("/")[2].lower()
+        return any(fnmatchcase(own, pattern.lower()) for pattern in self.patterns)
 
 
 @dataclass(frozen=True)

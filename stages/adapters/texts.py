@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.runtime.contract import StageError
+from stages.adapters import row_files
+from stages.adapters.encodings import PACKED, whole_text
+from stages.adapters.rows import Message
+from stages.runtime.contract import Progress, StageError
 from stages.runtime.fingerprint import canonical, constraints, digest_bytes, digest_file
 
-FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-PATTERNS = tuple(f"*{suffix}" for suffix in FORMATS)
+FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+PATTERNS = tuple(f"*{suffix}{packed}" for suffix in FORMATS for packed in ("", PACKED))
 GENERATED = ("pydoc://topics", "descriptions://constraints")
-_REMEDY = "Give a .txt, .md, .jsonl or .parquet file or a folder of them."
+REMEDY = "Give a .txt, .md, .jsonl, .json or .parquet file, any of them with .gz, or a folder of them."
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its name inside the source, which does not depend on where the source lies."""
+    """A text or a conversation, and its name inside the source, which does not depend on where the source lies."""
 
     name: str
     text: str
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True)
+class Null:
+    """A row that has nothing where its text should stand."""
+
+    where: str
 
 
 def generated(source: str) -> list[Document]:
@@ -60,105 +71,77 @@ def digest_of_documents(documents: list[Document]) -> str:
 
 def digest_of_files(path: Path) -> str:
     """The identity of text files: names below the folder, format and bytes. A single file's own name does not count."""
-    return digest_bytes(canonical([[name, FORMATS[file.suffix], digest_file(file)] for name, file in text_files(path)]))
+    return digest_bytes(canonical([[name, _format(file), digest_file(file)] for name, file in text_files(path)]))
 
 
 def text_files(path: Path) -> list[tuple[str, Path]]:
     """(name inside the source, file) of each text file at a path, in order of names.
 
+    A suffix counts in any case and is named in lower case, unless two files would bear one name.
+
     Raises:
         StageError: there is none.
     """
     if path.is_file():
-        found = [("", path)] if path.suffix in FORMATS else []
+        found = [("", path)] if _format(path) else []
     else:
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in FORMATS)
-        found = [(file.relative_to(path).as_posix(), file) for file in files]
+        files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+        names = [file.relative_to(path).as_posix() for file in files]
+        plain = [f"{name[: -len(_suffix(name))]}{_suffix(name)}" for name in names]
+        often = Counter(plain)
+        found = [(low if often[low] == 1 else name, file) for name, low, file in zip(names, plain, files, strict=True)]
     if not found:
-        raise StageError(f"{path} holds no text", limit=", ".join(FORMATS), remedy=_REMEDY)
+        raise StageError(f"{path} holds no text", limit=f"{', '.join(FORMATS)}, and with {PACKED}", remedy=REMEDY)
     return found
 
 
-def documents(path: Path, column: str) -> Iterator[Document]:
+def documents(path: Path, column: str, progress: Progress) -> Iterator[Document | Null]:
     """The documents of a file or a folder of files.
 
     Args:
-        path: a text file is one document, a row of jsonl or parquet is one document.
-        column: the field that holds the text.
+        path: a text file is one document, a row of jsonl, json or parquet is one document.
+        column: the field that holds the text; where rows have no `text`, their conversations are taken for it.
+        progress: told which .json files of a folder are taken for no text.
 
     Raises:
-        StageError: bytes that are not UTF-8, a malformed line or a missing column; the error names file and line.
+        StageError: bytes that are no text, a malformed line or a missing column; the error names file and line.
     """
     for name, file in text_files(path):
-        match FORMATS[file.suffix]:
+        match _format(file).removesuffix(PACKED):
             case "text":
-                yield Document(name, _decoded(file.read_bytes(), file))
-            case "jsonl":
-                yield from _rows_of_jsonl(name, file, column)
-            case _:
-                yield from _rows_of_parquet(name, file, column)
-
-
-def _decoded(data: bytes, file: Path, line: int | None = None) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = line or data.count(b"\n", 0, error.start) + 1
-        raise StageError(
-            f"{file} line {where} is not UTF-8",
-            measured=f"byte 0x{data[error.start]:02x}",
-            remedy="Convert the file: iconv -f latin1 -t utf-8.",
-        ) from error
-    return text.replace("\r\n", "\n")
-
-
-def _rows_of_jsonl(name: str, file: Path, column: str) -> Iterator[Document]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
+                yield Document(name, whole_text(file))
                 continue
-            try:
-                row = json.loads(_decoded(line, file, number))
-            except ValueError as error:
-                raise StageError(
-                    f"{file} line {number} is not JSON ({error})", remedy="One JSON object a line is expected."
-                ) from error
-            text = row.get(column) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                has = ", ".join(sorted(row)[:8]) if isinstance(row, dict) else type(row).__name__
-                raise StageError(
-                    f"{file} line {number} has no text in {column!r}",
-                    measured=f"it has {has}",
-                    remedy="Name the field that holds the text: params.column.",
-                )
-            yield Document(f"{name}:{number}" if name else str(number), text.replace("\r\n", "\n"))
+            case "jsonl":
+                rows = row_files.of_lines(file, column)
+            case "json":
+                if name and row_files.is_side_file(file, column):
+                    progress.note(f"{file} is one object without text: taken for a description of the others, left out")
+                    continue
+                rows = row_files.of_json(file, column)
+            case _:
+                rows = row_files.of_parquet(file, column)
+        for number, where, content in rows:
+            named = f"{name}:{number}" if name else str(number)
+            if content is None:
+                yield Null(where)
+            elif isinstance(content, str):
+                yield Document(named, content)
+            else:
+                yield Document(named, "\n\n".join(message.content for message in content), content)
 
 
-def _rows_of_parquet(name: str, file: Path, column: str) -> Iterator[Document]:
-    import pyarrow
-    from pyarrow import parquet
+def _suffix(name: str) -> str:
+    """What a file's name ends in, as FORMATS has it and with .gz where it is packed; empty where it is no text."""
+    low = name.lower()
+    packed = PACKED if low.endswith(PACKED) else ""
+    suffix = Path(low.removesuffix(PACKED)).suffix
+    return f"{suffix}{packed}" if suffix in FORMATS else ""
 
-    try:
-        with parquet.ParquetFile(file) as opened:
-            if column not in opened.schema_arrow.names:
-                raise StageError(
-                    f"{file} has no column {column!r}",
-                    measured=f"it has {', '.join(opened.schema_arrow.names[:8])}",
-                    remedy="Name the column that holds the text: params.column.",
-                )
-            number = 0
-            for batch in opened.iter_batches(columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    if text is not None and not isinstance(text, str):
-                        raise StageError(
-                            f"{file} row {number} has no text in {column!r}",
-                            measured=type(text).__name__,
-                            remedy="Name a column of strings: params.column.",
-                        )
-                    yield Document(f"{name}:{number}" if name else str(number), text or "")
-    except pyarrow.ArrowInvalid as error:
-        raise StageError(f"{file} is no parquet file ({error})", remedy="Fetch the file again.") from error
+
+def _format(file: Path) -> str:
+    suffix = _suffix(file.name)
+    packed = PACKED if suffix.endswith(PACKED) else ""
+    return f"{FORMATS[suffix.removesuffix(PACKED)]}{packed}" if suffix else ""
 
 
 @dataclass(frozen=True)
@@ -167,6 +150,21 @@ class Paragraph:
 
     text: str
     glue: str = "\n\n"
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def compared(self) -> str:
+        """What makes it a duplicate of another one: a conversation without what the system says, which many share."""
+        spoken = [message.content for message in self.messages if message.role != "system"]
+        return "\n\n".join(spoken) if any(part.strip() for part in spoken) else self.text
+
+
+def parts(document: Document, longest: int) -> Iterator[Paragraph]:
+    """A conversation whole, a text by its paragraphs (see there)."""
+    if not document.messages:
+        yield from paragraphs(document.text, longest)
+    elif document.text.strip():
+        yield Paragraph(document.text, messages=document.messages)
 
 
 def paragraphs(text: str, longest: int) -> Iterator[Paragraph]:

@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -26,7 +27,7 @@ SPLITS = {"calibrate": 0.1, "train": 0.7, "validate": 0.1, "test": 0.1}
 HALVES = {"validate": 0.5, "test": 0.5}
 
 
-def read(store: Store, identity: str) -> dict[str, list[dict[str, str]]]:
+def read(store: Store, identity: str) -> dict[str, list[dict[str, Any]]]:
     folder = store.checkout(identity)
     lines = {p.stem: p.read_text(encoding="utf-8").split("\n") for p in sorted(folder.glob("*.jsonl"))}
     return {split: [json.loads(line) for line in found if line] for split, found in lines.items()}
@@ -150,13 +151,56 @@ def test_same_bytes_in_another_format_are_another_corpus(seal: Seal, tmp_path: P
 def test_formats_of_the_same_rows_give_the_same_passages(seal: Seal, store: Store, tmp_path: Path) -> None:
     rows = prose(9, 50).split("\n\n")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": row, "n": 1}) + "\n\n" for row in rows))
-    parquet.write_table(pyarrow.table({"body": [*rows, None], "n": range(51)}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"body": rows, "n": range(50)}), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps([{"body": row} for row in rows]))
     params = {"splits": HALVES, "column": "body"}
     found = []
-    for name in ("a.jsonl", "a.parquet"):
+    for name in ("a.jsonl", "a.parquet", "a.json"):
         outcome = seal("corpus", {"source": str(tmp_path / name), **params})
         found.append({split: [x["text"] for x in lines] for split, lines in read(store, outcome.identity).items()})
-    assert found[0] == found[1] and sum(map(len, found[0].values())) == 50
+    assert found[0] == found[1] == found[2] and sum(map(len, found[0].values())) == 50
+
+
+def test_null_rows_are_refused_or_counted_and_left_out(seal: Seal, store: Store, tmp_path: Path) -> None:
+    rows = [*prose(9, 50).split("\n\n"), None, None]
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps({"text": row}) for row in rows))
+    for name, first in (("a.parquet", "row 51"), ("a.jsonl", "line 101")):
+        params = {"source": str(tmp_path / name), "splits": HALVES}
+        refused = rf"{re.escape(name)} {first} has null for its text; measured 2 rows of 52 are null.*`nulls` to skip"
+        with pytest.raises(StageError, match=refused):
+            seal("corpus", params)
+        outcome = seal("corpus", {**params, "nulls": "skip"})
+        assert outcome.manifest.metrics["nulls_skipped"] == 2 and outcome.manifest.metrics["passages"] == 50
+        assert json.loads((store.checkout(outcome.identity) / "corpus.json").read_text())["nulls_skipped"] == 2
+
+
+def test_conversation_stays_whole_in_one_split_and_stands_once(seal: Seal, store: Store, tmp_path: Path) -> None:
+    rules = {"role": "system", "content": prose(20, 3)}
+    asked = [
+        [rules, {"role": "user", "content": prose(seed, 4)}, {"role": "assistant", "content": prose(seed + 100, 1)}]
+        for seed in range(30)
+    ]
+    rows = [{"messages": said} for said in [*asked, asked[3]]]
+    rows += [{"text": part} for part in prose(21, 30).split("\n\n")]
+    rows += [{"messages": [{"role": "user", "content": " "}]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    params = {"source": str(tmp_path / "a.jsonl"), "splits": HALVES, "passage_characters": 300}
+    outcome = seal("corpus", params)
+    splits = read(store, outcome.identity)
+    kept = [line["messages"] for lines in splits.values() for line in lines if "messages" in line]
+    assert sorted(kept, key=asked.index) == asked, "each whole and once, whatever many have in common"
+    assert all(any("messages" in line for line in lines) for lines in splits.values())
+    assert sum("text" in line for lines in splits.values() for line in lines) == 30
+    record = json.loads((store.checkout(outcome.identity) / "corpus.json").read_text())
+    assert sum(split["conversations"] for split in record["splits"].values()) == 30
+    assert record["duplicates_removed"] == 1 and record["control_tokens"] == "text"
+    said = sum(len("\n\n".join(turn["content"] for turn in turns)) for turns in asked)
+    written = sum(len(line["text"]) for lines in splits.values() for line in lines if "text" in line)
+    assert outcome.manifest.metrics["characters"] == said + written
+    parsed = seal("corpus", {**params, "control_tokens": "parse"})
+    assert parsed.identity != outcome.identity
+    assert json.loads((store.checkout(parsed.identity) / "corpus.json").read_text())["control_tokens"] == "parse"
 
 
 def test_folder_is_read_in_order_of_names_and_other_files_do_not_count(seal: Seal, tmp_path: Path) -> None:
@@ -214,6 +258,7 @@ BAD = {
     "column.jsonl": (b'{"body": "a"}\n', r"column\.jsonl line 1 has no text in 'text'; measured it has body"),
     "list.jsonl": (b"[1]\n", r"list\.jsonl line 1 has no text in 'text'"),
     "false.parquet": (b"PAR1 and no more", r"false\.parquet is no parquet file"),
+    "wide.txt": ("\u0444\u044b\u0432 \u0430\n".encode("utf-16-le"), r"wide\.txt line 1 holds a NUL.*UTF-16LE"),
     "data.csv": (b"a,b", "holds no text"),
 }
 
@@ -232,7 +277,10 @@ def test_text_that_cannot_be_used_is_refused_and_nothing_is_sealed(
 
 @pytest.mark.parametrize(
     ("table", "message"),
-    [({"n": [1]}, "no column 'text'; measured it has n"), ({"text": [1]}, "row 1 has no text")],
+    [
+        ({"n": [1]}, "no column 'text'; measured it has n"),
+        ({"text": [1]}, r"has no text in column 'text'; measured it has text \(int64\)"),
+    ],
 )
 def test_parquet_without_the_text_is_refused(
     seal: Seal, tmp_path: Path, table: dict[str, list[int]], message: str
