@@ -82,7 +82,7 @@ def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, p
     from stages.measures.size import size_bytes
 
     model = inputs["model"]
-    text = _text(params, inputs)
+    text = _text(params, inputs, progress)
     documents = _all_scores(params, inputs, text, output / FOLDER, progress)
     files = {p.relative_to(model).as_posix(): p.stat().st_size for p in model.rglob("*") if p.is_file()}
     measures = summary(documents) | {"size_bytes": float(size_bytes(files))}
@@ -154,7 +154,7 @@ def _kept_scores(
     return scored
 
 
-def _text(params: ValidateParams, inputs: Mapping[str, Path]) -> _Text:
+def _text(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress | None = None) -> _Text:
     from stages.measures.predictions import Asking
     from stages.models.anatomy import tasks
     from stages.models.checkpoint.loading import load_config, load_tokenizer
@@ -170,7 +170,8 @@ def _text(params: ValidateParams, inputs: Mapping[str, Path]) -> _Text:
     mask = _mask(tokenizer) if task == "fill" else None
     before, after = special_ends(tokenizer)
     asking = Asking(task, len(before), len(after), mask)
-    return _Text(windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows), asking)
+    ids_NT = windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows, progress=progress)
+    return _Text(ids_NT, asking)
 
 
 def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:

@@ -43,7 +43,7 @@ def side_by_side(
         StageError: a text is shorter than one window, or a model cannot learn, teach or write as asked.
     """
     tokenizer, tokens = load_tokenizer(inputs["model"]), readable(inputs["model"], params.window_tokens, progress)
-    ids_NT = windows(inputs["text"], "train", tokenizer, tokens)
+    ids_NT = windows(inputs["text"], "train", tokenizer, tokens, progress=progress)
     roles = [role for role in ("text", "other") if role in inputs]
     judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
     if saved.config.is_encoder_decoder:

@@ -50,7 +50,7 @@ def calibration(inputs: Mapping[str, Path], tokens: int, most: int, progress: Pr
         raise StageError("this method needs an input 'text'", remedy="Give a corpus with a `calibrate` split.")
     tokens = readable(inputs["model"], tokens, progress)
     tokenizer = load_tokenizer(inputs["model"])
-    ids_NT = windows(inputs["text"], "calibrate", tokenizer, tokens, most=most)
+    ids_NT = windows(inputs["text"], "calibrate", tokenizer, tokens, most=most, progress=progress)
     if len(ids_NT) < most:
         progress.note(f"the calibrate split gives {len(ids_NT)} of {most} windows")
     del tokenizer  # a vocabulary takes as much memory as a small model's block

@@ -1,4 +1,4 @@
-"""Text as a model reads it: windows of tokens, and what a decoder answers to them.
+"""Text as a model reads it: windows of tokens, chat templates, and what a decoder answers to them.
 
 May be imported from here: anything. Never comes in: where texts come from.
 """
