@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands import catalog, compare, deploy, inspect, manage, run, ui, watch
+from flows.commands import catalog, check, compare, deploy, inspect, manage, run, ui, watch
 from flows.running import interruption
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(run.init, run.plan, run.run, run.recipes),
+    *(check.check, run.init, run.plan, run.run, run.recipes),
     *(watch.watch, watch.hooks, deploy.deploy, ui.ui),
     *(inspect.runs, inspect.ls, inspect.inspect, inspect.explain, compare.compare, inspect.logs, inspect.verify),
     *(catalog.models, catalog.stages),
@@ -61,21 +61,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except _stage_error() as error:
-        code = _code(error)
-        if code == interruption.CODE:
-            interruption.unwinding()
-            interruption.say(f"interrupted: {error}; the same command goes on from there\n")
-            return code
-        if debug:
-            traceback.print_exception(error)
-        for line in str(error).splitlines():
-            sys.stderr.write(f"error: {line}\n")
-        return code
+    except Exception as error:
+        return _said(error, debug=debug)
     if code == interruption.CODE:
         interruption.unwinding()
         interruption.say()
     return int(code or 0)
+
+
+def _said(error: Exception, *, debug: bool) -> int:
+    """Tell a person of an error; returns the exit code. No traceback unless it was asked for."""
+    foreseen = isinstance(error, _stage_error())
+    code = _code(error) if foreseen else 1
+    if code == interruption.CODE:
+        interruption.unwinding()
+        interruption.say(f"interrupted: {error}; the same command goes on from there\n")
+        return code
+    if debug:
+        traceback.print_exception(error)
+    if foreseen:
+        lines = str(error).splitlines()
+    else:
+        text = (str(error).strip().splitlines() or ["no text"])[0]
+        lines = [
+            f"{type(error).__name__}: {text}. This is a defect: please report it with the command; "
+            "`enginery --debug` shows where it arose."
+        ]
+    for line in lines:
+        sys.stderr.write(f"error: {line}\n")
+    return code
 
 
 def _version() -> str:
@@ -94,7 +108,7 @@ def _stage_error() -> type[StageError]:
     return StageError
 
 
-def _code(error: StageError) -> int:
+def _code(error: Exception) -> int:
     from stages.runtime.contract import DoesNotFit, Interrupted
 
     return 3 if isinstance(error, DoesNotFit) else 130 if isinstance(error, Interrupted) else 1

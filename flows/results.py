@@ -178,6 +178,23 @@ class PlanResult(Frozen):
     steps: list[PlanLine]
 
 
+class CheckLine(Frozen):
+    """What one verb would do with a checkpoint."""
+
+    does: str
+    stage: str
+    takes: bool
+    why: str
+
+
+class CheckResult(Frozen):
+    """`enginery check --json`."""
+
+    source: str
+    facts: dict[str, str]
+    verbs: list[CheckLine]
+
+
 class Tensors(Frozen):
     """Tensors of one type: how many, their elements, bytes, and the share of elements that are zero."""
 

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import subprocess
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,6 +39,7 @@ from stages.runtime.contract import (
 from stages.runtime.dividing import count_units, execute_part
 from stages.runtime.ending import end_process
 from stages.runtime.execute import Outcome, execute
+from stages.runtime.fingerprint import ROOT
 from stages.runtime.patience import be_patient
 from stages.runtime.progress import JsonLines
 
@@ -83,6 +85,11 @@ def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
     except StageError as error:
         events.send(event="error", **described(error))
         return CODES.get(type(error), 1)
+    # Any other error: a person hears what broke and what to do; where in the code stands in the step's log.
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exception(error)
+        events.send(event="error", **described(defect(asked.name, error)))
+        return 1
     events.send(**last)
     return 0
 
@@ -134,6 +141,19 @@ def described(error: StageError) -> dict[str, str | None]:
         "limit": None if error.limit is None else str(error.limit),
         "remedy": error.remedy,
     }
+
+
+def defect(what: str, error: Exception) -> StageError:
+    """An error that nobody foresaw as one of ours: what broke, its type and text, and the last place in our code."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(ROOT)]
+    ours = [frame for frame in frames if "site-packages" not in frame.filename]
+    where = f" at {Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}" if ours else ""
+    text = (str(error).strip().splitlines() or ["no text"])[0]
+    return StageError(
+        f"{what} broke{where}: {type(error).__name__}: {text}",
+        remedy="This is a defect: please report it with the recipe and the step's log. Steps that are sealed stay; the "
+        "same command goes on behind them and breaks at the same place until this one or its params change.",
+    )
 
 
 def rebuilt(event: dict[str, str | None]) -> StageError:

@@ -36,7 +36,7 @@ def init(
 
     if output.exists():
         raise StageError(f"{output} is there already", remedy="Name another file with -o, or remove it.")
-    sources = {"@CHECKPOINT@": _source(checkpoint), "@TEXT@": _source(text)}
+    sources = {"@CHECKPOINT@": absolute_source(checkpoint), "@TEXT@": absolute_source(text)}
     stem = re.split(r"[/\\]", checkpoint.rstrip("/"))[-1]
     name = re.sub(r"[^a-z0-9.-]+", "-", stem.lower().removesuffix(".gguf")).strip("-.") or "model"
     written = TEMPLATE.read_text(encoding="utf-8").replace("@NAME@", name)
@@ -143,7 +143,12 @@ def recipes() -> None:
         typer.echo(f"{name}: {about}")
 
 
-def _source(text: str) -> str:
+def absolute_source(text: str) -> str:
+    """A source as it is named from any folder: a URI as it is, a path as a file:// URI.
+
+    Raises:
+        StageError: there is no such file or folder.
+    """
     from stages.runtime.contract import StageError
 
     if "://" in text:

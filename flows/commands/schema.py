@@ -9,10 +9,15 @@ from flows.recipe.model import Recipe
 from flows.registry.overview import ModelsResult
 from flows.reporting.compare import CompareResult
 from flows.reporting.stage_docs import StagesResult
-from flows.results import SCHEMAS
+from flows.results import SCHEMAS, CheckResult
 from stages.runtime.contract import Frozen
 
-LISTS: dict[str, type[Frozen]] = {"models": ModelsResult, "stages": StagesResult, "compare": CompareResult}
+LISTS: dict[str, type[Frozen]] = {
+    "models": ModelsResult,
+    "stages": StagesResult,
+    "compare": CompareResult,
+    "check": CheckResult,
+}
 """What is printed with --json and kept nowhere."""
 FOLDER = Path(__file__).parent / "schemas"
 

@@ -50,7 +50,11 @@ def refuse_inadmissible(
     for name, answer in answers.items():
         if answer.unknown:
             say(f"{name}: what it can take could not be looked at ({answer.unknown})")
-    refused = [_refusal(planned[one.step], one.refusal) for one in answers.values() if one.refusal]
+    refused = [
+        refusal(f"step {one.step!r} ({planned[one.step].order.stage})", one.refusal)
+        for one in answers.values()
+        if one.refusal
+    ]
     refused += _gates(planned, recipe, answers)
     if refused:
         raise _together(refused)
@@ -105,9 +109,10 @@ def _asked(one: Planned, store: Store) -> Asked:
     )
 
 
-def _refusal(planned: Planned, parts: Mapping[str, str | None]) -> StageError:
+def refusal(whose: str, parts: Mapping[str, str | None]) -> StageError:
+    """What a step was refused with, as an error that begins with whose it is."""
     return StageError(
-        f"step {planned.name!r} ({planned.order.stage}): {parts['what']}",
+        f"{whose}: {parts['what']}" if whose else parts["what"] or "",
         measured=parts["measured"],
         limit=parts["limit"],
         remedy=parts["remedy"] or "",

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.running.cgroup_memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
 from flows.running.child_environment import child_environment
 from flows.running.child_events import MALFORMED, hear
 from flows.running.order import Order, Pool
@@ -21,6 +20,7 @@ from stages import stage
 from stages.__main__ import rebuilt
 from stages.adapters.connect import connect
 from stages.runtime.artifacts import Store
+from stages.runtime.cgroup_memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
 from stages.runtime.contract import DoesNotFit, Interrupted, Progress, StageError
 from stages.runtime.execute import Outcome, execute
 from stages.runtime.fingerprint import canonical, fingerprint

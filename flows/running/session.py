@@ -285,10 +285,9 @@ def _done(session: Session, planned: Planned, outcome: Outcome, seconds: float, 
 
 def manifest_of(session: Session, name: str) -> Manifest:
     """The manifest of a step that is done."""
-    found = session.store.manifest(session.done[name].fingerprint)
-    if found is None:
-        raise StageError(f"the artifact of {name} was removed while the run went on", remedy="Run again.")
-    return found
+    if found := session.store.manifest(session.done[name].fingerprint):
+        return found
+    raise StageError(f"the artifact of {name} was removed while the run went on", remedy="Run again.")
 
 
 MODELS = (Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE)

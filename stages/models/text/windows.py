@@ -39,16 +39,6 @@ def passages(corpus: Path, split: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts before and behind every text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start], whole[start + len(plain) :]
-    return [], []
-
-
 def windows(
     corpus: Path,
     split: str,

@@ -2,10 +2,10 @@
 
 import pytest
 
-from flows.running.cgroup_memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
 from flows.running.placement import Pools, load_pools
 from flows.settings import settle
 from stages import STAGES, stage
+from stages.runtime.cgroup_memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
 from stages.runtime.contract import StageError
 
 
