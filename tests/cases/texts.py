@@ -31,7 +31,7 @@ def _parts() -> list[dict[str, object]]:
 
 
 def chat_and_windows_lines(place: Place) -> None:
-    """Chat as messages; a byte-order mark, CRLF, empty lines and a null: each text is read, no other is lost."""
+    """Chat as messages; a byte-order mark, CRLF, empty lines: each text is read; a null is passed over, or named."""
     source, parts = place.folder / "in", _parts()
     rows(source / "clean.jsonl", *parts)
     rows(source / "fewer.jsonl", *parts[:20], *parts[21:])
@@ -41,12 +41,17 @@ def chat_and_windows_lines(place: Place) -> None:
     written = "\r\n".join([*lines[:3], "", *lines[3:9], "   ", *lines[9:]])
     (source / "win.jsonl").write_bytes(b"\xef\xbb\xbf" + written.encode())
     lines[20] = json.dumps({"text": None, "id": 20})
-    (source / "null.jsonl").write_text("\n".join(lines))
-    names = ("clean", "fewer", "win", "null", "chat")
+    (source / "empty.jsonl").write_text("\n".join(lines))
+    names = ("clean", "win", "chat")
     result = read(place, "chat", **{name: f"in/{name}.jsonl" for name in names})
     same(result, "win", "clean")
-    same(result, "null", "fewer")
     assert result.step("chat")["metrics"]["characters"] >= result.step("clean")["metrics"]["characters"]
+    both = f"fewer corpus {{source: in/fewer.jsonl, {SPLITS}}}\nempty corpus {{source: in/empty.jsonl, {SPLITS}}}"
+    said = place.enginery("run", place.recipe("null", both), "--json")
+    if said.code:
+        assert "empty.jsonl line 21" in said.err and "text" in said.err
+    else:
+        same(held(said), "empty", "fewer")
 
 
 def encodings(place: Place) -> None:
