@@ -9,6 +9,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from flows.tracking.errors import MISSING, Refused, answered, answering
 from stages.runtime.contract import StageError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
+_LITE = "sqlite:///"
 EXPERIMENT = "enginery"
 NOTE = "mlflow.note.content"
 """The tag of an experiment or a run that MLflow's pages show as its description, in Markdown."""
@@ -96,6 +98,8 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = "") -> Trac
     with (scratch / "mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with answered(uri):
+            for one in {uri, registry or uri}:
+                _whole(one)
             plain = _client(uri, registry or uri)
         client = answering(plain, f"{uri}, with its registry at {registry}" if registry else uri)
         if registry:
@@ -115,6 +119,21 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = "") -> Trac
     if known.name == EXPERIMENT and NOTE not in known.tags:
         client.set_experiment_tag(known.experiment_id, NOTE, ABOUT)
     return Tracking(client, uri, known.experiment_id, registry)
+
+
+def _whole(uri: str) -> None:
+    """Make a SQLite database that is not there yet under another name, and rename it into place.
+
+    What a kill leaves in the midst of MLflow's migrations can neither go on nor begin again ("index already exists").
+    """
+    path = Path(uri.removeprefix(_LITE))
+    if not uri.startswith(_LITE) or "?" in uri or not path.parent.is_dir() or path.exists():
+        return
+    for left in path.parent.glob(f"{path.name}.making-*"):
+        left.unlink()
+    mark = f".making-{uuid4().hex}"  # never twice in a process: MLflow keeps what it has opened
+    _client(uri + mark, uri + mark)
+    path.with_name(path.name + mark).rename(path)
 
 
 def _client(uri: str, registry: str) -> MlflowClient:

@@ -68,15 +68,16 @@ class Place:
         given = {"ENGINERY_LAUNCHER": launcher, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         ours = {"ENGINERY_STORE": str(self.folder / "store"), "COLUMNS": "200"}
         others = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PREFECT_", "COVERAGE_"))}
-        to = log.open("w") if log else subprocess.PIPE
-        return subprocess.Popen(
-            [sys.executable, "-m", "flows", *map(str, words)],
-            cwd=self.folder,
-            env=others | given | ours,
-            stdout=to,
-            stderr=to,
-            text=True,
-        )
+        with (log or Path(os.devnull)).open("w") as written:
+            to = written if log else subprocess.PIPE
+            return subprocess.Popen(
+                [sys.executable, "-m", "flows", *map(str, words)],
+                cwd=self.folder,
+                env=others | given | ours,
+                stdout=to,
+                stderr=to,
+                text=True,
+            )
 
     def enginery(self, *words: str | Path, launcher: str = "inline") -> Said:
         """Run a command to its end; whatever it comes to, no exception shows."""

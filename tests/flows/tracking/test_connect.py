@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import boto3  # noqa: F401 - as in a process that keeps MLflow's files in S3
@@ -92,3 +93,22 @@ def test_open_a_deleted_experiment_names_the_remedy(tracking):
 def test_open_a_file_store_is_refused_with_mlflows_text(tmp_path):
     with pytest.raises(StageError, match="MLflow at file:"):
         open_tracking(tmp_path, uri=(tmp_path / "runs").as_uri())
+
+
+@pytest.mark.fault
+def test_database_whose_making_was_killed_is_made_anew(tmp_path):
+    """A kill at any of MLflow's migrations: half a database would block every later run."""
+    code = "from pathlib import Path; from flows.tracking.connect import open_tracking\n"
+    code += f"open_tracking(Path({str(tmp_path)!r}))"
+    others = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    for half_bytes in (1, 200_000):
+        making = subprocess.Popen([sys.executable, "-c", code], env=others)
+        until = time.monotonic() + 60
+        while not any(one.stat().st_size >= half_bytes for one in tmp_path.glob("mlflow.db.making-*")):
+            assert making.poll() is None and time.monotonic() < until
+            time.sleep(0.005)
+        making.kill()
+        assert making.wait() < 0 and not (tmp_path / "mlflow.db").exists()
+    subprocess.run([sys.executable, "-c", code], env=others, check=True, timeout=120)
+    assert [one.name for one in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]
+    subprocess.run([sys.executable, "-c", code], env=others, check=True, timeout=120)
