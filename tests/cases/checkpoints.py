@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tests.cases.inputs import END, TOKENS, llama, plain, saved, small, stored, told, words
-from tests.cases.place import AT_ONCE_S, SPLITS, Place, Result, held, judge
+from tests.cases.place import FIRST_S, SPLITS, Place, Result, held, judge
 
 INT8, KEPT = "scheme: int8_weight_only", "scheme: int8_weight_only, embedding: keep"
 INT4 = "scheme: int4_weight_only, block: 16, window_tokens: 64"
@@ -175,7 +175,7 @@ def adapter_without_base(place: Place) -> None:
     facts = {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.2-1B", "target_modules": ["q_proj"]}
     (source / "model" / "adapter_config.json").write_text(json.dumps(facts | {"r": 8, "lora_alpha": 16}))
     steps = f"dense fetch {{source: in/model}}\nq quantize model=dense {{{INT8}}}"
-    said = place.refused("run", place.recipe("r", steps))
+    said = place.refused("run", place.recipe("r", steps), within_s=FIRST_S)
     assert "adapter" in said and "meta-llama/Llama-3.2-1B" in said and "merge" in said
 
 
@@ -224,7 +224,7 @@ def tied_but_differs(place: Place) -> None:
         "run", place.recipe("a", f"dense fetch {{source: in/model}}\nq quantize model=dense {{{INT8}}}")
     )
     if said.code:
-        assert said.busy_s < 2 * AT_ONCE_S and 'Set "tie_word_embeddings": false in config.json.' in said.err, said.err
+        assert said.busy_s < FIRST_S and 'Set "tie_word_embeddings": false in config.json.' in said.err, said.err
         told(source / "model", tie_word_embeddings=False)
     near(place.quantized(INT8, "in/model", "in/plain"), "q")
 
@@ -304,7 +304,7 @@ def mixture_of_experts(place: Place) -> None:
         path = place.recipe(name, recipe, judge("q"))
         said = place.enginery("run", path, "--json")
         if said.code:
-            assert "expert" in said.err and said.busy_s < AT_ONCE_S, f"{said.busy_s:.1f} s: {said.err}"
+            assert "expert" in said.err and said.busy_s < FIRST_S, f"{said.busy_s:.1f} s: {said.err}"
             continue
         result = place.run(path)
         near(result, "q")

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tests.cases.checkpoints import FOUR_BITS, INT4, INT8, config, near, tensors
 from tests.cases.inputs import END, TOKENS, llama, plain, saved, small, told
-from tests.cases.place import AT_ONCE_S, SPLITS, WINDOWS, Place, Result, judge
+from tests.cases.place import FIRST_S, SPLITS, WINDOWS, Place, Result, judge
 
 FIELDS = "splits: {calibrate: 0.2, train: 0.3, validate: 0.2, test: 0.3}"
 HEALED = "tokens: 1024, window_tokens: 64, batch_windows: 4, check_every_steps: 2, check_windows: 2"
@@ -84,7 +84,7 @@ def group_does_not_divide(place: Place) -> None:
     said = place.enginery("plan", recipe)
     way: list[str] = []
     if said.code:
-        assert said.busy_s < 2 * AT_ONCE_S, said.err
+        assert said.busy_s < FIRST_S, said.err
         (setting,) = re.findall(r"--set (steps\.[\w.]+=[^\s`,;]+)", said.err)[:1]
         way = ["--set", setting]
     result = place.run(recipe, *way)
