@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
+    # Whatever it is, a person hears it in one line.
+    except Exception as error:  # noqa: BLE001
         return _said(error, debug=debug)
     if code == interruption.CODE:
         interruption.unwinding()
