@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from transformers import PreTrainedModel
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
 from stages.models.checkpoint import editing
-from stages.models.checkpoint.files import dtypes
+from stages.models.checkpoint.files import dtypes, shapes
+from stages.models.checkpoint.filling import distinct
 from stages.models.checkpoint.loading import save_model
 from stages.models.layers import rounded_cache
 from stages.models.layers.quantization_spec import annotate
 from stages.quantize import cache_ranges, plan
 from stages.quantize.params import QuantizeParams
-from stages.quantize.rounding import names
 from stages.runtime.contract import Metrics, Progress, StageError
 
 FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,17 +39,19 @@ def in_sixteen_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: 
     """
     model = plan.opened(inputs["model"])
     block_parameters = anatomy.block_parameters(model)
-    maps = editing.matching(names(model), params.layers, params.skip)
+    every = [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in anatomy.linear_maps(block)]
+    maps = editing.matching(every, params.layers, params.skip)
     text_NT = plan.calibration_windows(params, inputs, progress, fitted=False)
     plan.check_cache(params, model)
     caches = plan.rounded_caches(params, model, text_NT)
     rows = store(model, params.scheme, maps)  # last: arithmetic of 16 bits is slow where ranges are measured
+    numbers = sum(one.numel() for _, one in distinct(model) if one.dtype == FORMATS[params.scheme])
     annotate(model, {"scheme": params.scheme, **rounded_cache.described(model)}, {})
     save_model(model, output, like=inputs["model"])
     editing.write_table(output, [*rows, *caches], scheme=params.scheme)
     progress.note(f"{len(maps)} maps and all else in 16 bits")
     return {
-        **proven(inputs["model"], output, params.scheme, rows),
+        **proven(inputs["model"], output, params.scheme, numbers),
         **(cache_ranges.proven(output, caches) if caches else {}),
         "quantized_maps": float(len(maps)),
         "kept_maps": 0.0,
@@ -99,7 +102,7 @@ def store(model: PreTrainedModel, form: str, maps: Sequence[str]) -> list[dict[s
 
 
 def _left_out(model: PreTrainedModel, names: Sequence[str]) -> set[int]:
-    every = {f"{block.name}.{path}" for block in anatomy.blocks(model) for path in anatomy.maps(block)}
+    every = {f"{block.name}.{path}" for block in anatomy.blocks(model) for path in anatomy.linear_maps(block)}
     return {id(one) for name in every.difference(names) for one in model.get_submodule(name).parameters()}
 
 
@@ -115,8 +118,8 @@ def _cast(name: str, old: Tensor, dtype: torch.dtype) -> Tensor:
     return new
 
 
-def proven(before: Path, after: Path, form: str, rows: Sequence[dict[str, Any]]) -> Metrics:
-    """Count the tensors of 16 bits in the written bytes.
+def proven(before: Path, after: Path, form: str, numbers: int) -> Metrics:
+    """Count the tensors of 16 bits, and their numbers, in the written bytes: a file holds each expert by itself.
 
     Raises:
         StageError: the checkpoint had none of more bits to begin with, or one that was cast is not written so.
@@ -130,12 +133,14 @@ def proven(before: Path, after: Path, form: str, rows: Sequence[dict[str, Any]])
             limit="at least one in float32",
             remedy="Drop the step.",
         )
-    halved = sum(dtype == _STORED[form] for dtype in stored.values())
-    if halved != len(rows) or sizes[1] >= sizes[0]:
+    halved = [name for name, dtype in stored.items() if dtype == _STORED[form]]
+    long = shapes(after)
+    written = sum(math.prod(long[name]) for name in halved)
+    if written != numbers or sizes[1] >= sizes[0]:
         raise StageError(
             "the written checkpoint is not in 16 bits",
-            measured=f"{halved} of {len(rows)} tensors, {sizes[1]} bytes",
+            measured=f"{written} of {numbers} numbers, {sizes[1]} bytes",
             limit=f"all of them, fewer than {sizes[0]} bytes",
             remedy="This is a defect: please report it with the recipe.",
         )
-    return {"halved_tensors": float(halved), "size_bytes": float(sizes[1]), "size_bytes_before": float(sizes[0])}
+    return {"halved_tensors": float(len(halved)), "size_bytes": float(sizes[1]), "size_bytes_before": float(sizes[0])}

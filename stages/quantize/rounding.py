@@ -19,6 +19,7 @@ from stages.algorithms.rounding import fake_round, round_rows
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.anatomy.plainness import factor, plain, token_tables, uncalled
+from stages.models.anatomy.roles import refuse_experts
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.sites import float_maps
 from stages.models.blockwise.technique import Compressed
@@ -92,7 +93,13 @@ def _path(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def names(model: PreTrainedModel) -> list[str]:
-    """Paths in the model of every float map of its blocks, each under every name it has there."""
+    """Paths in the model of every float map of its blocks, each under every name it has there.
+
+    Raises:
+        StageError: a block holds experts, which are most of it and none of its maps.
+    """
+    for block in anatomy.blocks(model):
+        refuse_experts(block.module, block.name)
     return [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in float_maps(block)]
 
 

@@ -151,6 +151,12 @@ def truncate(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
+def only_adapter(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+
+
 def only_pickle(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
@@ -194,6 +200,7 @@ def two_files(folder: Path) -> None:
 UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds no checkpoint"),
     "pickle": (only_pickle, r"pytorch_model\.bin is a pickle.*Convert it to safetensors"),
+    "adapter": (only_adapter, "mine is an adapter for org/base, and no checkpoint; measured LORA"),
     "cut": (lambda f: truncate(f / WEIGHTS, 90_000), "is cut short.*measured 90000 bytes; limit 1385400 bytes"),
     "cut in the header": (lambda f: truncate(f / WEIGHTS, 100), "is cut short or no safetensors"),
     "empty file": (lambda f: truncate(f / WEIGHTS, 0), "is cut short or no safetensors"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import tasks
-from stages.models.anatomy.roles import ATTENTION, FEED_FORWARD, is_map, maps_of, roles_of
+from stages.models.anatomy.roles import ATTENTION, FEED_FORWARD, is_map, maps_of, own_maps, roles_of
 from stages.runtime.contract import StageError
 
 LLAMA_TYPE = ("llama", "mistral", "qwen2", "qwen3")
@@ -130,6 +130,11 @@ def maps(block: Block) -> dict[str, nn.Module]:
         StageError: a matrix of the block belongs to no linear map.
     """
     return maps_of(block.module, block.name)
+
+
+def linear_maps(block: Block) -> dict[str, nn.Module]:
+    """As `maps`, whatever other matrices the block has: experts that are one tensor, a router."""
+    return own_maps(block.module)
 
 
 def path(role: str, block: Block | None = None) -> str:

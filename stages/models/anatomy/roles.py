@@ -44,15 +44,35 @@ def maps_of(block: nn.Module, name: str) -> dict[str, nn.Module]:
     Raises:
         StageError: a matrix of the block belongs to no linear map.
     """
-    maps: dict[str, nn.Module] = {}
-    for path, module in block.named_modules(remove_duplicate=False):
-        if is_map(module) and not any(path.startswith(f"{outer}.") for outer in maps):
-            maps[path] = module
+    refuse_experts(block, name)
+    maps = own_maps(block)
     inside = tuple(f"{path}." for path in maps)
     for path, tensor in block.named_parameters():
         owner = block.get_submodule(path.rpartition(".")[0])
         if tensor.dim() > 1 and not path.startswith(inside) and not isinstance(owner, nn.Embedding):
             raise StageError(f"{name}.{path} belongs to no linear map", measured=type(owner).__name__)
+    return maps
+
+
+def refuse_experts(block: nn.Module, name: str) -> None:
+    """Raise StageError where a block holds several maps as one tensor, of which a method of single maps sees none."""
+    for path, tensor in block.named_parameters():
+        owner = block.get_submodule(path.rpartition(".")[0])
+        if tensor.dim() == 3 and not isinstance(owner, nn.Conv1d) and not is_map(owner):
+            raise StageError(
+                f"{name}.{path} holds experts, which are no linear maps: they would stay as they are",
+                measured=f"{len(tensor)} experts in one tensor of {type(owner).__name__}",
+                limit="linear maps",
+                remedy="Use `quantize` with `scheme: bf16` or `fp16`, which takes every tensor.",
+            )
+
+
+def own_maps(block: nn.Module) -> dict[str, nn.Module]:
+    """Path inside the block -> every linear map of it, whatever other matrices it has."""
+    maps: dict[str, nn.Module] = {}
+    for path, module in block.named_modules(remove_duplicate=False):
+        if is_map(module) and not any(path.startswith(f"{outer}.") for outer in maps):
+            maps[path] = module
     return maps
 
 

@@ -40,6 +40,7 @@ TOKENIZERS = (
 CONFIG, GENERATION = "config.json", "generation_config.json"
 STRUCTURE, QUANTIZATION = "structure.json", "quantization.json"
 SIDE_FILES = (CONFIG, GENERATION, STRUCTURE, QUANTIZATION, *TOKENIZER_FILES, "chat_template.json")
+ADAPTER = "adapter_config.json"
 MASKS = "masks.safetensors"
 """What `prune` puts beside the weights where single ones went."""
 WEIGHTS = "model.safetensors"
@@ -83,6 +84,8 @@ def choose(path: Path) -> Chosen:
         if path.suffix == ".safetensors":
             return Chosen(_sides(path.parent) | {WEIGHTS: path})
         raise StageError(f"{path} is no checkpoint", remedy=_SAFE)
+    if is_adapter(path):
+        raise _adapter(path)
     ggufs = sorted(path.glob("*.gguf"))
     safe = sorted(path.glob("*.safetensors"))
     pickles = sorted(p for p in path.iterdir() if p.name.endswith(_PICKLES))
@@ -96,6 +99,11 @@ def choose(path: Path) -> Chosen:
     if not safe:
         raise StageError(f"{path} holds no checkpoint", remedy=_SAFE)
     return Chosen(_sides(path) | _weights(path, safe))
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds what peft trained beside a checkpoint, and no checkpoint."""
+    return (path / ADAPTER).is_file() and not ((path / WEIGHTS).is_file() or (path / INDEX).is_file())
 
 
 def carry(source: Path, output: Path, names: Iterable[str]) -> None:
@@ -140,6 +148,17 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise StageError(f"{index} has no weight_map", remedy="Write the checkpoint again with save_pretrained.")
     return found
+
+
+def _adapter(path: Path) -> StageError:
+    found = read_given(path / ADAPTER)
+    base = found.get("base_model_name_or_path") or "a checkpoint that it does not name"
+    return StageError(
+        f"{path} is an adapter for {base}, and no checkpoint",
+        measured=f"{found.get('peft_type', 'an adapter')} in {ADAPTER}",
+        limit="a whole checkpoint",
+        remedy="Merge it into its base with peft, where you trust both: model.merge_and_unload().save_pretrained(folder).",
+    )
 
 
 def _pickle(path: Path) -> StageError:
