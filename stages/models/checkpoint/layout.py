@@ -18,6 +18,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+    "spm.model",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -31,9 +35,13 @@ TOKENIZER_FILES = (
 TOKENIZERS = (
     ("tokenizer.json",),
     ("tokenizer.model",),
+    ("tiktoken.model",),
+    ("tekken.json",),
     ("vocab.json", "merges.txt"),
     ("vocab.txt",),
     ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("spm.model",),
     ("vocab.json", "source.spm", "target.spm"),
 )
 """Of which any suffices."""
@@ -157,7 +165,7 @@ def _adapter(path: Path) -> StageError:
         f"{path} is an adapter for {base}, and no checkpoint",
         measured=f"{found.get('peft_type', 'an adapter')} in {ADAPTER}",
         limit="a whole checkpoint",
-        remedy="Merge it into its base with peft, where you trust both: model.merge_and_unload().save_pretrained(folder).",
+        remedy="Merge it into its base, where you trust both: model.merge_and_unload().save_pretrained(folder).",
     )
 
 
@@ -244,8 +252,8 @@ def check_tokenizer(folder: Path) -> None:
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
         raise StageError(
             f"{folder} has no tokenizer",
-            limit="tokenizer.json, tokenizer.model, vocab.txt, vocab.json with merges.txt or with both *.spm",
-            remedy="Add the tokenizer's files: tokenizer.save_pretrained(folder).",
+            limit="; ".join(" with ".join(names) for names in TOKENIZERS),
+            remedy=f"Add the tokenizer's files: tokenizer.save_pretrained({str(folder)!r}).",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from stages.models.checkpoint.layout import CONFIG, GENERATION, QUANTIZATION, ST
 from stages.models.layers import low_rank_linear, quantization_spec, rounded_cache, sparse_linear
 from stages.models.memory.lean_import import without_compiler
 from stages.runtime.contract import StageError
+
+_READERS = ("sentencepiece", "tiktoken")
+"""What transformers reads a tokenizer's *.model and *.spm with, whose formats their names do not tell."""
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -125,17 +129,31 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         StageError: the folder has none, or only one that brings code along.
     """
+    _refuse_unreadable(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise StageError(
-            f"{folder.name} has no tokenizer that can be read",
-            measured=str(error).splitlines()[0],
+            f"{folder} has no tokenizer that can be read",
+            measured=next((line for line in str(error).splitlines() if line), type(error).__name__),
             remedy="Put tokenizer.json and tokenizer_config.json beside the weights.",
         ) from error
     return tokenizer
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Raise StageError where a tokenizer is there in a format whose reader is not installed."""
+    given = sorted(path.name for path in folder.iterdir() if path.suffix in (".model", ".spm"))
+    absent = [name for name in _READERS if find_spec(name) is None]
+    if given and absent and not (folder / "tokenizer.json").is_file():
+        raise StageError(
+            f"the tokenizer of {folder} needs a library that is not installed",
+            measured=f"{given[0]}, without {' and '.join(absent)}",
+            limit="tokenizer.json, or " + " and ".join(_READERS),
+            remedy=f"Run: pip install {' '.join(absent)}",
+        )
 
 
 def save_model(model: PreTrainedModel, folder: Path, *, like: Path, layout: str = "enginery") -> None:

@@ -1,10 +1,13 @@
+import base64
 import hashlib
+import io
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM
 
@@ -15,6 +18,7 @@ from stages.models.layers import low_rank_linear
 from stages.runtime.contract import StageError
 from tests.stages.models.checkpoint.test_files import resident
 from tests.stages.models.families import family
+from tests.tiny import reference_text
 
 IDS = torch.arange(48).view(2, 24) * 7 % 768
 
@@ -394,3 +398,49 @@ def test_load_model_leaves_weights_in_the_file_until_they_are_read(tiny, tmp_pat
     assert resident() - before > 14 << 20
     save_model(model, tmp_path / "again", like=folder)
     assert resident() - before < 6 << 20
+
+
+def sentence_pieces(folder, kind):
+    """A sentencepiece model of the reference text, and its own reader."""
+    pieces = pytest.importorskip("sentencepiece")
+    made = folder / f"{kind}.trained"
+    sentences = iter(reference_text()[:50_000].split("\n\n"))
+    pieces.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=(writer := io.BytesIO()), vocab_size=450, model_type=kind,
+        byte_fallback=kind == "bpe", minloglevel=2, pad_id=3,
+    )  # fmt: skip
+    made.write_bytes(writer.getvalue())
+    return made, pieces.SentencePieceProcessor(model_file=str(made))
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "made"), [("bpe", "tokenizer.model", "Llama"), ("unigram", "spiece.model", "T5")]
+)
+def test_tokenizer_of_sentence_pieces_alone_reads_as_its_own_library(kind, file, made, tmp_path):
+    model, theirs = sentence_pieces(tmp_path, kind)
+    model.rename(tmp_path / file)
+    settings = {"tokenizer_class": f"{made}Tokenizer", "extra_ids": 0}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": made.lower()}))
+    tokenizer, text = load_tokenizer(tmp_path), "The value of an expression, x, is 12."
+    assert tokenizer(text, add_special_tokens=False).input_ids == theirs.encode(text)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert again.encode(text, add_special_tokens=False).ids == theirs.encode(text)
+
+
+def test_tokenizer_of_tiktoken_alone_is_read(tmp_path):
+    pytest.importorskip("tiktoken")
+    ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t"]
+    lines = [f"{base64.b64encode(one).decode()} {rank}" for rank, one in enumerate(ranks)]
+    (tmp_path / "tiktoken.model").write_text("\n".join(lines))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert load_tokenizer(tmp_path)("then é", add_special_tokens=False).input_ids == [257, 110, 32, 195, 169]
+
+
+def test_tokenizer_whose_reader_is_not_installed_is_refused_with_its_name(copy, monkeypatch):
+    (copy / "tokenizer.json").rename(copy / "tokenizer.model")
+    monkeypatch.setattr("stages.models.checkpoint.loading.find_spec", lambda name: None)
+    with pytest.raises(StageError, match=f"{copy} needs .*, without sentencepiece and tiktoken.*Run: pip"):
+        load_tokenizer(copy)
