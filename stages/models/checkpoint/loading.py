@@ -20,12 +20,22 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from stages.models.anatomy import classes
-from stages.models.checkpoint import compressed_tensors, conversions, files, filling, foreign, uneven_sizes
+from stages.models.checkpoint import adapter, compressed_tensors, conversions, files, filling, foreign, uneven_sizes
 from stages.models.checkpoint.json_files import read_json, write_json
-from stages.models.checkpoint.layout import CONFIG, GENERATION, QUANTIZATION, STRUCTURE, TOKENIZER_FILES, WEIGHTS, carry
+from stages.models.checkpoint.layout import (
+    ADAPTER,
+    CONFIG,
+    GENERATION,
+    QUANTIZATION,
+    STRUCTURE,
+    TOKENIZER_FILES,
+    TOKENIZERS,
+    WEIGHTS,
+    carry,
+)
 from stages.models.layers import low_rank_linear, quantization_spec, rounded_cache, sparse_linear
 from stages.models.memory.lean_import import without_compiler
-from stages.runtime.contract import StageError
+from stages.runtime.contract import PARTIAL, Progress, StageError
 
 _READERS = ("sentencepiece", "tiktoken")
 """What transformers reads a tokenizer's *.model and *.spm with, whose formats their names do not tell."""
@@ -77,6 +87,36 @@ def outlined(folder: Path, weights: Iterable[Path]) -> tuple[PreTrainedModel, li
         model, outlines = _built(folder, read, outlines, torch.float32)
         left = filling.fill(model, outlines, torch.float32, folder)
     return model.eval(), left
+
+
+def merged(base: Path, folder: Path, output: Path, progress: Progress) -> None:
+    """Write a base checkpoint with an adapter that peft trained merged into it, in the base's type.
+
+    Args:
+        base: a float checkpoint in Hugging Face layout, as `unread` takes it.
+        folder: of the adapter; its tokenizer, where it has one, is that of the whole.
+        output: where to.
+        progress: told what is untied.
+
+    Raises:
+        StageError: the base is quantized, or see `load_model` and `adapter.merge`.
+    """
+    read = read_json(base / CONFIG)
+    named = getattr(torch, str(read.get("dtype") or read.get("torch_dtype")).removeprefix("torch."), None)
+    model = load_model(base, dtype=named if isinstance(named, torch.dtype) else torch.float32)
+    if read.get("quantization_config") or quantization_spec.describe(model) is not None:
+        raise StageError(
+            f"{base} is quantized, and an adapter is merged into floats",
+            measured=read.get("quantization_config", {}).get("quant_method", QUANTIZATION),
+            remedy="Set `base` to the float checkpoint that it was made from.",
+        )
+    adapter.merge(model, folder, read_json(folder / ADAPTER), output / PARTIAL, progress)
+    own = any(all((folder / name).is_file() for name in names) for names in TOKENIZERS)
+    save_model(model, output, like=base)
+    if own:
+        for name in TOKENIZER_FILES:
+            (output / name).unlink(missing_ok=True)
+        carry(folder, output, TOKENIZER_FILES)
 
 
 def _built(
