@@ -42,7 +42,7 @@ def in_few_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path
     text_NT = plan.calibration_windows(params, inputs, progress, fitted=not alone)
     plan.check_cache(params, model)
     rotated = plan.rotated(params, model, names, inputs, output / PARTIAL, progress)
-    planned = plan.rounding(params, model, names, text_NT, output / PARTIAL)
+    planned = plan.rounding(params, model, names, text_NT, output / PARTIAL, progress)
     fitted_NT = None if alone else text_NT
     rows = _rounded(model, planned, fitted_NT, output / PARTIAL, progress)
     for row in rows:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.models.anatomy.blocks import LLAMA_TYPE, check_type
+from stages.models.anatomy.blocks import LLAMA_TYPE
 from stages.models.checkpoint.editing import calibration
 from stages.models.checkpoint.loading import load_model
 from stages.models.layers import rounded_cache
@@ -145,7 +145,12 @@ def rotated(
 
 
 def rounding(
-    params: QuantizeParams, model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor | None, folder: Path
+    params: QuantizeParams,
+    model: PreTrainedModel,
+    names: Sequence[str],
+    ids_NT: Tensor | None,
+    folder: Path,
+    progress: Progress,
 ) -> Rounding:
     """How each of these maps is rounded, with the ranges of what it reads.
 
@@ -155,6 +160,7 @@ def rounding(
         names: paths of the maps.
         ids_NT: calibration windows, where any are needed.
         folder: where what `auto` measures waits.
+        progress: told where INT8 ranges are plain, though nobody asked for that.
 
     Raises:
         StageError: so few bits cannot be had, an activation is not finite, or a range cannot be moved.
@@ -162,7 +168,7 @@ def rounding(
     made = Rounding(_precisions(params, model, names, ids_NT, folder), search=params.search == "auto")
     if params.scheme in ROUNDED_INPUTS:
         assert ids_NT is not None
-        made.take(_ranges(params, model, names, ids_NT))
+        made.take(_ranges(params, model, names, ids_NT, progress))
     return made
 
 
@@ -207,15 +213,33 @@ def _precisions(
     return mixed_precision.under_bits(parts, model, forms, params.bits)
 
 
-def _ranges(params: QuantizeParams, model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor) -> list[Decision]:
+def _ranges(
+    params: QuantizeParams, model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor, progress: Progress
+) -> list[Decision]:
     """Smoothing, ranges and float inputs of every site, where it is known between which maps factors may move."""
-    searched = params.search == "auto"
-    if params.scheme == "int8_w8a8":
-        check_type(model.config.model_type)
-    elif not searched or model.config.model_type not in LLAMA_TYPE:
+    searched, kind = params.search == "auto", model.config.model_type
+    if kind not in LLAMA_TYPE:
+        if params.scheme == "int8_w8a8":
+            _refuse_moved(params, kind)
+            progress.note(f"inputs are rounded by the largest of the text: no range is moved in models of type {kind}")
         return []  # plain ranges are found on the way
+    if params.scheme != "int8_w8a8" and not searched:
+        return []
     strengths = None if searched else (0.0,)
     strengths = strengths if params.smoothing is None else (params.smoothing,)
     observer = params.observer if searched else "minmax"
     how = How(str(_precision(params).input_form), observer, strengths, params.keep)
     return decided(model, names, ids_NT, how)
+
+
+def _refuse_moved(params: QuantizeParams, kind: str) -> None:
+    """Raise StageError where a range is asked for that takes to know between which maps factors may move."""
+    asked = [f"smoothing: {params.smoothing}"] if params.smoothing else []
+    asked += [f"observer: {params.observer}"] if params.observer not in ("search", "minmax") else []
+    if asked:
+        raise StageError(
+            f"between which maps of a model of type {kind!r} ranges may move is not known",
+            measured=", ".join(asked),
+            limit=", ".join(LLAMA_TYPE),
+            remedy=f"Take `{asked[0].partition(':')[0]}` out of the step: inputs are then rounded by their largest.",
+        )

@@ -146,7 +146,7 @@ class Rounding:
     Attributes:
         precision: by path in the model.
         search: scales are searched; otherwise the format's own.
-        input_scales: by path; FP8 scales that nobody decided are found on the way.
+        input_scales: by path; scales that nobody decided on are found on the way.
         notes: by path, what the table and `quantization.json` say of a map.
     """
 
@@ -175,13 +175,14 @@ class Rounding:
         self._factors = [one for one in self._factors if one[0].block != block.index]
 
     def begin(self, names: Sequence[str], peak: float) -> None:
-        """Take the range of FP8 inputs from the dense model's."""
+        """Take the range of inputs that nobody decided on from the dense model's."""
         here = [name for name in names if name in self.precision]
         # What the site reads is asked by its first map, which may be one that stays as it is.
         self._speaks = {names[0]: here[0]} if here else {}
         for name in here:
-            if self.precision[name].input_form == "fp8_e4m3" and name not in self.notes:
-                self.input_scales[name] = HEADROOM * peak / E4M3_TOP or 1.0
+            form = self.precision[name].input_form
+            if form is not None and name not in self.notes:
+                self.input_scales[name] = (HEADROOM * peak / E4M3_TOP if form == "fp8_e4m3" else peak / 127) or 1.0
 
     def read(self, name: str, z_MI: Tensor) -> Tensor:
         """The inputs as the map will read them."""

@@ -138,6 +138,25 @@ def left(stack: Stack, x_NTH: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def answers(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor) -> Iterator[Tensor]:
+    """The logits of each window, by itself, where the last block gives these outputs; a gradient can be taken.
+
+    Raises:
+        StageError: the model has an encoder and a decoder, or gives no logits.
+    """
+    stack = single(model)
+    kinds = _arguments(stack, 1)[1]
+    for ids_1T, x_1TH in zip(ids_NT.split(1), x_NTH.split(1), strict=True):
+        with _handing_on(stack, kinds, [x_1TH]):
+            said = model(input_ids=ids_1T, **stack.plain)
+        if getattr(said, "logits", None) is None:
+            raise StageError(
+                f"{type(model).__name__} gives no logits",
+                remedy="Give a model that predicts tokens, or classifies texts or tokens.",
+            )
+        yield said.logits
+
+
 class _Entered(Exception):
     """Ends a run at the first block."""
 

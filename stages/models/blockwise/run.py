@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.drawing import drawn
 from stages.algorithms.products import product
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.block_calls import arguments, embedded
-from stages.models.memory.pages import release, trim
+from stages.models.blockwise.drawn_labels import drawn_gradient
+from stages.models.memory.pages import release
 from stages.models.memory.spill import Shelf
 from stages.runtime.contract import StageError
 
@@ -45,8 +45,6 @@ class Statistics:
 
 INPUT = "input"
 """Beside the names of sites: what a block reads."""
-HEAD_TOKENS = 64
-"""Tokens whose logits are held at once: a vocabulary is a hundred times as wide as a small model."""
 
 
 def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -125,7 +123,7 @@ def sensitivities(
         del first_NTH, moments
         release(block.module)
         advanced(block.index + 1, total)
-    g_NTH = _drawn_gradient(model, x_NTH[:graded])
+    g_NTH = drawn_gradient(model, ids_NT[:graded], x_NTH[:graded])
     for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
         kept = waiting.take(block.index)
         gradients, g_NTH = _backward(block, kept.pop(INPUT), g_NTH, kwargs, roles)
@@ -151,24 +149,6 @@ def _forward(
     return y_NTH, moments
 
 
-def _drawn_gradient(model: PreTrainedModel, x_NTH: Tensor) -> Tensor:
-    """Gradient at the last block's output of log p(label), the labels drawn from the model's predictions."""
-    generator = torch.Generator().manual_seed(0)
-    norm, head = anatomy.last_norm(model), anatomy.head(model)
-    gradients = []
-    for x_TH in x_NTH.flatten(0, 1).split(HEAD_TOKENS):
-        x = x_TH.detach().requires_grad_()
-        logits_TV = head(norm(x))
-        p_TV = logits_TV.detach().softmax(-1)
-        labels_T1 = drawn(p_TV, generator)[:, None]
-        # The gradient of log p(label) at the logits, made in place of the probabilities: logits are wide.
-        g_TV = p_TV.neg_().scatter_add_(1, labels_T1, p_TV.new_ones(len(labels_T1), 1))
-        gradients.append(torch.autograd.grad(logits_TV, x, g_TV)[0])
-    release(head)
-    trim()
-    return torch.cat(gradients).view_as(x_NTH)
-
-
 def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:
     """Path of each projection -> nats a token that are lost if its outputs are wrong by as much as they are large.
 
@@ -186,7 +166,7 @@ def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:
         inputs.append(x_NTH)
         x_NTH = run(block, x_NTH, kwargs)
         release(block.module)
-    g_NTH = _drawn_gradient(model, x_NTH)
+    g_NTH = drawn_gradient(model, ids_NT, x_NTH)
     for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
 
         def see(role: str, y: Tensor, g: Tensor, block: Block = block) -> None:

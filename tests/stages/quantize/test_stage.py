@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.files import dtypes
@@ -15,6 +16,8 @@ from stages.quantize.stage import quantize
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer
+from tests.engines import Hears
+from tests.stages.models.families import FAMILIES
 from tests.stages.models.grouped import grouped
 
 SHORT = {"windows": 8, "window_tokens": 128}
@@ -113,6 +116,50 @@ def test_quantize_explains_each_map(made, scheme):
     if scheme != "int8_weight_only":
         # Fitted to the dense outputs and rounded by columns, the maps lose less than rounded to nearest.
         assert sum(row["error"] for row in rows) < 0.8 * sum(row["error_nearest"] for row in rows)
+
+
+@pytest.fixture(scope="module")
+def bert(tiny, tmp_path_factory):
+    """A classifier of another type, with a tokenizer."""
+    root = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    settings = FAMILIES["bert_classes"][2] | {"vocab_size": 768, "max_position_embeddings": 128}
+    BertForSequenceClassification(BertConfig(**settings)).save_pretrained(root / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (root / "model" / name).write_bytes((tiny / name).read_bytes())
+    return root / "model"
+
+
+def test_inputs_of_a_type_whose_ranges_cannot_be_moved_are_rounded_by_their_largest(
+    bert, shared_store, topics, tmp_path
+):
+    text, heard = shared_store.checkout(topics), Hears()
+    quantize(QuantizeParams(**SHORT, scheme="int8_w8a8"), {"model": bert, "text": text}, tmp_path / "out", heard)
+    assert [note for note in heard.notes if "no range is moved in models of type bert" in note]
+    ids_NT = windows(text, "calibrate", load_tokenizer(bert), 128, most=8)
+    plain, peaks = BertForSequenceClassification.from_pretrained(bert), {}
+    for name, module in plain.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _m, args, name=name: peaks.update({name: float(args[0].abs().max())})
+            )
+    with torch.no_grad():
+        wanted = plain(input_ids=ids_NT).logits
+        made = load_model(tmp_path / "out")
+        found = made(input_ids=ids_NT).logits
+    maps = {name: m for name, m in quantized_modules(made).items() if isinstance(m, QuantizedLinear)}
+    assert len(maps) == 18
+    first = "bert.encoder.layer.0.attention.self.query"
+    assert float(maps[first].input_scale) == pytest.approx(peaks[first] / 127, rel=0.01)  # seen in bfloat16
+    assert all(m.input_scale is not None for m in maps.values())
+    assert (found - wanted).abs().max() < 0.2 * wanted.std()
+
+
+@pytest.mark.parametrize("asked", [{"smoothing": 0.5}, {"observer": "mse"}])
+def test_ranges_that_would_have_to_move_are_refused_by_name(bert, shared_store, topics, tmp_path, asked):
+    params = QuantizeParams(**SHORT, scheme="int8_w8a8", **asked)
+    with pytest.raises(StageError, match=rf"type 'bert'.*measured {next(iter(asked))}.*Take `{next(iter(asked))}` out"):
+        quantize(params, {"model": bert, "text": shared_store.checkout(topics)}, tmp_path, Hears())
 
 
 @pytest.fixture(scope="session")
