@@ -18,15 +18,27 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Head:
-    """The map from hidden states to logits. It takes no gradient; products are computed in its type."""
+    """The map from hidden states to logits. It takes no gradient; products are computed in its type.
+
+    Attributes:
+        weight_VH: its matrix.
+        bias_V: added to the product.
+        cap: the soft limit c of logits, c tanh(x / c); None without one.
+        spread: where V is 1 and the answer no distribution but a number: how much it differs from text to text. It then
+            counts as the mean of a normal distribution as wide as that.
+    """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
+    cap: float | None = None
+    spread: float | None = None
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """logits_NV, in the head's type."""
         logits_NV = hidden_NH.to(self.weight_VH.dtype) @ self.weight_VH.t()
-        return logits_NV if self.bias_V is None else logits_NV.add_(self.bias_V)
+        if self.bias_V is not None:
+            logits_NV.add_(self.bias_V)
+        return logits_NV if self.cap is None else logits_NV.div_(self.cap).tanh_().mul_(self.cap)
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Targets:
 
     Attributes:
         tokens_Nk: int32.
-        log_p_Nk: float32, natural logarithms.
+        log_p_Nk: float32, natural logarithms; the number itself where the answer is one.
     """
 
     tokens_Nk: Tensor
@@ -43,7 +55,10 @@ class Targets:
 
 
 def likeliest(head: Head, hidden_NH: Tensor, k: int, temperature: float = 1.0) -> Targets:
-    """The k likeliest tokens at each position, at a temperature."""
+    """The k likeliest tokens at each position, at a temperature; the number itself where the answer is one."""
+    if head.spread:
+        numbers_N1 = head.logits(hidden_NH).float()
+        return Targets(torch.zeros_like(numbers_N1, dtype=torch.int32), numbers_N1)
     tokens, values = [], []
     for h_NH in hidden_NH.split(CHUNK):
         logits_NV = head.logits(h_NH).float() / temperature
@@ -69,6 +84,9 @@ def compared(
         kl_N, KL(teacher || student), and excess_N, the student's cross-entropy less the teacher's, 0 without a label;
         nats, float32.
     """
+    if teacher.spread:
+        gap_N1 = student.logits(student_NH).float() - teacher.logits(teacher_NK).float()
+        return _of_numbers(gap_N1, teacher.spread), torch.zeros(len(gap_N1))
     divergences, excesses = [], []
     parts = zip(student_NH.split(CHUNK), teacher_NK.split(CHUNK), labels_N.split(CHUNK), strict=True)
     for h_NH, t_NK, l_N in parts:
@@ -112,8 +130,15 @@ def distill(
     """
     if not 0 <= kl_weight <= 1 or temperature <= 0:
         raise ValueError(f"kl_weight {kl_weight} must lie in 0..1 and temperature {temperature} above 0")
+    if head.spread:
+        return _of_numbers(head.logits(student_NH).float() - targets.log_p_Nk, head.spread).mean()
     loss: Tensor = _Distill.apply(student_NH, head, targets, labels_N, kl_weight, temperature)
     return loss
+
+
+def _of_numbers(gap_N1: Tensor, spread: float) -> Tensor:
+    """KL between two normal distributions of this spread whose means are so far apart, [N]."""
+    return (gap_N1[:, 0] / spread).square() / 2
 
 
 class _Distill(torch.autograd.Function):
@@ -136,7 +161,10 @@ class _Distill(torch.autograd.Function):
                 total += (1 - kl_weight) * loss
                 slope_NV *= 1 - kl_weight
                 grad_NV = slope_NV if grad_NV is None else grad_NV.add_(slope_NV)
-            grad_NH[part] = grad_NV @ head.weight_VH
+            assert grad_NV is not None
+            grad_NH[part] = (
+                grad_NV if head.cap is None else grad_NV * (1 - (logits_NV / head.cap).square())
+            ) @ head.weight_VH
         ctx.save_for_backward(grad_NH / count)
         return total / count
 

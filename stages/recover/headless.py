@@ -1,9 +1,13 @@
-"""A model apart from its head: last hidden states on one side, the map from these to logits on the other."""
+"""A model apart from its head: last hidden states on one side, the map from these to logits on the other.
+
+Shapes: N windows, T tokens, H hidden, C classes, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +15,7 @@ from transformers import PreTrainedModel
 
 from stages.algorithms.distillation import Head
 from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model
 from stages.models.layers import rounded_cache
 from stages.models.text.decoder_answers import NOTHING
@@ -22,43 +27,86 @@ LOGIT_TOLERANCE = 0.02
 """Difference, over the largest logit, that two roundings to bfloat16 explain."""
 
 
+CLASSES = ("classify", "score", "tag")
+"""Tasks whose few logits are the answer: there is no head to take off."""
+
+
+class Taken(nn.Module):
+    """In a head's place: keeps what the head would have read, and says that, or what it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: Tensor | None = None
+        self.instead: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same, any shape."""
+        self.states = x
+        return x if self.instead is None else self.instead
+
+
 @dataclass(frozen=True)
 class Apart:
     """A model in bfloat16 whose head was taken off, and the head. Its dropout is off.
 
     An encoder-decoder's windows hold S tokens for the encoder, then T for the decoder, NOTHING where an answer ended.
+    A classifier's head is what gives its logits as they are: these are its hidden states, one a window or one a token.
 
     Attributes:
-        model: gives hidden states for logits.
+        model: gives hidden states.
         head: makes logits of them.
+        task: what the model is for.
         source: S; 0 without an encoder before the decoder.
+        taken: stands in the head's place; None in a classifier.
+        scale: what the model multiplies the head's product by.
     """
 
     model: PreTrainedModel
     head: Head
+    task: str
     source: int = 0
+    taken: Taken | None = None
+    scale: float = 1.0
 
     def hidden(self, ids_NT: Tensor) -> Tensor:
-        """The last hidden states, [N, T, H]."""
-        if not self.source:
-            states: Tensor = self.model(input_ids=ids_NT).logits
-            return states
-        source_NS, answer_NT = ids_NT[:, : self.source], ids_NT[:, self.source :].clamp_min(0)
-        states = self.model(input_ids=source_NS, decoder_input_ids=answer_NT).logits
-        return states
+        """The last hidden states, [N, T, H]; of a classifier its logits, [N, T, C] or [N, 1, C]."""
+        read = {"input_ids": ids_NT}
+        if self.source:
+            source_NS, answer_NT = ids_NT[:, : self.source], ids_NT[:, self.source :].clamp_min(0)
+            read = {"input_ids": source_NS, "decoder_input_ids": answer_NT}
+        return self.states(self.model(**read))
+
+    def states(self, said: Any) -> Tensor:
+        """The same of what the model has just said."""
+        if self.taken is None:
+            logits: Tensor = said.logits
+            return logits if logits.ndim == 3 else logits[:, None]
+        states, self.taken.states = self.taken.states, None
+        assert states is not None
+        return states if self.scale == 1 else states * self.scale
 
     def length(self, ids_NT: Tensor) -> int:
-        """T."""
-        return ids_NT.shape[1] - self.source
+        """Answers to a window."""
+        return self.counted(ids_NT[:1]).shape[1]
 
     def counted(self, ids_NT: Tensor) -> Tensor:
-        """Whether a position counts, [N, T]."""
+        """Whether an answer counts: [N, T], or [N, 1] where a window has one."""
+        tokens_NT = self.counted_tokens(ids_NT)
+        return tokens_NT[:, :1] if self.task in ("classify", "score") else tokens_NT
+
+    def counted_tokens(self, ids_NT: Tensor) -> Tensor:
+        """Whether a token's states count, [N, T]."""
         return ids_NT[:, self.source :] != NOTHING
 
+    @property
+    def predicts(self) -> bool:
+        """Whether an answer is the next token of a text that is true."""
+        return self.task == "generate"
+
     def labels(self, ids_NT: Tensor) -> Tensor:
-        """The next token of each position, [N, T], -1 for the last; all -1 where a decoder reads its own answer."""
-        if self.source:
-            return torch.full_like(ids_NT[:, self.source :], -1)
+        """The next token of each position, -1 for the last, as `counted` is; all -1 where none is predicted."""
+        if not self.predicts:
+            return torch.full(self.counted(ids_NT).shape, -1)
         return torch.cat([ids_NT[:, 1:], torch.full_like(ids_NT[:, :1], -1)], dim=1)
 
 
@@ -70,50 +118,84 @@ def load_apart(folder: Path, tokens: int) -> Apart:
         tokens: length of the windows that it will read; an encoder and a decoder read as many each.
 
     Raises:
-        StageError: the model has no head, its logits are not its head's product alone, or its windows are shorter.
+        StageError: the model answers neither tokens nor classes, its logits are not its head's product, scaled and
+            capped, or its windows are shorter.
     """
     model = load_model(folder, dtype=torch.bfloat16)
-    name = type(model).__name__
-    most = getattr(model.config, "max_position_embeddings", None)
+    name, task, most = type(model).__name__, tasks.task(model.config), tasks.longest(model.config)
     if most is not None and tokens > most:
-        raise StageError(f"{name} reads no windows of this length", measured=tokens, limit=most)
+        raise StageError(
+            f"{name} reads no windows of this length",
+            measured=tokens,
+            limit=most,
+            remedy="Lower `window_tokens` of the step.",
+        )
     model.config.use_cache = False
     if tokens <= WHOLE_ATTENTION:
         rounded_cache.use(model, "eager")
+    if task in CLASSES:
+        return _classifier(model, task)
     two = bool(model.config.is_encoder_decoder)
     ids_1T = torch.arange(min(tokens, 8))[None] % model.config.vocab_size
     read = {"input_ids": ids_1T} | ({"decoder_input_ids": ids_1T} if two else {})
     old = anatomy.head(model)
     assert isinstance(old.weight, Tensor)
     with torch.no_grad():
-        expected_TV = model(**read).logits[0].float()
-        head = Head(old.weight.detach(), _bias(model, old))
-        anatomy.replace(model, old, nn.Identity())
-        found_TV = head.logits(model(**read).logits[0]).float()
+        expected_TV, taken = model(**read).logits[0].float(), Taken()
+        anatomy.replace(model, old, taken)
+        bias_V = _added(model, old.weight)
+        scale, cap = _scale_and_cap(model, read, taken)
+        if isinstance(own_V := getattr(old, "bias", None), Tensor):
+            bias_V = own_V.detach() * scale if bias_V is None else bias_V + own_V.detach() * scale
+        made = Apart(model, Head(old.weight.detach(), bias_V, cap), task, tokens if two else 0, taken, scale)
+        found_TV = made.head.logits(made.states(model(**read))[0]).float()
     if not (found_TV - expected_TV).abs().max() <= LOGIT_TOLERANCE * expected_TV.abs().max():
         raise StageError(
-            f"the logits of {name} are not its head's product alone; recovery does not understand it",
+            f"the logits of {name} are not its head's product, scaled and capped; recovery does not understand it",
             measured=f"difference {float((found_TV - expected_TV).abs().max()):.3g}",
             limit=f"{LOGIT_TOLERANCE} of the largest, {float(expected_TV.abs().max()):.3g}",
+            remedy="Take `recover` out of the recipe.",
         )
-    return Apart(model, head, tokens if two else 0)
+    return made
 
 
-def _bias(model: PreTrainedModel, head: nn.Module) -> Tensor | None:
-    """The head's, with what the model itself adds to the logits, which it adds no longer."""
-    found = getattr(head, "bias", None)
-    bias_V: Tensor | None = None if found is None else found.detach()
+def _classifier(model: PreTrainedModel, task: str) -> Apart:
+    """What comes after the blocks of a classifier is small and its answers are few: they keep float32."""
+    for child in model.children():
+        if child is not model.base_model:
+            child.float()
+            child.register_forward_pre_hook(lambda _module, args: (args[0].float(), *args[1:]))
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        # Windows hold no padding, but a decoder takes no two of them without knowing which token that is.
+        config.pad_token_id = -1
+    return Apart(model, Head(torch.eye(model.config.num_labels)), task)
+
+
+def _scale_and_cap(model: PreTrainedModel, read: dict[str, Tensor], taken: Taken) -> tuple[float, float | None]:
+    """Scale s and cap c of logits that are c tanh(s x / c) of a product x, or s x: asked by products that are known."""
+    little, much = 1e-6, 1e9
+    taken.instead = torch.tensor([little, much], dtype=torch.float64)[None, None]
+    low, high = model(**read).logits[0, 0].double().tolist()
+    taken.instead = None
+    scale = low / little
+    scale = 1.0 if abs(scale - 1) < LOGIT_TOLERANCE**2 else scale
+    return scale, None if abs(high / much - scale) < LOGIT_TOLERANCE * abs(scale) else high
+
+
+def _added(model: PreTrainedModel, weight_VH: Tensor) -> Tensor | None:
+    """What the model itself adds to the logits, which it adds no longer."""
+    bias_V: Tensor | None = None
     for name, added in list(model.named_buffers(recurse=False)):
         if added.numel() == model.config.vocab_size:
             model.register_buffer(name, added.new_zeros(1))
-            own_V = added.flatten().to(head.weight.dtype)
+            own_V = added.flatten().to(weight_VH.dtype)
             bias_V = own_V if bias_V is None else bias_V + own_V
     return bias_V
 
 
 def embedded_names(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters of embedding and head."""
-    tables = {
-        id(tensor) for module in (anatomy.embedding(model), anatomy.head(model)) for tensor in module.parameters()
-    }
+    """Names of the parameters of embedding and head, where the model has one that gives tokens."""
+    modules = [anatomy.embedding(model), model.get_output_embeddings()]
+    tables = {id(tensor) for module in modules if module is not None for tensor in module.parameters()}
     return {name for name, tensor in model.named_parameters() if id(tensor) in tables}

@@ -17,6 +17,8 @@ from stages.runtime.contract import Progress, StageError
 
 LARGEST_JUMP = 4.0
 """A loss this many times the median of the last ones is a jump: batches of one text differ by less than 2."""
+LARGEST_JUMP_OF_FEW = 16.0
+"""The same where a window has one answer: of a batch of four, one squared error outweighs the others."""
 REMEMBERED = 16
 LITTLE = 0.1
 """Held-out score, nats: a cut that costs no more may leave nothing that so short a training can mend."""
@@ -70,7 +72,7 @@ def train(
         share = cosine(record.step, plan.steps, plan.warmup_steps)
         chosen = batch(record.step, plan.batch_windows, len(made.ids_NT), plan.seed, plan.written_windows)
         loss = student.learn(made, chosen, plan.learning_rate * record.rate_factor * share)
-        if jumped(loss, record.losses):
+        if jumped(loss, record.losses, _largest_jump(made)):
             record = _rolled_back(made, start, partial, progress, record, loss)
             continue
         record.step += 1
@@ -83,9 +85,8 @@ def train(
             _check(made, held, record, progress)
             student.save(made, partial, record)
     if record.step > first:
-        _tell_rate(
-            (record.step - first) * plan.batch_windows * made.labels_NT.shape[1], time.monotonic() - began, progress
-        )
+        tokens = made.student.counted_tokens(made.ids_NT[:1]).numel()
+        _tell_rate((record.step - first) * plan.batch_windows * tokens, time.monotonic() - began, progress)
     return record
 
 
@@ -126,12 +127,16 @@ def take_what_helped(
     return False
 
 
-def jumped(loss: float, losses: Sequence[float]) -> bool:
-    """Whether a loss is not finite, or far above the median of those before it."""
+def jumped(loss: float, losses: Sequence[float], largest: float = LARGEST_JUMP) -> bool:
+    """Whether a loss is not finite, or more than `largest` times the median of those before it."""
     # A comparison with NaN is false, so that this order catches it too.
     if not loss < float("inf"):
         return True
-    return len(losses) >= REMEMBERED // 2 and loss > LARGEST_JUMP * sorted(losses)[len(losses) // 2]
+    return len(losses) >= REMEMBERED // 2 and loss > largest * sorted(losses)[len(losses) // 2]
+
+
+def _largest_jump(made: Learner) -> float:
+    return LARGEST_JUMP if made.labels_NT.shape[1] > 1 else LARGEST_JUMP_OF_FEW
 
 
 def _tell_rate(tokens: int, seconds: float, progress: Progress) -> None:
@@ -178,7 +183,7 @@ def _rolled_back(
         raise StageError(
             f"{what}, again after the learning rate was halved",
             measured=f"loss {loss:.4g}, {record.losses[-1] if record.losses else record.kl_before:.4g} before",
-            limit=f"{LARGEST_JUMP} times the median of the last {REMEMBERED} losses",
+            limit=f"{_largest_jump(made)} times the median of the last {REMEMBERED} losses",
             remedy="Lower `learning_rate`, or look at the text for passages unlike the rest.",
         )
     back = student.resume(made, partial)

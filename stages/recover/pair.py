@@ -6,13 +6,15 @@ Shapes: N windows, T tokens, S tokens of an encoder.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.models.anatomy.blocks import Block
+from stages.models.anatomy.tasks import task
 from stages.models.checkpoint.editing import readable
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.text.decoder_answers import answered
@@ -24,7 +26,12 @@ from stages.recover.student import Goal, HeldOut, Learner, held_out, learner
 from stages.recover.teacher_answers import Lessons
 from stages.recover.teacher_text import write
 from stages.recover.weight_updates import updates
-from stages.runtime.contract import Progress
+from stages.runtime.contract import Progress, StageError
+
+HIDDEN = 0.15
+"""Share of a masked model's tokens that are hidden (Devlin et al. 2018, section 3.1)."""
+SPREAD_WINDOWS = 32
+"""Windows by which the spread of a teacher's numbers is measured: it is known to an eighth then."""
 
 
 def side_by_side(
@@ -46,10 +53,14 @@ def side_by_side(
     ids_NT = windows(inputs["text"], "train", tokenizer, tokens, progress=progress)
     roles = [role for role in ("text", "other") if role in inputs]
     judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
+    if task(saved.config) == "fill":
+        ids_NT, judged = _with_gaps(tokenizer, ids_NT, judged, params.seed, progress)
     if saved.config.is_encoder_decoder:
         ids_NT = ids_NT[: params.steps * params.batch_windows]
         ids_NT, judged = _with_answers(inputs["teacher"], ids_NT, judged, partial, progress)
     student, teacher = (load_apart(inputs[role], tokens) for role in ("model", "teacher"))
+    if teacher.task == "score":
+        student, teacher = _spread(student, teacher, ids_NT)
     pairs = _pairs(params, student, teacher, progress)
     lessons = _lessons(params, teacher, ids_NT, [theirs for _, theirs in pairs], partial)
     made = learner(
@@ -74,6 +85,36 @@ def _with_answers(
     for name, text_NS in {"train": ids_NS, **judged}.items():
         found[name] = torch.cat([text_NS, answered(teacher, text_NS, partial / f"answers-{name}.safetensors")], dim=1)
     return found.pop("train"), found
+
+
+def _with_gaps(
+    tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor, judged: dict[str, Tensor], seed: int, progress: Progress
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The windows with some tokens hidden, as a masked model meets them in use: both models fill the same gaps."""
+    mask = tokenizer.mask_token_id
+    if mask is None:
+        progress.note("the tokenizer has no mask token: student and teacher read whole windows")
+        return ids_NT, judged
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name, one_NT in {"train": ids_NT, **judged}.items():
+        found[name] = one_NT.masked_fill(torch.rand(one_NT.shape, generator=generator) < HIDDEN, mask)
+    return found.pop("train"), found
+
+
+@torch.no_grad()
+def _spread(student: Apart, teacher: Apart, ids_NT: Tensor) -> tuple[Apart, Apart]:
+    """Both with the spread of the teacher's numbers over the first windows, by which a difference counts."""
+    numbers = torch.cat([teacher.hidden(ids_1T).float() for ids_1T in ids_NT[:SPREAD_WINDOWS].split(1)])
+    spread = float(numbers.std(correction=0))
+    if not spread > 0:
+        raise StageError(
+            "the teacher gives every window the same number, so that nothing can be learned from it",
+            measured=f"a spread of {spread:.3g} over {len(numbers)} windows",
+            limit="a larger one",
+            remedy="Give a text with more windows, or lower `window_tokens` of the step.",
+        )
+    made = [replace(one, head=replace(one.head, spread=spread)) for one in (student, teacher)]
+    return made[0], made[1]
 
 
 def _pairs(params: RecoverParams, student: Apart, teacher: Apart, progress: Progress) -> list[tuple[Block, Block]]:

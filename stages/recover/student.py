@@ -135,18 +135,20 @@ def learner(
         written: how many windows at the end the teacher wrote itself; their tokens are no truth to predict.
 
     Raises:
-        StageError: an encoder, which sees the next token, is to predict it.
+        StageError: a model that predicts no next token is to.
     """
     blocks, ids_NT = anatomy.blocks(student.model), lessons.ids_NT
-    if goal.kl_weight < 1 and any(block.stack == "encoder" for block in blocks):
-        why = "answers the teacher's texts, which are no truth" if student.source else "sees the next token"
+    if goal.kl_weight < 1 and not student.predicts:
+        why = "sees the next token" if student.task == "fill" else "predicts no next token"
+        why = "answers the teacher's texts, which are no truth" if student.source else why
         raise StageError(
             f"{type(student.model).__name__} {why}, so that predicting it teaches nothing",
             measured=f"kl_weight {goal.kl_weight}",
             limit="kl_weight 1",
+            remedy="Set `kl_weight: 1` in the step.",
         )
     listen(updates)
-    hidden = student.head.weight_VH.shape[1]
+    hidden = student.model.config.hidden_size
     if at_once * ids_NT.shape[1] * hidden * len(blocks) * ACTIVATION_BYTES > MOST_ACTIVATIONS:
         for block in blocks:
             block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
@@ -220,9 +222,10 @@ def _loss(made: Learner, chosen: list[int]) -> Tensor:
         kl_weight=made.goal.kl_weight,
         temperature=made.goal.temperature,
     )
+    tokens_NT = made.student.counted_tokens(ids_NT)
     for name, target_NTH in zip(made.listened, lesson.states, strict=True):
-        target_MH = target_NTH[counted_NT].float()
-        gap_M = (heard[name][counted_NT].float() - target_MH).square().mean(-1)
+        target_MH = target_NTH[tokens_NT].float()
+        gap_M = (heard[name][tokens_NT].float() - target_MH).square().mean(-1)
         # A few tokens carry states a thousand times as large as the others', in one model or in both: each counts
         # relative to its own, and one that only the student makes huge by the logarithm of how much.
         loss = loss + made.goal.hidden_weight * torch.log1p(gap_M / target_MH.square().mean(-1)).mean()

@@ -58,7 +58,8 @@ class Lessons:
         width = teacher.model.config.hidden_size
         self._tokens = _mapped(folder / "tokens", np.int32, (count, length, self._k))
         self._log_p = _mapped(folder / "log_p", np.float32, (count, length, self._k))
-        self._states = [_mapped(folder / f"state-{n}", np.int16, (count, length, width)) for n in range(len(listened))]
+        tokens = teacher.counted_tokens(ids_NT[:1]).shape[1]
+        self._states = [_mapped(folder / f"state-{n}", np.int16, (count, tokens, width)) for n in range(len(listened))]
         self._sums = _mapped(folder / "checksums", np.uint32, (count,))
         _reserve(self._sums, 0, count)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from stages.algorithms.drawing import drawn
-from stages.models.anatomy import blocks as anatomy
 from stages.models.layers import rounded_cache
 from stages.models.memory.saved_state import read_record, restore, save_state
 from stages.recover.headless import Apart
@@ -42,7 +41,7 @@ def write(teacher: Apart, ids_NT: Tensor, seed: int, path: Path, lessons: Lesson
 
     Source: Liu et al. 2023, LLM-QAT, section 3.1.
     """
-    if any(block.stack == "encoder" for block in anatomy.blocks(teacher.model)):
+    if not teacher.predicts:
         raise StageError(f"{type(teacher.model).__name__} cannot write text", remedy="Give `written_windows: 0`.")
     if read_record(path) is None:
         generator = torch.Generator().manual_seed(seed)
@@ -64,11 +63,11 @@ def _write(teacher: Apart, ids_NT: Tensor, generator: torch.Generator, lessons: 
         with inputs_of(lessons.listened) as here:
             said = teacher.model(input_ids=ids_NT[:, place : place + 1], past_key_values=cache, use_cache=True)
         cache = said.past_key_values
-        answered.append(said.logits)
+        answered.append(teacher.states(said))
         for name, states in heard.items():
             states.append(here[name])
         if place + 1 < ids_NT.shape[1]:
-            p_NV = teacher.head.logits(said.logits[:, -1]).float().softmax(1)
+            p_NV = teacher.head.logits(answered[-1][:, -1]).float().softmax(1)
             ids_NT[:, place + 1] = drawn(p_NV, generator)
     del cache
     hidden_NTH = torch.cat(answered, dim=1)

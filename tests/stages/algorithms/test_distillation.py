@@ -92,6 +92,39 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(states):
     assert mine.grad.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(("kl_weight", "temperature"), [(1.0, 1.0), (0.4, 2.0)])
+def test_capped_logits_give_autograds_loss_and_gradient(states, kl_weight, temperature):
+    student, teacher, student_NH, teacher_NK, labels_N = states
+    student, teacher = Head(student.weight_VH, torch.randn(VOCABULARY), cap=4.0), Head(teacher.weight_VH, cap=5.0)
+    mine, theirs = student_NH.clone().requires_grad_(), student_NH.double().requires_grad_()
+    targets = likeliest(teacher, teacher_NK, VOCABULARY, temperature)
+    loss = distill(student, mine, targets, labels_N, kl_weight=kl_weight, temperature=temperature)
+    s = 4 * torch.tanh((theirs @ student.weight_VH.double().t() + student.bias_V) / 4)
+    t = 5 * torch.tanh(teacher_NK.double() @ teacher.weight_VH.double().t() / 5)
+    p, q = (t / temperature).log_softmax(1), (s / temperature).log_softmax(1)
+    kl = functional.kl_div(q, p, log_target=True, reduction="sum") * temperature**2
+    entropy = functional.cross_entropy(s, labels_N, ignore_index=-1, reduction="sum")
+    expected = (kl_weight * kl + (1 - kl_weight) * entropy) / len(s)
+    loss.backward()
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_numbers_are_compared_as_the_means_of_normal_distributions():
+    one = Head(torch.eye(1), spread=0.5)
+    student_N1, teacher_N1 = torch.tensor([[1.0], [3.0]], requires_grad=True), torch.tensor([[1.5], [2.0]])
+    normal = torch.distributions.Normal
+    divergence = torch.distributions.kl_divergence(normal(teacher_N1[:, 0], 0.5), normal(student_N1[:, 0], 0.5))
+    kl_N, excess_N = compared(one, one, student_N1.detach(), teacher_N1, torch.full((2,), -1))
+    torch.testing.assert_close(kl_N, divergence.detach())
+    assert not excess_N.any()
+    loss = distill(one, student_N1, likeliest(one, teacher_N1, 1), torch.full((2,), -1))
+    torch.testing.assert_close(loss, divergence.mean())
+    loss.backward()
+    torch.testing.assert_close(student_N1.grad, torch.tensor([[-1.0], [2.0]]))  # gap / spread^2, over two
+
+
 def test_bfloat16_head_keeps_the_rest_of_a_confident_teacher():
     """Where the top holds 0.999, one minus a bfloat16 top would be 0: the rest must still be told apart."""
     torch.manual_seed(0)

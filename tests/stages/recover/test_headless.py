@@ -2,11 +2,12 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from stages.models.checkpoint.loading import load_model, save_model
 from stages.recover.headless import LOGIT_TOLERANCE, load_apart
 from stages.runtime.contract import StageError
-from tests.stages.models.families import family
+from tests.stages.models.families import FAMILIES, family
 
 IDS = 3 + torch.arange(24).view(2, 12) * 7 % 90
 
@@ -39,29 +40,74 @@ def test_head_of_a_decoders_hidden_states_is_the_whole_model(tmp_path, name):
     assert (made.labels(windows_NT) == -1).all()
 
 
-@pytest.mark.parametrize(("name", "match"), [("bert_bare", "no output head"), ("bert_classes", "no output head")])
-def test_model_that_does_not_predict_tokens_is_refused(tmp_path, name, match):
-    with pytest.raises(StageError, match=match):
+@pytest.mark.parametrize("name", ["bert_bare", "bert_answers"])
+def test_model_that_answers_neither_tokens_nor_classes_is_refused(tmp_path, name):
+    with pytest.raises(StageError, match="no output head"):
         load_apart(family(name, tmp_path), 12)
 
 
-def test_model_that_changes_its_heads_product_is_refused(tmp_path):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+@pytest.mark.parametrize("name", ["bert_classes", "bert_tokens"])
+def test_classifiers_logits_are_its_answers(tmp_path, name):
+    made, whole = load_apart(family(name, tmp_path), 12), load_model(tmp_path / name)
+    with torch.no_grad():
+        expected = whole(input_ids=IDS).logits
+        apart = made.head.logits(made.hidden(IDS))
+    assert apart.dtype == torch.float32
+    assert apart.shape[:2] == made.counted(IDS).shape == made.labels(IDS).shape
+    assert made.length(IDS) == (1 if name == "bert_classes" else 12)
+    assert made.counted_tokens(IDS).shape == IDS.shape
+    assert (made.labels(IDS) == -1).all()
+    torch.testing.assert_close(apart.view_as(expected), expected, atol=0.03 * float(expected.abs().max()), rtol=0)
 
-    config = Gemma2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=0.1,
-    )
+
+def test_two_windows_of_a_decoder_that_scores_need_no_token_of_padding(tmp_path):
+    from tests.stages.export.test_called import classifier
+
+    plain = classifier(tmp_path, pad_token_id=None)
+    with torch.no_grad():
+        expected = torch.cat([plain(input_ids=ids).logits for ids in IDS.split(1)])
+        found = load_apart(tmp_path, 12).hidden(IDS)[:, 0]
+    torch.testing.assert_close(found, expected, atol=0.03 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8}),
+        ("Granite", {"logits_scaling": 3.0}),
+        ("Cohere", {"logit_scale": 0.0625}),
+    ],
+)
+def test_scale_and_cap_of_logits_are_the_heads(tmp_path, name, said):
+    settings = FAMILIES["llama"][2] | {"vocab_size": 96, "initializer_range": 0.3, "pad_token_id": 0} | said
+    if name != "Gemma2":
+        settings.pop("head_dim")
     torch.manual_seed(0)
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(StageError, match=r"logits of Gemma2ForCausalLM are not its head's product alone"):
-        load_apart(tmp_path, 12)
+    getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings)).save_pretrained(
+        tmp_path
+    )
+    made, whole = load_apart(tmp_path, 12), load_model(tmp_path, dtype=torch.bfloat16)
+    assert (made.head.cap is not None) == (name == "Gemma2")
+    with torch.no_grad():
+        expected = whole(input_ids=IDS).logits.float()
+        found = made.head.logits(made.hidden(IDS)).float()
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    wild = expected.abs().max() / (made.head.cap or 1)
+    assert name != "Gemma2" or wild > 0.5  # a cap that no logit comes near would prove nothing
+
+
+def test_logits_that_are_no_product_of_the_head_are_refused(tmp_path, monkeypatch):
+    forward = transformers.LlamaForCausalLM.forward
+
+    def centred(self, *args, **kwargs):
+        said = forward(self, *args, **kwargs)
+        said.logits = said.logits - said.logits.mean(-1, keepdim=True) * 3
+        return said
+
+    folder = family("llama", tmp_path)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", centred)
+    with pytest.raises(StageError, match=r"logits of LlamaForCausalLM are not its head's product.*Take `recover`"):
+        load_apart(folder, 12)
 
 
 def test_windows_longer_than_the_model_reads_are_refused(tmp_path):

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForSequenceClassification
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.text.windows import windows
+from stages.recover.pair import _with_gaps
 from stages.recover.params import RecoverParams
 from stages.recover.stage import recover
 from stages.runtime.contract import PARTIAL, StageError
@@ -42,14 +44,14 @@ class Heard(Silent):
         return [step for name, _, step in self.points if name == "kl"]
 
 
-def damage(folder, source):
+def damage(folder, source, every=8):
     """Drop an eighth of the inner channels of every block and of the heads' outputs."""
     model = load_model(source)
     with torch.no_grad():
         for block in anatomy.blocks(model):
             for role in ("down", "o"):
                 found = anatomy.projections(block)[role]
-                getattr(found, "basis", found).weight[:, ::8] = 0
+                getattr(found, "basis", found).weight[:, ::every] = 0
     save_model(model, folder, like=source)
     return folder
 
@@ -106,6 +108,68 @@ def test_recover_changes_blocks_and_leaves_the_table(undisturbed, folders):
     assert undisturbed[1]["changed_tensors"] == len(old) - 1
 
 
+@pytest.fixture(scope="module")
+def reward(tiny, tmp_path_factory):
+    """The tiny model with a head that gives a text one number."""
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    torch.manual_seed(0)
+    made = LlamaForSequenceClassification.from_pretrained(tiny, num_labels=1, dtype=torch.float32)
+    made.config.pad_token_id = None
+    made.score.weight.data.normal_(0, 0.3)
+    made.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder)
+    return folder
+
+
+def test_recover_brings_the_numbers_of_a_decoder_that_scores_nearer_to_the_teachers(reward, folders, tmp_path):
+    inputs = folders | {"model": damage(tmp_path / "damaged", reward, every=3), "teacher": reward}
+    # One answer a window: it takes many short ones.
+    how = {"window_tokens": 32, "batch_windows": 16, "check_windows": 32, "check_every_steps": 6, "learning_rate": 3e-4}
+    metrics = recover(RecoverParams(**how, tokens=24 * 512), inputs, tmp_path / "out", Heard())
+    ids_NT = windows(folders["text"], "test", load_tokenizer(reward), 32, most=64)
+    with torch.no_grad():
+        plain = LlamaForSequenceClassification.from_pretrained(reward, dtype=torch.float32)
+        wanted_N = torch.cat([plain(input_ids=ids).logits for ids in ids_NT.split(1)])
+        gaps = [
+            torch.cat([load_model(one)(input_ids=ids).logits for ids in ids_NT.split(1)]) - wanted_N
+            for one in (inputs["model"], tmp_path / "out")
+        ]
+    errors = [float(gap_N.square().mean() / wanted_N.var() / 2) for gap_N in gaps]
+    assert errors[1] < 0.6 * errors[0]
+    assert metrics["kl_after"] < 0.6 * metrics["kl_before"]
+    assert metrics["kl_before"] == pytest.approx(errors[0], rel=0.5)  # by windows of another split
+
+
+def test_teacher_that_gives_every_text_the_same_number_is_refused(reward, folders, tmp_path):
+    made = load_model(reward)
+    made.score.weight.data.zero_()
+    save_model(made, tmp_path / "same", like=reward)
+    with pytest.raises(StageError, match=r"gives every window the same number.*a spread of 0 over 32 windows"):
+        recover(
+            RecoverParams(**PARAMS), folders | dict.fromkeys(("model", "teacher"), tmp_path / "same"), tmp_path, Heard()
+        )
+
+
+def test_masked_models_fill_seeded_gaps_in_every_text():
+    class Tokenizer:
+        mask_token_id = 3
+
+    ids_NT, heard = torch.arange(4, 4004).view(40, 100), Heard()
+    train, judged = _with_gaps(Tokenizer(), ids_NT, {"text": ids_NT}, 7, heard)
+    again, _ = _with_gaps(Tokenizer(), ids_NT, {}, 7, heard)
+    other, _ = _with_gaps(Tokenizer(), ids_NT, {}, 8, heard)
+    for found in (train, judged["text"]):
+        hidden = found == 3
+        assert 0.13 < float(hidden.float().mean()) < 0.17
+        assert torch.equal(found[~hidden], ids_NT[~hidden])
+    assert torch.equal(train, again)
+    assert not torch.equal(train, other) and not torch.equal(train, judged["text"])
+    Tokenizer.mask_token_id = None
+    assert _with_gaps(Tokenizer(), ids_NT, {}, 7, heard)[0] is ids_NT
+    assert heard.notes == ["the tokenizer has no mask token: student and teacher read whole windows"]
+
+
 def test_recover_draws_curves(undisturbed):
     _, metrics, heard = undisturbed
     assert heard.steps() == list(range(1, 13))
@@ -155,6 +219,7 @@ import os, json, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[3]))
+from stages.recover.pair import _with_gaps
 from stages.recover.params import RecoverParams
 from stages.recover.stage import recover
 from stages.runtime.progress import Silent
