@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -292,10 +293,4 @@ def check_tokenizer(folder: Path) -> None:
 
 def parameters(tensors: Mapping[str, Mapping[str, Any]]) -> int:
     """The number of elements in declared tensors."""
-    total = 0
-    for entry in tensors.values():
-        count = 1
-        for length in entry["shape"]:
-            count *= length
-        total += count
-    return total
+    return sum(prod(entry["shape"]) for entry in tensors.values())
