@@ -121,13 +121,14 @@ def refusal(whose: str, parts: Mapping[str, str | None]) -> StageError:
 
 def _gates(planned: Mapping[str, Planned], recipe: Recipe, answers: Mapping[str, Answer]) -> Iterable[StageError]:
     """The gates on a measure that says nothing of the model that is judged."""
+    judged = recipe.judge.artifacts if recipe.judge else []
     for gate in recipe.gates:
         measure = MEASURES.get(gate.measure)
         for name, one in planned.items():
             task = answers[name].task
             if measure is None or not one.measures or not task or task in measure.tasks:
                 continue
-            if gate.artifact in (None, one.measures) and gate.corpus in (None, one.corpus):
+            if one.measures in ([gate.artifact] if gate.artifact else judged):
                 fitting = ", ".join(other for other, its in MEASURES.items() if task in its.tasks)
                 yield StageError(
                     f"a gate asks for {gate.measure} of {one.measures}, which is not measured of a model of its task",

@@ -102,11 +102,12 @@ def check_block(params: QuantizeParams, model: PreTrainedModel, names: Sequence[
     block = _precision(params).block
     if block and (wrong := sorted(width for width in widths if width % block)):
         fits = [str(size) for size in range(2, min(widths) + 1, 2) if not any(width % size for width in widths)]
+        four_bits = f"`scheme` to int4_weight_only and `block` to {fits[-1]}, or " if fits else ""
         raise StageError(
             f"blocks of {block} do not divide every layer's inputs",
             measured=f"{', '.join(map(str, wrong))} inputs",
             limit=f"a common divisor: {', '.join(fits) or 'there is none'}",
-            remedy="Set `scheme` to int4_weight_only and `block` to one of these, or `scheme` to int8_weight_only.",
+            remedy=f"Set {four_bits}`scheme` to int8_weight_only.",
         )
 
 

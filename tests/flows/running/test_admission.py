@@ -1,0 +1,156 @@
+"""Whether a recipe's steps can take what the steps before them will make, before anything is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows.recipe.expand import expanded
+from flows.recipe.model import Recipe
+from flows.running import admission
+from flows.running.admission import ask, refuse_inadmissible
+from flows.running.plan import resolve
+from stages.admission import Answer, Asked
+from stages.models.checkpoint.loading import load_model
+from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
+from tests.stages.models.families import FAMILIES, WIDER, family
+
+TEXT = {"source": "pydoc://topics", "splits": {"calibrate": 0.5, "test": 0.5}}
+
+
+def checkpoint(name: str, root: Path) -> Path:
+    folder = family(name, root)
+    (folder / "tokenizer.json").write_text("{}")  # that it is there is asked; what it says is asked by who reads it
+    return folder
+
+
+def recipe(folder: Path, *steps: dict[str, object], **more: object) -> Recipe:
+    given = [
+        {"name": "dense", "stage": "fetch", "params": {"source": str(folder)}},
+        {"name": "text", "stage": "corpus", "params": TEXT},
+        *steps,
+    ]
+    return Recipe.model_validate({"recipe": 1, "name": "case", "steps": given, **more})
+
+
+def step(name: str, stage: str, reads: str = "dense", **params: object) -> dict[str, object]:
+    return {"name": name, "stage": stage, "inputs": {"model": reads, "text": "text"}, "params": params}
+
+
+def admitted(store, asked: Recipe) -> list[str]:
+    """Have a recipe admitted; returns what was said."""
+    said: list[str] = []
+    planned = resolve(expanded(asked).steps, store, lambda _: Silent())
+    refuse_inadmissible(planned, asked, store, said.append)
+    return said
+
+
+def test_blocks_that_no_longer_divide_after_prune_are_refused_and_the_remedy_is_taken(store, tmp_path):
+    folder = checkpoint("llama", tmp_path)
+    cut = step("cut", "prune", keep=0.9, multiple=1)
+    with pytest.raises(StageError, match="step 'q' \\(quantize\\): blocks of 16 do not divide") as refused:
+        admitted(store, recipe(folder, cut, step("q", "quantize", "cut", scheme="int4_weight_only", block=16)))
+    assert refused.value.remedy
+    works = int(str(refused.value.limit).rpartition(" ")[2])
+    assert not admitted(
+        store, recipe(folder, cut, step("q", "quantize", "cut", scheme="int4_weight_only", block=works))
+    )
+    assert not list(store.manifests())
+
+
+def test_a_cut_width_is_a_multiple_of_the_blocks_that_come_later(store, tmp_path):
+    folder = checkpoint("llama", tmp_path)
+    asked = recipe(
+        folder, step("cut", "prune", keep=0.9), step("q", "quantize", "cut", scheme="int4_weight_only", block=16)
+    )
+    assert expanded(asked).steps[2].params["multiple"] == 16
+    assert not admitted(store, asked)
+    plain = recipe(folder, step("cut", "prune", keep=0.9), step("q", "quantize", "cut", scheme="int8_weight_only"))
+    assert "multiple" not in expanded(plain).steps[2].params
+
+
+def test_what_one_step_cuts_another_does_not_miss(store, tmp_path):
+    folder = checkpoint("llama", tmp_path)
+    twice = [step(name, "prune", method="channels", keep=0.5, multiple=1) for name in ("a", "b")]
+    assert not admitted(store, recipe(folder, *twice, step("q", "quantize", scheme="int4_weight_only", block=16)))
+
+
+def test_predicted_shapes_are_those_that_are_made(store, tmp_path, seal):
+    folder = checkpoint("llama", tmp_path)
+    from stages.fetch import FetchParams, admit
+    from stages.prune.admission import admitted as predicted
+    from stages.prune.params import PruneParams
+
+    known = admit(FetchParams(source=str(folder)), {})
+    for method in ("channels", "heads"):
+        params = PruneParams(method=method, keep=0.85, multiple=4, windows=2, window_tokens=16)
+        outline = predicted(params, {"model": known}).model
+        made = _pruned(folder, params, tmp_path / method)
+        shapes = {name: tuple(one.shape) for name, one in made.named_parameters()}
+        assert {name: tuple(one.shape) for name, one in outline.named_parameters()} == shapes
+
+
+def _pruned(folder: Path, params, output: Path) -> torch.nn.Module:
+    from stages.prune.stage import _structure
+
+    output.mkdir()
+    model = load_model(folder)
+    ids_NT = torch.randint(0, 96, (params.windows, params.window_tokens), generator=torch.Generator().manual_seed(0))
+    _structure(params, model, ids_NT, folder, output, Silent())
+    return load_model(output)
+
+
+def test_a_gate_on_what_is_not_measured_of_such_a_model_is_refused(store, tmp_path):
+    judged = {"judge": {"artifacts": ["q"], "baseline": "dense", "corpora": ["text"]}}
+    gate = {"gates": [{"measure": "perplexity", "against": "dense", "at_most": 1.2}]}
+    asked = recipe(
+        checkpoint("bert_classes", tmp_path), step("q", "quantize", scheme="int8_weight_only"), **judged, **gate
+    )
+    with pytest.raises(StageError, match="a gate asks for perplexity of q") as refused:
+        admitted(store, asked)
+    assert "cosine" in str(refused.value.limit)
+
+
+def test_all_that_is_wrong_is_said_at_once(store, tmp_path):
+    folder = checkpoint("t5", tmp_path)
+    asked = recipe(
+        folder,
+        step("q", "quantize", scheme="int4_weight_only", block=64),
+        {"name": "g", "stage": "export", "inputs": {"model": "dense"}, "params": {}},
+    )
+    with pytest.raises(StageError, match="2 things keep this recipe from running") as refused:
+        admitted(store, asked)
+    assert "step 'q'" in str(refused.value) and "step 'g'" in str(refused.value)
+
+
+def test_an_answer_is_kept_while_nothing_changes(store, tmp_path, monkeypatch):
+    folder = checkpoint("llama", tmp_path)
+    asked = recipe(folder, step("q", "quantize", scheme="int8_weight_only"))
+    assert not admitted(store, asked)
+    called: list[object] = []
+    monkeypatch.setattr(admission, "ask", lambda steps: called.append(steps) or ask(steps))
+    assert not admitted(store, asked)
+    assert not called
+    assert not admitted(store, recipe(folder, step("q", "quantize", scheme="bf16")))
+    assert called
+
+
+def test_what_cannot_be_looked_at_is_said_and_does_not_stand_in_the_way(store, tmp_path, monkeypatch):
+    broken = [Answer(step=name, unknown="KeyError: 'x'") for name in ("q",)]
+    monkeypatch.setattr(admission, "ask", lambda steps: broken)
+    said = admitted(store, recipe(checkpoint("llama", tmp_path), step("q", "quantize", scheme="int8_weight_only")))
+    assert said == ["q: what it can take could not be looked at (KeyError: 'x')"]
+
+
+@pytest.mark.parametrize("name", FAMILIES | WIDER)
+def test_every_stage_can_look_at_every_family(name, tmp_path):
+    from flows.commands.check import _asked
+
+    it = Asked(name="it", stage="fetch", params={"source": str(checkpoint(name, tmp_path))}, inputs={})
+    first, *answers = ask([it, *_asked()])
+    assert first.refusal is None and first.facts["architecture"].startswith(FAMILIES.get(name, WIDER.get(name))[0])
+    assert not [one.unknown for one in answers if one.unknown]
+    assert all(one.refusal["what"] for one in answers if one.refusal)
