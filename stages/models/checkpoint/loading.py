@@ -123,8 +123,7 @@ def _built(
     folder: Path, read: dict[str, Any], stored: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The model of a folder without its weights, and the tensors under the names that its layers have."""
-    other = read.get("quantization_config") or {}
-    compressed = read.pop("quantization_config") if other.get("quant_method") == compressed_tensors.METHOD else None
+    compressed = _compressed(read)
     model = classes.empty(classes.configuration(read, str(folder / CONFIG)), dtype)
     with no_init_weights():
         if structure := read_json(folder / STRUCTURE, optional=True):
@@ -155,12 +154,22 @@ def _following(name: str) -> Iterator[None]:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint that is float or quantized by us.
+    """The configuration of a checkpoint that `load_model` reads.
 
     Raises:
         StageError: it is missing, no JSON, of an architecture that is not understood, or of a foreign quantization.
     """
-    return classes.configuration(read_json(folder / CONFIG), str(folder / CONFIG))
+    read = read_json(folder / CONFIG)
+    _compressed(read)
+    return classes.configuration(read, str(folder / CONFIG))
+
+
+def _compressed(read: dict[str, Any]) -> dict[str, Any] | None:
+    """Take what compressed-tensors says out of a configuration; None where it says nothing."""
+    if (read.get("quantization_config") or {}).get("quant_method") != compressed_tensors.METHOD:
+        return None
+    found: dict[str, Any] = read.pop("quantization_config")
+    return found
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

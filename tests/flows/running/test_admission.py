@@ -50,14 +50,13 @@ def admitted(store, asked: Recipe) -> list[str]:
 
 def test_blocks_that_no_longer_divide_after_prune_are_refused_and_the_remedy_is_taken(store, tmp_path):
     folder = checkpoint("llama", tmp_path)
-    cut = step("cut", "prune", keep=0.9, multiple=1)
+    cut = step("cut", "prune", keep=0.9, multiple=2)
     with pytest.raises(StageError, match="step 'q' \\(quantize\\): blocks of 16 do not divide") as refused:
         admitted(store, recipe(folder, cut, step("q", "quantize", "cut", scheme="int4_weight_only", block=16)))
     assert refused.value.remedy
-    works = int(str(refused.value.limit).rpartition(" ")[2])
-    assert not admitted(
-        store, recipe(folder, cut, step("q", "quantize", "cut", scheme="int4_weight_only", block=works))
-    )
+    works = int(refused.value.remedy.partition("`block` to ")[2].partition(",")[0])
+    mended = step("q", "quantize", "cut", scheme="int4_weight_only", block=works)
+    assert not admitted(store, recipe(folder, cut, mended))
     assert not list(store.manifests())
 
 
