@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.adapters.sources import Pinned, Wanted, changed_source, downloaded, open_source, pin_source, scheme_of
 from stages.models.checkpoint import layout
+from stages.models.checkpoint.hub_folders import located
+from stages.models.checkpoint.json_files import read_given
 from stages.runtime.contract import (
     PARTIAL,
     Image,
@@ -92,7 +94,7 @@ def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress:
         dequantize(chosen.gguf, output, progress)
     else:
         # All but the numbers is looked at before gigabytes are copied; the copy is what is hashed.
-        folder = path if path.is_dir() else path.parent
+        folder = located(path) if path.is_dir() else path.parent
         layout.check_headers(folder, chosen.weights)
         left = _unread(folder, chosen, progress)
         if _dequantized(folder, chosen, output, progress):
@@ -117,8 +119,8 @@ def _merged(params: FetchParams, folder: Path, output: Path, progress: Progress)
             limit="a folder with config.json and *.safetensors",
             remedy="Set `base` to the checkpoint that the adapter was trained on, in Hugging Face layout.",
         )
-    _unread(base, chosen, progress)
-    merged(base, folder, output, progress)
+    _unread(located(base), chosen, progress)
+    merged(located(base), located(folder), output, progress)
 
 
 def _dequantized(folder: Path, chosen: layout.Chosen, output: Path, progress: Progress) -> bool:
@@ -126,13 +128,14 @@ def _dequantized(folder: Path, chosen: layout.Chosen, output: Path, progress: Pr
     from stages.models.checkpoint import files, foreign
     from stages.models.checkpoint.json_files import write_json
 
-    config = layout.read_given(folder / layout.CONFIG)
+    config = read_given(folder / layout.CONFIG)
     tool = foreign.method(config, str(folder / layout.CONFIG))
     if tool is None:
         return False
     foreign.write(config, tool, files.read_files(chosen.weights.values()), output / layout.WEIGHTS, progress)
     write_json(output / layout.CONFIG, foreign.plain(config))
-    layout.carry(folder, output, sorted({*layout.SIDE_FILES} - {layout.CONFIG}))
+    layout.carry(folder, output, [name for name in layout.SIDE_FILES if name != layout.CONFIG])
+    layout.carry(folder, output, layout.travelling(folder))
     width = str(foreign.width(config)).removeprefix("torch.")
     progress.note(f"the checkpoint is quantized by {tool}: its maps are written as {width}, as its engine reads them")
     return True
@@ -179,6 +182,7 @@ def _copy(chosen: layout.Chosen, output: Path, progress: Progress) -> None:
     done = 0
     for name, path in chosen.files.items():
         # A copy and not a link: sealing makes files read-only, and these belong to the user.
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as source, (output / name).open("wb") as target:
             while chunk := source.read(_CHUNK):
                 target.write(chunk)
@@ -190,7 +194,7 @@ def _unread(folder: Path, chosen: layout.Chosen, progress: Progress) -> set[str]
     """Prove that names and shapes are those of an architecture of transformers; say and return what is not read."""
     from stages.models.checkpoint.loading import outlined
 
-    if layout.read_given(folder / layout.CONFIG).get("auto_map"):
+    if read_given(folder / layout.CONFIG).get("auto_map"):
         progress.note("config.json names code of its own (auto_map): transformers' own class is used, the code never")
     _, left = outlined(folder, chosen.weights.values())
     if left:

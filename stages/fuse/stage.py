@@ -55,7 +55,7 @@ def fuse(params: FuseParams, inputs: Mapping[str, Path], output: Path, progress:
     weights = params.weights or (1.0,) * len(models)
     fusion = merging.Fusion(params.method, weights, params.keep, params.scale, params.seed)
     rows = merging.fuse(fusion, models, base, output / layout.WEIGHTS, progress.advanced)
-    layout.carry(models[0], output, (layout.CONFIG, layout.GENERATION, *layout.TOKENIZER_FILES))
+    layout.carry(models[0], output, (layout.CONFIG, *layout.travelling(models[0])))
     editing.write_table(output, rows, method=params.method)
     changed = _proven(output, [*models, *([base] if base else [])])
     return {"parameters": float(stored_parameters(output)), "changed_tensors": float(changed), **_means(rows)}

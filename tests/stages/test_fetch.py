@@ -404,6 +404,16 @@ def test_adapter_is_merged_into_its_base_and_both_are_pinned(seal: Seal, store: 
         seal("fetch", {"source": str(tiny), "base": str(tiny)})
 
 
+def test_modules_of_sentence_transformers_arrive_in_folders_of_their_own(seal: Seal, store: Store, copy: Path) -> None:
+    (copy / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
+    (copy / "1_Pooling").mkdir()
+    (copy / "1_Pooling" / "config.json").write_text("{}")
+    first = seal("fetch", {"source": str(copy)}).identity
+    second = seal("quantize", {"scheme": "int8_weight_only"}, model=first).identity
+    for view in map(store.checkout, (first, second)):
+        assert (view / "modules.json").is_file() and (view / "1_Pooling" / "config.json").read_text() == "{}"
+
+
 def test_translator_arrives_with_both_of_its_sentence_pieces(seal: Seal, store: Store, tmp_path: Path) -> None:
     folder = family("marian", tmp_path)
     tokenizer = {"source.spm": b"source pieces", "target.spm": b"target pieces", "vocab.json": b'{"</s>": 0}'}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.checkpoint import files
-from stages.models.checkpoint.layout import ADAPTER, ADAPTER_WEIGHTS
+from stages.models.checkpoint.hub_folders import ADAPTER, ADAPTER_WEIGHTS
 from stages.models.memory.saved_state import settle
 from stages.runtime.contract import Progress, StageError
 

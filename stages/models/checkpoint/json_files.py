@@ -31,6 +31,25 @@ def read_json(path: Path, *, optional: bool = False, absent: StageError | None =
     return value
 
 
+def read_given(path: Path) -> dict[str, Any]:
+    """A JSON object that a user gave: errors say where it lies.
+
+    Raises:
+        StageError: it is missing or not one.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StageError(
+            f"{path} is missing", remedy="Give a folder with config.json, *.safetensors and tokenizer files."
+        ) from error
+    except ValueError as error:
+        raise StageError(f"{path} is not JSON ({error})", remedy="Fetch or write the file again.") from error
+    if not isinstance(found, dict):
+        raise StageError(f"{path} is not a JSON object", remedy="Fetch or write the file again.")
+    return found
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, its keys in order."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from stages.models.checkpoint.hub_folders import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    SENTENCES,
+    adapter_alone,
+    is_adapter,
+    located,
+    refuse_dangling,
+    sentence_files,
+)
+from stages.models.checkpoint.json_files import read_given
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import canonical, digest_bytes, digest_file
 
@@ -50,13 +60,11 @@ TOKENIZERS = (
 CONFIG, GENERATION = "config.json", "generation_config.json"
 STRUCTURE, QUANTIZATION = "structure.json", "quantization.json"
 SIDE_FILES = (CONFIG, GENERATION, STRUCTURE, QUANTIZATION, *TOKENIZER_FILES, "chat_template.json")
-ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""What peft writes: what it trained beside a checkpoint, which it names."""
 MASKS = "masks.safetensors"
 """What `prune` puts beside the weights where single ones went."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PATTERNS = (*SIDE_FILES, ADAPTER, "*.safetensors", INDEX, "*.gguf")
+PATTERNS = (*SIDE_FILES, *SENTENCES, ADAPTER, "*.safetensors", INDEX, "*.gguf")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SAFE = "Give a folder with config.json, *.safetensors and tokenizer files, or one *.gguf file."
 _HEADER_LIMIT = 100_000_000
@@ -71,8 +79,8 @@ class Chosen:
 
     @property
     def weights(self) -> dict[str, Path]:
-        """The safetensors files among them."""
-        return {name: path for name, path in self.files.items() if name.endswith(".safetensors")}
+        """The safetensors files of the checkpoint among them; those of modules that follow it lie in folders."""
+        return {name: path for name, path in self.files.items() if name.endswith(".safetensors") and "/" not in name}
 
     def digest(self) -> str:
         """The identity of the content: of a single file its bytes, of a folder the names and bytes that count."""
@@ -89,8 +97,10 @@ def choose(path: Path) -> Chosen:
     """
     if path.is_file():
         return _single(path)
+    path = located(path)
+    refuse_dangling(path, PATTERNS)
     if is_adapter(path):
-        raise _adapter(path)
+        raise adapter_alone(path)
     ggufs = sorted(path.glob("*.gguf"))
     safe = sorted(path.glob("*.safetensors"))
     pickles = sorted(p for p in path.iterdir() if p.name.endswith(_PICKLES))
@@ -103,12 +113,7 @@ def choose(path: Path) -> Chosen:
         raise _pickle(pickles[0])
     if not safe:
         raise StageError(f"{path} holds no checkpoint", remedy=_SAFE)
-    return Chosen(_sides(path) | _weights(path, safe))
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder holds what peft trained beside a checkpoint, and no checkpoint."""
-    return (path / ADAPTER).is_file() and not ((path / WEIGHTS).is_file() or (path / INDEX).is_file())
+    return Chosen(_sides(path) | _weights(path, safe) | sentence_files(path))
 
 
 def _single(path: Path) -> Chosen:
@@ -127,6 +132,8 @@ def choose_adapter(path: Path) -> Chosen:
     Raises:
         StageError: there is none, or a pickle.
     """
+    path = located(path)
+    refuse_dangling(path, PATTERNS)
     if not is_adapter(path):
         raise StageError(
             f"{path} is no adapter, and a `base` is given for it",
@@ -148,7 +155,13 @@ def carry(source: Path, output: Path, names: Iterable[str]) -> None:
     """Copy side files from one artifact to the next; what the source lacks is left out."""
     for name in names:
         if (source / name).is_file():
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, output / name)
+
+
+def travelling(source: Path) -> list[str]:
+    """Names of the files that go from each checkpoint to the next as they are: what generates, what splits, what pools."""
+    return [*TOKENIZER_FILES, GENERATION, *sentence_files(source)]
 
 
 def _sides(path: Path) -> dict[str, Path]:
@@ -188,43 +201,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _adapter(path: Path) -> StageError:
-    found = read_given(path / ADAPTER)
-    base = found.get("base_model_name_or_path") or "a checkpoint that it does not name"
-    return StageError(
-        f"{path} is an adapter for {base}, and no checkpoint",
-        measured=f"{found.get('peft_type', 'an adapter')} in {ADAPTER}",
-        limit="a whole checkpoint",
-        remedy=f"Set `base` in the step's params to that checkpoint (a folder, or {_as_source(base)}): it is merged.",
-    )
-
-
-def _as_source(base: str) -> str:
-    return f"hf://{base}" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else "hf://owner/name"
-
-
 def _pickle(path: Path) -> StageError:
     return StageError(
         f"{path} is a pickle checkpoint, which can run code when it is loaded",
         remedy="Convert it to safetensors where you trust it: model.save_pretrained(folder).",
     )
-
-
-def read_given(path: Path) -> dict[str, Any]:
-    """A JSON object that a user gave: errors say where it lies.
-
-    Raises:
-        StageError: it is missing or not one.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StageError(f"{path} is missing", remedy=_SAFE) from error
-    except ValueError as error:
-        raise StageError(f"{path} is not JSON ({error})", remedy="Fetch or write the file again.") from error
-    if not isinstance(found, dict):
-        raise StageError(f"{path} is not a JSON object", remedy="Fetch or write the file again.")
-    return found
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:

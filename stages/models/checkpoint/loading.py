@@ -21,9 +21,9 @@ from transformers.initialization import no_init_weights
 
 from stages.models.anatomy import classes
 from stages.models.checkpoint import adapter, compressed_tensors, conversions, files, filling, foreign, uneven_sizes
+from stages.models.checkpoint.hub_folders import ADAPTER
 from stages.models.checkpoint.json_files import read_json, write_json
 from stages.models.checkpoint.layout import (
-    ADAPTER,
     CONFIG,
     GENERATION,
     QUANTIZATION,
@@ -32,6 +32,7 @@ from stages.models.checkpoint.layout import (
     TOKENIZERS,
     WEIGHTS,
     carry,
+    travelling,
 )
 from stages.models.layers import low_rank_linear, quantization_spec, rounded_cache, sparse_linear
 from stages.models.memory.lean_import import without_compiler
@@ -234,7 +235,7 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path, layout: str 
     for name, spec in ((CONFIG, config), (STRUCTURE, structure), (QUANTIZATION, quantization)):
         if spec:
             write_json(folder / name, spec)
-    carry(like, folder, (*TOKENIZER_FILES, GENERATION))
+    carry(like, folder, travelling(like))
 
 
 def _configured(model: PreTrainedModel) -> dict[str, Any]:
