@@ -151,6 +151,12 @@ def truncate(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
+def untied(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 def only_adapter(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
     (folder / "config.json").unlink()
@@ -222,6 +228,7 @@ UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+    "ties that differ": (untied, r"tied by the configuration but differ in the file.*false in .*mine/config\.json"),
     "no tokenizer": (no_tokenizer, "has no tokenizer.*save_pretrained"),
     "no parameters": (empty_weights, "mine lacks tensors of LlamaForCausalLM; measured 56 missing"),
     "two files": (two_files, "more than one checkpoint"),

@@ -160,7 +160,7 @@ def _opened(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise StageError(
-            f"{file.name} is damaged or cut short",
+            f"{file} is damaged or cut short",
             measured=f"{file.stat().st_size} bytes, {error}",
             remedy="Fetch the checkpoint again.",
         ) from error
@@ -177,16 +177,25 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
         if any(Path(name).name != name for name in names):
-            raise StageError(f"{INDEX} names a file outside the checkpoint")
+            raise StageError(
+                f"{folder / INDEX} names a file outside the checkpoint",
+                limit="names of files beside it",
+                remedy="Write the checkpoint again with save_pretrained.",
+            )
         files = [folder / name for name in names]
         if lost := [file.name for file in files if not file.is_file()]:
-            raise StageError(f"{folder.name} lacks {lost[0]}", measured=f"{len(lost)} of {len(files)} shards missing")
+            raise StageError(
+                f"{folder} lacks {lost[0]}, which {INDEX} names",
+                measured=f"{len(lost)} of {len(files)} shards missing",
+                limit="all of them",
+                remedy="Fetch the missing shards.",
+            )
         return files
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise StageError(
-            f"{pickles[0]} is a pickle, which can run code when it is loaded",
+            f"{folder / pickles[0]} is a pickle, which can run code when it is loaded",
             limit=WEIGHTS,
             remedy="Convert it where you trust it: model.save_pretrained(folder, safe_serialization=True).",
         )
-    raise StageError(f"{folder.name} has no {WEIGHTS}", remedy="Give a checkpoint in Hugging Face layout.")
+    raise StageError(f"{folder} has no {WEIGHTS}", remedy="Give a checkpoint in Hugging Face layout.")

@@ -64,6 +64,13 @@ def fill(model: PreTrainedModel, stored: Mapping[str, Tensor], dtype: torch.dtyp
     return sorted(found.left)
 
 
+def refuse_unequal(model: PreTrainedModel, stored: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise StageError where a file holds copies that differ of what the configuration says is one tensor."""
+    called = {new: old for old, new in conversions.named_as(model, stored).items()}
+    for names, _ in distinct(model):
+        _one(names, [stored[called[name]] for name in names if name in called], folder)
+
+
 def _placed(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> dict[int, Tensor]:
     """The model's tensor, by its id -> what the file has for it, of the shape that the model's module has."""
     turned = classes.transposed(model, classes.plain(model))

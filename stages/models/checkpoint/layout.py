@@ -160,7 +160,7 @@ def carry(source: Path, output: Path, names: Iterable[str]) -> None:
 
 
 def travelling(source: Path) -> list[str]:
-    """Names of the files that go from each checkpoint to the next as they are: what generates, what splits, what pools."""
+    """Names of the files that go from each checkpoint to the next: tokenizer, generation, what pools its vectors."""
     return [*TOKENIZER_FILES, GENERATION, *sentence_files(source)]
 
 

@@ -66,7 +66,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
 
 
 def outlined(folder: Path, weights: Iterable[Path]) -> tuple[PreTrainedModel, list[str]]:
-    """Prove that a checkpoint's names and shapes are those of its architecture; no weight is read.
+    """Prove that a checkpoint's names and shapes are those of its architecture, and that copies of a tensor are equal.
 
     Args:
         folder: where its configuration lies.
@@ -86,6 +86,7 @@ def outlined(folder: Path, weights: Iterable[Path]) -> tuple[PreTrainedModel, li
     # On the meta device torch computes some tables by functions that are marked for its compiler.
     with without_compiler(), torch.device("meta"):
         model, outlines = _built(folder, read, outlines, torch.float32)
+        filling.refuse_unequal(model, stored, folder)
         left = filling.fill(model, outlines, torch.float32, folder)
     return model.eval(), left
 

@@ -59,9 +59,7 @@ def test_link_that_leads_nowhere_is_refused_by_name(tiny, tmp_path, name):
 def sentences(tiny, tmp_path):
     """A folder of sentence-transformers: the model itself, a pooling, a map with weights of its own."""
     folder = shutil.copytree(tiny, tmp_path / "sentences")
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": "x"} for i, path in enumerate(["", "1_Pooling", "2_Dense"])
-    ]
+    modules = [{"idx": i, "path": path, "type": "x"} for i, path in enumerate(["", "1_Pooling", "2_Dense"])]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "config_sentence_transformers.json").write_text("{}")
     for name in ("1_Pooling", "2_Dense"):
@@ -87,6 +85,7 @@ def test_modules_of_sentence_transformers_travel_with_the_checkpoint(sentences, 
 
 def test_modules_that_are_pickles_or_lie_outside_are_not_taken(sentences):
     (sentences / "modules.json").write_text(json.dumps([{"path": "../outside"}, {"path": "/etc"}, {"path": ".."}]))
+    (sentences.parent / "config.json").write_text("{}")
     assert not any("/" in name for name in choose(sentences).files)
     (sentences / "modules.json").write_text(json.dumps([{"path": "2_Dense"}]))
     (sentences / "2_Dense" / "model.safetensors").rename(sentences / "2_Dense" / "pytorch_model.bin")
