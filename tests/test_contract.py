@@ -111,7 +111,7 @@ def test_defaults_are_values_that_the_params_accept(definition):
 def test_locations_enter_no_identity_and_everything_else_does(definition):
     made = example(definition)
     hidden = locations(definition.params)
-    assert hidden <= {"source", "exact", "downloads"}
+    assert hidden <= {"source", "exact", "base", "base_exact", "downloads"}
     assert set(made.identity()) == set(definition.params.model_fields) - hidden
     for name in hidden:
         moved = made.model_copy(update={name: "elsewhere"})
