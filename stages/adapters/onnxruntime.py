@@ -111,4 +111,6 @@ def _told(error: Exception, verb: str) -> StageError:
     text = str(error).removeprefix("[ONNXRuntimeError] : ").strip()
     kind = DoesNotFit if "Failed to allocate memory" in text or "bad_alloc" in text else StageError
     remedy = "Use fewer or shorter windows, or a larger machine." if kind is DoesNotFit else "Export the graph again."
+    if isinstance(error, vendor.NotImplemented):
+        remedy = "Take `export` and what follows it out of the recipe, and judge the checkpoint itself."
     return kind(f"ONNX Runtime could not {verb} the graph", measured=text, remedy=remedy)

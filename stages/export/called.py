@@ -44,7 +44,7 @@ class AsCalled(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The answer by the task: [N, T, V], [N, T, C], [N, C], [N, 2, T] or [N, T, H]."""
-        pad = self.model.config.get_text_config().pad_token_id
+        pad = _padding(self.model)
         if pad is not None:
             # Models look for the id itself: to find the last token that counts, or to count places.
             input_ids = torch.where(attention_mask > 0, input_ids, pad)
@@ -117,23 +117,20 @@ def as_called(model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], *, f
         StageError: padding changes what the model answers, however it is called.
     """
     model.config.use_cache = False
-    if type(model)._can_set_attn_implementation():
-        rounded_cache.use(model, "sdpa" if fused and model._supports_sdpa else "eager")
-    else:
-        # Attention of the model's own: it takes what is added to its products, and may call torch's fused operator
-        # with fewer heads of keys than of queries, which the exporter does not take.
-        model.config._attn_implementation = "eager"
-    _name_padding(model, task)
-    ids_1T = ids_1T[:, :ASKED_TOKENS]
-    worst = float("inf")
-    with torch.no_grad(), unrounded(model), masks():
+    ids_1T, worst = ids_1T[:, :ASKED_TOKENS], float("inf")
+    with unrounded(model):
         wanted_N = np.concatenate([alone(model, task, ids_1T[:, :-PADDING])] * 2)
-        ids_NT, mask_NT = map(torch.from_numpy, padded(ids_1T))
+    _name_padding(model, task)
+    ids_NT, mask_NT = map(torch.from_numpy, padded(ids_1T))
+    for implementation in _attentions(model, fused=fused):
+        _attend(model, implementation)
         for way in _ways(model):
-            made = AsCalled(model, task, way)
-            found = parity(None, wanted_N, unpadded(task, made(ids_NT, mask_NT).numpy())).logit_difference
+            made = AsCalled(model, task, way).eval()
+            with torch.no_grad(), unrounded(model), masks():
+                said_N = made(ids_NT, mask_NT).numpy()
+            found = parity(None, wanted_N, unpadded(task, said_N)).logit_difference
             if found <= LOGIT_LIMIT:
-                return made.eval()
+                return made
             worst = min(worst, found)
     raise StageError(
         f"{type(model).__name__} answers otherwise beside padding, so that no engine can be called in batches",
@@ -143,6 +140,26 @@ def as_called(model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], *, f
     )
 
 
+def _attentions(model: PreTrainedModel, *, fused: bool) -> list[str]:
+    """How attention may be computed in the graph, the best first."""
+    if type(model)._can_set_attn_implementation():
+        return ["sdpa" if fused and model._supports_sdpa else "eager"]
+    # Attention of the model's own: it may call torch's fused operator with fewer heads of keys than of queries, which
+    # the exporter does not take, and its `eager` may be another function (Falcon rounds its slopes in another place).
+    return ["eager", model.config._attn_implementation]
+
+
+def _attend(model: PreTrainedModel, implementation: str) -> None:
+    if type(model)._can_set_attn_implementation():
+        rounded_cache.use(model, implementation)
+    else:
+        model.config._attn_implementation = implementation
+
+
+def _padding(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "pad_token_id", None)
+
+
 def _ways(model: PreTrainedModel) -> tuple[Way, ...]:
     told = "position_ids" in inspect.signature(model.forward).parameters
     return ("counted", "own", "rolled") if told else ("own", "rolled")
@@ -150,10 +167,9 @@ def _ways(model: PreTrainedModel) -> tuple[Way, ...]:
 
 def _name_padding(model: PreTrainedModel, task: str) -> None:
     """Let a classifier that knows no token of padding see where a row ends: by an id that no text has."""
-    config = model.config.get_text_config()
-    if task in TOKEN_AXIS or config.pad_token_id is not None:
+    if task in TOKEN_AXIS or _padding(model) is not None:
         return
-    config.pad_token_id = _NO_TOKEN
+    model.config.get_text_config().pad_token_id = _NO_TOKEN
     model.get_input_embeddings().register_forward_pre_hook(lambda _module, args: (args[0].clamp(min=0), *args[1:]))
 
 

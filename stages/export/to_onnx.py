@@ -100,14 +100,21 @@ def to_onnx(model: PreTrainedModel, opset: int, task: str, ids_1T: NDArray[np.in
         except torch.onnx.OnnxExporterError as error:
             raise StageError(
                 f"the exporter could not turn {type(model).__name__} into ONNX",
-                measured=str(error).strip().splitlines()[0],
-                remedy="Report it with the checkpoint's config.json.",
+                measured=_first_cause(error),
+                remedy="Take `export` and what follows it out of the recipe, or report it with config.json.",
             ) from error
     assert program is not None
     exported: Any = program.model
     onnx_graph.pack_weights(exported.graph)
     clean(exported, first_names)
     return exported
+
+
+def _first_cause(error: BaseException) -> str:
+    """Its first line: what stands above it is advice for those who export by hand."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def lay_out(model: PreTrainedModel) -> None:

@@ -166,7 +166,7 @@ def _classifier(model: PreTrainedModel, task: str) -> Apart:
             child.float()
             child.register_forward_pre_hook(lambda _module, args: (args[0].float(), *args[1:]))
     config = model.config.get_text_config()
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:
         # Windows hold no padding, but a decoder takes no two of them without knowing which token that is.
         config.pad_token_id = -1
     return Apart(model, Head(torch.eye(model.config.num_labels)), task)

@@ -18,7 +18,7 @@ from stages.models.anatomy.tasks import task
 from stages.models.checkpoint.editing import readable
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.text.decoder_answers import answered
-from stages.models.text.windows import windows
+from stages.models.text.windows import special_ends, windows
 from stages.recover.headless import Apart, load_apart
 from stages.recover.matched_blocks import listened
 from stages.recover.params import RecoverParams
@@ -90,14 +90,18 @@ def _with_answers(
 def _with_gaps(
     tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor, judged: dict[str, Tensor], seed: int, progress: Progress
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The windows with some tokens hidden, as a masked model meets them in use: both models fill the same gaps."""
+    """The windows with some of the text's tokens hidden, as a masked model meets them: both models fill the same gaps."""
     mask = tokenizer.mask_token_id
     if mask is None:
         progress.note("the tokenizer has no mask token: student and teacher read whole windows")
         return ids_NT, judged
     generator, found = torch.Generator().manual_seed(seed), {}
+    before, after = special_ends(tokenizer)
+    text = slice(len(before), ids_NT.shape[1] - len(after))
     for name, one_NT in {"train": ids_NT, **judged}.items():
-        found[name] = one_NT.masked_fill(torch.rand(one_NT.shape, generator=generator) < HIDDEN, mask)
+        hidden_NT = torch.rand(one_NT.shape, generator=generator) < HIDDEN
+        found[name] = one_NT.clone()
+        found[name][:, text] = one_NT[:, text].masked_fill(hidden_NT[:, text], mask)
     return found.pop("train"), found
 
 

@@ -89,6 +89,56 @@ def test_engine_for_the_cpu_is_described_and_carries_its_tokenizer(cpu, mixed_gr
     assert (cpu[0] / "model.onnx").stat().st_size < 1.02 * (mixed_graph / "model.onnx").stat().st_size
 
 
+def classes_graph(tiny, folder: Path) -> Path:
+    """A graph that gives each text three numbers: the sum of the rows of its tokens."""
+    rows = np.random.default_rng(0).standard_normal((768, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["rows", "input_ids"], ["read"]),
+        helper.make_node("Cast", ["attention_mask"], ["kept"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["kept", "last"], ["kept_1"]),
+        helper.make_node("Mul", ["read", "kept_1"], ["counted"]),
+        helper.make_node("ReduceSum", ["counted", "axis"], ["logits"], keepdims=0),
+    ]
+    held = [numpy_helper.from_array(rows, "rows"), *(
+        numpy_helper.from_array(np.array([value]), name) for name, value in (("last", -1), ("axis", 1))
+    )]  # fmt: skip
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["N", "T"]) for name in ("input_ids", "attention_mask")
+    ]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 3])
+    made = helper.make_graph(nodes, "g", inputs, [logits], held)
+    folder.mkdir()
+    onnx.save(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), folder / "model.onnx"
+    )
+    described = {"task": "classify", "precisions": ["float32"], "vocabulary": 768, "maximum_tokens": 64}
+    (folder / "graph.json").write_text(json.dumps(described))
+    shutil.copy(tiny / "tokenizer.json", folder)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_engine_of_classes_is_proven_by_its_classes_and_says_its_task(tiny, tmp_path, monkeypatch):
+    from stages.graphs import ort_lowering
+
+    graph = classes_graph(tiny, tmp_path / "graph")
+    (tmp_path / "engine").mkdir()
+    metrics = compile_engine(CompileParams(backend="onnxruntime"), {"graph": graph}, tmp_path / "engine", Hears())
+    assert metrics["parity_logit_difference"] < 1e-5
+    assert json.loads((tmp_path / "engine" / "engine.json").read_text())["task"] == "classify"
+    assert open_engine(tmp_path / "engine").logits(token_windows(2, 9)).shape == (2, 3)
+
+    def wrong(model):
+        rows = model.graph.initializers["rows"]
+        rows.const_value = ir.tensor(rows.const_value.numpy() * np.array([1, 1, 1.01], np.float32))
+        return {}
+
+    monkeypatch.setattr(ort_lowering, "lower", wrong)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(StageError, match="the engine and the graph differ in their logits"):
+        compile_engine(CompileParams(backend="onnxruntime"), {"graph": graph}, tmp_path / "other", Hears())
+
+
 def test_a_rewriting_that_changes_the_numbers_is_refused(mixed_graph, tmp_path, monkeypatch):  # noqa: F811
     from stages.graphs import ort_lowering
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ def scales(model: nn.Module) -> list[float]:
 
 def left_float(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within it, the model rounds no key and no value."""
-    return by(model, _base_of(model))
+    return by(model, _base_of(model)) if modules(model) else nullcontext()
 
 
 @contextmanager
