@@ -156,6 +156,7 @@ def test_graph_of_every_family_answers_as_transformers(tmp_path, name, opset):
         return
     wanted = checks.expected(library(name, tmp_path / name), ids, task)
     onnx_graph.save(to_onnx.to_onnx(model, opset, task, ids[:1]), tmp_path / "model.onnx")
+    checks.require_effect(onnx_graph.held(onnx_graph.load(tmp_path / "model.onnx")), wanted)
     assert checks.require_numbers(tmp_path / "model.onnx", ids, wanted, task) < 1e-4
 
 
@@ -174,6 +175,15 @@ def test_classifiers_graph_says_what_it_is_for_and_how_long_its_texts_are(tiny, 
     found = open_session(tmp_path / "graph" / "model.onnx").logits(ids, mask)
     for row, one in zip(found, (ids[:1], ids[1:, :12]), strict=True):
         np.testing.assert_allclose(row, plain(input_ids=torch.from_numpy(one)).logits[0].detach(), atol=1e-5)
+
+
+def test_graph_may_leave_out_what_no_answer_depends_on_but_neither_blocks_nor_table(tmp_path):
+    model = load_model(family("bert_bare", tmp_path))
+    wanted = checks.expected(model, IDS.numpy(), "embed")
+    sizes = {name: tensor.nbytes for name, tensor in model.named_parameters()}
+    kept = sum(size for name, size in sizes.items() if name.startswith("encoder.") or "word_embeddings" in name)
+    assert (wanted.least_bytes, wanted.size_bytes) == (kept, sum(sizes.values()))
+    assert sum(size for name, size in sizes.items() if "pooler" in name) < wanted.size_bytes - kept
 
 
 @pytest.mark.parametrize(("said", "most"), [(300, 300), (10**30, 2048)])
