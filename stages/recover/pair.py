@@ -90,7 +90,7 @@ def _with_answers(
 def _with_gaps(
     tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor, judged: dict[str, Tensor], seed: int, progress: Progress
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The windows with some of the text's tokens hidden, as a masked model meets them: both models fill the same gaps."""
+    """The windows with some tokens of the text hidden: both models fill the same gaps."""
     mask = tokenizer.mask_token_id
     if mask is None:
         progress.note("the tokenizer has no mask token: student and teacher read whole windows")
