@@ -46,15 +46,15 @@ def factorize(params: FactorizeParams, inputs: Mapping[str, Path], output: Path,
     from stages.models.low_rank.planning import dense
     from stages.models.low_rank.products import Asked, compressed
 
-    model = editing.opened(inputs["model"], "factorize")
+    model = editing.opened(inputs["model"], "factorize", output / PARTIAL)
     names = editing.matching(dense(model), params.layers, params.skip)
     asked = Asked(ROLES, params.keep, names=names, sparse=params.sparse)
     ids_NT = editing.calibration(inputs, params.window_tokens, params.windows, progress)
     before = block_parameters(model)
     done = compressed(model, ids_NT, asked, output / PARTIAL, progress)
     editing.write_table(output, done.rows, method="svd+sparse" if params.sparse else "svd")
-    save_model(model, output, like=inputs["model"])
-    found = editing.proven(inputs["model"], before, output, params.keep * before)
+    written = save_model(model, output, like=inputs["model"], progress=progress)
+    found = editing.proven(inputs["model"], before, output, written, params.keep * before)
     weights = sum(shape[0] for name, shape in shapes(output).items() if name.endswith(".dense.values"))
     return {**found, "predicted_loss_nats": done.predicted, "sparse_weights": float(weights)}
 

@@ -66,11 +66,11 @@ def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progres
     from stages.models.checkpoint import editing
     from stages.models.checkpoint.loading import save_model
 
-    model = editing.opened(inputs["model"], "share")
+    model = editing.opened(inputs["model"], "share", output / PARTIAL)
     before, tied = block_parameters(model), params.method == "tie"
     predicted = _tie(params, model, output, progress) if tied else _thinned(params, model, inputs, output, progress)
-    save_model(model, output, like=inputs["model"])
-    found = editing.proven(inputs["model"], before, output, before if tied else params.keep * before)
+    written = save_model(model, output, like=inputs["model"], progress=progress)
+    found = editing.proven(inputs["model"], before, output, written, before if tied else params.keep * before)
     if tied:
         editing.refuse_above(int(found["parameters"]), found["parameters_before"] - 1, "parameters")
     return {**found, "predicted_loss_nats": predicted}

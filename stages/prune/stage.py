@@ -27,7 +27,7 @@ def prune(params: PruneParams, inputs: Mapping[str, Path], output: Path, progres
     """See PruneParams. `layers.json` says what went where and what that lost; `masks.safetensors` where zeros stand."""
     from stages.models.checkpoint import editing
 
-    model = editing.opened(inputs["model"], "prune")
+    model = editing.opened(inputs["model"], "prune", output / PARTIAL)
     ids_NT = editing.calibration(inputs, params.window_tokens, params.windows, progress)
     work = _zeros if params.method in WEIGHTS else _structure
     return work(params, model, ids_NT, inputs["model"], output, progress)
@@ -37,16 +37,16 @@ def _zeros(
     params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, like: Path, output: Path, progress: Progress
 ) -> Metrics:
     from stages.models.checkpoint import editing
-    from stages.models.checkpoint.loading import load_model, save_model
+    from stages.models.checkpoint.loading import save_model
     from stages.prune import zeros
 
     names = editing.matching(list(zeros.linears(model)), params.layers, params.skip)
     how = zeros.How(params.method, params.pattern, params.keep, names)
     rows = zeros.sparsified(model, ids_NT, how, output / PARTIAL, progress)
     editing.write_table(output, rows, method=params.method)
-    save_model(model, output, like=like)
+    written = save_model(model, output, like=like, progress=progress)
     zeros.save_masks(model, names, output)
-    found = zeros.proven(load_model(output), how, output)
+    found = zeros.proven(written, how, output)
     return {"zeros": float(found.zeros), "weights": float(found.weights), "sparsity": found.zeros / found.weights}
 
 
@@ -64,9 +64,9 @@ def _structure(
     asked = Asked(limit, params.multiple, params.by, output / PARTIAL)
     rows = {**REMOVERS, "width": width}[params.method](model, ids_NT, asked, progress)
     editing.write_table(output, rows, method=params.method)
-    save_model(model, output, like=like)
+    written = save_model(model, output, like=like, progress=progress)
     return {
-        **editing.proven(like, before, output, limit),
+        **editing.proven(like, before, output, written, limit),
         "layers": float(model.config.num_hidden_layers),
         "channels": float(model.config.intermediate_size),
         "hidden_size": float(model.config.hidden_size),

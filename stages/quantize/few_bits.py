@@ -34,7 +34,7 @@ def in_few_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path
         StageError: the checkpoint is quantized already, a text is missing, what is asked for does not go with the
             model, or the written bytes do not show it.
     """
-    model = plan.opened(inputs["model"])
+    model = plan.opened(inputs["model"], output / PARTIAL)
     block_parameters = anatomy.block_parameters(model)
     names = editing.matching(rounding.replaceable(model, progress), params.layers, params.skip)
     plan.check_block(params, model, names)
@@ -51,7 +51,7 @@ def in_few_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path
     caches = plan.rounded_caches(params, model, text_NT)
     notes = planned.notes | {name: {**planned.notes.get(name, {}), **note} for name, note in rotated.items()}
     annotate(model, {"scheme": params.scheme, **rounded_cache.described(model)}, notes)
-    save_model(model, output, like=inputs["model"], layout=params.layout)
+    save_model(model, output, like=inputs["model"], layout=params.layout, progress=progress)
     _warn_of_mixed_forms(params, model, progress)
     editing.write_table(output, [*rows, *caches], scheme=params.scheme)
     kept = sum("kept" in note for note in planned.notes.values())

@@ -29,13 +29,13 @@ from stages.runtime.progress import Silent
 ROUNDED_INPUTS = ("int8_w8a8", "fp8_e4m3")
 
 
-def opened(folder: Path) -> PreTrainedModel:
-    """The float model of a checkpoint.
+def opened(folder: Path, scratch: Path) -> PreTrainedModel:
+    """The float model of a checkpoint; see `load_model`.
 
     Raises:
         StageError: it is quantized already.
     """
-    model = load_model(folder)
+    model = load_model(folder, scratch=scratch)
     if (spec := describe(model)) is not None:
         refuse_quantized(str(spec.get("scheme", "few bits")))
     return model

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.models.checkpoint.editing import write_table
 from stages.models.checkpoint.files import stored_parameters
@@ -16,20 +17,22 @@ from stages.recover.weight_updates import is_sparse
 from stages.runtime.contract import Metrics, StageError
 
 
-def proven(update: str, before: Path, after: Path, mended: bool) -> Metrics:
+def proven(update: str, before: Path, after: Path, written: PreTrainedModel, mended: bool) -> Metrics:
     """Write what became of each tensor, and count those that changed between the two checkpoints on disk.
 
     Raises:
         StageError: see `changes`.
     """
-    rows = changes(before, after, zeros_stay=update == "sparse", mended=mended)
+    rows = changes(load_model(before, dtype=None), written, zeros_stay=update == "sparse", mended=mended)
     carry(before, after, (MASKS,))
     write_table(after, rows, update=update)
     changed = sum(row["relative_change"] > 0 for row in rows)
     return {"changed_tensors": float(changed), "parameters": float(stored_parameters(after))}
 
 
-def changes(before: Path, after: Path, *, zeros_stay: bool, mended: bool = True) -> list[dict[str, Any]]:
+def changes(
+    before: PreTrainedModel, after: PreTrainedModel, *, zeros_stay: bool, mended: bool = True
+) -> list[dict[str, Any]]:
     """A row a tensor: how far it moved relative to its norm, and its share of zeros.
 
     Args:
@@ -41,7 +44,7 @@ def changes(before: Path, after: Path, *, zeros_stay: bool, mended: bool = True)
     Raises:
         StageError: no tensor changed, the structure did, or a zero that had to stay is none.
     """
-    old, new = (dict(load_model(folder).named_parameters()) for folder in (before, after))
+    old, new = (dict(model.named_parameters()) for model in (before, after))
     rows = [_row(name, old[name].detach(), new[name].detach()) for name in old if name in new]
     changed = sum(row["relative_change"] > 0 for row in rows)
     if new.keys() != old.keys() or bool(changed) != mended:
@@ -65,7 +68,7 @@ def changes(before: Path, after: Path, *, zeros_stay: bool, mended: bool = True)
 
 
 def _row(name: str, old: Tensor, new: Tensor) -> dict[str, Any]:
-    gone = (new - old).float().norm() / old.float().norm().clamp_min(1e-30)
+    gone = (new.float() - old.float()).norm() / old.float().norm().clamp_min(1e-30)
     return {
         "tensor": name,
         "relative_change": 0.0 if torch.equal(old, new) else float(gone),

@@ -43,10 +43,10 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     mended = take_what_helped(made, record, start, partial, progress)
     after = last_score(record, held) or score(made, held)
     made.updates.finish()
-    save_model(saved, output, like=inputs["model"])
+    written = save_model(saved, output, like=inputs["model"], progress=progress)
     (output / "curve.json").write_text(json.dumps(record.curve) + "\n", encoding="utf-8")
     return {
-        **proven(params.update, inputs["model"], output, mended),
+        **proven(params.update, inputs["model"], output, written, mended),
         **{f"kl_{role}_after": one.kl for role, one in after.items()},
         **({f"excess_{role}_after": one.excess for role, one in after.items()} if params.kl_weight < 1 else {}),
         "kl_before": record.kl_before,

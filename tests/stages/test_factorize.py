@@ -197,7 +197,7 @@ def test_factorize_that_wrote_its_input_is_caught(shared_store, dense, topics, t
     given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
     untouched = load_model(given["model"])
     real = loading.save_model
-    monkeypatch.setattr(loading, "save_model", lambda _model, folder, *, like: real(untouched, folder, like=like))
+    monkeypatch.setattr(loading, "save_model", lambda _model, *at, **how: real(untouched, *at, **how))
     how = FactorizeParams(keep=0.9, windows=9999, window_tokens=512)
     notes = Notes()
     with pytest.raises(StageError, match="lost less than was asked"):

@@ -159,7 +159,7 @@ def test_share_that_wrote_its_input_is_caught(shared_store, dense, topics, tmp_p
     given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
     untouched = load_model(given["model"])
     real = loading.save_model
-    monkeypatch.setattr(loading, "save_model", lambda _model, folder, *, like: real(untouched, folder, like=like))
+    monkeypatch.setattr(loading, "save_model", lambda _model, *at, **how: real(untouched, *at, **how))
     with pytest.raises(StageError, match="lost less than was asked"):
         SHARE.run(ShareParams(**PARAMS), given, tmp_path, Notes())
 
@@ -268,7 +268,7 @@ def test_share_tie_stores_equal_tensors_once_and_keeps_the_function(seal, store,
 def test_share_tie_that_wrote_its_input_is_caught(twins, tmp_path, monkeypatch):
     untouched = load_model(twins)
     real = loading.save_model
-    monkeypatch.setattr(loading, "save_model", lambda _model, folder, *, like: real(untouched, folder, like=like))
+    monkeypatch.setattr(loading, "save_model", lambda _model, *at, **how: real(untouched, *at, **how))
     with pytest.raises(StageError, match="lost less than was asked"):
         SHARE.run(ShareParams(method="tie"), {"model": twins}, tmp_path, Notes())
 

@@ -243,6 +243,14 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from stored.items()
 
 
+def distinct_tensors(module: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """Every such tensor once, with all of its names; the first is the same in every process."""
+    named: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in named_tensors(module):  # a state_dict keeps the order in which its modules were made
+        named.setdefault(id(tensor), ([], tensor))[0].append(name)
+    yield from named.values()
+
+
 def block_parameters(model: PreTrainedModel) -> int:
     """Parameters inside the blocks, each distinct tensor counted once.
 

@@ -8,14 +8,14 @@ Shapes: V vocabulary, H hidden, O outputs, I inputs, N rows looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.roles import is_map
@@ -26,6 +26,7 @@ _LOOKED_AT = 64
 _SLACK = 1e-5
 """Of the largest value: what another order of sums may change in float32."""
 _PROBE_IDS = (3, 5, 7, 4)
+_FIRST, _LAST = ("decoder_start_token_id", "bos_token_id", "cls_token_id"), ("sep_token_id", "eos_token_id")
 
 
 @torch.no_grad()
@@ -85,13 +86,31 @@ def uncalled(model: PreTrainedModel) -> set[str]:
     return {name for name, one in maps.items() if id(owners[name]) in ran and id(one) not in ran}
 
 
-def ask(model: PreTrainedModel) -> list[Tensor]:
-    """The tensors that a model of text answers to a few tokens."""
-    ids = torch.tensor([_PROBE_IDS]) % int(model.config.get_text_config().vocab_size)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def ask(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors, by name, that a model of text answers to a row of tokens and to a shorter one that is padded.
+
+    The special tokens that the configuration names stand where a tokenizer would put them. A model without a head for
+    tokens that knows no padding reads the first row alone: it could not find the last token of the other.
+    """
+    config = model.config.get_text_config()
+    words = [one % int(config.vocab_size) for one in _PROBE_IDS]
+    first, last, padding = (_special(config, names) for names in (_FIRST, _LAST, ("pad_token_id",)))
+    long, short = [*first, *words, *last], [*first, words[0], *last]
+    gap = len(long) - len(short)
+    rows, masks = [long, [*short, *(padding or [0]) * gap]], [[1] * len(long), [1] * len(short) + [0] * gap]
+    if not padding and model.get_output_embeddings() is None:
+        rows, masks = rows[:1], masks[:1]
+    given = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
     if model.config.is_encoder_decoder:
-        given["decoder_input_ids"] = ids.flip(1)
-    return [one for one in model(**given, return_dict=True).values() if isinstance(one, Tensor)]
+        given["decoder_input_ids"] = given["input_ids"].flip(1)
+    return {name: one for name, one in model(**given, return_dict=True).items() if isinstance(one, Tensor)}
+
+
+def _special(config: PreTrainedConfig, names: Sequence[str]) -> list[int]:
+    """The tokens that the configuration calls by these names; of several one is enough."""
+    found = [one for name in names for one in [getattr(config, name, None)] if one is not None]
+    each = [one[0] if isinstance(one, list) else one for one in found if one != []]
+    return [one for one in dict.fromkeys(each) if 0 <= one < int(config.vocab_size)]
 
 
 def token_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:

@@ -26,13 +26,13 @@ from stages.runtime.contract import Metrics, Progress, StageError
 TABLE = "layers.json"
 
 
-def opened(folder: Path, verb: str) -> PreTrainedModel:
-    """The float model of a checkpoint that a stage is about to change.
+def opened(folder: Path, verb: str, scratch: Path) -> PreTrainedModel:
+    """The float model of a checkpoint that a stage is about to change; see `load_model`.
 
     Raises:
         StageError: it is quantized already.
     """
-    model = load_model(folder)
+    model = load_model(folder, scratch=scratch)
     if describe(model) is not None:
         raise StageError("the checkpoint is quantized", remedy=f"{verb.capitalize()} first, quantize afterwards.")
     return model
@@ -99,19 +99,20 @@ def write_table(output: Path, rows: list[dict[str, Any]], **head: str) -> None:
     (output / TABLE).write_text(json.dumps({**head, "layers": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def proven(before: Path, blocks_before: int, output: Path, limit: float) -> Metrics:
+def proven(before: Path, blocks_before: int, output: Path, written: PreTrainedModel, limit: float) -> Metrics:
     """Parameters before and after, counted from the written checkpoint.
 
     Args:
         before: the checkpoint that came.
         blocks_before: parameters of its blocks.
         output: the one that was written.
+        written: its model.
         limit: of the parameters of its blocks.
 
     Raises:
         StageError: it has more.
     """
-    after = block_parameters(load_model(output))
+    after = block_parameters(written)
     refuse_above(after, limit, "parameters in blocks")
     return {
         "block_parameters": float(after),

@@ -43,7 +43,7 @@ _SHORT = {"U8": 1, "I16": 2}
 """Types in which positions of weights are written, and their bytes."""
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype] | None = None) -> None:
     """Write a safetensors file, tensor by tensor, in the bytes that the format's own writer gives.
 
     A tensor that is the view of a mapped file is given back once it is written.
@@ -51,11 +51,13 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Args:
         path: a new file, or one that is replaced and that no tensor is a view of.
         tensors: of any strides; each is stored row-major.
+        types: name -> type in which a tensor is stored, where that is not its own.
 
     Raises:
-        StageError: a tensor has a type that the format does not know.
+        StageError: a tensor has a type that the format does not know, or values beyond the one that it is stored in.
     """
-    write_parts(path, {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, _given_back(tensors))
+    kinds = {name: one.dtype for name, one in tensors.items()} | dict(types or {})
+    write_parts(path, {name: (kinds[name], tuple(one.shape)) for name, one in tensors.items()}, _cast(tensors, kinds))
 
 
 def write_parts(
@@ -95,10 +97,20 @@ def write_parts(
                     stream.write(data.numpy().data)
 
 
-def _given_back(tensors: Mapping[str, Tensor]) -> Callable[[str], Iterator[Tensor]]:
+def _cast(tensors: Mapping[str, Tensor], kinds: Mapping[str, torch.dtype]) -> Callable[[str], Iterator[Tensor]]:
     def parts(name: str) -> Iterator[Tensor]:
-        yield tensors[name]
-        forget(tensors[name])
+        own, kind = tensors[name].detach(), kinds[name]
+        made = own.to(kind)
+        if made.dtype != own.dtype and not made.isfinite().all():
+            raise StageError(
+                f"{name} has grown beyond the type in which the checkpoint stores it",
+                measured=f"{float(own.abs().max()):.6g}",
+                limit=f"{torch.finfo(kind).max:.6g}, the largest number of {str(kind).removeprefix('torch.')}",
+                remedy="Begin with the checkpoint in bfloat16: AutoModel...from_pretrained(FOLDER, "
+                'dtype="bfloat16").save_pretrained(NEW).',
+            )
+        yield made
+        forget(own)
 
     return parts
 

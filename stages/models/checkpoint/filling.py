@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,15 +18,7 @@ from stages.runtime.contract import StageError
 _SHOWN = 3
 
 
-def distinct(model: PreTrainedModel) -> Iterator[tuple[list[str], Tensor]]:
-    """Each tensor that a model stores, under all its names; the first is the same in every process."""
-    named: dict[int, tuple[list[str], Tensor]] = {}
-    for name, tensor in anatomy.named_tensors(model):
-        named.setdefault(id(tensor), ([], tensor))[0].append(name)
-    yield from named.values()
-
-
-def fill(model: PreTrainedModel, stored: Mapping[str, Tensor], dtype: torch.dtype, folder: Path) -> list[str]:
+def fill(model: PreTrainedModel, stored: Mapping[str, Tensor], dtype: torch.dtype | None, folder: Path) -> list[str]:
     """Give a model its tensors, in `dtype` where they are parameters.
 
     On the meta device names and shapes alone are compared.
@@ -34,7 +26,7 @@ def fill(model: PreTrainedModel, stored: Mapping[str, Tensor], dtype: torch.dtyp
     Args:
         model: as its configuration, surgery and quantization make it.
         stored: the file's tensors by their names there; views of it.
-        dtype: of the parameters.
+        dtype: of the parameters, None for their own.
         folder: the checkpoint, for errors.
 
     Returns:
@@ -45,10 +37,12 @@ def fill(model: PreTrainedModel, stored: Mapping[str, Tensor], dtype: torch.dtyp
     """
     found = conversions.matched(model, stored)
     placed = _placed(model, dict(found.tensors), folder)
-    _refuse_missing(model, stored, [names[0] for names, old in distinct(model) if id(old) not in placed], folder)
+    _refuse_missing(
+        model, stored, [names[0] for names, old in anatomy.distinct_tensors(model) if id(old) not in placed], folder
+    )
     _refuse_learned(model, found, folder)
     new = {}
-    for names, old in list(distinct(model)):
+    for names, old in list(anatomy.distinct_tensors(model)):
         one = placed[id(old)]
         if one.shape != old.shape:
             raise StageError(
@@ -67,7 +61,7 @@ def fill(model: PreTrainedModel, stored: Mapping[str, Tensor], dtype: torch.dtyp
 def refuse_unequal(model: PreTrainedModel, stored: Mapping[str, Tensor], folder: Path) -> None:
     """Raise StageError where a file holds copies that differ of what the configuration says is one tensor."""
     called = {new: old for old, new in conversions.named_as(model, stored).items()}
-    for names, _ in distinct(model):
+    for names, _ in anatomy.distinct_tensors(model):
         _one(names, [stored[called[name]] for name in names if name in called], folder)
 
 
@@ -75,7 +69,7 @@ def _placed(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) ->
     """The model's tensor, by its id -> what the file has for it, of the shape that the model's module has."""
     turned = classes.transposed(model, classes.plain(model))
     placed: dict[int, Tensor] = {}
-    for names, old in distinct(model):
+    for names, old in anatomy.distinct_tensors(model):
         one = _one(names, [tensors[name] for name in names if name in tensors], folder)
         one = classes.computed(model, names[0]) if one is None else one
         if one is not None:
@@ -127,7 +121,7 @@ def _fitting(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> list[str]:
         if one is not type(model):
             other = classes.outline(one, model.config)
             match = conversions.matched(other, outlines)
-            lost = [names[0] for names, _ in distinct(other) if match.tensors.keys().isdisjoint(names)]
+            lost = [names[0] for names, _ in anatomy.distinct_tensors(other) if match.tensors.keys().isdisjoint(names)]
             if all(classes.computed(other, name) is not None for name in lost) and not conversions.learned(
                 other, match.left
             ):
@@ -139,12 +133,12 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _as(found: Tensor, old: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _as(found: Tensor, old: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     if found.is_floating_point() and found.numel() and not found.is_meta:
         # A NaN or an infinity shows in the extremes; float8 has no kernel for them.
         wide = found.float() if found.element_size() == 1 else found
         if not torch.stack(torch.aminmax(wide)).isfinite().all():
             raise StageError(f"{name} holds a NaN or an infinity", remedy="Give a checkpoint whose weights are finite.")
-    made: Tensor = nn.Parameter(found.to(dtype).contiguous()) if isinstance(old, nn.Parameter) else found
+    made: Tensor = nn.Parameter(found.to(dtype or found.dtype).contiguous()) if isinstance(old, nn.Parameter) else found
     pages.forget(found)
     return made

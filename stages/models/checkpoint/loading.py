@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +19,19 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
-from stages.models.checkpoint import adapter, compressed_tensors, conversions, files, filling, foreign, uneven_sizes
+from stages.models.checkpoint import (
+    adapter,
+    compressed_tensors,
+    conversions,
+    files,
+    filling,
+    foreign,
+    same_answers,
+    stored_types,
+    uneven_sizes,
+)
 from stages.models.checkpoint.hub_folders import ADAPTER
 from stages.models.checkpoint.json_files import read_json, write_json
 from stages.models.checkpoint.layout import (
@@ -37,12 +48,17 @@ from stages.models.checkpoint.layout import (
 from stages.models.layers import low_rank_linear, quantization_spec, rounded_cache, sparse_linear
 from stages.models.memory.lean_import import without_compiler
 from stages.runtime.contract import PARTIAL, Progress, StageError
+from stages.runtime.progress import Silent
+
+_SILENT = Silent()
 
 _READERS = ("sentencepiece", "tiktoken")
 """What transformers reads a tokenizer's *.model and *.spm with, whose formats their names do not tell."""
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = torch.float32, scratch: Path | None = None
+) -> PreTrainedModel:
     """A checkpoint as a model in eval mode, with its surgery and its quantized layers.
 
     The class is the one that the configuration names. The files are mapped, not copied: at `dtype` equal to the stored
@@ -51,14 +67,18 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
 
     Args:
         folder: a CHECKPOINT artifact, or any folder in Hugging Face layout; compressed-tensors is understood.
-        dtype: of the parameters; quantized layers keep their stored types.
+        dtype: of the parameters, None for the one that each is stored in; quantized layers keep their stored types.
+        scratch: folder for a file of the parameters that are stored in another type, which is mapped, too, and goes
+            with the model; without one they are copied into memory.
 
     Raises:
         StageError: a file is missing, cut short or a pickle, the architecture is not understood, tensors are missing,
             left over, misshapen or not finite.
     """
-    model, stored = _built(folder, read_json(folder / CONFIG), files.read(folder), dtype)
-    filling.fill(model, stored, dtype, folder)
+    model, stored = _built(folder, read_json(folder / CONFIG), files.read(folder), dtype or torch.float32)
+    filling.fill(model, stored, None if scratch else dtype, folder)
+    if scratch and dtype:
+        stored_types.widen(model, dtype, scratch)
     sparse_linear.check(model)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
@@ -207,42 +227,84 @@ def _refuse_unreadable(folder: Path) -> None:
         )
 
 
-def save_model(model: PreTrainedModel, folder: Path, *, like: Path, layout: str = "enginery") -> None:
+def save_model(
+    model: PreTrainedModel, folder: Path, *, like: Path, layout: str = "enginery", progress: Progress = _SILENT
+) -> PreTrainedModel:
     """Write a checkpoint: weights, configuration, structure, quantization; the same model gives the same bytes.
 
-    Weights are written one by one. Those that are still views of a mapped file are given back to it.
+    Weights are written one by one. Those that are still views of a mapped file are given back to it. What `like` holds
+    in 16 bits is written in 16 bits. What was written is opened again and asked what the model answers.
 
     Args:
         model: as from `load_model`; each distinct tensor is stored once.
         folder: where to; made if absent.
-        like: the checkpoint whose tokenizer and generation files are copied.
+        like: the checkpoint that the model was made from; its tokenizer and generation files are copied.
         layout: `compressed-tensors` writes quantized layers as other engines read them.
+        progress: told where a model cannot be asked.
+
+    Returns:
+        The written checkpoint as a model, each parameter mapped in the type that it is stored in.
 
     Raises:
-        StageError: the layout cannot hold the model.
+        StageError: the layout cannot hold the model, values do not fit into 16 bits, or what was written does not open
+            or answers something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     reference = classes.plain(model)
-    config, structure = _configured(model), _structure(model, reference)
+    types = stored_types.kept(model, like)
+    config, structure = _configured(model, types), _structure(model, reference)
     quantization = quantization_spec.describe(model)
     turned = classes.transposed(model, reference)
-    once = {names[0]: tensor.detach() for names, tensor in filling.distinct(model)}
+    once = {names[0]: tensor.detach() for names, tensor in anatomy.distinct_tensors(model)}
     once = {name: tensor for name, tensor in once.items() if not classes.left_out(model, name, tensor)}
     if layout == compressed_tensors.METHOD:
         once, config["quantization_config"] = compressed_tensors.write(model, once, structure)
         quantization = None
     laid_out = {name: tensor.t() if name in turned else tensor for name, tensor in once.items()}
-    files.write(folder / WEIGHTS, conversions.file_tensors(model, reference, laid_out))
+    tensors = conversions.file_tensors(model, reference, laid_out)
+    files.write(folder / WEIGHTS, tensors, _of_files(laid_out, tensors, types))
     for name, spec in ((CONFIG, config), (STRUCTURE, structure), (QUANTIZATION, quantization)):
         if spec:
             write_json(folder / name, spec)
     carry(like, folder, travelling(like))
+    written = reopened(folder)
+    same_answers.check(model, written, types, progress)
+    return written
 
 
-def _configured(model: PreTrainedModel) -> dict[str, Any]:
+def _of_files(
+    laid_out: Mapping[str, Tensor], tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]
+) -> dict[str, torch.dtype]:
+    """Name in the file -> type in which it is stored; a tensor that several became hands its type to each."""
+    told = {id(one): types[name] for name, one in laid_out.items() if name in types}
+    whole = {id(one) for one in tensors.values()}
+    parted = [types[name] for name, one in laid_out.items() if name in types and id(one) not in whole]
+    known = {id(one) for one in laid_out.values()}
+    found = {name: told.get(id(one)) if id(one) in known else next(iter(parted), None) for name, one in tensors.items()}
+    return {name: kind for name, kind in found.items() if kind is not None and tensors[name].is_floating_point()}
+
+
+def reopened(folder: Path) -> PreTrainedModel:
+    """What a stage has written, opened by the one loader, each parameter mapped in the type that it is stored in.
+
+    Raises:
+        StageError: it does not open.
+    """
+    try:
+        return load_model(folder, dtype=None)
+    except StageError as error:
+        raise StageError(
+            "the written checkpoint does not open",
+            measured=str(error),
+            remedy="This is a defect: please report it with the recipe.",
+        ) from error
+
+
+def _configured(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> dict[str, Any]:
     config: dict[str, Any] = model.config.to_diff_dict()
     config.pop("_name_or_path", None)
-    return config | {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    dtype = stored_types.usual(model, types)
+    return config | {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _structure(model: PreTrainedModel, reference: PreTrainedModel) -> dict[str, Any]:

@@ -298,7 +298,7 @@ def test_prune_whose_zeros_were_not_written_is_caught(shared_store, dense, topic
     given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
     untouched = load_model(given["model"])
     real = loading.save_model
-    monkeypatch.setattr(loading, "save_model", lambda _model, folder, *, like: real(untouched, folder, like=like))
+    monkeypatch.setattr(loading, "save_model", lambda _model, *at, **how: real(untouched, *at, **how))
     how = PruneParams(method="magnitude", pattern=pattern, keep=0.5, windows=2, window_tokens=64)
     with pytest.raises(StageError, match=r"does not have the zeros|fewer zeros"):
         PRUNE.run(how, given, tmp_path, Notes())
@@ -347,7 +347,7 @@ def test_prune_that_wrote_its_input_is_caught(shared_store, dense, topics, tmp_p
     given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
     untouched = load_model(given["model"])
     real = loading.save_model
-    monkeypatch.setattr(loading, "save_model", lambda _model, folder, *, like: real(untouched, folder, like=like))
+    monkeypatch.setattr(loading, "save_model", lambda _model, *at, **how: real(untouched, *at, **how))
     with pytest.raises(StageError, match="lost less than was asked"):
         PRUNE.run(PruneParams(**PARAMS), given, tmp_path, Notes())
 

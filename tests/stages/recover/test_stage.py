@@ -524,8 +524,8 @@ def test_recover_that_wrote_what_it_read_is_refused(folders, tmp_path, monkeypat
     import stages.models.checkpoint.loading
     import stages.recover.student
 
-    def unchanged(model, folder, *, like):
-        save_model(load_model(like), folder, like=like)
+    def unchanged(model, folder, *, like, **how):
+        return save_model(load_model(like), folder, like=like, **how)
 
     monkeypatch.setattr(stages.models.checkpoint.loading, "save_model", unchanged)
     with pytest.raises(StageError, match="changed no tensor"):
@@ -535,11 +535,11 @@ def test_recover_that_wrote_what_it_read_is_refused(folders, tmp_path, monkeypat
 def test_recover_sparse_that_wrote_filled_zeros_is_refused(folders, tmp_path, monkeypatch):
     import stages.models.checkpoint.loading
 
-    def filling(model, folder, *, like):
+    def filling(model, folder, **how):
         with torch.no_grad():
             for block in anatomy.blocks(model):
                 anatomy.projections(block)["down"].weight += 1e-3
-        save_model(model, folder, like=like)
+        return save_model(model, folder, **how)
 
     model = zeroed(tmp_path / "cut", folders["teacher"])
     monkeypatch.setattr(stages.models.checkpoint.loading, "save_model", filling)

@@ -1,0 +1,116 @@
+"""Whether a written checkpoint answers as the model that it was written from: a tie, a size or a field may be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy.plainness import ask
+from stages.models.layers import rounded_cache
+from stages.models.layers.quantized_linear import QuantizedLinear
+from stages.models.memory.pages import forget
+from stages.runtime.contract import Progress, StageError
+
+SLACK = 1e-3
+"""Of the largest value: far above what another order of sums changes, far below what a lost tie does."""
+ROUNDED = 0.1
+"""The same where activations are rounded: the least difference may take one over a step."""
+_SHORT = (torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def check(
+    model: PreTrainedModel, written: PreTrainedModel, types: Mapping[str, torch.dtype], progress: Progress
+) -> None:
+    """Ask both models the same; see `plainness.ask`.
+
+    Each weight is read once, and its pages are given back.
+
+    Args:
+        model: the one in memory, in eval mode.
+        written: the one that was written, as it is stored.
+        types: name -> type in which a tensor was written, where that is not its own.
+        progress: told if `model` cannot be asked.
+
+    Raises:
+        StageError: they differ.
+    """
+    try:
+        expected = _answers(model, types)
+    # Any error: a model may want more than tokens.
+    except Exception as error:  # noqa: BLE001
+        progress.note(f"{type(model).__name__} cannot be asked by tokens alone: {type(error).__name__}: {error}")
+        return
+    found, slack = _answers(written, {}), ROUNDED if _rounds(model) else SLACK
+    for name, one in expected.items():
+        missed = _missed(one, found.get(name))
+        if not missed <= slack:
+            raise StageError(
+                f"the written checkpoint does not answer as the model that was to be written: its {name} differ",
+                measured=f"{missed:.3g} of the largest value",
+                limit=slack,
+                remedy="This is a defect: please report it with the recipe.",
+            )
+
+
+def _missed(one: Tensor, other: Tensor | None) -> float:
+    if other is None or one.shape != other.shape:
+        return float("inf")
+    mine, theirs = one.double().nan_to_num(), other.double().nan_to_num()
+    return float((mine - theirs).abs().max() / mine.abs().max().clamp_min(1e-30))
+
+
+def _rounds(model: nn.Module) -> bool:
+    inputs = any(isinstance(one, QuantizedLinear) and one.input_form is not None for one in model.modules())
+    return inputs or bool(rounded_cache.modules(model))
+
+
+def _answers(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    with _widened(model, types):
+        return ask(model)
+
+
+@contextmanager
+def _widened(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Within it, the model computes in float32 with what is stored of it in 16 bits, no more than a block at a time."""
+    kinds = {id(tensor): types[names[0]] for names, tensor in anatomy.distinct_tensors(model) if names[0] in types}
+    held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def widen(tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            kind = kinds.get(id(tensor), tensor.dtype)
+            if kind in _SHORT and id(tensor) not in held:
+                held[id(tensor)] = tensor, tensor.data
+                tensor.data = tensor.data.to(kind).float()
+
+    def restore(tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            if id(tensor) in held:
+                tensor.data = held.pop(id(tensor))[1]
+            forget(tensor)
+
+    def enter(tensors: list[Tensor], *_: Any) -> None:
+        widen(tensors)
+
+    def leave(tensors: list[Tensor], *_: Any) -> None:
+        restore(tensors)
+
+    inside: set[int] = set()
+    with ExitStack() as undo:
+        undo.callback(lambda: restore([tensor for tensor, _ in held.values()]))
+        for block in anatomy.blocks(model):
+            own = [tensor for _, tensor in anatomy.distinct_tensors(block.module)]
+            inside |= {id(one) for one in own}
+            undo.callback(block.module.register_forward_pre_hook(partial(enter, own)).remove)
+            undo.callback(block.module.register_forward_hook(partial(leave, own)).remove)
+        outside = [tensor for _, tensor in anatomy.distinct_tensors(model) if id(tensor) not in inside]
+        undo.callback(restore, outside)
+        widen(outside)
+        yield
