@@ -27,6 +27,7 @@ def gptq(
     nearest: Rounder,
     scales: Scales,
     block: int | None,
+    stands_OI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Round so that E||(W - Q) x||^2 is small: errors of a column go, weighted, into the columns after it.
 
@@ -39,6 +40,7 @@ def gptq(
         nearest: rounds at scale 1.
         scales: chooses the scales of a block.
         block: B, inputs that share a scale; None for one scale a row.
+        stands_OI: false where a weight is zero and stays so; None where none has to.
 
     Returns:
         v_OI, values at scale 1 (float32), and scale_OG (float32); G is 1 without blocks.
@@ -58,22 +60,36 @@ def gptq(
     w_IO = w_OI.t().float().contiguous()
     v_IO, diagonal_I = torch.empty_like(w_IO), root_II.diagonal()
     importance_I = diagonal_I.pow(-2)
+    stands_IO = None if stands_OI is None else stands_OI.t().to(w_IO.dtype).contiguous()
     found = []
     for start in range(0, inputs, size):
         stop = start + size
-        scale_O = scales(w_IO[start:stop].t(), importance_I[start:stop])
+        here_BO = w_IO[start:stop] if stands_IO is None else w_IO[start:stop] * stands_IO[start:stop]
+        scale_O = scales(here_BO.t(), importance_I[start:stop])
         found.append(scale_O)
         for first in range(start, stop, COLUMNS):
-            _columns(w_IO, v_IO, root_II, range(first, min(first + COLUMNS, stop)), scale_O, nearest)
+            columns = range(first, min(first + COLUMNS, stop))
+            _columns(w_IO, v_IO, root_II, columns, scale_O, _masked(nearest, stands_IO))
     return v_IO.t().contiguous(), torch.stack(found, dim=1)
 
 
-def _columns(w_IO: Tensor, v_IO: Tensor, root_II: Tensor, columns: range, scale_O: Tensor, nearest: Rounder) -> None:
+def _masked(nearest: Rounder, stands_IO: Tensor | None) -> Callable[[Tensor, int], Tensor]:
+    return lambda w_O, index: nearest(w_O) if stands_IO is None else nearest(w_O) * stands_IO[index]
+
+
+def _columns(
+    w_IO: Tensor,
+    v_IO: Tensor,
+    root_II: Tensor,
+    columns: range,
+    scale_O: Tensor,
+    nearest: Callable[[Tensor, int], Tensor],
+) -> None:
     start, stop = columns.start, columns.stop
     error_BO = torch.empty(len(columns), w_IO.shape[1])
     for index in columns:
         # What the columns before it left is taken up here, at once: it reads half of what handing it on would write.
         w_O = torch.addmv(w_IO[index], error_BO[: index - start].t(), root_II[start:index, index], alpha=-1)
-        v_IO[index] = nearest(w_O / scale_O)
+        v_IO[index] = nearest(w_O / scale_O, index)
         torch.addcmul(w_O, v_IO[index], scale_O, value=-1, out=error_BO[index - start]).div_(root_II[index, index])
     w_IO[stop:] -= product(root_II[start:stop, stop:].t(), error_BO)

@@ -16,6 +16,15 @@ Keep = Callable[[Tensor], Tensor]
 """Scores of neighbouring columns, [O, B] -> mask, true where a weight stays."""
 
 
+SPARSE = 0.02
+"""A matrix with at least this share of zeros is sparse; a dense one has a zero by chance."""
+
+
+def is_sparse(weight: Tensor) -> bool:
+    """Whether it is a matrix with so many zeros that they were put there."""
+    return weight.dim() == 2 and float((weight == 0).float().mean()) >= SPARSE
+
+
 def of_each(kept: int, group: int) -> Keep:
     """The `kept` largest of every `group` neighbours in a row: an N:M pattern such as 2:4.
 

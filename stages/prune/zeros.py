@@ -5,14 +5,13 @@ Shapes: N windows, T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from stages.algorithms.allocation import allocate
 from stages.algorithms.basis import damped
 from stages.algorithms.refit import output_errors, refit
 from stages.algorithms.sparsegpt import DAMPING, pruned
-from stages.algorithms.sparsity import Keep, by_rows, largest, of_each, packed, prices, unpacked, wanda
+from stages.algorithms.sparsity import Keep, by_rows, largest, of_each, prices, unpacked, wanda
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.compress import compress
@@ -28,8 +27,10 @@ from stages.models.blockwise.gradients import gradients
 from stages.models.blockwise.run import SITES, sensitivities
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights, put
+from stages.models.checkpoint import masks
 from stages.models.checkpoint.layout import MASKS
-from stages.models.memory.pages import forget
+from stages.models.memory.pages import forget, release, trim
+from stages.models.memory.saved_state import settle
 from stages.runtime.contract import Progress, StageError
 from stages.runtime.progress import Pass
 
@@ -73,17 +74,34 @@ def sparsified(
     if how.method in ("wanda", "sparsegpt"):
         technique = OnWeights(Masked(kept, mend=how.method == "sparsegpt"))
         return compress(model, ids_NT, technique, partial, last)
+    slopes: dict[str, Tensor] = {}
     if how.method == "gradient":
         found = gradients(model, ids_NT, partial, last.advanced)
-        gradient = {path: g_OI for block in found for path, g_OI in block.items() if path in kept}
-        scores = {path: g_OI * model.get_submodule(path).weight.detach().abs() for path, g_OI in gradient.items()}
-    else:
-        scores = {path: model.get_submodule(path).weight.detach().abs() for path in kept}
+        slopes = {path: g_OI for block in found for path, g_OI in block.items() if path in kept}
+    return [row for block in anatomy.blocks(model) for row in _by_scores(model, block, kept, slopes, partial)]
+
+
+def _by_scores(
+    model: PreTrainedModel,
+    block: Block,
+    kept: Mapping[str, tuple[Keep, int]],
+    slopes: Mapping[str, Tensor],
+    partial: Path,
+) -> list[dict[str, Any]]:
+    """Zeros in one block's maps where a weight, times its gradient if there is one, is small; they wait on disk."""
     rows = []
-    for path in kept:
-        mask_OI = kept[path][0](scores[path])
-        put(model, path, model.get_submodule(path).weight.detach() * mask_OI)
+    for path in [path for inner in anatomy.maps(block) if (path := f"{block.name}.{inner}") in kept]:
+        w_OI = model.get_submodule(path).weight.detach()
+        mask_OI = kept[path][0](w_OI.abs() * slopes[path] if slopes else w_OI.abs())
+        put(model, path, w_OI * mask_OI)
+        forget(w_OI)
         rows.append({"layer": path, "zeros": float((~mask_OI).float().mean())})
+    if rows:
+        settle(
+            partial / f"zeros-{block.index:04d}.safetensors", (model.get_submodule(row["layer"]).weight for row in rows)
+        )
+        release(block.module)
+        trim()
     return rows
 
 
@@ -213,16 +231,9 @@ def _row(w_OI: Tensor, target_OI: Tensor, new_OI: Tensor, moment_II: Tensor) -> 
 
 
 def save_masks(model: PreTrainedModel, names: Collection[str], output: Path) -> None:
-    """Write which weights are not zero: a bit each, and the number of columns.
-
-    Of the maps in `names`, and of those that had zeros before.
-    """
+    """Write which weights are not zero, of the maps in `names` and of those that had zeros before."""
     found = {path: one for path, one in linears(model).items() if path in names or bool((one.weight == 0).any())}
-    maps = {f"{path}.weight": one for path, one in found.items()}
-    bits = {name: packed(one.weight != 0) for name, one in maps.items()}
-    # One entry alone: of several the file format leaves the order open.
-    columns = json.dumps({name: one.in_features for name, one in maps.items()})
-    save_file(bits, output / MASKS, {"columns": columns})
+    masks.save({f"{path}.weight": one.weight for path, one in found.items()}, output)
 
 
 def proven(model: PreTrainedModel, how: How, output: Path) -> Found:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.blockwise.compress import compress
-from stages.models.checkpoint import compressed_tensors, editing
+from stages.models.checkpoint import compressed_tensors, editing, masks
 from stages.models.checkpoint.loading import save_model
 from stages.models.layers import rounded_cache
 from stages.models.layers.quantization_spec import annotate
@@ -51,7 +51,7 @@ def in_few_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path
     caches = plan.rounded_caches(params, model, text_NT)
     notes = planned.notes | {name: {**planned.notes.get(name, {}), **note} for name, note in rotated.items()}
     annotate(model, {"scheme": params.scheme, **rounded_cache.described(model)}, notes)
-    save_model(model, output, like=inputs["model"], layout=params.layout, progress=progress)
+    written = save_model(model, output, like=inputs["model"], layout=params.layout, progress=progress)
     _warn_of_mixed_forms(params, model, progress)
     editing.write_table(output, [*rows, *caches], scheme=params.scheme)
     kept = sum("kept" in note for note in planned.notes.values())
@@ -59,6 +59,7 @@ def in_few_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path
     return {
         **proof.proven(inputs["model"], output, [*(row["layer"] for row in rows), *tables]),
         **(cache_ranges.proven(output, caches) if caches else {}),
+        **masks.carried(inputs["model"], written, output),
         "quantized_maps": float(len(rows)),
         "kept_maps": float(kept),
         "rotated_maps": float(sum(one["rotation"] != "off" for one in rotated.values())),

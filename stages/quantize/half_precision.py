@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
-from stages.models.checkpoint import editing
+from stages.models.checkpoint import editing, masks
 from stages.models.checkpoint.files import dtypes, shapes
 from stages.models.checkpoint.loading import save_model
 from stages.models.layers import rounded_cache
@@ -46,12 +46,13 @@ def in_sixteen_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: 
     rows = store(model, params.scheme, maps)  # last: arithmetic of 16 bits is slow where ranges are measured
     numbers = sum(one.numel() for _, one in anatomy.distinct_tensors(model) if one.dtype == FORMATS[params.scheme])
     annotate(model, {"scheme": params.scheme, **rounded_cache.described(model)}, {})
-    save_model(model, output, like=inputs["model"], progress=progress)
+    written = save_model(model, output, like=inputs["model"], progress=progress)
     editing.write_table(output, [*rows, *caches], scheme=params.scheme)
     progress.note(f"{len(maps)} maps and all else in 16 bits")
     return {
         **proven(inputs["model"], output, params.scheme, numbers),
         **(cache_ranges.proven(output, caches) if caches else {}),
+        **masks.carried(inputs["model"], written, output),
         "quantized_maps": float(len(maps)),
         "kept_maps": 0.0,
         "rotated_maps": 0.0,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.hadamard import rotation
+from stages.algorithms.sparsity import is_sparse
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.attention import attentions
 from stages.models.anatomy.blocks import READS_NORM, Block
@@ -124,7 +125,7 @@ def _ends(path: str, module: nn.Module, end: str) -> Iterator[tuple[str, nn.Modu
 
 
 def _check(model: PreTrainedModel, uses: Sequence[Use]) -> None:
-    """Raise StageError where one tensor would have to be rotated in two ways, or has a place that no rotation knows."""
+    """Raise StageError where a tensor has zeros to keep, two ways to be turned, or a place that no rotation knows."""
     known: dict[int, Use] = {}
     for use in uses:
         first = known.setdefault(id(use.module.weight), use)
@@ -133,6 +134,12 @@ def _check(model: PreTrainedModel, uses: Sequence[Use]) -> None:
         )
         if first.axis != use.axis or not alike:
             raise _tied(first.path, use.path)
+        if is_sparse(use.module.get_parameter("weight")):
+            raise StageError(
+                f"{use.path} has zeros that a rotation would fill",
+                limit="no map from which single weights were pruned",
+                remedy="Set `rotation: off`.",
+            )
     places, changed = {id(use.module) for use in uses}, {id(tensor): use for use in uses for tensor in _changed(use)}
     for path, module in model.named_modules():
         for tensor in module._parameters.values():

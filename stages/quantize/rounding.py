@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stages.algorithms.basis import damped
 from stages.algorithms.grids import E4M3_TOP, nearest_e4m3
-from stages.algorithms.refit import output_errors
+from stages.algorithms.refit import output_errors, refit
 from stages.algorithms.rounding import fake_round, round_rows
+from stages.algorithms.sparsity import is_sparse
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.anatomy.plainness import factor, plain, token_tables, uncalled
@@ -83,7 +85,7 @@ def quantize_tables(model: PreTrainedModel, progress: Progress = SILENT) -> list
         else:
             new = QuantizedEmbedding(len(codes), codes.shape[1], factor=factors[path] or 1.0)
         new.weight, new.weight_scale = codes, scales
-        anatomy.replace(model, old, new)
+        quantized_linear.replace(model, path, new)
         replaced.append(path)
     return replaced
 
@@ -194,7 +196,10 @@ class Rounding:
         return fake_round(z_MI, scale) if form == "int8" else nearest_e4m3(z_MI / scale) * scale
 
     def compress(self, block: Block, found: Mapping[str, nn.Module], seen: Seen) -> dict[str, Compressed]:
-        """See `Technique`. Maps that are rounded alike are rounded as one: their columns are the same."""
+        """See `Technique`. Maps that are rounded alike are rounded as one: their columns are the same.
+
+        Zeros of sparse maps stay zeros: what takes their place are the weights that stand.
+        """
         seen.damping = DAMPING
         made: dict[str, Compressed] = {}
         alike: dict[Precision, dict[str, nn.Linear]] = {}
@@ -206,7 +211,12 @@ class Rounding:
             weights = {path: one.weight.detach() for path, one in together.items()}
             targets = list((seen.targets(weights) if self.search else weights).values())
             root_II = seen.root_II if self.search else None
-            tensors = rounded(torch.cat(targets), asked.form, asked.block, root_II, search=self.search)
+            target_OI, stands_OI = torch.cat(targets), None
+            if self.search and any(map(is_sparse, weights.values())):
+                stands_OI = torch.cat(list(weights.values())) != 0
+                moment_II = damped(seen.moment_II, seen.damping).float()
+                target_OI = refit(target_OI, target_OI, moment_II, stands_OI)
+            tensors = rounded(target_OI, asked.form, asked.block, root_II, search=self.search, stands_OI=stands_OI)
             sizes = [len(target_OI) for target_OI in targets]
             for index, path in enumerate(together):
                 own = {name: (t.split(sizes)[index] if t.ndim else t).clone() for name, t in tensors.items()}

@@ -63,9 +63,17 @@ def rule(form: str, w_OI: Tensor, *, search: bool) -> Rule:
 
 
 def rounded(
-    w_OI: Tensor, form: str, block: int | None, root_II: Tensor | None, *, search: bool = True
+    w_OI: Tensor,
+    form: str,
+    block: int | None,
+    root_II: Tensor | None,
+    *,
+    search: bool = True,
+    stands_OI: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a map in a form: to nearest, or by GPTQ given the root of its inputs' inverse moment.
+
+    By GPTQ, zeros stay zeros where `stands_OI` is given and false; to nearest they stay anyway.
 
     Raises:
         ValueError: the block does not divide, or a value is not finite.
@@ -83,7 +91,7 @@ def rounded(
         )[:, 0]
 
     if root_II is not None:
-        v_OI, scale_OG = gptq(w_OI, root_II, chosen.grid.nearest, scales, block)
+        v_OI, scale_OG = gptq(w_OI, root_II, chosen.grid.nearest, scales, block, stands_OI)
     else:
         size = block or w_OI.shape[1]
         if w_OI.shape[1] % size or not w_OI.isfinite().all():

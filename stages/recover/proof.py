@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages.algorithms.sparsity import is_sparse
+from stages.models.checkpoint import masks
 from stages.models.checkpoint.editing import write_table
 from stages.models.checkpoint.files import stored_parameters
-from stages.models.checkpoint.layout import MASKS, carry
 from stages.models.checkpoint.loading import load_model
-from stages.recover.weight_updates import is_sparse
 from stages.runtime.contract import Metrics, StageError
 
 
@@ -24,10 +24,10 @@ def proven(update: str, before: Path, after: Path, written: PreTrainedModel, men
         StageError: see `changes`.
     """
     rows = changes(load_model(before, dtype=None), written, zeros_stay=update == "sparse", mended=mended)
-    carry(before, after, (MASKS,))
+    zeros = masks.carried(before, written, after)
     write_table(after, rows, update=update)
     changed = sum(row["relative_change"] > 0 for row in rows)
-    return {"changed_tensors": float(changed), "parameters": float(stored_parameters(after))}
+    return {"changed_tensors": float(changed), "parameters": float(stored_parameters(after)), **zeros}
 
 
 def changes(

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.lora import Factors, begun, merged, slopes
+from stages.algorithms.sparsity import SPARSE, is_sparse
 from stages.recover.headless import embedded_names
 from stages.runtime.contract import StageError
 
 Kind = Literal["full", "lora", "sparse"]
-SPARSE = 0.1
-"""A matrix with at least this share of zeros is sparse; a dense one has a zero by chance."""
 
 
 @dataclass
@@ -143,11 +142,6 @@ def listen(made: Updates) -> None:
 
 def _taker(made: Updates, name: str) -> Callable[[Tensor], None]:
     return lambda _parameter: made.take_gradient(name)
-
-
-def is_sparse(weight: Tensor) -> bool:
-    """Whether it is a matrix with so many zeros that they were put there."""
-    return weight.dim() == 2 and float((weight == 0).float().mean()) >= SPARSE
 
 
 def _masks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

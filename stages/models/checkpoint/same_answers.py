@@ -22,6 +22,7 @@ SLACK = 1e-3
 """Of the largest value: far above what another order of sums changes, far below what a lost tie does."""
 ROUNDED = 0.1
 """The same where activations are rounded: the least difference may take one over a step."""
+_DEFECT = "This is a defect: please report it with the recipe."
 _SHORT = (torch.bfloat16, torch.float16)
 
 
@@ -42,13 +43,8 @@ def check(
     Raises:
         StageError: they differ.
     """
-    try:
-        expected = _answers(model, types)
-    # Any error: a model may want more than tokens.
-    except Exception as error:  # noqa: BLE001
-        progress.note(f"{type(model).__name__} cannot be asked by tokens alone: {type(error).__name__}: {error}")
-        return
-    found, slack = _answers(written, {}), ROUNDED if _rounds(model) else SLACK
+    expected = _asked(model, types, progress)
+    found, slack = _answers(written, {}) if expected else {}, ROUNDED if _rounds(model) else SLACK
     for name, one in expected.items():
         missed = _missed(one, found.get(name))
         if not missed <= slack:
@@ -56,8 +52,20 @@ def check(
                 f"the written checkpoint does not answer as the model that was to be written: its {name} differ",
                 measured=f"{missed:.3g} of the largest value",
                 limit=slack,
-                remedy="This is a defect: please report it with the recipe.",
+                remedy=_DEFECT,
             )
+
+
+@torch.no_grad()
+def speaks(written: PreTrainedModel, progress: Progress) -> None:
+    """Ask a written model that no model in memory stands beside: what it answers must be numbers.
+
+    Raises:
+        StageError: they are not finite.
+    """
+    for name, one in _asked(written, {}, progress).items():
+        if not one.isfinite().all():
+            raise StageError(f"the {name} of the written checkpoint hold a NaN or an infinity", remedy=_DEFECT)
 
 
 def _missed(one: Tensor, other: Tensor | None) -> float:
@@ -70,6 +78,15 @@ def _missed(one: Tensor, other: Tensor | None) -> float:
 def _rounds(model: nn.Module) -> bool:
     inputs = any(isinstance(one, QuantizedLinear) and one.input_form is not None for one in model.modules())
     return inputs or bool(rounded_cache.modules(model))
+
+
+def _asked(model: PreTrainedModel, types: Mapping[str, torch.dtype], progress: Progress) -> dict[str, Tensor]:
+    try:
+        return _answers(model, types)
+    # Any error: a model may want more than tokens.
+    except Exception as error:  # noqa: BLE001
+        progress.note(f"{type(model).__name__} cannot be asked by tokens alone: {type(error).__name__}: {error}")
+        return {}
 
 
 def _answers(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

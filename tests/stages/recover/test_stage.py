@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
 
 from stages.models.anatomy import blocks as anatomy
+from stages.models.checkpoint import masks
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.text.windows import windows
 from stages.recover.pair import _with_gaps
@@ -384,7 +385,9 @@ def zeroed(folder, source):
 
 def test_recover_sparse_keeps_the_zeros_and_the_masks_beside_them(folders, tmp_path):
     model = zeroed(tmp_path / "cut", folders["teacher"])
-    (model / "masks.safetensors").write_bytes(b"bits")
+    weights = {name: one for name, one in load_model(model).named_parameters() if "down" in name}
+    masks.save(weights, model)
+    bits = (model / "masks.safetensors").read_bytes()
     metrics = recover(
         RecoverParams(**PARAMS | {"update": "sparse"}), folders | {"model": model}, tmp_path / "out", Silent()
     )
@@ -392,7 +395,8 @@ def test_recover_sparse_keeps_the_zeros_and_the_masks_beside_them(folders, tmp_p
     old, new = (dict(load_model(one).named_parameters()) for one in (model, tmp_path / "out"))
     zeros = [((old[name] == 0).sum().item(), (new[name] == 0).sum().item()) for name in old if "down" in name]
     assert all(a == b > 0 for a, b in zeros)
-    assert (tmp_path / "out" / "masks.safetensors").read_bytes() == b"bits"
+    assert (tmp_path / "out" / "masks.safetensors").read_bytes() == bits
+    assert metrics["zeros"] == metrics["zeros_before"] == sum(int((one == 0).sum()) for one in weights.values())
 
 
 @pytest.mark.parametrize("update", ["full", "lora"])

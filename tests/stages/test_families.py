@@ -1,0 +1,53 @@
+"""Each verb that writes over each family: what it wrote is opened and asked before anything is sealed."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.models.checkpoint.loading import load_model, save_model
+from stages.prune import zeros
+from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
+from stages.share import ShareParams, share
+from tests.stages.models.families import FAMILIES, WIDER, answers, family
+
+IDS = torch.arange(40).view(2, 20) * 7 % 90
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.mark.parametrize("name", (FAMILIES | WIDER).keys() - {"mamba"})
+def test_family_pruned_by_magnitude_is_written_as_it_answers(name, root, tmp_path):
+    folder = family(name, root)
+    model = load_model(folder)
+    how = zeros.How("magnitude", "2:4", 0.5, list(zeros.linears(model)))
+    zeros.sparsified(model, IDS, how, tmp_path / "state", Silent())
+    written = save_model(model, tmp_path, like=folder)
+    zeros.save_masks(model, how.names, tmp_path)
+    found = zeros.proven(written, how, tmp_path)
+    assert found.zeros == found.weights // 2
+    torch.testing.assert_close(answers(load_model(tmp_path)), answers(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES | WIDER)
+def test_family_with_equal_maps_is_tied_and_answers_the_same(name, root, tmp_path):
+    folder, given = family(name, root), tmp_path / "given"
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key, one in tensors.items() if one.dim() == 2 and ".1." in key]:
+        if (other := key.replace(".1.", ".0.", 1)) in tensors:
+            tensors[key] = tensors[other].clone()
+    given.mkdir()
+    save_file(tensors, given / "model.safetensors", {"format": "pt"})
+    (given / "config.json").write_bytes((folder / "config.json").read_bytes())
+    model = load_model(given)
+    if name == "albert":  # its blocks are one
+        with pytest.raises(StageError, match="no two tensors"):
+            share(ShareParams(method="tie"), {"model": given}, tmp_path / "out", Silent())
+        return
+    (tmp_path / "out").mkdir()
+    found = share(ShareParams(method="tie"), {"model": given}, tmp_path / "out", Silent())
+    assert found["parameters"] < found["parameters_before"]
+    torch.testing.assert_close(answers(load_model(tmp_path / "out")), answers(model), rtol=1e-4, atol=1e-5)
