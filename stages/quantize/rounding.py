@@ -27,7 +27,7 @@ from stages.models.blockwise.sites import float_maps
 from stages.models.blockwise.technique import Compressed
 from stages.models.layers import quantized_linear
 from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
-from stages.models.memory.pages import forget
+from stages.models.memory.pages import forget, trim
 from stages.quantize.input_ranges import Decision
 from stages.quantize.movable_scales import Site, fold
 from stages.quantize.stored_forms import rounded
@@ -138,6 +138,7 @@ def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
             missed = (new.dequantized() - w_OI).square().sum() / w_OI.square().sum().clamp_min(1e-30)
             rows.append({"layer": name, "block": block.index, "format": asked.form, "error": float(missed)})
             forget(w_OI)
+        trim()
     return rows
 
 

@@ -102,6 +102,12 @@ def test_a_rotation_that_was_asked_for_and_would_fill_zeros_is_refused(
         quantize(params, inputs, tmp_path, Silent())
 
 
+def test_zeros_that_a_later_verb_fills_are_counted(pruned, topics, shared_store):
+    made = sealer(shared_store)("factorize", {"keep": 0.8} | SHORT, model=pruned, text=topics)
+    _, found, asked = standing(shared_store.checkout(pruned))
+    assert made.manifest.metrics["zeros_before"] == found == asked > made.manifest.metrics["zeros"]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return tmp_path_factory.mktemp("families")

@@ -262,7 +262,7 @@ def save_model(
         quantization = None
     laid_out = {name: tensor.t() if name in turned else tensor for name, tensor in once.items()}
     tensors = conversions.file_tensors(model, reference, laid_out)
-    files.write(folder / WEIGHTS, tensors, _of_files(laid_out, tensors, types))
+    files.write(folder / WEIGHTS, tensors, stored_types.of_files(laid_out, tensors, types))
     for name, spec in ((CONFIG, config), (STRUCTURE, structure), (QUANTIZATION, quantization)):
         if spec:
             write_json(folder / name, spec)
@@ -270,18 +270,6 @@ def save_model(
     written = reopened(folder)
     same_answers.check(model, written, types, progress)
     return written
-
-
-def _of_files(
-    laid_out: Mapping[str, Tensor], tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]
-) -> dict[str, torch.dtype]:
-    """Name in the file -> type in which it is stored; a tensor that several became hands its type to each."""
-    told = {id(one): types[name] for name, one in laid_out.items() if name in types}
-    whole = {id(one) for one in tensors.values()}
-    parted = [types[name] for name, one in laid_out.items() if name in types and id(one) not in whole]
-    known = {id(one) for one in laid_out.values()}
-    found = {name: told.get(id(one)) if id(one) in known else next(iter(parted), None) for name, one in tensors.items()}
-    return {name: kind for name, kind in found.items() if kind is not None and tensors[name].is_floating_point()}
 
 
 def reopened(folder: Path) -> PreTrainedModel:

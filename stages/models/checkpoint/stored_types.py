@@ -55,6 +55,18 @@ def kept(model: PreTrainedModel, like: Path) -> dict[str, torch.dtype]:
     return types
 
 
+def of_files(
+    laid_out: Mapping[str, Tensor], tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]
+) -> dict[str, torch.dtype]:
+    """Name in the file -> type in which it is stored; a tensor that several became hands its type to each."""
+    told = {id(one): types[name] for name, one in laid_out.items() if name in types}
+    whole = {id(one) for one in tensors.values()}
+    parted = [types[name] for name, one in laid_out.items() if name in types and id(one) not in whole]
+    known = {id(one) for one in laid_out.values()}
+    found = {name: told.get(id(one)) if id(one) in known else next(iter(parted), None) for name, one in tensors.items()}
+    return {name: kind for name, kind in found.items() if kind is not None and tensors[name].is_floating_point()}
+
+
 def usual(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> torch.dtype:
     """The type in which most of a model's parameters are written, as config.json names it."""
     sizes = Counter[torch.dtype]()

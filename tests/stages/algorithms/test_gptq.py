@@ -190,3 +190,16 @@ def test_agreement_is_the_best_strength_by_brute_force_on_the_other_half():
 def test_agreement_of_moments_that_cannot_be_factored_is_none():
     w_OI, moments, drifts, none = halves(noise=0.0, drift=0.3)
     assert agreement(w_OI, [-one for one in moments], drifts, none) == 0.0
+
+
+@pytest.mark.parametrize("block", [None, 8])
+def test_gptq_leaves_zeros_that_have_to_stay_and_loses_less_than_rounding_alone(block):
+    w_OI, moment_II = case(4, outputs=16, inputs=64, tokens=200, spread=1.0)
+    stands_OI = torch.rand(w_OI.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    w_OI = w_OI * stands_OI
+    v_OI, scale_OG = gptq(w_OI, inverse_root(moment_II), INT4.nearest, peak, block, stands_OI)
+    free_OI, _ = gptq(w_OI, inverse_root(moment_II), INT4.nearest, peak, block)
+    assert not v_OI[~stands_OI].any() and free_OI[~stands_OI].any()
+    plain_OI = INT4.nearest(w_OI / scale_OG.repeat_interleave(block or 64, dim=1))
+    lost = [error(w_OI, spread_out(one, scale_OG), moment_II) for one in (v_OI, plain_OI)]
+    assert lost[0] < 0.8 * lost[1]
