@@ -51,7 +51,6 @@ from stages.runtime.contract import PARTIAL, Progress, StageError
 from stages.runtime.progress import Silent
 
 _SILENT = Silent()
-
 _READERS = ("sentencepiece", "tiktoken")
 """What transformers reads a tokenizer's *.model and *.spm with, whose formats their names do not tell."""
 
