@@ -101,7 +101,8 @@ class Apart:
     @property
     def predicts(self) -> bool:
         """Whether an answer is the next token of a text that is true."""
-        return self.task == "generate"
+        causal = all(block.stack == "decoder" for block in anatomy.blocks(self.model))
+        return self.task == "generate" and causal
 
     def labels(self, ids_NT: Tensor) -> Tensor:
         """The next token of each position, -1 for the last, as `counted` is; all -1 where none is predicted."""

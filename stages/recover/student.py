@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from stages.algorithms.distillation import Targets, compared, distill
 from stages.models.anatomy import blocks as anatomy
 from stages.models.memory.saved_state import read_record, restore, save_state
-from stages.recover.headless import Apart
+from stages.recover.headless import CLASSES, Apart
 from stages.recover.matched_blocks import inputs_of
 from stages.recover.teacher_answers import Lessons
 from stages.recover.weight_updates import Updates, listen
@@ -139,7 +139,7 @@ def learner(
     """
     blocks, ids_NT = anatomy.blocks(student.model), lessons.ids_NT
     if goal.kl_weight < 1 and not student.predicts:
-        why = "sees the next token" if student.task == "fill" else "predicts no next token"
+        why = "predicts no next token" if student.task in CLASSES else "sees the next token"
         why = "answers the teacher's texts, which are no truth" if student.source else why
         raise StageError(
             f"{type(student.model).__name__} {why}, so that predicting it teaches nothing",
