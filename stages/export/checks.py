@@ -39,8 +39,8 @@ class Expected:
         rounding: weight -> the scale by which its activations are rounded, for those that are.
         caches: scales of rounded keys and values.
         size_bytes: of all tensors, each distinct one once, block scales as the graph holds them.
-        least_bytes: of the blocks and the table of tokens: an answer need not depend on all others (a pooler, the
-            second row of a table of segments).
+        least_bytes: of the matrices of the blocks and the table of tokens: an answer need not depend on all others (a
+            pooler, the second row of a table of segments).
         answer_N: on the parity windows, without the rounding of activations and caches; its shape is the task's.
         shorter_1: the same on the first window without its last tokens.
     """
@@ -143,9 +143,10 @@ def require_numbers(path: Path, ids_NT: NDArray[np.int64], wanted: Expected, tas
 
 
 def _needed(model: PreTrainedModel) -> dict[int, Tensor]:
-    """The tensors that any answer depends on, by their id."""
+    """The matrices that any answer depends on, by their id. Equal vectors (biases of zeros) stand once in a graph."""
     parts = [one for one in model.modules() if isinstance(one, nn.ModuleList)]
-    return {id(tensor): tensor for part in (*parts, embedding(model)) for _, tensor in named_tensors(part)}
+    tensors = [tensor for part in (*parts, embedding(model)) for _, tensor in named_tensors(part)]
+    return {id(tensor): tensor for tensor in tensors if tensor.ndim > 1}
 
 
 def _wider_scales(modules: Iterable[QuantizedLinear | QuantizedEmbedding]) -> int:
