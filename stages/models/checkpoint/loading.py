@@ -114,7 +114,7 @@ def merged(base: Path, folder: Path, output: Path, progress: Progress) -> None:
     """Write a base checkpoint with an adapter that peft trained merged into it, in the base's type.
 
     Args:
-        base: a float checkpoint in Hugging Face layout, as `unread` takes it.
+        base: a float checkpoint in Hugging Face layout, as `outlined` takes it.
         folder: of the adapter; its tokenizer, where it has one, is that of the whole.
         output: where to.
         progress: told what is untied.

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from stages.models.checkpoint.files import weight_files
-from stages.models.checkpoint.loading import load_model, unread
+from stages.models.checkpoint.loading import load_model, outlined
 from stages.runtime.contract import StageError
 from tests.stages.models.families import answers, family
 
@@ -34,7 +34,7 @@ def written(folder, tensors, **config):
 
 
 def left(folder):
-    return unread(folder, weight_files(folder))
+    return outlined(folder, weight_files(folder))[1]
 
 
 def as_the_library_does(folder):
