@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from stages.graphs.parity import LOGIT_LIMIT, parity
+from stages.models.anatomy.tasks import answer
 from stages.models.layers import quantized_linear, rounded_cache
 from stages.runtime.contract import StageError
 
@@ -66,14 +67,6 @@ class AsCalled(nn.Module):
             return said
         axis = TOKEN_AXIS[self.task]
         return said.gather(axis, back_NT.unsqueeze(3 - axis).expand(said.shape))
-
-
-def answer(task: str, said: Any) -> Tensor:
-    """The tensor of a model's output that holds its answer."""
-    if task == "answer":
-        return torch.stack([said.start_logits, said.end_logits], dim=1)
-    found: Tensor = said.last_hidden_state if task == "embed" else said.logits
-    return found
 
 
 @torch.no_grad()

@@ -70,8 +70,7 @@ def answers(model: PreTrainedModel, task: str, given: dict[str, Any]) -> Tensor:
         given: `input_ids` and `attention_mask`, [N, T], and what else its forward takes.
 
     Returns:
-        Logits: [N, T, V] of each token, [N, V] of a text's classes, [N, 2, T] of an answer's first and last token.
-        `translate`: of the window itself, each token from those before it. `embed`: the last hidden states, [N, T, H].
+        See `tasks.answer`. `translate`: of the window itself, each token from those before it.
 
     Raises:
         StageError: the decoder does not say how an answer begins.
@@ -80,11 +79,7 @@ def answers(model: PreTrainedModel, task: str, given: dict[str, Any]) -> Tensor:
         given = given | {"decoder_input_ids": _shifted(model, given["input_ids"])}
     if task in ("generate", "translate") and "use_cache" in inspect.signature(model.forward).parameters:
         given = given | {"use_cache": False}
-    out = model(**given, return_dict=True)
-    if task == "answer":
-        return torch.stack([out.start_logits, out.end_logits], dim=1)
-    found: Tensor = out.last_hidden_state if task == "embed" else out.logits
-    return found
+    return tasks.answer(task, model(**given, return_dict=True))
 
 
 def fast_tokenizer(folder: Path) -> Tokenizer:

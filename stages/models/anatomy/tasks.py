@@ -1,9 +1,14 @@
-"""What a model is for and how much it reads at once: by transformers' own tables and by the model, never by name."""
+"""What a model is for and how much it reads at once: by transformers' own tables and by the model, never by name.
+
+Shapes: N sequences, T tokens, V vocabulary, C classes, H hidden.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stages.models.anatomy import classes
@@ -27,6 +32,19 @@ def task(config: PreTrainedConfig) -> str:
         if chosen in (found if isinstance(found, tuple) else (found,)):
             return SCORE if name == "classify" and config.num_labels == 1 else name
     raise AssertionError("model_class reads the same tables")
+
+
+def answer(task: str, output: Any) -> Tensor:
+    """The tensor of a model's output that holds its answer.
+
+    Returns:
+        Logits: [N, T, V] of each token, [N, C] of a text's classes, [N, 2, T] of an answer's first and last token; the
+        last hidden states, [N, T, H], of `embed`.
+    """
+    if task == "answer":
+        return torch.stack([output.start_logits, output.end_logits], dim=1)
+    found: Tensor = output.last_hidden_state if task == "embed" else output.logits
+    return found
 
 
 def longest(config: PreTrainedConfig) -> int | None:
