@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     # Whatever it is, a person hears it in one line.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if interruption.asked() and not isinstance(error, _stage_error()):
+            raise  # Python made another error of an interrupt
         return _said(error, debug=debug)
     if code == interruption.CODE:
         interruption.unwinding()

@@ -65,8 +65,8 @@ class CorpusParams(Params):
     control_tokens: Literal["text", "parse"] = "text"
     passage_characters: int = Field(2000, ge=100)
     near_duplicate: float = Field(0.8, gt=0, le=1)
-    exact: str = Location("")
-    downloads: str = Location("")
+    exact: str = Location("", pinned=True)
+    downloads: str = Location("", pinned=True)
 
     @field_validator("splits")
     @classmethod

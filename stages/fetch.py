@@ -53,9 +53,9 @@ class FetchParams(Params):
     digest: str = ""
     base: str = Location("")
     base_digest: str = ""
-    exact: str = Location("")
-    base_exact: str = Location("")
-    downloads: str = Location("")
+    exact: str = Location("", pinned=True)
+    base_exact: str = Location("", pinned=True)
+    downloads: str = Location("", pinned=True)
 
 
 def pin(params: FetchParams, pins: Pins, progress: Progress) -> FetchParams:

@@ -44,9 +44,9 @@ def check(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a checkpoint is and which stages take it, before a recipe is written. Weights are not read.
+    """Say what a checkpoint is and which stages take it.
 
-    A source beyond this machine is downloaded; a later run uses the download.
+    Weights are not read. A source beyond this machine is downloaded; a later run uses the download.
     """
     from flows.commands.run import absolute_source
     from flows.reporting.terminal import TerminalProgress

@@ -104,7 +104,7 @@ def params(kind: type[Params]) -> list[ParamLine]:
     schema, said = kind.model_json_schema(), documented(kind)
     lines = []
     for name, field in schema["properties"].items():
-        if field.get("location") and "default" in field:
+        if field.get("pinned"):
             continue  # filled in when the run is planned
         types, allowed = _read(field, schema.get("$defs", {}))
         lines.append(

@@ -17,12 +17,24 @@ Keep = Callable[[Tensor], Tensor]
 
 
 SPARSE = 0.02
+_ROWS, _COLUMNS = 64, 64
 """A matrix with at least this share of zeros is sparse; a dense one has a zero by chance."""
 
 
 def is_sparse(weight: Tensor) -> bool:
-    """Whether it is a matrix with so many zeros that they were put there."""
-    return weight.dim() == 2 and float((weight == 0).float().mean()) >= SPARSE
+    """Whether it is a matrix with so many zeros that they were put there, and not rounded to on a grid of few values.
+
+    A checkpoint that was in four bits once has zeros where weights were small, and beside them as few values as its
+    grid; what pruning left differs from weight to weight.
+    """
+    return weight.dim() == 2 and float((weight == 0).float().mean()) >= SPARSE and not _on_grid(weight)
+
+
+def _on_grid(w_OI: Tensor) -> bool:
+    near_RC = w_OI[:_ROWS, :_COLUMNS].abs().float().sort(dim=1).values
+    stands = int((near_RC > 0).sum())
+    distinct = int(((near_RC[:, 1:] > near_RC[:, :-1]) & (near_RC[:, 1:] > 0)).sum() + (near_RC[:, 0] > 0).sum())
+    return distinct < stands / 2
 
 
 def of_each(kept: int, group: int) -> Keep:

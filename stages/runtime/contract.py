@@ -75,9 +75,16 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def Location(default: Any = ..., **kwargs: Any) -> Any:
-    """A params field that says where bytes lie and not what they are: it never enters a fingerprint."""
-    return Field(default, json_schema_extra={"location": True}, **kwargs)
+def Location(default: Any = ..., *, pinned: bool = False, **kwargs: Any) -> Any:
+    """A params field that says where bytes lie and not what they are: it never enters a fingerprint.
+
+    Args:
+        default: its value where a recipe gives none.
+        pinned: nobody writes it: it is filled in when the run is planned.
+        kwargs: of pydantic's Field.
+    """
+    extra: dict[str, Any] = {"location": True, "pinned": pinned}
+    return Field(default, json_schema_extra=extra, **kwargs)
 
 
 class Params(Frozen):

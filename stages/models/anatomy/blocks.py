@@ -115,7 +115,7 @@ def blocks(model: PreTrainedModel) -> list[Block]:
         StageError: the architecture is not understood.
     """
     found: list[Block] = []
-    continues = tasks.task(model.config) == "generate"
+    continues = tasks.task_of(model) == "generate"
     for path, layers in stacks(model).items():
         causal = continues or any(getattr(module, "is_causal", False) for module in layers.modules())
         stack = "decoder" if causal or "decoder" in path.split(".") else "encoder"
@@ -190,7 +190,8 @@ def _scales(norm: nn.Module) -> bool:
     probe = deepcopy(norm).to_empty(device="cpu")  # the model may stand on the meta device
     for parameter in probe.parameters():
         nn.init.zeros_(parameter)
-    return not probe(torch.arange(1.0, 1 + probe.get_parameter("weight").numel())).any()
+    weight = probe.get_parameter("weight")
+    return not probe(torch.arange(1, 1 + weight.numel(), dtype=weight.dtype)).any()
 
 
 def last_norm(model: PreTrainedModel) -> nn.Module:

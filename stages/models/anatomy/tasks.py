@@ -26,12 +26,20 @@ def task(config: PreTrainedConfig) -> str:
     Raises:
         StageError: the architecture is not understood.
     """
-    chosen = classes.model_class(config)
+    return _task(classes.model_class(config), config)
+
+
+def task_of(model: PreTrainedModel) -> str:
+    """What a model's own class is for, whatever its configuration names; `embed` for one that no table knows."""
+    return _task(type(model), model.config)
+
+
+def _task(chosen: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     for name, table in TASKS.items():
         found = table._model_mapping.get(type(config), ())
         if chosen in (found if isinstance(found, tuple) else (found,)):
             return SCORE if name == "classify" and config.num_labels == 1 else name
-    raise AssertionError("model_class reads the same tables")
+    return "embed"
 
 
 def answer(task: str, output: Any) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stages.algorithms.sparsity import largest, of_each, packed, prices, unpacked, wanda
+from stages.algorithms.sparsity import SPARSE, is_sparse, largest, of_each, packed, prices, unpacked, wanda
 
 
 def test_of_each_keeps_the_largest_of_every_group():
@@ -51,3 +51,14 @@ def test_packed_masks_return_as_they_were(inputs):
     assert bits.shape == (5, -(-inputs // 8))
     assert torch.equal(unpacked(bits, inputs), mask)
     assert packed(torch.tensor([[True, False, False, True]])).tolist() == [[0b1001]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_of_a_grid_of_few_values_are_not_those_of_pruning(dtype):
+    w_OI = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
+    grid_OI = (w_OI / (w_OI.abs().amax(1, keepdim=True) / 7)).round() * w_OI.abs().amax(1, keepdim=True) / 7
+    assert float((grid_OI == 0).float().mean()) > 2 * SPARSE
+    assert not is_sparse(grid_OI.to(dtype)) and not is_sparse(w_OI.to(dtype))
+    for share in (0.05, 0.5, 0.9):
+        cut_OI = torch.where(w_OI.abs() > w_OI.abs().flatten().quantile(share), w_OI, 0.0)
+        assert is_sparse(cut_OI.to(dtype)), share

@@ -314,8 +314,11 @@ def test_quantize_of_a_nan_activation_names_the_layer(tiny, shared_store, topics
         quantize(QuantizeParams(**SHORT, scheme="int4_weight_only"), inputs, tmp_path / "out", Silent())
 
 
-def test_quantize_with_less_text_than_a_window_is_refused(shared_store, dense, topics):
-    refused(shared_store, "shorter than one window", {"window_tokens": 10**6}, model=dense, text=topics)
+def test_quantize_with_less_text_than_a_window_is_refused(shared_store, dense, tmp_path):
+    (tmp_path / "short.txt").write_text("Too few words for a window.")
+    params = {"source": str(tmp_path / "short.txt"), "splits": {"calibrate": 1.0}}
+    text = sealer(shared_store)("corpus", params).identity
+    refused(shared_store, "shorter than one window", {"window_tokens": 512}, model=dense, text=text)
 
 
 def test_quantize_four_bits_without_text_rounds_to_nearest_when_asked_to(shared_store, dense, tmp_path):

@@ -156,6 +156,9 @@ def test_masked_models_fill_seeded_gaps_in_every_text():
     class Tokenizer:
         mask_token_id = 3
 
+        def __call__(self, _text, add_special_tokens=True):
+            return {"input_ids": [1, 5, 2] if add_special_tokens else [5]}
+
     ids_NT, heard = torch.arange(4, 4004).view(40, 100), Heard()
     train, judged = _with_gaps(Tokenizer(), ids_NT, {"text": ids_NT}, 7, heard)
     again, _ = _with_gaps(Tokenizer(), ids_NT, {}, 7, heard)
@@ -163,6 +166,7 @@ def test_masked_models_fill_seeded_gaps_in_every_text():
     for found in (train, judged["text"]):
         hidden = found == 3
         assert 0.13 < float(hidden.float().mean()) < 0.17
+        assert not hidden[:, 0].any() and not hidden[:, -1].any()  # what the tokenizer adds
         assert torch.equal(found[~hidden], ids_NT[~hidden])
     assert torch.equal(train, again)
     assert not torch.equal(train, other) and not torch.equal(train, judged["text"])
