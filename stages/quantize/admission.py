@@ -20,9 +20,9 @@ def admitted(params: QuantizeParams, known: Mapping[str, Any]) -> Subject:
         StageError: as the work would.
     """
     given: Subject = known["model"]
-    plan.refuse_quantized(given.scheme)
+    plan.refuse_quantized(given.scheme, given.layout)
     maps = matching(names(given.model), params.layers, params.skip)
     if params.scheme not in SIXTEEN_BITS and not given.loose:
         plan.check_block(params, given.model, maps)
     plan.check_cache(params, given.model)
-    return replace(given, scheme=params.scheme)
+    return replace(given, scheme=params.scheme, layout="" if params.layout == "enginery" else params.layout)

@@ -41,12 +41,12 @@ def opened(folder: Path, scratch: Path) -> PreTrainedModel:
     return model
 
 
-def refuse_quantized(scheme: str) -> None:
+def refuse_quantized(scheme: str, layout: str = "") -> None:
     """Raise StageError where a checkpoint is quantized."""
     if scheme:
         raise StageError(
             "the checkpoint is quantized already",
-            measured=scheme,
+            measured=f"{scheme}, by {layout}" if layout else scheme,
             remedy="Judge, export and compile it as it is, or give the float checkpoint it was made from.",
         )
 

@@ -224,7 +224,8 @@ def tied_but_differs(place: Place) -> None:
         "run", place.recipe("a", f"dense fetch {{source: in/model}}\nq quantize model=dense {{{INT8}}}")
     )
     if said.code:
-        assert said.busy_s < FIRST_S and 'Set "tie_word_embeddings": false in config.json.' in said.err, said.err
+        remedy = f'Set "tie_word_embeddings": false in {source / "model" / "config.json"}.'
+        assert said.busy_s < FIRST_S and remedy in said.err, said.err
         told(source / "model", tie_word_embeddings=False)
     near(place.quantized(INT8, "in/model", "in/plain"), "q")
 

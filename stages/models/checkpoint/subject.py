@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stages.models.anatomy import classes, tasks
 from stages.models.checkpoint import layout
+from stages.models.checkpoint.json_files import read_json
 from stages.models.layers import low_rank_linear
 from stages.models.layers.quantization_spec import describe
 from stages.models.memory.lean_import import without_compiler
@@ -31,6 +32,7 @@ class Subject:
         model: on the meta device; admission gives it the shapes that the steps will.
         task: what it is for.
         scheme: how it is quantized, empty for a float one.
+        layout: another tool's layout in which it is, empty for our own.
         masked: single weights are zeros that must stay.
         loose: some maps stand on bases whose widths are found when they are made.
         facts: what a person wants to know of it, in words.
@@ -40,6 +42,7 @@ class Subject:
     model: PreTrainedModel
     task: str
     scheme: str = ""
+    layout: str = ""
     masked: bool = False
     loose: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +70,8 @@ def subject(
     """
     task, most = tasks.task(model.config), tasks.longest(model.config)
     spec = describe(model)
-    scheme = str(spec.get("scheme", "")) if spec else ""
+    scheme = str(spec.get("scheme") or "few bits") if spec else ""
+    foreign = str((read_json(folder / layout.CONFIG).get("quantization_config") or {}).get("quant_method", ""))
     kinds = sorted({str(one["dtype"]) for one in tensors.values()})
     facts = {
         "architecture": f"{type(model).__name__} ({model.config.model_type})",
@@ -77,11 +81,20 @@ def subject(
         "vocabulary": f"{model.config.get_text_config().vocab_size:,}",
     }
     if scheme:
-        facts["quantized"] = scheme
+        facts["quantized"] = f"{scheme} ({foreign})" if foreign else scheme
     loose = bool(low_rank_linear.describe(model))
     if left:
         facts["not read"] = f"{len(left)} tensors like {left[0]}"
-    return Subject(folder, model, task, scheme, masked=(folder / layout.MASKS).is_file(), loose=loose, facts=facts)
+    return Subject(
+        folder,
+        model,
+        task,
+        scheme,
+        foreign if scheme else "",
+        masked=(folder / layout.MASKS).is_file(),
+        loose=loose,
+        facts=facts,
+    )
 
 
 def of_gguf(path: Path) -> Subject:
