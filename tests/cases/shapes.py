@@ -12,7 +12,7 @@ from tests.cases.inputs import END, TOKENS, llama, plain, saved, small, told
 from tests.cases.place import FIRST_S, SPLITS, WINDOWS, Place, Result, judge
 
 FIELDS = "splits: {calibrate: 0.2, train: 0.3, validate: 0.2, test: 0.3}"
-HEALED = "tokens: 1024, window_tokens: 64, batch_windows: 4, check_every_steps: 2, check_windows: 2"
+HEALED = "tokens: 4096, window_tokens: 64, batch_windows: 4, check_every_steps: 4, check_windows: 2"
 
 
 def pipeline(model: str = "in/model") -> str:
