@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,8 @@ class Expected:
         rounding: weight -> the scale by which its activations are rounded, for those that are.
         caches: scales of rounded keys and values.
         size_bytes: of all tensors, each distinct one once, block scales as the graph holds them.
-        least_bytes: of the matrices of the blocks and the table of tokens: an answer need not depend on all others (a
-            pooler, the second row of a table of segments).
+        least_bytes: of the matrices of the blocks' modules that ran, and the table of tokens: an answer need not depend
+            on all others (a pooler, an attention to an encoder that is not there).
         answer_N: on the parity windows, without the rounding of activations and caches; its shape is the task's.
         shorter_1: the same on the first window without its last tokens.
     """
@@ -64,7 +65,7 @@ def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64], task: str = "gen
     weights = {id(m.weight): (m.weight.numel(), getattr(m, "bits", 8)) for m in modules}
     rounded = [m for m in modules if isinstance(m, QuantizedLinear) and m.input_scale is not None]
     scales = {names[id(m.weight)]: m.input_scale for m in rounded}
-    with called.unrounded(model):
+    with called.unrounded(model), _noting(model) as ran:
         # One after the other: a classifier without a token of padding takes no two.
         answer_N = np.concatenate([called.alone(model, task, ids_T[None]) for ids_T in ids_NT])
         shorter_1 = called.alone(model, task, ids_NT[:1, : -called.PADDING])
@@ -73,7 +74,7 @@ def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64], task: str = "gen
         {name: frozenset({float(scale)}) for name, scale in scales.items() if scale is not None},
         Counter(rounded_cache.scales(model)),
         sum(tensor.nbytes for tensor in distinct.values()) + _wider_scales(modules),
-        sum(tensor.nbytes for tensor in _needed(model).values()),
+        sum(tensor.nbytes for tensor in _needed(model, ran).values()),
         answer_N,
         shorter_1,
     )
@@ -142,11 +143,23 @@ def require_numbers(path: Path, ids_NT: NDArray[np.int64], wanted: Expected, tas
     return max(whole.logit_difference, padded.logit_difference)
 
 
-def _needed(model: PreTrainedModel) -> dict[int, Tensor]:
-    """The matrices that any answer depends on, by their id. Equal vectors (biases of zeros) stand once in a graph."""
+def _needed(model: PreTrainedModel, ran: Container[int]) -> dict[int, Tensor]:
+    """The matrices of the modules that ran, by their id. Equal vectors (biases of zeros) stand once in a graph."""
     parts = [one for one in model.modules() if isinstance(one, nn.ModuleList)]
-    tensors = [tensor for part in (*parts, embedding(model)) for _, tensor in named_tensors(part)]
+    modules = [one for part in (*parts, embedding(model)) for one in part.modules() if id(one) in ran]
+    tensors = [tensor for one in modules for tensor in one.state_dict(keep_vars=True).values()]
     return {id(tensor): tensor for tensor in tensors if tensor.ndim > 1}
+
+
+@contextmanager
+def _noting(model: PreTrainedModel) -> Iterator[set[int]]:
+    """The ids of the modules without children that run within it."""
+    ran: set[int] = set()
+    with ExitStack() as hooks:
+        for one in model.modules():
+            if not any(one.children()):
+                hooks.callback(one.register_forward_hook(lambda module, *_: ran.add(id(module))).remove)
+        yield ran
 
 
 def _wider_scales(modules: Iterable[QuantizedLinear | QuantizedEmbedding]) -> int:
