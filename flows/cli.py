@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands import catalog, check, compare, deploy, inspect, manage, run, ui, watch
+from flows.commands import catalog, check, compare, deploy, init, inspect, manage, run, ui, watch
 from flows.running import interruption
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(check.check, run.init, run.plan, run.run, run.recipes),
+    *(check.check, init.init, run.plan, run.run, run.recipes),
     *(watch.watch, watch.hooks, deploy.deploy, ui.ui),
     *(inspect.runs, inspect.ls, inspect.inspect, inspect.explain, compare.compare, inspect.logs, inspect.verify),
     *(catalog.models, catalog.stages),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.options import JsonOption, StoreOption, cells, console, opened, say_json, table
+from flows.commands.options import JsonOption, StoreOption, absolute_source, cells, console, opened, say_json, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,6 @@ def check(
 
     Weights are not read. A source beyond this machine is downloaded; a later run uses the download.
     """
-    from flows.commands.run import absolute_source
     from flows.reporting.terminal import TerminalProgress
     from flows.results import CheckLine, CheckResult
     from flows.running.admission import ask, refusal

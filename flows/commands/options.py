@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -122,3 +123,21 @@ def cells(*values: object) -> list[Any]:
     from rich.text import Text
 
     return [Text(str(value)) for value in values]
+
+
+def absolute_source(text: str) -> str:
+    """A source as it is named from any folder: a URI as it is, a path as a file:// URI.
+
+    Raises:
+        StageError: there is no such file or folder.
+    """
+    from stages.runtime.contract import StageError
+
+    if "://" in text:
+        return text
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise StageError(
+            f"there is no file or folder {text!r}", remedy="Give a path that exists, or a URI such as hf://owner/name."
+        )
+    return path.absolute().as_uri()

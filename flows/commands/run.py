@@ -1,9 +1,7 @@
-"""Commands that make something: init, plan, run, recipes."""
+"""Commands that make something: plan, run, recipes."""
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,38 +13,6 @@ from flows.commands.options import JsonOption, RecipeArgument, SetOption, StoreO
 
 if TYPE_CHECKING:
     from flows.recipe.expand import Expanded
-
-TEMPLATE = Path(__file__).with_name("template.yaml")
-
-
-def init(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A folder or GGUF file, or a URI: hf://, s3://, pypi://.")
-    ],
-    text: Annotated[
-        str, typer.Argument(metavar="TEXT", help="A .txt, .md, .jsonl, .json or .parquet file, a folder, or a URI.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the recipe.")] = Path(
-        "recipe.yaml"
-    ),
-) -> None:
-    """Write a recipe for your own checkpoint and text."""
-    from flows.recipe.read import load_recipe
-    from stages.runtime.contract import StageError
-
-    if output.exists():
-        raise StageError(f"{output} is there already", remedy="Name another file with -o, or remove it.")
-    sources = {"@CHECKPOINT@": absolute_source(checkpoint), "@TEXT@": absolute_source(text)}
-    stem = re.split(r"[/\\]", checkpoint.rstrip("/"))[-1]
-    name = re.sub(r"[^a-z0-9.-]+", "-", stem.lower().removesuffix(".gguf")).strip("-.") or "model"
-    written = TEMPLATE.read_text(encoding="utf-8").replace("@NAME@", name)
-    for mark, source in sources.items():
-        written = written.replace(mark, _quoted(source))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(written, encoding="utf-8")
-    load_recipe(output)
-    typer.echo(f"wrote {output}")
-    typer.echo(f"next: enginery plan {output}, then enginery run {output}")
 
 
 def run(
@@ -141,28 +107,6 @@ def recipes() -> None:
         lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         about = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), "")
         typer.echo(f"{name}: {about}")
-
-
-def absolute_source(text: str) -> str:
-    """A source as it is named from any folder: a URI as it is, a path as a file:// URI.
-
-    Raises:
-        StageError: there is no such file or folder.
-    """
-    from stages.runtime.contract import StageError
-
-    if "://" in text:
-        return text
-    path = Path(text).expanduser()
-    if not path.exists():
-        raise StageError(
-            f"there is no file or folder {text!r}", remedy="Give a path that exists, or a URI such as hf://owner/name."
-        )
-    return path.absolute().as_uri()
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _check_steps(asked: Expanded, names: list[str]) -> None:

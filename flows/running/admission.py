@@ -50,12 +50,7 @@ def refuse_inadmissible(
     for name, answer in answers.items():
         if answer.unknown:
             say(f"{name}: what it can take could not be looked at ({answer.unknown})")
-    refused = [
-        refusal(f"step {one.step!r} ({planned[one.step].order.stage})", one.refusal)
-        for one in answers.values()
-        if one.refusal
-    ]
-    refused += _gates(planned, recipe, answers)
+    refused = [*_refusals(planned, answers), *_gates(planned, recipe, answers)]
     if refused:
         raise _together(refused)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +112,19 @@ def refusal(whose: str, parts: Mapping[str, str | None]) -> StageError:
         limit=parts["limit"],
         remedy=parts["remedy"] or "",
     )
+
+
+def _refusals(planned: Mapping[str, Planned], answers: Mapping[str, Answer]) -> Iterable[StageError]:
+    """What each step was refused with; steps that are refused alike stand together."""
+    alike: dict[str, list[Answer]] = {}
+    for one in answers.values():
+        if one.refusal:
+            alike.setdefault(f"{planned[one.step].order.stage} {sorted(one.refusal.items())}", []).append(one)
+    for first, *others in alike.values():
+        assert first.refusal is not None
+        names = ", ".join(repr(one.step) for one in (first, *others))
+        what = f"step{'s' if others else ''} {names} ({planned[first.step].order.stage})"
+        yield refusal(what, first.refusal)
 
 
 def _gates(planned: Mapping[str, Planned], recipe: Recipe, answers: Mapping[str, Answer]) -> Iterable[StageError]:

@@ -30,6 +30,8 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
         if params.pattern:
             zeros.keepers(given.model, zeros.How(params.method, params.pattern, params.keep, names), {})
         return replace(given, masked=True)
+    if params.method in ("blocks", "width"):
+        anatomy.head(given.model)  # what it predicts says what may go
     asked = Asked(int(params.keep * anatomy.block_parameters(given.model)), params.multiple, params.by, Path())
     # A copy: other steps read the model as it is.
     cut = replace(given, model=deepcopy(given.model))

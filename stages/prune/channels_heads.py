@@ -5,6 +5,7 @@ Shapes: N windows, T tokens, F channels or outputs of all heads, K kept ones, O 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -262,7 +263,7 @@ def cannot(what: str, best: int, total: int, asked: Asked) -> StageError:
         f"pruning {what} cannot remove so much",
         measured=f"keep {best / total:.4f} at best",
         limit=f"keep {asked.limit / total:.4f}",
-        remedy="Raise `keep`, or prune by another method as well.",
+        remedy=f"Set `keep` to {math.ceil(best / total * 1e4) / 1e4} or more, or prune by another method as well.",
     )
 
 

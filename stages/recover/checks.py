@@ -10,6 +10,8 @@ from stages.models.checkpoint.loading import load_config, load_tokenizer
 from stages.models.checkpoint.subject import Subject
 from stages.runtime.contract import StageError
 
+_TEACHES_NOTHING = ("answer", "embed")
+
 
 def check(inputs: Mapping[str, Path], update: str) -> None:
     """Raise StageError unless model and teacher speak the same tokens, and the model can learn in the way asked."""
@@ -27,6 +29,13 @@ def check_known(model: Subject, teacher: Subject, update: str) -> None:
     sizes = [one.model.config.get_text_config().vocab_size for one in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise _other_tokens(*sizes)
+    if model.task in _TEACHES_NOTHING:
+        raise StageError(
+            f"{type(model.model).__name__} has no answer that recovery compares",
+            measured=f"its task is {model.task}",
+            limit="generate, translate, fill, classify, score, tag",
+            remedy="Take `recover` out of the recipe.",
+        )
     _refuse_quantized("model", bool(model.scheme))
     _refuse_quantized("teacher", bool(teacher.scheme))
     _refuse_filling(model.masked, update)

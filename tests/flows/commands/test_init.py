@@ -1,0 +1,80 @@
+"""The recipe that `init` writes: of steps that take the checkpoint, and judged by what the model is for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from flows.cli import main
+from flows.recipe.expand import expanded
+from flows.recipe.model import Recipe
+from flows.recipe.read import load_recipe
+from flows.running.admission import refuse_inadmissible
+from flows.running.plan import resolve
+from stages.runtime.progress import Silent
+from tests.stages.models.families import FAMILIES, WIDER, family
+
+
+def checkpoint(name: str, root: Path) -> Path:
+    folder = family(name, root)
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[MASK]": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]").save_pretrained(folder)
+    return folder
+
+
+def written(name: str, root: Path) -> Recipe:
+    (root / "a.txt").write_text("words")
+    assert main(["init", str(checkpoint(name, root)), str(root / "a.txt"), "-o", str(root / "mine.yaml")]) == 0
+    return load_recipe(root / "mine.yaml")
+
+
+def test_init_writes_a_recipe_that_plans(tmp_path, capsys):
+    model, text, out = tmp_path / "My Model", tmp_path / "a.txt", tmp_path / "mine.yaml"
+    checkpoint("llama", tmp_path).rename(model)
+    text.write_text("words")
+    assert main(["init", str(model), str(text), "-o", str(out)]) == 0
+    assert f"enginery run {out}" in capsys.readouterr().out
+    recipe = load_recipe(out)
+    assert recipe.name == "my-model"
+    assert [step.name for step in recipe.steps][3:7] == ["shared", "pruned", "healed", "int8"]
+    assert recipe.step("dense").params["source"] == model.as_uri()
+    assert recipe.step("text").params["source"] == text.as_uri()
+    assert main(["init", str(model), str(text), "-o", str(out)]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert main(["init", str(tmp_path / "none"), str(text), "-o", str(tmp_path / "b.yaml")]) == 1
+    assert not (tmp_path / "b.yaml").exists()
+
+
+def test_init_of_what_lies_elsewhere_says_that_it_was_not_seen(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("words")
+    assert main(["init", "hf://owner/Name-1.5B", str(tmp_path / "a.txt"), "-o", str(tmp_path / "c.yaml")]) == 0
+    assert "cannot be seen from here" in capsys.readouterr().out
+    assert load_recipe(tmp_path / "c.yaml").name == "name-1.5b"
+
+
+def test_init_refuses_what_is_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("words")
+    out = tmp_path / "c.yaml"
+    assert main(["init", str(tmp_path / "empty"), str(tmp_path / "a.txt"), "-o", str(out)]) == 1
+    assert not out.exists() and "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FAMILIES | WIDER)
+def test_every_familys_recipe_is_admitted_and_its_comments_are_of_its_steps(name, store, tmp_path):
+    recipe = written(name, tmp_path)
+    planned = resolve(expanded(recipe).steps, store, lambda _: Silent())
+    said: list[str] = []
+    refuse_inadmissible(planned, recipe, store, said.append)
+    assert not said
+    assert recipe.gates and len(recipe.steps) > 3
+    text = (tmp_path / "mine.yaml").read_text()
+    methods = {step.params.get("method") for step in recipe.steps} | {step.stage for step in recipe.steps}
+    for words, of in {"low-rank bases": "basis", "channels of": "channels", "Heal on": "recover"}.items():
+        assert (words in text) == (of in methods), words
+    assert not re.search(r"\{\{|\{%", text)
