@@ -69,8 +69,10 @@ def admit(params: FactorizeParams, known: Mapping[str, Any]) -> Subject:
     given.require_float("factorize")
     matching(dense(given.model), params.layers, params.skip)
     for block in blocks(given.model):
-        projections(block)
-    return replace(given, loose=True)
+        found = projections(block)
+        for role in ROLES:
+            found[role]
+    return replace(given, loose=True, masked=False)
 
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")

@@ -157,7 +157,7 @@ def admit(params: FetchParams, known: Mapping[str, Any]) -> Subject | None:
     chosen = layout.choose(path)
     if chosen.gguf:
         return of_gguf(chosen.gguf)
-    folder = path if path.is_dir() else path.parent
+    folder = located(path) if path.is_dir() else path.parent
     tensors = layout.check_headers(folder, chosen.weights)
     layout.check_tokenizer(folder)
     model, left = outlined(folder, chosen.weights.values())

@@ -83,10 +83,13 @@ def admit(params: ShareParams, known: Mapping[str, Any]) -> Subject:
     given: Subject = known["model"]
     given.require_float("share")
     if params.method == "tie":
-        return given
+        return replace(given, masked=False)
+    roles = "+".join(params.projections).split("+") if params.method == "basis" else ()
     for block in blocks(given.model):
-        projections(block)
-    return replace(given, loose=True)
+        found = projections(block)
+        for role in roles:
+            found[role]
+    return replace(given, loose=True, masked=False)
 
 
 def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Progress) -> float:

@@ -54,6 +54,7 @@ def check(
     from stages import stage
     from stages.adapters.connect import pins
     from stages.admission import Asked
+    from stages.runtime.contract import StageError
 
     definition = stage("fetch")
     params = definition.params.model_validate({"source": absolute_source(source)})
@@ -63,6 +64,10 @@ def check(
             params = definition.pin(params, pins(opened(store)), terminal.for_step("check"))
     it = Asked(name="it", stage="fetch", params=params.model_dump(mode="json"), inputs={})
     first, *answers = ask([it, *_asked()])
+    if first.unknown:
+        raise StageError(
+            f"{source} could not be looked at", measured=first.unknown, remedy="This is a defect: please report it."
+        )
     if first.refusal:
         raise refusal("", first.refusal)
     lines = [

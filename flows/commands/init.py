@@ -86,6 +86,7 @@ def _steps(source: str) -> dict[str, Any]:
         return _told("generate", cuts, recovers=True, scheme=_SCHEMES[0], exported=True)
     from flows.running.admission import ask, refusal
     from stages.admission import Asked
+    from stages.runtime.contract import StageError
 
     asked = [Asked(name="dense", stage="fetch", params={"source": source}, inputs={})]
     asked += [Asked(name=name, stage=stage, params=params, inputs=_READS) for name, stage, params in _CUTS]
@@ -94,6 +95,10 @@ def _steps(source: str) -> dict[str, Any]:
     asked += [Asked(name="recovers", stage="recover", params={"tokens": 100_000}, inputs=teacher)]
     asked += [Asked(name="exported", stage="export", params={}, inputs={"model": "dense"})]
     answers = {one.step: one for one in ask(asked)}
+    if unknown := answers["dense"].unknown:
+        raise StageError(
+            f"{source} could not be looked at", measured=unknown, remedy="This is a defect: please report it."
+        )
     if refused := answers["dense"].refusal:
         raise refusal("", refused)
     cuts = {name: _takes(answers[name]) for name, _, _ in _CUTS}

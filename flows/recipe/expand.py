@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from flows.recipe.model import Judge, Recipe, Step
 from stages import stage
 from stages.adapters.backends import GRAPHS_BACKEND, backend
-from stages.quantize.params import block_of
+from stages.quantize.params import QuantizeParams, block_of
 from stages.runtime.contract import Kind
 
 
@@ -64,9 +65,26 @@ def _in_blocks(step: Step, recipe: Recipe) -> dict[str, Any]:
     if step.stage != "prune" or "multiple" in params or params.get("method", "channels") not in ("channels", "width"):
         return params
     later = [one for one in recipe.steps if one.stage == "quantize" and step.name in upstream(recipe, one.name)]
-    blocks = [block for one in later if (block := block_of(stage("quantize").params.model_validate(one.params)))]
+    readers = _READERS[params.get("method", "channels")]
+    blocks = [block for one in later if (block := _block(one.params, readers))]
     default = stage("prune").params.model_fields["multiple"].default
     return params | ({"multiple": math.lcm(default, *blocks)} if blocks else {})
+
+
+_READERS = {"channels": ("mlp.down_proj",), "width": ("self_attn.q_proj", "mlp.gate_proj")}
+"""What reads the width that a method cuts, as maps are called where these methods take a model."""
+
+
+def _block(params: Mapping[str, Any], readers: Iterable[str]) -> int | None:
+    """Inputs that share a scale, where any of the maps that read a cut width is quantized in blocks."""
+    asked = QuantizeParams.model_validate(params)
+    paths = [f"model.layers.0.{one}" for one in readers]
+    rounded = [path for path in paths if _any(path, asked.layers) and not _any(path, asked.skip)]
+    return block_of(asked) if rounded else None
+
+
+def _any(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def executable_here(step: Step) -> bool:

@@ -46,13 +46,19 @@ def refuse_inadmissible(
     if find_spec("torch") is None:
         say("what the steps can take is not looked at: torch is not installed here")
         return
-    answers = {one.step: one for one in ask([_asked(one, store) for one in planned.values()])}
+    try:
+        answers = {one.step: one for one in ask([_asked(one, store) for one in planned.values()])}
+    except (StageError, subprocess.TimeoutExpired) as error:
+        say(f"what the steps can take could not be looked at: {error}")
+        return
     for name, answer in answers.items():
         if answer.unknown:
             say(f"{name}: what it can take could not be looked at ({answer.unknown})")
     refused = [*_refusals(planned, answers), *_gates(planned, recipe, answers)]
     if refused:
         raise _together(refused)
+    if any(answer.unknown for answer in answers.values()):
+        return  # it is said again the next time
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("{}", encoding="utf-8")
 
@@ -118,7 +124,7 @@ def _refusals(planned: Mapping[str, Planned], answers: Mapping[str, Answer]) -> 
     """What each step was refused with; steps that are refused alike stand together."""
     alike: dict[str, list[Answer]] = {}
     for one in answers.values():
-        if one.refusal:
+        if one.refusal and planned[one.step].manifest is None:
             alike.setdefault(f"{planned[one.step].order.stage} {sorted(one.refusal.items())}", []).append(one)
     for first, *others in alike.values():
         assert first.refusal is not None

@@ -107,6 +107,8 @@ def _chat(value: Sequence[Mapping[str, Any]], column: str, where: str) -> tuple[
         at = f"message {number} of {column}"
         role = part["role"] if "role" in part else part["from"]
         content = _said(part.get("content", part.get("value")), at, where)
+        if content is None and part.get("tool_calls"):
+            content = ""  # what it says is the call
         if content is None:
             return None
         if not isinstance(role, str):

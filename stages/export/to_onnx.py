@@ -83,7 +83,7 @@ def to_onnx(model: PreTrainedModel, opset: int, task: str, ids_1T: NDArray[np.in
     called = as_called(model, task, ids_1T, fused=opset >= FUSED_ATTENTION)
     first_names = _first_names(model)
     lay_out(model)
-    ids_NT = torch.arange(16).view(2, 8) % model.config.vocab_size
+    ids_NT = torch.arange(16).view(2, 8) % model.config.get_text_config().vocab_size
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     with _quiet(), torch.no_grad(), masks():
         try:

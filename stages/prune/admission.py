@@ -34,7 +34,7 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
         anatomy.head(given.model)  # what it predicts says what may go
     asked = Asked(int(params.keep * anatomy.block_parameters(given.model)), params.multiple, params.by, Path())
     # A copy: other steps read the model as it is.
-    cut = replace(given, model=deepcopy(given.model))
+    cut = replace(given, model=deepcopy(given.model), masked=False)
     _CUTS[params.method](cut, asked)
     return cut
 

@@ -263,7 +263,9 @@ def cannot(what: str, best: int, total: int, asked: Asked) -> StageError:
         f"pruning {what} cannot remove so much",
         measured=f"keep {best / total:.4f} at best",
         limit=f"keep {asked.limit / total:.4f}",
-        remedy=f"Set `keep` to {math.ceil(best / total * 1e4) / 1e4} or more, or prune by another method as well.",
+        remedy=f"Set `keep` to {math.ceil(best / total * 1e4) / 1e4} or more, or prune by another method as well."
+        if best < total
+        else f"Set `multiple` to a divisor of the width: nothing below it is a multiple of {asked.multiple}.",
     )
 
 

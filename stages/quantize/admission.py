@@ -1,11 +1,19 @@
-"""Whether a checkpoint can be quantized as asked, before any weight is read."""
+"""Whether a checkpoint can be quantized as asked, before any weight is read.
+
+Shapes: none; the model stands on the meta device.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy.blocks import LLAMA_TYPE
 from stages.models.checkpoint.editing import matching
 from stages.models.checkpoint.subject import Subject
 from stages.quantize import plan
@@ -20,9 +28,22 @@ def admitted(params: QuantizeParams, known: Mapping[str, Any]) -> Subject:
         StageError: as the work would.
     """
     given: Subject = known["model"]
+    model, kind = given.model, given.model.config.model_type
     plan.refuse_quantized(given.scheme, given.layout)
-    maps = matching(names(given.model), params.layers, params.skip)
-    if params.scheme not in SIXTEEN_BITS and not given.loose:
-        plan.check_block(params, given.model, maps)
-    plan.check_cache(params, given.model)
+    if params.scheme in SIXTEEN_BITS:
+        every = [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in anatomy.linear_maps(block)]
+        matching(every, params.layers, params.skip)
+    else:
+        maps = matching([one for one in names(model) if not _only_read(model, one)], params.layers, params.skip)
+        if not given.loose:
+            plan.check_block(params, model, maps)
+    if params.scheme == "int8_w8a8" and kind not in LLAMA_TYPE:
+        plan.refuse_moved(params, kind)
+    plan.check_cache(params, model)
     return replace(given, scheme=params.scheme, layout="" if params.layout == "enginery" else params.layout)
+
+
+def _only_read(model: PreTrainedModel, path: str) -> bool:
+    """Whether the module that has a map reads its weight by itself: such a map stays float (Mamba's `dt_proj`)."""
+    owner, _, leaf = path.rpartition(".")
+    return f"self.{leaf}.weight" in inspect.getsource(type(model.get_submodule(owner)))

@@ -221,7 +221,7 @@ def _ranges(
     searched, kind = params.search == "auto", model.config.model_type
     if kind not in LLAMA_TYPE:
         if params.scheme == "int8_w8a8":
-            _refuse_moved(params, kind)
+            refuse_moved(params, kind)
             progress.note(f"inputs are rounded by the largest of the text: no range is moved in models of type {kind}")
         return []  # plain ranges are found on the way
     if params.scheme != "int8_w8a8" and not searched:
@@ -233,7 +233,7 @@ def _ranges(
     return decided(model, names, ids_NT, how)
 
 
-def _refuse_moved(params: QuantizeParams, kind: str) -> None:
+def refuse_moved(params: QuantizeParams, kind: str) -> None:
     """Raise StageError where a range is asked for that takes to know between which maps factors may move."""
     asked = [f"smoothing: {params.smoothing}"] if params.smoothing else []
     asked += [f"observer: {params.observer}"] if params.observer not in ("search", "minmax") else []

@@ -137,7 +137,7 @@ def load_apart(folder: Path, tokens: int) -> Apart:
     if task in CLASSES:
         return _classifier(model, task)
     two = bool(model.config.is_encoder_decoder)
-    ids_1T = torch.arange(min(tokens, 8))[None] % model.config.vocab_size
+    ids_1T = torch.arange(min(tokens, 8))[None] % model.config.get_text_config().vocab_size
     read = {"input_ids": ids_1T} | ({"decoder_input_ids": ids_1T} if two else {})
     old = anatomy.head(model)
     assert isinstance(old.weight, Tensor)
@@ -188,7 +188,7 @@ def _added(model: PreTrainedModel, weight_VH: Tensor) -> Tensor | None:
     """What the model itself adds to the logits, which it adds no longer."""
     bias_V: Tensor | None = None
     for name, added in list(model.named_buffers(recurse=False)):
-        if added.numel() == model.config.vocab_size:
+        if added.numel() == model.config.get_text_config().vocab_size:
             model.register_buffer(name, added.new_zeros(1))
             own_V = added.flatten().to(weight_VH.dtype)
             bias_V = own_V if bias_V is None else bias_V + own_V

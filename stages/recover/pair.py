@@ -55,7 +55,7 @@ def side_by_side(
     judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
     if task(saved.config) == "fill":
         ids_NT, judged = _with_gaps(tokenizer, ids_NT, judged, params.seed, progress)
-    if saved.config.is_encoder_decoder:
+    if task(saved.config) == "translate":
         ids_NT = ids_NT[: params.steps * params.batch_windows]
         ids_NT, judged = _with_answers(inputs["teacher"], ids_NT, judged, partial, progress)
     student, teacher = (load_apart(inputs[role], tokens) for role in ("model", "teacher"))
@@ -124,7 +124,10 @@ def _spread(student: Apart, teacher: Apart, ids_NT: Tensor) -> tuple[Apart, Apar
 def _pairs(params: RecoverParams, student: Apart, teacher: Apart, progress: Progress) -> list[tuple[Block, Block]]:
     """Blocks of both whose inputs should agree."""
     pairs = listened(student.model, teacher.model) if params.hidden_weight else []
-    if pairs and student.model.config.hidden_size != teacher.model.config.hidden_size:
+    if (
+        pairs
+        and student.model.config.get_text_config().hidden_size != teacher.model.config.get_text_config().hidden_size
+    ):
         progress.note("the teacher's hidden states are of another width: the student learns from its tokens alone")
         return []
     return pairs

@@ -148,7 +148,7 @@ def learner(
             remedy="Set `kl_weight: 1` in the step.",
         )
     listen(updates)
-    hidden = student.model.config.hidden_size
+    hidden = student.model.config.get_text_config().hidden_size
     if at_once * ids_NT.shape[1] * hidden * len(blocks) * ACTIVATION_BYTES > MOST_ACTIVATIONS:
         for block in blocks:
             block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)

@@ -55,7 +55,7 @@ class Lessons:
         self.teacher, self.ids_NT, self.listened = teacher, ids_NT, listened
         self._k, self._temperature = min(tokens_kept, len(teacher.head.weight_VH)), temperature
         count, length = len(ids_NT), teacher.length(ids_NT)
-        width = teacher.model.config.hidden_size
+        width = teacher.model.config.get_text_config().hidden_size
         self._tokens = _mapped(folder / "tokens", np.int32, (count, length, self._k))
         self._log_p = _mapped(folder / "log_p", np.float32, (count, length, self._k))
         tokens = teacher.counted_tokens(ids_NT[:1]).shape[1]

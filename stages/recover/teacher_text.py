@@ -54,7 +54,7 @@ def write(teacher: Apart, ids_NT: Tensor, seed: int, path: Path, lessons: Lesson
 
 @torch.no_grad()
 def _write(teacher: Apart, ids_NT: Tensor, generator: torch.Generator, lessons: Lessons, first: int) -> None:
-    vocabulary = min(len(teacher.head.weight_VH), teacher.model.config.vocab_size)
+    vocabulary = min(len(teacher.head.weight_VH), teacher.model.config.get_text_config().vocab_size)
     ids_NT[:, 0] = torch.randint(vocabulary, (len(ids_NT),), generator=generator)
     cache: Any = None
     answered: list[Tensor] = []

@@ -75,7 +75,7 @@ def answers(model: PreTrainedModel, task: str, given: dict[str, Any]) -> Tensor:
     Raises:
         StageError: the decoder does not say how an answer begins.
     """
-    if task == "translate":
+    if task == "translate" or (task == "embed" and model.config.is_encoder_decoder):
         given = given | {"decoder_input_ids": _shifted(model, given["input_ids"])}
     if task in ("generate", "translate") and "use_cache" in inspect.signature(model.forward).parameters:
         given = given | {"use_cache": False}

@@ -62,8 +62,9 @@ def longest(config: PreTrainedConfig) -> int | None:
         StageError: the architecture is not understood.
     """
     text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
+    told = [getattr(text, f"max_{whose}position_embeddings", None) for whose in ("", "encoder_", "decoder_")]
+    most = min((one for one in told if isinstance(one, int) and one > 0), default=None)
+    if most is None:
         return None
     with without_compiler(), torch.device("meta"):
         made = classes.model_class(config)(config)

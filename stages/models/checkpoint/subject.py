@@ -77,7 +77,7 @@ def subject(
         "architecture": f"{type(model).__name__} ({model.config.model_type})",
         "task": task,
         "parameters": f"{layout.parameters(tensors):,} in {', '.join(kinds)}",
-        "reads": "any number of tokens" if most is None else f"{most:,} tokens",
+        "reads": _read(most),
         "vocabulary": f"{model.config.get_text_config().vocab_size:,}",
     }
     if scheme:
@@ -97,6 +97,10 @@ def subject(
     )
 
 
+def _read(most: int | None) -> str:
+    return "any number of tokens" if most is None else f"{most:,} tokens"
+
+
 def of_gguf(path: Path) -> Subject:
     """The checkpoint that a GGUF file becomes.
 
@@ -105,13 +109,13 @@ def of_gguf(path: Path) -> Subject:
     """
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     # What transformers raises for an architecture or a field of it that it does not know; its text is passed on.
     except (ValueError, KeyError, NotImplementedError) as error:
         raise StageError(
             f"{path} has an architecture that is not understood ({error})",
             remedy="Use a dense decoder, or the same checkpoint as safetensors.",
         ) from error
-    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     with without_compiler(), torch.device("meta"):
         model = classes.empty(config, torch.float32)
     count = sum(one.numel() for one in model.parameters())
@@ -119,7 +123,7 @@ def of_gguf(path: Path) -> Subject:
         "architecture": f"{type(model).__name__} ({config.model_type}), as GGUF",
         "task": "generate",
         "parameters": f"{count:,}, written as F32",
-        "reads": f"{tasks.longest(config):,} tokens",
+        "reads": _read(tasks.longest(config)),
         "vocabulary": f"{config.vocab_size:,}",
     }
     return Subject(path.parent, model.eval(), "generate", facts=facts)

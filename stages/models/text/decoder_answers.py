@@ -57,7 +57,8 @@ def answered(
             remedy="Give generation_config.json beside the checkpoint.",
         )
     ends = [own.eos_token_id] if isinstance(own.eos_token_id, int) else list(own.eos_token_id or [])
-    if ends:
+    # A tokenizer that closes its texts has done so; a language's token may stand behind (mBART).
+    if ends and not torch.isin(ids_NS[:, -2:], torch.tensor(ends, dtype=ids_NS.dtype)).any():
         ids_NS[:, -1] = ends[0]
     found_NS = torch.full_like(ids_NS, NOTHING)
     if read_record(path) is None:

@@ -153,3 +153,35 @@ def test_every_stage_can_look_at_every_family(name, tmp_path):
     assert first.refusal is None and first.facts["architecture"].startswith(FAMILIES.get(name, WIDER.get(name))[0])
     assert not [one.unknown for one in answers if one.unknown]
     assert all(one.refusal["what"] for one in answers if one.refusal)
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("mixtral", "bf16"), ("mamba", "int4_weight_only")])
+def test_what_the_work_takes_is_not_refused(name, scheme, store, tmp_path):
+    folder = checkpoint(name, tmp_path)
+    assert not admitted(store, recipe(folder, step("q", "quantize", scheme=scheme, block=16)))
+
+
+def test_a_mask_does_not_outlive_the_maps_that_it_is_of(store, tmp_path):
+    zeros = step("zeros", "prune", method="magnitude", pattern="2:4")
+    learn = {"name": "r", "stage": "recover", "inputs": {"model": "zeros", "teacher": "dense", "text": "text"}}
+    folder = checkpoint("llama", tmp_path)
+    with pytest.raises(StageError, match="update: sparse"):
+        admitted(store, recipe(folder, zeros, learn))
+    narrow = step("narrow", "prune", "zeros", keep=0.9, multiple=1)
+    after = {**learn, "inputs": {"model": "narrow", "teacher": "dense", "text": "text"}}
+    assert not admitted(store, recipe(folder, zeros, narrow, after))
+
+
+def test_blocks_of_maps_that_stay_float_round_nothing(store, tmp_path):
+    cut = step("cut", "prune", keep=0.9)
+    kept = step("q", "quantize", "cut", scheme="int4_weight_only", block=16, skip=["*.down_proj"])
+    assert "multiple" not in expanded(recipe(checkpoint("llama", tmp_path), cut, kept)).steps[2].params
+
+
+def test_what_breaks_while_looking_ahead_is_said_and_stops_nothing(store, tmp_path, monkeypatch):
+    def broken(_steps: object) -> list[Answer]:
+        raise StageError("no memory")
+
+    monkeypatch.setattr(admission, "ask", broken)
+    said = admitted(store, recipe(checkpoint("llama", tmp_path), step("q", "quantize", scheme="int8_weight_only")))
+    assert said == ["what the steps can take could not be looked at: no memory"]

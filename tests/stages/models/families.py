@@ -75,6 +75,7 @@ WIDER: dict[str, tuple[str, str, dict[str, object]]] = {
     "granite": ("GraniteForCausalLM", "GraniteConfig", _DECODER | {"num_key_value_heads": 2,
                 "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _DECODER | {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "electra": ("ElectraForMaskedLM", "ElectraConfig", _ENCODER | {"embedding_size": WIDTH}),
     "albert": ("AlbertForMaskedLM", "AlbertConfig", _ENCODER | {"embedding_size": 16}),
     "mamba": ("MambaForCausalLM", "MambaConfig", {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "state_size": 4}),
