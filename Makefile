@@ -14,7 +14,7 @@ COMPOSE = ENGINERY_STACK=$(stack) $(compose) --project-name $(stack) --project-d
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check real-test fault-test cases service-test bench bench-engine images schemas clean gpu-test \
+.PHONY: help install run test check real-test fault-test cases families service-test bench bench-engine images schemas clean gpu-test \
   production-env production-up production-submit production-watch production-down production-test
 
 help:  ## list the targets
@@ -57,6 +57,9 @@ fault-test: install  ## whole runs, kills, pools and clusters in processes of th
 
 cases: install  ## inputs of public reports, made anew: what comes out is right; ENGINERY_CASES=third for the day's third
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m case -n 2 --durations 5 $(ARGS) tests/cases
+
+families: install  ## every family of models through every technique: a table; ARGS="Llama BERT" for some
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.families $(ARGS)
 
 service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered, pages in Chromium
 	@$(BIN)/python -m pytest -m service $(ARGS) tests/services tests/flows

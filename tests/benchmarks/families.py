@@ -1,0 +1,213 @@
+"""Which family of models goes through which technique, and how near the dense model it stays: a table.
+
+`make families` runs every cell on a tiny random checkpoint of the family and prints the table. A cell is
+the KL divergence from the dense model in nats, or `no`, with the reason below the table.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+
+from stages import stage
+from stages.adapters.sources import local_path
+from stages.measures.documents import score_documents, summary
+from stages.measures.predictions import Asking
+from stages.models.checkpoint.loading import load_tokenizer
+from stages.models.text.windows import windows
+from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
+from stages.serving.eager import eager
+from tests.stages.models.families import VOCABULARY, family
+
+ROWS = {
+    "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma": "gemma", "Gemma 2": "gemma2",
+    "Gemma 3": "gemma3", "Phi-3": "phi3", "OPT": "opt", "GPT-2": "gpt2", "GPT-NeoX": "neox", "Falcon": "falcon",
+    "BLOOM": "bloom", "SmolLM3": "smollm3", "Granite": "granite", "Mixtral": "mixtral", "BERT": "bert_masked",
+    "RoBERTa": "roberta", "DistilBERT": "distilbert", "ELECTRA": "electra", "ALBERT": "albert", "T5": "t5",
+    "BART": "bart", "Marian": "marian",
+}  # fmt: skip
+"""As people call it -> the checkpoint of the tests."""
+FEW = {"windows": 4, "window_tokens": 32}
+CELLS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "channels": ("prune", {"method": "channels", "keep": 0.95, "multiple": 1, **FEW}),
+    "heads": ("prune", {"method": "heads", "keep": 0.85, **FEW}),
+    "blocks": ("prune", {"method": "blocks", "keep": 0.7, **FEW}),
+    "2:4": ("prune", {"method": "wanda", "pattern": "2:4", **FEW}),
+    "factorize": ("factorize", {"keep": 0.9, **FEW}),
+    "share": ("share", {"method": "basis", "keep": 0.9, **FEW}),
+    "W8A8": ("quantize", {"scheme": "int8_w8a8", **FEW}),
+    "INT8": ("quantize", {"scheme": "int8_weight_only"}),
+    "INT4": ("quantize", {"scheme": "int4_weight_only", "block": 16, **FEW}),
+    "FP8": ("quantize", {"scheme": "fp8_e4m3", **FEW}),
+    "NVFP4": ("quantize", {"scheme": "nvfp4", **FEW}),
+}
+COLUMNS = ("fetch", "judge", "tie", *CELLS, "recover", "fuse")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One technique on one family: how far from dense, or why not."""
+
+    distance: float | None = None
+    why: str = ""
+
+
+def text(root: Path) -> Path:
+    """A corpus of the reference prose."""
+    folder = root / "text"
+    if not folder.is_dir():
+        folder.mkdir()
+        definition = stage("corpus")
+        splits = {"calibrate": 0.3, "train": 0.3, "validate": 0.2, "test": 0.2}
+        params = definition.params.model_validate({"source": "pydoc://topics", "splits": splits})
+        definition.run(params, {}, folder, Silent())
+    return folder
+
+
+def checkpoint(name: str, root: Path) -> Path:
+    """A family's tiny checkpoint with a tokenizer of single characters."""
+    folder = family(name, root)
+    if not (folder / "tokenizer.json").is_file():
+        characters = ["[UNK]", "[MASK]", "[PAD]", *(chr(32 + number) for number in range(VOCABULARY - 3))]
+        made = Tokenizer(WordLevel({one: number for number, one in enumerate(characters)}, unk_token="[UNK]"))
+        made.pre_tokenizer = Split(Regex(r"."), "isolated")
+        PreTrainedTokenizerFast(
+            tokenizer_object=made, unk_token="[UNK]", mask_token="[MASK]", pad_token="[PAD]"
+        ).save_pretrained(folder)
+    return folder
+
+
+def row(name: str, root: Path) -> dict[str, Cell]:
+    """Every cell of a family."""
+    dense = checkpoint(name, root)
+    cells = {"fetch": _cell(lambda out: _fetched(dense, out), dense, root)}
+    cells["judge"] = _cell(lambda out: dense, dense, root)
+    cells["tie"] = _tied(name, dense, root)
+    for column, (verb, params) in CELLS.items():
+        cells[column] = _cell(lambda out, verb=verb, params=params: _made(verb, params, dense, root, out), dense, root)
+    cells["recover"] = _cell(lambda out: _recovered(dense, root, out), dense, root)
+    cells["fuse"] = _cell(lambda out: _fused(dense, root, out), dense, root)
+    return {column: cells[column] for column in COLUMNS}
+
+
+def distance(dense: Path, made: Path, root: Path) -> float:
+    """The KL divergence of a checkpoint's answers from the dense one's."""
+    ours, theirs = eager(made), eager(dense)
+    tokenizer = load_tokenizer(dense)
+    ids_NT = windows(text(root), "test", tokenizer, 32, most=4)
+    asking = Asking(theirs.task, mask=tokenizer.mask_token_id)
+
+    def asked(opened: Any) -> Callable[[Any], Any]:
+        return lambda ids: opened.forward(ids, (ids >= 0).astype("int64"))
+
+    return summary(list(score_documents(ids_NT, asked(ours), asked(theirs), asking, "test")))["kl_divergence"]
+
+
+def _cell(make: Callable[[Path], Path], dense: Path, root: Path) -> Cell:
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        out = Path(folder) / "out"
+        out.mkdir()
+        try:
+            return Cell(distance(dense, make(out), root))
+        except StageError as error:
+            return Cell(why=error.what)
+
+
+def _made(verb: str, params: Mapping[str, Any], model: Path, root: Path, out: Path, **more: Path) -> Path:
+    definition = stage(verb)
+    inputs = {"model": model, "text": text(root)} | more
+    definition.run(definition.params.model_validate(dict(params)), inputs, out, Silent())
+    return out
+
+
+def _fetched(dense: Path, out: Path) -> Path:
+    definition = stage("fetch")
+    definition.run(definition.params.model_validate({"source": str(local_path(str(dense)))}), {}, out, Silent())
+    return out
+
+
+def _tied(name: str, dense: Path, root: Path) -> Cell:
+    """A checkpoint two of whose matrices are equal; tying them changes nothing."""
+    given = root / f"{name}-equal"
+    if not given.is_dir():
+        copytree(dense, given)
+        tensors = load_file(dense / "model.safetensors")
+        shapes: dict[Any, str] = {}
+        for key, one in sorted(tensors.items()):
+            first = shapes.setdefault(one.shape, key)
+            if one.ndim == 2 and first != key and "embed" not in key and "head" not in key and "wte" not in key:
+                tensors[key] = tensors[first].clone()
+                break
+        save_file(tensors, given / "model.safetensors", {"format": "pt"})
+    return _cell(lambda out: _made("share", {"method": "tie"}, given, root, out), given, root)
+
+
+def _recovered(dense: Path, root: Path, out: Path) -> Path:
+    """Half the weights zeros, learned back."""
+    pruned = out / "pruned"
+    pruned.mkdir()
+    _made(*CELLS["2:4"], dense, root, pruned)
+    healed = out / "healed"
+    healed.mkdir()
+    params = {"tokens": 4096, "window_tokens": 32, "batch_windows": 4, "update": "sparse", "learning_rate": 1e-3}
+    return _made("recover", params, pruned, root, healed, teacher=dense)
+
+
+def _fused(dense: Path, root: Path, out: Path) -> Path:
+    """The mean of a checkpoint and one that is a little off."""
+    near, made = out / "near", out / "made"
+    copytree(dense, near)
+    made.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(dense / "model.safetensors")
+    moved = {
+        key: one + 0.002 * torch.randn(one.shape, generator=generator) if one.is_floating_point() else one
+        for key, one in tensors.items()
+    }
+    save_file(moved, near / "model.safetensors", {"format": "pt"})
+    definition = stage("fuse")
+    definition.run(definition.params.model_validate({}), {"models.0": dense, "models.1": near}, made, Silent())
+    return made
+
+
+def table(cells: Mapping[str, Mapping[str, Cell]]) -> str:
+    """The table in Markdown, and below it each reason with where it stands."""
+    lines = [f"| family | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    reasons: dict[str, list[str]] = {}
+    for title, found in cells.items():
+        shown = []
+        for column in COLUMNS:
+            cell = found[column]
+            if cell.distance is None:
+                reasons.setdefault(cell.why, []).append(f"{title} {column}")
+            shown.append("no" if cell.distance is None else f"{cell.distance:.1g}")
+        lines.append(f"| {title} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {why}: {', '.join(where)}." for why, where in reasons.items())
+
+
+def main() -> int:
+    """Print the table of the families that are named, or of all."""
+    with tempfile.TemporaryDirectory() as folder:
+        cells = {}
+        for title in sys.argv[1:] or ROWS:
+            cells[title] = row(ROWS[title], Path(folder))
+            sys.stderr.write(f"{title}: {sum(one.distance is not None for one in cells[title].values())} yes\n")
+    sys.stdout.write(table(cells) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
