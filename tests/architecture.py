@@ -28,9 +28,9 @@ FLOWS = (
     ("flows.pipeline",),
     ("flows.registry", "flows.running", "flows.judging"),
     ("flows.reporting", "flows.tracking", "flows.recipe", "flows.prefect_api"),
-    ("flows.results", "flows.settings"),
+    ("flows.results", "flows.settings", "flows.names"),
 )
-"""From top to bottom; rooms of one line do not know each other. `flows.results` and `flows.settings` are files."""
+"""From top to bottom; rooms of one line do not know each other. the last line is of files."""
 
 VERBS = tuple(sorted(f"stages.{name}" for name in STAGES))
 STAGES_SIDE = (

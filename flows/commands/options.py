@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def _model(name: str | None) -> str | None:
-    from flows.recipe.names import checked_model
+    from flows.names import checked_model
 
     return name if name is None else checked_model(name)
 
 
 def _alias(name: str) -> str:
-    from flows.recipe.names import checked_alias
+    from flows.names import checked_alias
 
     return checked_alias(name)
 

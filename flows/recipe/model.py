@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, FiniteFloat, GetJsonSchemaHandler, model_validator
 from pydantic_core import core_schema
 
-from flows.recipe.names import Alias, Title
+from flows.names import Alias, Title
 from stages import STAGES, stage
 from stages.measures.table import MEASURES
 from stages.runtime.contract import Frozen, StageError

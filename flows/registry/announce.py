@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from uuid import UUID, uuid5
 
+from flows.names import alias_fault
 from flows.prefect_api.events import MODEL_PROMOTED, MODEL_ROLLED_BACK, Announcement, deliver, has_server
-from flows.recipe.names import alias_fault
 from flows.registry.journal import JOURNAL, Promotion, head, history
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Objects

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from flows.recipe.names import checked_alias
+from flows.names import checked_alias
 from stages.runtime.contract import Frozen, StageError
 from stages.runtime.fingerprint import canonical, digest_bytes
 from stages.runtime.stores import Objects

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from flows.recipe.names import alias_fault
+from flows.names import alias_fault
 from flows.registry.journal import Candidate, Promotion, Version, history, models
 from flows.registry.projection import Registry, versions
 from flows.tracking.connect import Tracking, quiet

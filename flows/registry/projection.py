@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.recipe.names import alias_fault
+from flows.names import alias_fault
 from flows.registry.announce import tell
 from flows.registry.journal import Candidate, Promotion, Version, append, head, history, rolled_back, standing
 from flows.registry.model_card import about_model

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from flows.names import checked_alias
 from flows.recipe.model import Recipe
-from flows.recipe.names import checked_alias
 from flows.tracking.connect import Tracking
 from flows.tracking.errors import MISSING, Refused
 from flows.triggers.arrival_records import Arrival, moved_alias

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+TOKENS = frozenset({"generate", "translate"})
+"""Tasks whose answer is a token after the other."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -26,19 +29,18 @@ class Measure:
 
     function: str
     score: str
-    tasks: frozenset[str]
+    tasks: frozenset[str] = TOKENS
     title: str = ""
     paired: bool = False
     count: bool = False
     exponential: bool = False
 
 
-_TOKENS = frozenset({"generate", "translate"})
-_CHOICES = _TOKENS | {"fill", "classify", "tag", "answer"}
+_CHOICES = TOKENS | {"fill", "classify", "tag", "answer"}
 _VECTORS = frozenset({"classify", "tag", "answer", "embed"})
 
 MEASURES: Mapping[str, Measure] = {
-    "perplexity": Measure("stages.measures.perplexity:negative_log_likelihood", "nll", _TOKENS, exponential=True),
+    "perplexity": Measure("stages.measures.perplexity:negative_log_likelihood", "nll", TOKENS, exponential=True),
     "pseudo_perplexity": Measure(
         "stages.measures.perplexity:masked_negative_log_likelihood",
         "masked_nll",

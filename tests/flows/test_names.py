@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils import validation
 from pydantic import TypeAdapter, ValidationError
 
-from flows.recipe.names import Alias, Title, alias_fault, checked_alias, checked_model
+from flows.names import Alias, Title, alias_fault, checked_alias, checked_model
 from stages.runtime.contract import StageError
 
 ALIASES = [
