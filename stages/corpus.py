@@ -14,9 +14,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.adapters import rows, texts
+from stages.adapters import texts
 from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
 from stages.algorithms.prefix_filter import first_of_each
+from stages.runtime import rows
 from stages.runtime.contract import (
     PARTIAL,
     Image,

@@ -8,9 +8,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from stages.adapters.encodings import PACKED, lines, opened, whole_text
-from stages.adapters.rows import CHATS, TEXT, Content, content_of, no_text, pair_of, reads
 from stages.runtime.contract import StageError
+from stages.runtime.encodings import PACKED, lines, opened, whole_text
+from stages.runtime.rows import CHATS, TEXT, Content, content_of, no_text, pair_of, reads
 
 
 def of_lines(file: Path, column: str) -> Iterator[tuple[int, str, Content]]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.adapters import row_files
-from stages.adapters.encodings import PACKED, whole_text
-from stages.adapters.rows import Message
 from stages.runtime.contract import Progress, StageError
+from stages.runtime.encodings import PACKED, whole_text
 from stages.runtime.fingerprint import canonical, constraints, digest_bytes, digest_file
+from stages.runtime.rows import Message
 
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
 PATTERNS = tuple(f"*{suffix}{packed}" for suffix in FORMATS for packed in ("", PACKED))

@@ -14,10 +14,10 @@ import pytest
 from pyarrow import parquet
 
 from stages.adapters import texts
-from stages.adapters.rows import Message
 from stages.adapters.sources import Wanted
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
+from stages.runtime.rows import Message
 
 PROSE = "Ein Satz über Bäume.\n\nDer zweite Absatz, größer als der erste.\n" * 20
 SAMPLES = {

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.adapters.encodings import in_lf
 from stages.runtime.contract import StageError
+from stages.runtime.encodings import in_lf
 
 TEXT = "text"
 """The column that is read where none is asked for; where a row has none, a conversation is looked for."""
