@@ -75,19 +75,23 @@ WIDER: dict[str, tuple[str, str, dict[str, object]]] = {
     "granite": ("GraniteForCausalLM", "GraniteConfig", _DECODER | {"num_key_value_heads": 2,
                 "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _DECODER | {"num_key_value_heads": 2, "pad_token_id": 0}),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "electra": ("ElectraForMaskedLM", "ElectraConfig", _ENCODER | {"embedding_size": WIDTH}),
     "albert": ("AlbertForMaskedLM", "AlbertConfig", _ENCODER | {"embedding_size": 16}),
     "mamba": ("MambaForCausalLM", "MambaConfig", {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "state_size": 4}),
 }  # fmt: skip
 """Those whose modules do more than their weights say, and others that not every technique takes."""
 
+EXPERTS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+"""Mixtures of experts, whose maps no technique takes one by one."""
+
 
 def family(name: str, root: Path) -> Path:
     """The checkpoint of a family below `root`, made at first use."""
     folder = root / name
     if not folder.is_dir():
-        made, config, settings = (FAMILIES | WIDER)[name]
+        made, config, settings = (FAMILIES | WIDER | EXPERTS)[name]
         torch.manual_seed(len(name))
         model = getattr(transformers, made)(getattr(transformers, config)(vocab_size=VOCABULARY, **settings))
         with torch.no_grad():
@@ -99,7 +103,7 @@ def family(name: str, root: Path) -> Path:
 
 def library(name: str, folder: Path) -> PreTrainedModel:
     """The checkpoint as transformers loads it, with no key missing or left over."""
-    model, info = getattr(transformers, (FAMILIES | WIDER)[name][0]).from_pretrained(
+    model, info = getattr(transformers, (FAMILIES | WIDER | EXPERTS)[name][0]).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"]
