@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.prefect_api.retry import api
+from flows.prefect_api.retry import api, patiently
 from flows.running import attempts, following
 from flows.running.placement import Place, Pools
 from flows.running.work_pool import Dispatcher
@@ -40,13 +40,18 @@ class Site:
 
         with api() as client:
             client.create_work_pool(WorkPoolCreate(name="slow", type="process"))
-            self.deployment = client.create_deployment(
-                client.create_flow_from_name("run-stage"),
-                "slow",
-                work_pool_name="slow",
-                entrypoint="tests.flows.slow.run_stage",
-                pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
-                enforce_parameter_schema=False,
+            flow = client.create_flow_from_name("run-stage")
+            # A server on SQLite answers 503 while its database is held; the product waits then, too.
+            self.deployment = patiently(
+                lambda: client.create_deployment(
+                    flow,
+                    "slow",
+                    work_pool_name="slow",
+                    entrypoint="tests.flows.slow.run_stage",
+                    pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
+                    enforce_parameter_schema=False,
+                ),
+                away_s=60,
             )
 
     def start_worker(self) -> None:
@@ -197,11 +202,11 @@ def test_attempts_after_an_operator_removed_one_are_new_runs(site, removed):
     with api() as client:
         made = []
         for _ in range(3):
-            made.append(begun())
+            made.append(patiently(begun, away_s=60))
             attempts.cancel(client, made[-1], "for the test")
         assert [one.idempotency_key for one in made] == [f"work:a-work:{number}" for number in (1, 2, 3)]
         client.delete_flow_run(made.pop(removed).id)
-        new = begun()
+        new = patiently(begun, away_s=60)
         assert new.id not in {one.id for one in made}
         assert not attempts.is_final(client.read_flow_run(new.id))
         assert [one.id for one in attempts.attempts(client, "a-work")] == [*(one.id for one in made), new.id]
