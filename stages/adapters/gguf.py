@@ -32,6 +32,22 @@ def dequantize(path: Path, output: Path, progress: Progress) -> None:
         StageError: the file is damaged, or its architecture or a tensor is not understood.
     """
     reader = _opened(path)
+    model, config = outline(path)
+    plan = _plan(path, reader, model, config)
+    _write(output / "model.safetensors", plan, config, _architecture(reader), progress)
+    config.dtype = "float32"
+    _strip(config)
+    config.save_pretrained(output)
+    GenerationConfig.from_model_config(config).save_pretrained(output)
+    _write_tokenizer(path, output)
+
+
+def outline(path: Path) -> tuple[Any, Any]:
+    """The model of a GGUF file on the meta device, and its configuration.
+
+    Raises:
+        StageError: its architecture is not understood.
+    """
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         with torch.device("meta"):
@@ -39,14 +55,8 @@ def dequantize(path: Path, output: Path, progress: Progress) -> None:
     # What transformers raises for an architecture or a field of it that it does not know; its text is passed on.
     except (ValueError, KeyError, NotImplementedError) as error:
         raise StageError(f"{path} has an architecture that is not understood ({error})", remedy=_OTHER) from error
-    plan = _plan(path, reader, model, config)
-    _write(output / "model.safetensors", plan, config, _architecture(reader), progress)
     config.architectures = [type(model).__name__]
-    config.dtype = "float32"
-    _strip(config)
-    config.save_pretrained(output)
-    GenerationConfig.from_model_config(config).save_pretrained(output)
-    _write_tokenizer(path, output)
+    return model, config
 
 
 def _opened(path: Path) -> gguf.GGUFReader:

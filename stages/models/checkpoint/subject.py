@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from stages.models.anatomy import classes, tasks
+from stages.adapters.gguf import outline
+from stages.models.anatomy import tasks
 from stages.models.checkpoint import layout
 from stages.models.checkpoint.json_files import read_json
 from stages.models.layers import low_rank_linear
@@ -107,17 +108,8 @@ def of_gguf(path: Path) -> Subject:
     Raises:
         StageError: its architecture is not understood.
     """
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
-    # What transformers raises for an architecture or a field of it that it does not know; its text is passed on.
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise StageError(
-            f"{path} has an architecture that is not understood ({error})",
-            remedy="Use a dense decoder, or the same checkpoint as safetensors.",
-        ) from error
-    with without_compiler(), torch.device("meta"):
-        model = classes.empty(config, torch.float32)
+    with without_compiler():
+        model, config = outline(path)
     count = sum(one.numel() for one in model.parameters())
     facts = {
         "architecture": f"{type(model).__name__} ({config.model_type}), as GGUF",
