@@ -48,7 +48,7 @@ def factorize(params: FactorizeParams, inputs: Mapping[str, Path], output: Path,
 
     model = editing.opened(inputs["model"], "factorize", output / PARTIAL)
     names = editing.matching(dense(model), params.layers, params.skip)
-    asked = Asked(ROLES, params.keep, names=names, sparse=params.sparse)
+    asked = Asked(params.keep, names=names, sparse=params.sparse)
     ids_NT = editing.calibration(inputs, params.window_tokens, params.windows, progress)
     before = block_parameters(model)
     done = compressed(model, ids_NT, asked, output / PARTIAL, progress)
@@ -61,21 +61,14 @@ def factorize(params: FactorizeParams, inputs: Mapping[str, Path], output: Path,
 
 def admit(params: FactorizeParams, known: Mapping[str, Any]) -> Subject:
     """The factorized checkpoint, as far as shapes say it."""
-    from stages.models.anatomy.blocks import blocks, projections
     from stages.models.checkpoint.editing import matching
     from stages.models.low_rank.planning import dense
 
     given: Subject = known["model"]
     given.require_float("factorize")
     matching(dense(given.model), params.layers, params.skip)
-    for block in blocks(given.model):
-        found = projections(block)
-        for role in ROLES:
-            found[role]
     return replace(given, loose=True, masked=False)
 
-
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
 FACTORIZE = Stage(
     name="factorize",

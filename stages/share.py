@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from stages.models.checkpoint.subject import Subject
 
-Projection = Literal["q+k", "q+k+v", "q", "k", "v", "o", "gate+up", "gate", "up", "down"]
+Projection = Literal[
+    "q+k", "q+k+v", "q", "k", "v", "qkv", "o", "gate+up", "gate", "up", "gate_up", "down",
+    "cross_q", "cross_k+cross_v", "cross_k", "cross_v", "cross_qkv", "cross_o",
+]  # fmt: skip
 Method = Literal["basis", "recursive", "tie"]
 
 
@@ -32,7 +35,8 @@ class ShareParams(Params):
         keep: largest share of the blocks' parameters that stays; not of `tie`.
         group: basis: most neighbouring blocks on one basis; recursive: neighbouring blocks on the same weights.
         projections: basis: what may stand on one; where, with which others, or whether at all, is chosen by the
-            measured loss.
+            measured loss. By default all that the blocks have, fused maps (`qkv`, `gate_up`) and those that read an
+            encoder (`cross_...`) too; what is named otherwise must be there.
         windows: calibration windows.
         window_tokens: their length.
     """
@@ -41,7 +45,10 @@ class ShareParams(Params):
     tables: Literal["equal", "mean"] = "equal"
     keep: float = Field(default=0.95, gt=0, lt=1)
     group: int = Field(default=2, ge=2)
-    projections: tuple[Projection, ...] = Field(default=("q+k", "v", "o", "gate+up", "down"), min_length=1)
+    projections: tuple[Projection, ...] = Field(
+        default=("q+k", "v", "qkv", "o", "gate+up", "gate_up", "down", "cross_q", "cross_k+cross_v", "cross_o"),
+        min_length=1,
+    )
     windows: int = Field(default=16, ge=1)
     window_tokens: int = Field(default=512, ge=8)
 
@@ -78,18 +85,21 @@ def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progres
 
 def admit(params: ShareParams, known: Mapping[str, Any]) -> Subject:
     """The shared checkpoint, as far as shapes say it."""
-    from stages.models.anatomy.blocks import blocks, projections
-
     given: Subject = known["model"]
     given.require_float("share")
     if params.method == "tie":
         return replace(given, masked=False)
-    roles = "+".join(params.projections).split("+") if params.method == "basis" else ()
-    for block in blocks(given.model):
-        found = projections(block)
-        for role in roles:
-            found[role]
+    _check(params, given.model)
     return replace(given, loose=True, masked=False)
+
+
+def _check(params: ShareParams, model: PreTrainedModel) -> None:
+    from stages.models.low_rank import looped, projections
+
+    if params.method == "recursive":
+        looped.check(model)
+    else:
+        projections.check(model, params.projections)
 
 
 def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Progress) -> float:
@@ -133,12 +143,13 @@ def _thinned(
     from stages.models.low_rank.looped import looped
     from stages.models.low_rank.products import Asked, compressed
 
+    _check(params, model)
     ids_NT = editing.calibration(inputs, params.window_tokens, params.windows, progress)
     state = output / PARTIAL
     if params.method == "recursive":
         done = looped(model, ids_NT, params.group, params.keep, state, progress)
     else:
-        done = compressed(model, ids_NT, Asked(params.projections, params.keep, params.group), state, progress)
+        done = compressed(model, ids_NT, Asked(params.keep, params.projections, params.group), state, progress)
     editing.write_table(output, done.rows, method=params.method)
     return done.predicted
 

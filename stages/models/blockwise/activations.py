@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from stages.algorithms.smoothing import Sample
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.block_calls import arguments, embedded
+from stages.models.blockwise.block_calls import arguments, embedded, together
 from stages.models.blockwise.run import in_short, output
 from stages.models.memory.pages import release, trim
 from stages.runtime.contract import StageError
@@ -100,7 +100,7 @@ def observed(model: PreTrainedModel, maps: Maps, ids_NT: Tensor, *, rows: int) -
                     for name, _ in here:
                         running[name].last, running[name].first_half = None, first_half
                     with in_short():
-                        batch.copy_(output(block.module(batch, **kwargs)))
+                        batch.copy_(output(block.module(batch, **together(kwargs, len(batch)))))
         finally:
             for handle in handles:
                 handle.remove()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy import tasks
 from stages.models.anatomy.blocks import Block
 from stages.models.memory.pages import release
 from stages.runtime.contract import StageError
@@ -24,6 +25,12 @@ PROBE = 8
 """Tokens that suffice where only what a block does matters, not what comes out."""
 READ = object()
 """In a block's arguments: what the stack before gives, see `filled`."""
+
+
+class Arguments(dict[str, Any]):
+    """A block's keyword arguments for one window; those in `each` are longer for several (BLOOM's alibi)."""
+
+    each: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -75,28 +82,57 @@ def single(model: PreTrainedModel) -> Stack:
     return stacks(model)[0]
 
 
-def arguments(model: PreTrainedModel | Stack, tokens: int) -> list[dict[str, Any]]:
+def arguments(model: PreTrainedModel | Stack, tokens: int) -> list[Arguments]:
     """The keyword arguments with which each block is called for one window of `tokens` tokens.
 
     Where a block reads what the stack before gives, READ stands for it.
 
     Raises:
-        StageError: the model has two stacks, or no block of a second one reads the first as it is.
+        StageError: the model has two stacks, or runs a block several times, or no block of a second stack reads the
+            first as it is.
     """
-    stack = model if isinstance(model, Stack) else single(model)
+    found = runs(model if isinstance(model, Stack) else single(model), tokens)
+    if many := [times for times, _ in found if times > 1]:
+        raise StageError("a block is run several times with the same weights", measured=many[0], limit=1)
+    return [kwargs for _, kwargs in found]
+
+
+def runs(stack: Stack, tokens: int) -> list[tuple[int, Arguments]]:
+    """How often each block runs in a row (ALBERT's many times), and its arguments for one window, as `arguments`.
+
+    Raises:
+        StageError: a block's runs differ in more than what comes in, or no block of a second stack reads the first as
+            it is.
+    """
     short, returned = _arguments(stack, min(tokens, PROBE))
-    if stack.after is not None and not all(any(value is READ for value in one.values()) for one in short):
+    if stack.after is not None and not all(any(value is READ for value in one.values()) for _, one in short):
         raise StageError(f"{type(stack.inner).__name__} changes what it reads of the encoder: it is not understood")
-    if tokens <= PROBE:
-        return short
     # Blocks that return nothing but hidden states need not run: they hand on what came.
-    plain = all(isinstance(one, Tensor) or len(one) == 1 for one in returned)
-    return _arguments(stack, tokens, returned if plain else [])[0]
+    handed = returned if all(isinstance(one, Tensor) or len(one) == 1 for one in returned) else []
+    found = short if tokens <= PROBE else _arguments(stack, tokens, handed)[0]
+    two = _arguments(stack, min(tokens, PROBE), handed, windows=2)[0]
+    for (_, kwargs), (_, one), (_, both) in zip(found, short, two, strict=True):
+        kwargs.each = frozenset(name for name in one if _longer(one[name], both[name]))
+    return found
 
 
-def filled(kwargs: Mapping[str, Any], read_NSH: Tensor | None) -> dict[str, Any]:
+def _longer(one: Any, both: Any) -> bool:
+    """Whether an argument for two windows is twice as long as for one."""
+    tensors = isinstance(one, Tensor) and isinstance(both, Tensor)
+    return tensors and both.dim() > 0 and both.shape == (2 * len(one), *one.shape[1:]) and len(one) > 0
+
+
+def filled(kwargs: Mapping[str, Any], read_NSH: Tensor | None) -> Arguments:
     """A block's arguments with what it reads of the stack before."""
-    return {name: read_NSH if value is READ else value for name, value in kwargs.items()}
+    made = Arguments({name: read_NSH if value is READ else value for name, value in kwargs.items()})
+    made.each = kwargs.each if isinstance(kwargs, Arguments) else made.each
+    return made
+
+
+def together(kwargs: Mapping[str, Any], windows: int) -> dict[str, Any]:
+    """A block's arguments for several windows in one call."""
+    each = kwargs.each if isinstance(kwargs, Arguments) and windows > 1 else ()
+    return {name: one.repeat(windows, *[1] * (one.dim() - 1)) if name in each else one for name, one in kwargs.items()}
 
 
 @torch.no_grad()
@@ -128,33 +164,30 @@ def embedded(model: PreTrainedModel | Stack, ids_NT: Tensor) -> Tensor:
 @torch.no_grad()
 def left(stack: Stack, x_NTH: Tensor) -> Tensor:
     """What the stack gives for these outputs of its last block: its last norm of them, where it has one."""
-    given: list[Tensor] = []
+    return torch.cat(list(leaving(stack, x_NTH)))
+
+
+def leaving(stack: Stack, x_NTH: Tensor) -> Iterator[Tensor]:
+    """The same window by window, [1, T, H]; a gradient can be taken."""
     ids_1T = torch.zeros(1, x_NTH.shape[1], dtype=torch.int64)
-    with _handing_on(stack, _arguments(stack, 1)[1], given):
-        parts = []
-        for x_1TH in x_NTH.split(1):
-            given[:] = [x_1TH]
-            parts.append(stack.run(ids_1T, _nothing(stack, 1)))
-    return torch.cat(parts)
+    kinds = _arguments(stack, 1)[1]
+    for x_1TH in x_NTH.split(1):
+        with _handing_on(stack, kinds, [x_1TH]):
+            y_1TH = stack.run(ids_1T, _nothing(stack, 1))
+        yield y_1TH
 
 
 def answers(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor) -> Iterator[Tensor]:
-    """The logits of each window, by itself, where the last block gives these outputs; a gradient can be taken.
+    """What the model answers to each window, by itself, where the last block gives these outputs; see `tasks.answer`.
 
-    Raises:
-        StageError: the model has an encoder and a decoder, or gives no logits.
+    A gradient can be taken. An encoder is not run: what the decoder's last block gives is there.
     """
-    stack = single(model)
-    kinds = _arguments(stack, 1)[1]
+    stack, task = stacks(model)[-1], tasks.task_of(model)
+    kinds, read = _arguments(stack, 1)[1], _nothing(stack, 1)
     for ids_1T, x_1TH in zip(ids_NT.split(1), x_NTH.split(1), strict=True):
+        given = {"input_ids": ids_1T} if read is None else {"decoder_input_ids": ids_1T, "encoder_outputs": (read,)}
         with _handing_on(stack, kinds, [x_1TH]):
-            said = model(input_ids=ids_1T, **stack.plain)
-        if getattr(said, "logits", None) is None:
-            raise StageError(
-                f"{type(model).__name__} gives no logits",
-                remedy="Give a model that predicts tokens, or classifies texts or tokens.",
-            )
-        yield said.logits
+            yield tasks.answer(task, model(**given, **stack.plain))
 
 
 class _Entered(Exception):
@@ -165,20 +198,22 @@ def _uncached(model: PreTrainedModel) -> dict[str, Any]:
     return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
-def _nothing(stack: Stack, tokens: int) -> Tensor | None:
+def _nothing(stack: Stack, tokens: int, windows: int = 1) -> Tensor | None:
     """In the place of what the stack before gives."""
     if stack.after is None:
         return None
     config: Any = stack.inner.config
-    return torch.zeros(1, tokens, config.hidden_size)
+    return torch.zeros(windows, tokens, config.hidden_size)
 
 
-def _arguments(stack: Stack, tokens: int, instead: Sequence[Any] = ()) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Keyword arguments and return value of each block; `instead`: the kinds of value that blocks are to hand on."""
-    caught: list[dict[str, Any]] = []
-    returned: list[Any] = []
+def _arguments(
+    stack: Stack, tokens: int, instead: Sequence[Any] = (), windows: int = 1
+) -> tuple[list[tuple[int, Arguments]], list[Any]]:
+    """Runs and return value of each block; `instead`: the kinds of value that blocks are to hand on."""
+    caught: list[tuple[nn.Module, Arguments]] = []
+    returned: dict[int, Any] = {}
     modules = [block.module for block in stack.blocks]
-    read_1TH = _nothing(stack, tokens)
+    read_NTH = _nothing(stack, tokens, windows)
     names = {id(one): inspect.signature(one.forward) for one in modules}
 
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -188,21 +223,43 @@ def _arguments(stack: Stack, tokens: int, instead: Sequence[Any] = ()) -> tuple[
         for name in rest:
             named |= named.pop(name, {})
         del named[next(iter(given.arguments))]  # the hidden states
-        caught.append({name: READ if value is read_1TH is not None else value for name, value in named.items()})
+        own = {name: READ if value is read_NTH is not None else value for name, value in named.items()}
+        caught.append((module, Arguments(own)))
 
     def leave(module: nn.Module, _args: Any, out: Any) -> None:
-        returned.append(out)
+        returned[id(module)] = out
         release(module)  # its turn comes later
 
     hooks = [one.register_forward_pre_hook(enter, with_kwargs=True) for one in modules]
     hooks += [one.register_forward_hook(leave) for one in modules]
     try:
         with torch.no_grad(), _handing_on(stack, instead, []):
-            stack.run(torch.zeros(1, tokens, dtype=torch.int64), read_1TH)
+            stack.run(torch.zeros(windows, tokens, dtype=torch.int64), read_NTH)
     finally:
         for hook in hooks:
             hook.remove()
-    return caught, returned
+    return [_runs(block, caught) for block in stack.blocks], [returned[id(one)] for one in modules]
+
+
+def _runs(block: Block, caught: Sequence[tuple[nn.Module, Arguments]]) -> tuple[int, Arguments]:
+    """How often a block ran, always with the same arguments, and these."""
+    places = [place for place, (module, _) in enumerate(caught) if module is block.module]
+    if not places:
+        raise StageError(f"{block.name} does not run: it takes no part in the model's answer")
+    first = caught[places[0]][1]
+    if places[-1] - places[0] >= len(places) or not all(_same(first, caught[place][1]) for place in places):
+        raise StageError(f"{block.name} is run again after others, or with other arguments: it is not understood")
+    return len(places), first
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    return one is other or bool(one == other)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Shapes: N windows, T tokens, M tokens at once, H hidden, I inputs and O outputs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from stages.models.blockwise.replay import Replay
 from stages.models.blockwise.run import check_finite
 from stages.models.blockwise.site_moments import Moments, Seen, whole
 from stages.models.blockwise.sites import Reached, added_to, listening, sites
-from stages.models.blockwise.streams import AT_ONCE, Streams, Turn, called, through
-from stages.models.blockwise.technique import Compressed, Technique
+from stages.models.blockwise.streams import AT_ONCE, Streams, Turn, all_runs, called, through
+from stages.models.blockwise.technique import Compressed, OnWeights, Technique
 from stages.models.memory.pages import trim
 from stages.models.memory.spill import Shelf
 
@@ -63,6 +64,22 @@ class _Kept:
         return self._held.pop((path, name)) if self._shelf is None else self._shelf.get(path, name)
 
 
+def at_all_runs(
+    model: PreTrainedModel, turn: Turn, streams: Streams, technique: Technique, folder: Path
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """As `at_sites`, of a block that may run several times in a row: its maps are fitted to all of its runs."""
+    if turn.times == 1:
+        return at_sites(model, turn, streams, technique, folder)
+    many = all_runs(turn, streams)
+    made = at_sites(model, replace(turn, gap=[]), many, technique, folder)
+    streams.dense_NTH.copy_(many.dense_NTH[-len(streams.dense_NTH) :])
+    through(turn.gap, streams.dense_NTH)
+    for batch in streams.compressed_NTH.split(AT_ONCE):
+        for _ in range(turn.times):
+            batch.copy_(called(turn.block, batch, turn.kwargs))
+    return made
+
+
 def at_sites(
     model: PreTrainedModel, turn: Turn, streams: Streams, technique: Technique, folder: Path
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -71,12 +88,12 @@ def at_sites(
     What the dense block gives waits in `folder` where it is much.
 
     Raises:
-        StageError: an activation is not finite, or a map reads nothing.
+        StageError: an activation is not finite, or a map reads nothing where none may be idle.
     """
     block, x_NTH, z_NTH = turn.block, streams.dense_NTH, streams.compressed_NTH
     probe = turn.beside.probe(turn.probe)
     few_1TH = x_NTH[:1, :PROBE]
-    found = sites(block, few_1TH, probe)
+    found = sites(block, few_1TH, probe, idle=isinstance(technique, OnWeights) and technique.idle)
     added = added_to(block, [path for site in found for path in site], few_1TH, probe)
     kept = _Kept(added, x_NTH, folder)
     _dense(turn, found, x_NTH, kept)

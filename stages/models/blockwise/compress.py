@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.blockwise.block_calls import stacks
-from stages.models.blockwise.block_sites import at_sites
+from stages.models.blockwise.block_sites import at_all_runs
 from stages.models.blockwise.streams import Ends, Streams, Turn, beside, entering, resumed, save_streams, turns
 from stages.models.blockwise.technique import Technique
 from stages.models.memory.pages import forget, release, trim
@@ -71,7 +71,7 @@ def compress(
         A row a map: its path and the technique's figures.
 
     Raises:
-        StageError: an activation is not finite, or a map reads nothing.
+        StageError: an activation is not finite, or a map reads nothing where none may be idle.
     """
     model.requires_grad_(False)
     every, total = stacks(model), len(anatomy.blocks(model))
@@ -110,7 +110,7 @@ def _turn(
     block = turn.block
     dense = list(block.module.parameters())
     technique.enter(block)
-    new, rows = at_sites(model, turn, streams, technique, state)
+    new, rows = at_all_runs(model, turn, streams, technique, state)
     save_state(state / _file(block.index), new, {"rows": rows})
     _apply(model, technique, state / _file(block.index))
     release(block.module)

@@ -1,6 +1,6 @@
 """How what a model says depends on the outputs of its last block, for labels drawn from what it says.
 
-Shapes: N windows, T tokens, H hidden, M answers, C classes, V vocabulary.
+Shapes: N windows, T tokens, t of them at once, H hidden, M answers, C classes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from stages.algorithms.drawing import drawn
 from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy import tasks
 from stages.models.blockwise.block_calls import answers
 from stages.models.memory.pages import release, trim
 
@@ -21,43 +22,43 @@ HEAD_TOKENS = 64
 def drawn_gradient(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor) -> Tensor:
     """Gradient at the last block's outputs of log p(label), [N, T, H], the labels drawn from the model's answers.
 
-    An answer of a single number counts as the mean of a normal distribution, as wide as the answers to the windows.
+    An answer of a number, or of vectors, counts as the mean of a normal distribution, as wide as the answers to the
+    windows.
 
     Args:
-        model: a decoder, or a classifier of texts or of tokens.
-        ids_NT: the windows.
+        model: any; of an encoder and a decoder, what the decoder says counts.
+        ids_NT: the windows that the last stack reads.
         x_NTH: the last block's outputs on them.
-
-    Raises:
-        StageError: the model answers neither tokens nor classes.
     """
     generator = torch.Generator().manual_seed(0)
     if model.get_output_embeddings() is None:
-        return _of_classes(model, ids_NT, x_NTH, generator)
-    norm, head = anatomy.last_norm(model), anatomy.head(model)
+        return _of_texts(model, ids_NT, x_NTH, generator)
     gradients = []
-    for x_TH in x_NTH.flatten(0, 1).split(HEAD_TOKENS):
-        x = x_TH.detach().requires_grad_()
-        logits_TV = head(norm(x))
-        gradients.append(torch.autograd.grad(logits_TV, x, _slope(logits_TV, generator))[0])
-    release(head)
+    for ids_T, x_TH in zip(ids_NT, x_NTH, strict=True):
+        for ids_t, x_tH in zip(ids_T.split(HEAD_TOKENS), x_TH.split(HEAD_TOKENS), strict=True):
+            x_1tH = x_tH[None].detach().requires_grad_()
+            (logits_1tV,) = answers(model, ids_t[None], x_1tH)
+            gradients.append(torch.autograd.grad(logits_1tV[0], x_1tH, _slope(logits_1tV[0], generator))[0][0])
+    release(anatomy.head(model))
     trim()
     return torch.cat(gradients).view_as(x_NTH)
 
 
-def _of_classes(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor, generator: torch.Generator) -> Tensor:
+def _of_texts(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor, generator: torch.Generator) -> Tensor:
+    """Of models whose answer to a text is no row of tokens: classes, a span, numbers or vectors."""
     gradients, numbers = [], []
-    x_NTH = x_NTH.detach().requires_grad_()
-    for n, logits in enumerate(answers(model, ids_NT, x_NTH)):
-        logits_MC = logits.flatten(0, -2)
-        if logits_MC.shape[1] == 1:
-            slope_MC = torch.randn(logits_MC.shape, generator=generator)
-            numbers.append(logits_MC.detach())
+    x_NTH, real = x_NTH.detach().requires_grad_(), tasks.task_of(model) == "embed"
+    for n, said in enumerate(answers(model, ids_NT, x_NTH)):
+        said_MC = said.flatten(0, -2)
+        if real or said_MC.shape[1] == 1:
+            slope_MC = torch.randn(said_MC.shape, generator=generator)
+            numbers.append(said_MC.detach())
         else:
-            slope_MC = _slope(logits_MC, generator)
-        gradients.append(torch.autograd.grad(logits_MC, x_NTH, slope_MC)[0][n])
+            slope_MC = _slope(said_MC, generator)
+        gradients.append(torch.autograd.grad(said_MC, x_NTH, slope_MC)[0][n])
     g_NTH = torch.stack(gradients)
-    wide = torch.cat(numbers).std() if len(numbers) > 1 else torch.ones(())
+    spread = torch.cat(numbers) if numbers else torch.ones(1)
+    wide = spread.std() if spread.numel() > 1 else torch.ones(())
     return g_NTH / wide if wide > 0 else g_NTH
 
 

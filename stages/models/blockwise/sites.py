@@ -53,11 +53,11 @@ def float_maps(block: Block) -> dict[str, nn.Linear]:
     return {path: one for path, one in block.module.named_modules() if isinstance(one, nn.Linear)}
 
 
-def sites(block: Block, x_1TH: Tensor, kwargs: Mapping[str, Any]) -> list[list[str]]:
+def sites(block: Block, x_1TH: Tensor, kwargs: Mapping[str, Any], *, idle: bool = False) -> list[list[str]]:
     """Paths of the maps that read one tensor, in the order in which they run.
 
     Raises:
-        StageError: a map does not run.
+        StageError: a map does not run, and none may be `idle`.
     """
     found = float_maps(block)
     read: list[tuple[str, Tensor]] = []  # kept, since a freed tensor's address would be used again
@@ -66,7 +66,8 @@ def sites(block: Block, x_1TH: Tensor, kwargs: Mapping[str, Any]) -> list[list[s
     order: dict[tuple[object, ...], list[str]] = {}
     for path, x in read:
         order.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(path)
-    if silent := sorted(found.keys() - {path for path, _ in read}):
+    silent = sorted(found.keys() - {path for path, _ in read})
+    if silent and not idle:
         raise StageError(f"{block.name}.{silent[0]} read nothing: it takes no part in the model's answer")
     return [list(dict.fromkeys(site)) for site in order.values()]
 

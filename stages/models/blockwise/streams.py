@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.block_calls import PROBE, Stack, arguments, embedded, filled, left
+from stages.models.blockwise.block_calls import PROBE, Stack, embedded, filled, left, runs, together
 from stages.models.blockwise.run import in_short, output
 from stages.models.memory.pages import release
 from stages.models.memory.saved_state import save_state
 from stages.models.text.decoder_answers import NOTHING
+from stages.runtime.contract import StageError
 
 AT_ONCE = 2
 """Windows in one call of a block: weights are turned to bfloat16 once a call."""
@@ -62,10 +63,10 @@ class Beside:
     read: tuple[Tensor, Tensor] | None = None
     counted_NT: Tensor | None = None
 
-    def calls(self, kwargs: Mapping[str, Any], model: int, windows: int) -> list[dict[str, Any]]:
+    def calls(self, kwargs: Mapping[str, Any], model: int, windows: int) -> list[Mapping[str, Any]]:
         """The arguments of each call: model 0 is the dense one."""
         if self.read is None:
-            return [dict(kwargs)] * -(-windows // AT_ONCE)
+            return [kwargs] * -(-windows // AT_ONCE)
         return [filled(kwargs, read_NSH) for read_NSH in self.read[model].split(AT_ONCE)]
 
     def probe(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,6 +90,7 @@ class Turn:
         probe: for the first few tokens of one.
         gap: the dense blocks after it that the compressed model has not.
         beside: see there.
+        times: how often it runs in a row.
     """
 
     block: Block
@@ -96,6 +98,7 @@ class Turn:
     probe: Mapping[str, Any]
     gap: Gap
     beside: Beside
+    times: int = 1
 
 
 def turns(stack: Stack, tokens: int, reads: Beside, gone: Collection[int]) -> tuple[Gap, list[Turn]]:
@@ -104,15 +107,18 @@ def turns(stack: Stack, tokens: int, reads: Beside, gone: Collection[int]) -> tu
     Raises:
         StageError: what the stack reads of the one before is not understood.
     """
-    calls, short = arguments(stack, tokens), arguments(stack, min(PROBE, tokens))
-    dense = list(zip(stack.blocks, calls, strict=True))
+    calls, short = runs(stack, tokens), runs(stack, min(PROBE, tokens))
+    if reads.read is not None and any(times > 1 for times, _ in calls):
+        raise StageError(f"{stack.blocks[0].name} reads an encoder and is run several times: it is not understood")
+    dense = [(block, kwargs, times) for block, (times, kwargs) in zip(stack.blocks, calls, strict=True)]
 
     def gap(start: int) -> Gap:
-        return list(takewhile(lambda one: one[0].index in gone, dense[start:]))
+        there = takewhile(lambda one: one[0].index in gone, dense[start:])
+        return [(block, kwargs) for block, kwargs, times in there for _ in range(times)]
 
     each = [
-        Turn(block, kwargs, probe, gap(place + 1), reads)
-        for place, ((block, kwargs), probe) in enumerate(zip(dense, short, strict=True))
+        Turn(block, kwargs, probe, gap(place + 1), reads, times)
+        for place, ((block, kwargs, times), (_, probe)) in enumerate(zip(dense, short, strict=True))
     ]
     return gap(0), each
 
@@ -152,11 +158,23 @@ def through(gap: Gap, x_NTH: Tensor) -> None:
         release(block.module)
 
 
+def all_runs(turn: Turn, streams: Streams) -> Streams:
+    """What a block that runs several times reads in all its runs, one under another, [times * N, T, H].
+
+    The compressed model is taken to read what the dense one does but in the first: one map is fitted to all runs.
+    """
+    reads = [streams.dense_NTH]
+    for _ in range(turn.times - 1):
+        reads.append(reads[-1].clone())
+        through([(turn.block, turn.kwargs)], reads[-1])
+    return Streams(torch.cat(reads), torch.cat([streams.compressed_NTH, *reads[1:]]))
+
+
 def called(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """What a block gives for some windows, float32."""
     # Both streams are rounded alike, and the moments' errors stay far below what compression does.
     with torch.no_grad(), in_short():
-        return output(block.module(x_NTH, **kwargs)).float()
+        return output(block.module(x_NTH, **together(kwargs, len(x_NTH)))).float()
 
 
 def save_streams(state: Path, index: int, streams: Streams) -> None:

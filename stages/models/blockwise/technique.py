@@ -55,9 +55,15 @@ class Change(Protocol):
 
 @dataclass(frozen=True)
 class OnWeights:
-    """A change as a technique that leaves what maps read as it is."""
+    """A change as a technique that leaves what maps read as it is.
+
+    Attributes:
+        change: what is done.
+        idle: whether blocks may have maps that read nothing; these stay as they are.
+    """
 
     change: Change
+    idle: bool = False
 
     def enter(self, block: Block) -> None:
         """See Technique."""

@@ -43,6 +43,12 @@ class SharedLinear(nn.Module):
         """O."""
         return int(self.coefficient.out_features)  # type: ignore[arg-type]
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the type of what it gives, which a feed-forward asks its map for (T5); no map can be made of it."""
+        weight: Tensor = self.coefficient.weight  # type: ignore[assignment]
+        return weight.detach()
+
     def forward(self, x: Tensor) -> Tensor:
         """The map's output."""
         return self.coefficient(self.basis(x))
@@ -65,6 +71,12 @@ class ResidualLinear(nn.Module):
     def out_features(self) -> int:
         """O."""
         return int(self.dense.out_features)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """See SharedLinear."""
+        weight: Tensor = self.low.weight  # type: ignore[assignment]
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """The map's output."""

@@ -19,8 +19,11 @@ from stages.algorithms.recursive import common
 from stages.algorithms.refit import output_errors
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
+from stages.models.anatomy.plainness import plain
+from stages.models.anatomy.roles import refuse_experts
+from stages.models.blockwise.block_calls import stacks
 from stages.models.blockwise.compress import compress
-from stages.models.blockwise.run import SITES, Statistics, sensitivities
+from stages.models.blockwise.map_statistics import MapStatistics, statistics_of
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
@@ -32,7 +35,7 @@ from stages.runtime.progress import Pass
 
 @dataclass(frozen=True)
 class Loop:
-    """Maps of one role in neighbouring blocks that could have the same weights.
+    """Maps of one path in neighbouring blocks that could have the same weights.
 
     Attributes:
         paths: where they stand.
@@ -73,7 +76,7 @@ def looped(model: PreTrainedModel, ids_NT: Tensor, group: int, keep: float, part
         for loop, option in taken
         for path, one in zip(loop.paths, loop.importance, strict=True)
     }
-    technique = OnWeights(Recursive(places))
+    technique = OnWeights(Recursive(places), idle=True)
     rows = compress(
         model,
         ids_NT,
@@ -84,26 +87,42 @@ def looped(model: PreTrainedModel, ids_NT: Tensor, group: int, keep: float, part
     return Done(rows, sum(option.damage for _, option in taken))
 
 
+def check(model: PreTrainedModel) -> None:
+    """Raise StageError where no block has a neighbour to share weights with, or blocks hold experts."""
+    for block in anatomy.blocks(model):
+        refuse_experts(block.module, block.name)
+    if max(len(stack) for stack in anatomy.stacks(model).values()) < 2:
+        raise StageError(
+            f"{type(model).__name__} has no neighbouring blocks",
+            measured="1 block",
+            limit="at least 2",
+            remedy="Use `method: basis`, or `factorize`.",
+        )
+
+
 def _loops(model: PreTrainedModel, ids_NT: Tensor, group: int, folder: Path, progress: Progress) -> list[Loop]:
-    """Every group of neighbours and every role, in order of the blocks; groups are counted from the first block."""
+    """Every group of neighbours and every map, in order of the blocks; groups are counted from a stack's first."""
     loops: list[Loop] = []
-    waiting: list[tuple[Block, Statistics]] = []
-    for block, statistics in sensitivities(model, ids_NT, anatomy.ROLES, folder, Pass(progress, 0, 2).advanced):
+    waiting: list[tuple[Block, MapStatistics]] = []
+    firsts = {stack.blocks[0].index for stack in stacks(model)}
+    for block, statistics in statistics_of(model, ids_NT, folder, Pass(progress, 0, 2).advanced):
         waiting.insert(0, (block, statistics))
-        if block.index % group == 0:
+        first = max(index for index in firsts if index <= block.index)
+        if (block.index - first) % group == 0:
+            paths = [path for path in statistics.first if all(path in other.first for _, other in waiting)]
             if len(waiting) > 1:
-                loops = [loop for role in anatomy.ROLES if (loop := _loop(role, waiting))] + loops
+                loops = [loop for path in paths if (loop := _loop(path, waiting))] + loops
             waiting = []
     return loops
 
 
-def _loop(role: str, members: Sequence[tuple[Block, Statistics]]) -> Loop | None:
-    maps = [anatomy.projections(block)[role] for block, _ in members]
-    weights = [one.weight.detach() for one in maps if isinstance(one, nn.Linear)]
+def _loop(path: str, members: Sequence[tuple[Block, MapStatistics]]) -> Loop | None:
+    maps = [block.module.get_submodule(path) for block, _ in members]
+    weights = [one.weight.detach() for one in maps if isinstance(one, nn.Linear) and plain(one)]
     if len(weights) < len(members) or len({w_OI.shape for w_OI in weights}) > 1:
         return None
-    moments = [statistics.moments[SITES[role]] for _, statistics in members]
-    importance = tuple(statistics.gradients[role] for _, statistics in members)
+    moments = [statistics.moments[statistics.first[path]] for _, statistics in members]
+    importance = tuple(statistics.gradients[path] for _, statistics in members)
     shared_OI = common(weights, moments, importance)
     damage = torch.stack(
         [low_rank.lost(w - shared_OI, m, g) / 2 for w, m, g in zip(weights, moments, importance, strict=True)]
@@ -117,7 +136,7 @@ def _loop(role: str, members: Sequence[tuple[Block, Statistics]]) -> Loop | None
         for rank in range(RANK_STEP, len(damage), RANK_STEP)
         if saved[rank] > 0
     )
-    paths = tuple(f"{block.name}.{anatomy.path(role)}" for block, _ in members)
+    paths = tuple(f"{block.name}.{path}" for block, _ in members)
     return Loop(paths, nn.Parameter(shared_OI.float(), requires_grad=False), importance, options)
 
 

@@ -5,7 +5,7 @@ Shapes: I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,17 @@ from stages.algorithms import basis, low_rank
 from stages.algorithms.allocation import Option, allocate
 from stages.algorithms.grouping import Span, grouped, most
 from stages.models.anatomy import blocks as anatomy
-from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.run import SITES, sensitivities
+from stages.models.anatomy.blocks import Block, linear_maps
+from stages.models.anatomy.roles import refuse_experts
+from stages.models.blockwise.map_statistics import MapStatistics, statistics_of
+from stages.models.blockwise.sites import float_maps
+from stages.models.low_rank.projections import named
 from stages.models.memory.spill import Shelf
 
 RANK_STEP = 8
 """Ranks are multiples of this: kernels of every target like inner sizes that 8 divides."""
+Kinds = Sequence[tuple[str, ...]]
+"""Roles that may share a basis."""
 Ways = dict[Span, list[tuple["Part", ...]]]
 
 
@@ -31,19 +36,19 @@ class Part:
     """Maps that could stand on one basis: one map alone, or several with the same input, of one block or neighbours.
 
     Attributes:
-        roles: of each block.
+        maps: of each block, by their paths in it.
         blocks: neighbours.
         options: what each rank saves (parameters) and loses (nats a token, to second order).
     """
 
-    roles: tuple[str, ...]
+    maps: tuple[str, ...]
     blocks: tuple[Block, ...]
     options: tuple[Option, ...]
 
     @property
     def paths(self) -> list[str]:
         """Where its maps stand."""
-        return [f"{block.name}.{anatomy.path(role)}" for block in self.blocks for role in self.roles]
+        return [f"{block.name}.{inner}" for block in self.blocks for inner in self.maps]
 
 
 @dataclass(frozen=True)
@@ -66,35 +71,47 @@ class Plan:
 class Measured:
     """What one pass over the calibration windows says of every way to cut the maps."""
 
-    def __init__(
-        self, model: PreTrainedModel, kinds: Sequence[str], group: int, names: Collection[str] | None = None
-    ) -> None:
-        self._model, self._kinds, self._group = model, [tuple(kind.split("+")) for kind in kinds], group
-        self._names = frozenset(dense(model) if names is None else names)
-        self._gradients: dict[int, Mapping[str, Tensor]] = {}
-        self._ways: dict[tuple[str, ...], Ways] = {kind: {} for kind in self._kinds}
+    def __init__(self, model: PreTrainedModel, kinds: Kinds | None, group: int, names: Collection[str]) -> None:
+        self._model, self._kinds, self._group, self._names = model, kinds, group, frozenset(names)
+        self._statistics: dict[int, MapStatistics] = {}
+        self._ways: dict[tuple[str, ...], Ways] = {}
+        self.idle: list[str] = []
 
     def measure(self, ids_NT: Tensor, folder: Path, advanced: Callable[[float, float], None]) -> None:
         """Take the statistics of every block and price every part, from the last block to the first.
 
-        Moments wait in `folder`.
+        Moments wait in `folder`; what was asked and does not run is `idle` then.
 
         Raises:
             StageError: an activation is not finite.
         """
         blocks, self._moments = anatomy.blocks(self._model), Shelf(folder)
-        roles = [role for kind in self._kinds for role in kind]
-        for block, statistics in sensitivities(self._model, ids_NT, roles, folder, advanced):
-            self._gradients[block.index] = statistics.gradients
+        for block, statistics in statistics_of(self._model, ids_NT, folder, advanced):
             self._moments.put(block.index, statistics.moments)
-            for kind, ways in self._ways.items():
-                alone = tuple(self._part((role,), (block,)) for role in kind)
-                ways[block.index, block.index + 1] = [alone]
+            statistics.moments = {}
+            self._statistics[block.index] = statistics
+            self.idle += [
+                path
+                for inner in float_maps(block)
+                if (path := f"{block.name}.{inner}") in self._names and inner not in statistics.first
+            ]
+            for kind in self._asked(block, statistics):
+                ways = self._ways.setdefault(kind, {})
+                ways[block.index, block.index + 1] = [tuple(self._part((inner,), (block,)) for inner in kind)]
                 for size in range(1 if len(kind) > 1 else 2, self._group + 1):
                     members = tuple(blocks[block.index : block.index + size])
                     if len(members) == size and self._free(kind, members):
                         span = (block.index, block.index + size)
-                        ways.setdefault(span, []).append((self._part(kind, members),))
+                        ways[span] = [*ways.get(span, []), (self._part(kind, members),)]
+
+    def _asked(self, block: Block, statistics: MapStatistics) -> list[tuple[str, ...]]:
+        """Of a block, the maps that may go together, by their paths in it."""
+        if self._kinds is None:
+            return [(inner,) for inner in statistics.first]
+        found = [
+            tuple(where[role] for role in kind if role in where) for kind in self._kinds for where in [named(block)]
+        ]
+        return [kind for kind in found if kind and all(inner in statistics.first for inner in kind)]
 
     @property
     def most(self) -> int:
@@ -117,38 +134,55 @@ class Measured:
         plans: dict[str, Plan] = {}
         for part, option in chosen:
             shared = self._basis(part, option.rank) if len(part.paths) > 1 else None
-            importance = [self._gradients[block.index][role] for block in part.blocks for role in part.roles]
+            importance = [self._statistics[block.index].gradients[one] for block in part.blocks for one in part.maps]
             for path, one in zip(part.paths, importance, strict=True):
                 plans[path] = Plan(part, option, one, shared)
         return plans
 
     def _priced(self, chains: Iterable[Ways]) -> list[tuple[int, dict[Span, list[list[tuple[Option, ...]]]]]]:
-        count = len(self._gradients)
-        return [
-            (count, {span: [[part.options for part in way] for way in found] for span, found in ways.items()})
-            for ways in chains
-        ]
+        priced = []
+        for ways in chains:
+            # Blocks that have not these maps are there, too: nothing is done to them.
+            spans = dict[Span, list[list[tuple[Option, ...]]]]({(i, i + 1): [[]] for i in range(len(self._statistics))})
+            for span, found in ways.items():
+                spans[span] = [[part.options for part in way] for way in found]
+            priced.append((len(self._statistics), spans))
+        return priced
 
     def _allocated(self, chains: Sequence[Ways], saved: int) -> list[tuple[Part, Option]]:
         cuts = grouped(self._priced(chains), saved)
-        parts = [part for ways, cut in zip(chains, cuts, strict=True) for span, way in cut for part in ways[span][way]]
+        parts = [
+            part
+            for ways, cut in zip(chains, cuts, strict=True)
+            for span, way in cut
+            if span in ways
+            for part in ways[span][way]
+        ]
         options = allocate([part.options for part in parts], saved)
         return [(part, option) for part, option in zip(parts, options, strict=True) if option.rank]
 
-    def _free(self, roles: Sequence[str], blocks: Sequence[Block]) -> bool:
-        return all(f"{block.name}.{anatomy.path(role)}" in self._names for block in blocks for role in roles)
+    def _free(self, maps: Sequence[str], blocks: Sequence[Block]) -> bool:
+        """Whether they may go, and can stand on one basis: of one stack, running, of one shape in every block."""
+        there = all(f"{block.name}.{one}" in self._names for block in blocks for one in maps)
+        if not there or not all(one in self._statistics[block.index].first for block in blocks for one in maps):
+            return False
+        shapes = {tuple(block.module.get_submodule(one).weight.shape for one in maps) for block in blocks}
+        return (
+            len({block.stack for block in blocks}) == len({type(block.module) for block in blocks}) == len(shapes) == 1
+        )
 
-    def _stack(self, roles: Sequence[str], blocks: Sequence[Block]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def _stack(self, maps: Sequence[str], blocks: Sequence[Block]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Weights, outputs' importance and the pooled moment of the inputs."""
-        maps = [anatomy.projections(block)[role] for block in blocks for role in roles]
-        importance = [self._gradients[block.index][role] for block in blocks for role in roles]
-        moment_II = torch.stack([self._moments.get(block.index, SITES[roles[0]]) for block in blocks]).mean(0)
-        return [one.weight.detach() for one in maps], importance, moment_II  # type: ignore[operator]
+        weights = [block.module.get_submodule(one).weight.detach() for block in blocks for one in maps]  # type: ignore[operator]
+        found = [self._statistics[block.index] for block in blocks]
+        importance = [one.gradients[path] for one in found for path in maps]
+        places = [(block.index, one.first[maps[0]]) for block, one in zip(blocks, found, strict=True)]
+        return weights, importance, torch.stack([self._moments.get(*place) for place in places]).mean(0)
 
-    def _part(self, roles: tuple[str, ...], blocks: tuple[Block, ...]) -> Part:
-        if not self._free(roles, blocks):
-            return Part(roles, blocks, ())
-        weights, importance, moment_II = self._stack(roles, blocks)
+    def _part(self, maps: tuple[str, ...], blocks: tuple[Block, ...]) -> Part:
+        if not self._free(maps, blocks):
+            return Part(maps, blocks, ())
+        weights, importance, moment_II = self._stack(maps, blocks)
         if len(weights) > 1:
             damage = basis.lost(weights, moment_II, importance) / 2
         else:
@@ -159,24 +193,27 @@ class Measured:
             rank for rank in range(RANK_STEP, len(damage), RANK_STEP) if rank * (outputs + inputs) < outputs * inputs
         ]
         return Part(
-            roles,
+            maps,
             blocks,
             tuple(Option(outputs * inputs - r * (outputs + inputs), float(damage[r]), r) for r in ranks),
         )
 
     def _basis(self, part: Part, rank: int) -> nn.Linear:
-        weights, importance, moment_II = self._stack(part.roles, part.blocks)
+        weights, importance, moment_II = self._stack(part.maps, part.blocks)
         return filled(basis.cut(basis.whitened(weights, moment_II, importance), rank), None)
 
 
 def dense(model: PreTrainedModel) -> list[str]:
-    """Paths of the blocks' maps that stand on no basis yet."""
-    return [
-        f"{block.name}.{anatomy.path(role)}"
-        for block in anatomy.blocks(model)
-        for role, one in anatomy.projections(block).items()
-        if isinstance(one, nn.Linear)
-    ]
+    """Paths of the blocks' maps that stand on no basis yet.
+
+    Raises:
+        StageError: a block holds experts, which are most of it and none of its maps.
+    """
+    found = []
+    for block in anatomy.blocks(model):
+        refuse_experts(block.module, block.name)
+        found += [f"{block.name}.{inner}" for inner, one in linear_maps(block).items() if isinstance(one, nn.Linear)]
+    return found
 
 
 def filled(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:

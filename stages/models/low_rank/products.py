@@ -17,13 +17,14 @@ from stages.algorithms import basis, low_rank, low_rank_sparse
 from stages.algorithms.refit import output_errors
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
+from stages.models.anatomy.plainness import plain
 from stages.models.blockwise.compress import compress
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights
 from stages.models.layers import sparse_linear
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
 from stages.models.layers.sparse_linear import SparseLinear
-from stages.models.low_rank.planning import RANK_STEP, Measured, Plan, filled
+from stages.models.low_rank.planning import RANK_STEP, Measured, Plan, dense, filled
 from stages.runtime.contract import Progress, StageError
 from stages.runtime.progress import Pass
 
@@ -41,16 +42,17 @@ class Asked:
     """What is to be put on bases, and how much goes.
 
     Attributes:
-        kinds: roles joined by `+`: maps that may share a basis, in a block or across `group` neighbours.
         keep: share of the blocks' parameters that stays.
+        kinds: roles joined by `+`: maps that may share a basis, in a block or across `group` neighbours; None for
+            every map by itself.
         group: most neighbours on one basis; 1 for none.
         names: paths of the maps that may change; None for every one that stands on no basis.
         sparse: of maps alone: share of what a map keeps that goes to single weights beside its product, where these
             make its outputs better than a product of the same size.
     """
 
-    kinds: Sequence[str]
     keep: float
+    kinds: Sequence[str] | None = None
     group: int = 1
     names: Collection[str] | None = None
     sparse: float = 0.0
@@ -69,14 +71,19 @@ def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Pa
     Raises:
         StageError: so much cannot be saved, or an activation is not finite.
     """
-    kinds, group, keep = asked.kinds, asked.group, asked.keep
-    measured = Measured(model, kinds, group, asked.names)
+    group, keep = asked.group, asked.keep
+    kinds = None if asked.kinds is None else [tuple(kind.split("+")) for kind in asked.kinds]
+    names = [name for name in asked.names or dense(model) if plain(model.get_submodule(name))]
+    measured = Measured(model, kinds, group, names)
     measured.measure(ids_NT, partial, Pass(progress, 0, 2).advanced)
+    left = sorted({*(asked.names or []), *measured.idle} - ({*names} - {*measured.idle}))
+    if left:
+        progress.note(f"{len(left)} maps stay as they are, since they are not called as maps: {left[0]} ...")
     total = anatomy.block_parameters(model)
     wanted = total - int(keep * total)
     if measured.most < wanted:
         raise StageError(
-            f"bases for {', '.join(kinds)} in groups of up to {group} cannot save so much",
+            f"bases in groups of up to {group} blocks cannot save so much",
             measured=f"keep {1 - measured.most / total:.4f} at best",
             limit=f"keep {keep}",
             remedy="Raise `keep`, or allow more maps.",
@@ -86,7 +93,7 @@ def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Pa
     rows = compress(
         model,
         ids_NT,
-        OnWeights(LowRank(plans, asked.sparse)),
+        OnWeights(LowRank(plans, asked.sparse), idle=True),
         partial,
         Pass(progress, 1, 2),
     )

@@ -7,7 +7,6 @@ from stages.algorithms.drawing import drawn
 from stages.models.anatomy import blocks as anatomy
 from stages.models.blockwise.drawn_labels import drawn_gradient
 from stages.models.checkpoint.loading import load_model
-from stages.runtime.contract import StageError
 from tests.stages.export.test_called import classifier
 from tests.stages.models.families import family
 
@@ -61,7 +60,27 @@ def test_gradient_of_numbers_counts_by_their_spread(tmp_path):
     torch.testing.assert_close(drawn_gradient(model, IDS, torch.stack(given)), wanted, atol=1e-5, rtol=1e-3)
 
 
-def test_model_without_logits_is_refused(tmp_path):
-    model = load_model(family("bert_bare", tmp_path))
-    with pytest.raises(StageError, match="BertModel gives no logits"):
-        drawn_gradient(model, IDS, torch.zeros(3, 20, 32))
+@pytest.mark.parametrize("name", ["bert_bare", "bert_answers", "granite"])
+def test_gradient_of_vectors_spans_and_scaled_logits_is_autograds(tmp_path, name):
+    model, generator = load_model(family(name, tmp_path)), torch.Generator().manual_seed(0)
+    slopes, given, numbers, kept = [], [], [], []
+
+    def keep(_module, _args, out):
+        kept.append(out[0] if isinstance(out, tuple) else out)
+        kept[-1].retain_grad()
+
+    hook = anatomy.blocks(model)[-1].module.register_forward_hook(keep)
+    for ids_T in IDS:
+        said = model(input_ids=ids_T[None])
+        if name == "bert_bare":
+            numbers.append(said.last_hidden_state.detach())
+            (said.last_hidden_state * torch.randn(20, 32, generator=generator)).sum().backward()
+        else:
+            logits = said.logits[0] if name == "granite" else torch.cat([said.start_logits, said.end_logits])
+            log_p = logits.log_softmax(-1)
+            log_p.gather(1, drawn(log_p.detach().exp(), generator)[:, None]).sum().backward()
+        given.append(kept[-1].detach()[0])
+        slopes.append(kept[-1].grad[0])
+    hook.remove()
+    wanted = torch.stack(slopes) / (torch.cat(numbers).std() if numbers else 1)
+    torch.testing.assert_close(drawn_gradient(model, IDS, torch.stack(given)), wanted, atol=1e-5, rtol=1e-3)

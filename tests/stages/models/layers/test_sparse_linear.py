@@ -144,7 +144,7 @@ class Kept:
 
 def test_map_whose_product_alone_loses_less_keeps_it_and_says_so(tiny):
     block = anatomy.blocks(load_model(tiny))[0]
-    part = Part(("q",), (block,), ())
+    part = Part(("self_attn.q_proj",), (block,), ())
     path, draw = part.paths[0], np.random.default_rng(0)
     thin = torch.from_numpy((draw.normal(size=(64, 16)) @ draw.normal(size=(16, 64))).astype(np.float32))
     full = torch.from_numpy(draw.normal(size=(64, 64)).astype(np.float32))
