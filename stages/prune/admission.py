@@ -12,7 +12,7 @@ from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.editing import matching
 from stages.models.checkpoint.subject import Subject, reshape
 from stages.prune import zeros
-from stages.prune.channels_heads import Asked, check_decoders, kept_channels, kept_heads
+from stages.prune.channels_heads import Asked, check_depth, kept_channels, kept_heads
 from stages.prune.params import WEIGHTS, PruneParams
 from stages.prune.width import READERS, kept_width
 
@@ -30,7 +30,7 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
         if params.pattern:
             zeros.keepers(given.model, zeros.How(params.method, params.pattern, params.keep, names), {})
         return replace(given, masked=True)
-    if params.method in ("blocks", "width"):
+    if params.method == "width":
         anatomy.head(given.model)  # what it predicts says what may go
     asked = Asked(int(params.keep * anatomy.block_parameters(given.model)), params.multiple, params.by, Path())
     # A copy: other steps read the model as it is.
@@ -70,7 +70,7 @@ def _width(given: Subject, asked: Asked) -> None:
 
 
 def _blocks(given: Subject, asked: Asked) -> None:
-    check_decoders(given.model)
+    check_depth(given.model)
 
 
 _CUTS = {"channels": _channels, "heads": _heads, "width": _width, "blocks": _blocks}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,8 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
     Raises:
         StageError: so much cannot go, or an activation is not finite.
     """
-    check_decoders(model)
+    check_depth(model)
+    asked = replace(asked, by=chosen_by(model, asked.by, progress))
     every, total = anatomy.blocks(model), anatomy.block_parameters(model)
     gone = _chosen(model, ids_NT, asked, progress)
     left = structure.parameters_without(model, [one.block for one in gone])
@@ -141,13 +142,29 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
     return [{"block": one.block, "kept": False, name: one.cost} for one in gone] + rows
 
 
-def check_decoders(model: PreTrainedModel) -> None:
-    """Raise StageError where the loss cannot choose which blocks go."""
-    if any(block.stack != "decoder" for block in anatomy.blocks(model)):
+def check_depth(model: PreTrainedModel) -> None:
+    """Raise StageError where blocks cannot go: of two stacks, or where one runs several times."""
+    if model.config.is_encoder_decoder:
         raise StageError(
-            f"{type(model).__name__} has an encoder: what it predicts next cannot choose its blocks",
-            remedy="Prune its weights by `magnitude`, or give a causal language model.",
+            f"{type(model).__name__} has an encoder and a decoder: blocks are chosen in a single stack",
+            remedy="Prune its weights by `magnitude`, or give a model with one stack.",
         )
+    blocks, runs = len(anatomy.blocks(model)), int(model.config.get_text_config().num_hidden_layers)
+    if blocks < runs:
+        raise StageError(
+            f"the blocks of {type(model).__name__} run several times: fewer runs would leave as many parameters",
+            measured=f"{blocks} for {runs} runs",
+            remedy="Prune its weights: `method: magnitude`.",
+        )
+
+
+def chosen_by(model: PreTrainedModel, by: str, progress: Progress) -> str:
+    """`influence` in place of `loss` where what comes next is not what the model predicts, which is noted."""
+    causal = all(one.stack == "decoder" for one in anatomy.blocks(model))
+    if by == "influence" or (causal and model.get_output_embeddings() is not None):
+        return by
+    progress.note(f"{type(model).__name__} predicts no next token: its blocks are chosen by influence, not by the loss")
+    return "influence"
 
 
 def _chosen(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progress) -> list[Dropped]:

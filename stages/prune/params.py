@@ -22,7 +22,8 @@ class PruneParams(Params):
         keep: largest share of the blocks' parameters that stays; of zeros: of the maps' weights that are not zero.
         pattern: zeros: so many of so many neighbours stay in every row, whatever `keep` says; without one each map has
             as many zeros as the measured loss allows.
-        by: blocks: chosen by the measured loss without them, or by how little they change what passes through.
+        by: blocks: chosen by the measured loss without them, or by how little they change what passes through; an
+            encoder's always by the latter.
         multiple: channels, width: what is left is a multiple of this; a recipe that says nothing of it has multiples of
             the blocks in which a later `quantize` rounds.
         layers: zeros: paths of the maps that get them, with `*` for anything; every map of the blocks by default.

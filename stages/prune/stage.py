@@ -53,7 +53,7 @@ def _zeros(
 def _structure(
     params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, like: Path, output: Path, progress: Progress
 ) -> Metrics:
-    from stages.models.anatomy.blocks import block_parameters
+    from stages.models.anatomy.blocks import block_parameters, blocks
     from stages.models.checkpoint import editing
     from stages.models.checkpoint.loading import save_model
     from stages.prune.channels_heads import REMOVERS, Asked
@@ -67,10 +67,22 @@ def _structure(
     written = save_model(model, output, like=like, progress=progress)
     return {
         **editing.proven(like, before, output, written, limit),
-        "layers": float(model.config.num_hidden_layers),
-        "channels": float(model.config.intermediate_size),
-        "hidden_size": float(model.config.hidden_size),
+        "layers": float(len(blocks(model))),
+        **_widths(model),
     }
+
+
+def _widths(model: PreTrainedModel) -> Metrics:
+    """Of the first block, since configurations name its channels in many ways; none where it is not understood."""
+    from stages.models.anatomy.blocks import blocks, projections
+    from stages.runtime.contract import StageError
+
+    found = {"hidden_size": float(model.config.hidden_size)}
+    try:
+        down = projections(blocks(model)[0])["down"]
+    except StageError:  # its blocks went or their width shrank all the same
+        return found
+    return found | {"channels": float(down.in_features)}  # type: ignore[arg-type]
 
 
 PRUNE = Stage(

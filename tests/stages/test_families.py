@@ -4,12 +4,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.models.checkpoint.loading import load_model, save_model
+from stages.models.anatomy import blocks as anatomy
+from stages.models.checkpoint.loading import load_model, outlined, save_model
+from stages.models.checkpoint.subject import Subject
 from stages.prune import zeros
+from stages.prune.admission import admitted
+from stages.prune.params import PruneParams
+from stages.prune.stage import _structure
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from stages.share import ShareParams, share
-from tests.stages.models.families import FAMILIES, WIDER, answers, family
+from tests.stages.models.families import FAMILIES, WIDER, answers, family, library
 
 IDS = torch.arange(40).view(2, 20) * 7 % 90
 
@@ -51,3 +56,30 @@ def test_family_with_equal_maps_is_tied_and_answers_the_same(name, root, tmp_pat
     found = share(ShareParams(method="tie"), {"model": given}, tmp_path / "out", Silent())
     assert found["parameters"] < found["parameters_before"]
     torch.testing.assert_close(answers(load_model(tmp_path / "out")), answers(model), rtol=1e-4, atol=1e-5)
+
+
+def outline(folder):
+    return {"model": Subject(folder, outlined(folder, [folder / "model.safetensors"])[0], "")}
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "falcon", "phi3", "bert_masked", "roberta", "distilbert", "electra"])
+def test_family_loses_a_block_and_answers_as_what_is_left(name, root, tmp_path):
+    folder = family(name, root)
+    params = PruneParams(method="blocks", keep=0.7, windows=2, window_tokens=20)
+    admitted(params, outline(folder))
+    tmp_path.joinpath("out").mkdir()
+    found = _structure(params, load_model(folder), IDS, folder, tmp_path / "out", Silent())
+    assert (found["layers"], found["hidden_size"]) == (2, 32)
+    assert len(anatomy.blocks(load_model(tmp_path / "out"))) == 2
+    torch.testing.assert_close(
+        answers(library(name, tmp_path / "out")), answers(load_model(tmp_path / "out")), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("name", "why"), [("albert", "run several times"), ("bart", "an encoder and a decoder")])
+def test_family_whose_blocks_cannot_go_is_refused_at_admission_as_by_the_work(name, why, root, tmp_path):
+    folder, params = family(name, root), PruneParams(method="blocks", keep=0.7, windows=2, window_tokens=20)
+    with pytest.raises(StageError, match=why):
+        admitted(params, outline(folder))
+    with pytest.raises(StageError, match=why):
+        _structure(params, load_model(folder), IDS, folder, tmp_path, Silent())
