@@ -17,6 +17,7 @@ Keep = Callable[[Tensor], Tensor]
 
 
 SPARSE = 0.02
+_PATTERNS = ((2, 4), (4, 8))
 _ROWS, _COLUMNS = 64, 64
 """A matrix with at least this share of zeros is sparse; a dense one has a zero by chance."""
 
@@ -25,9 +26,18 @@ def is_sparse(weight: Tensor) -> bool:
     """Whether it is a matrix with so many zeros that they were put there, and not rounded to on a grid of few values.
 
     A checkpoint that was in four bits once has zeros where weights were small, and beside them as few values as its
-    grid; what pruning left differs from weight to weight.
+    grid; what pruning left differs from weight to weight, or has one pattern throughout.
     """
-    return weight.dim() == 2 and float((weight == 0).float().mean()) >= SPARSE and not _on_grid(weight)
+    if weight.dim() != 2 or float((weight == 0).float().mean()) < SPARSE:
+        return False
+    return not _on_grid(weight) or any(_patterned(weight, *pattern) for pattern in _PATTERNS)
+
+
+def _patterned(w_OI: Tensor, kept: int, group: int) -> bool:
+    """Whether no group of neighbours has more than so many that stand: by chance no matrix is so throughout."""
+    if w_OI.shape[1] % group:
+        return False
+    return not bool(((w_OI != 0).unflatten(1, (-1, group)).sum(2) > kept).any())
 
 
 def _on_grid(w_OI: Tensor) -> bool:

@@ -45,7 +45,7 @@ def _zeros(
     rows = zeros.sparsified(model, ids_NT, how, output / PARTIAL, progress)
     editing.write_table(output, rows, method=params.method)
     written = save_model(model, output, like=like, progress=progress)
-    zeros.save_masks(model, names, output)
+    zeros.save_masks(model, names, output, like)
     found = zeros.proven(written, how, output)
     return {"zeros": float(found.zeros), "weights": float(found.weights), "sparsity": found.zeros / found.weights}
 

@@ -230,9 +230,13 @@ def _row(w_OI: Tensor, target_OI: Tensor, new_OI: Tensor, moment_II: Tensor) -> 
     return Compressed({"weight": new_OI.contiguous()}, row)
 
 
-def save_masks(model: PreTrainedModel, names: Collection[str], output: Path) -> None:
-    """Write which weights are not zero, of the maps in `names` and of those that had zeros before."""
-    found = {path: one for path, one in linears(model).items() if path in names or bool((one.weight == 0).any())}
+def save_masks(model: PreTrainedModel, names: Collection[str], output: Path, like: Path | None = None) -> None:
+    """Write which weights are not zero, of the maps in `names` and of those that `like` brought masks of.
+
+    A zero that stands in another map by chance is promised to nobody.
+    """
+    brought = load_file(like / MASKS) if like and (like / MASKS).is_file() else {}
+    found = {path: one for path, one in linears(model).items() if path in names or f"{path}.weight" in brought}
     masks.save({f"{path}.weight": one.weight for path, one in found.items()}, output)
 
 

@@ -74,7 +74,7 @@ def _rounded(
 ) -> list[dict[str, Any]]:
     """Round the maps, fitted to what they should give on a text, or by their weights alone; returns a row a map."""
     if ids_NT is None:
-        return rounding.plainly(model, planned)
+        return rounding.plainly(model, planned, folder)
     fitted_NT = ids_NT[: max(2, len(ids_NT) // FITTED)] if planned.notes else ids_NT
     return compress(model, fitted_NT, planned, folder, progress)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from stages.models.blockwise.technique import Compressed
 from stages.models.layers import quantized_linear
 from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from stages.models.memory.pages import forget, trim
+from stages.models.memory.saved_state import settle
 from stages.quantize.input_ranges import Decision
 from stages.quantize.movable_scales import Site, fold
 from stages.quantize.stored_forms import rounded
@@ -123,10 +125,11 @@ def replaceable(model: PreTrainedModel, progress: Progress) -> list[str]:
     return [name for name in found if name not in unplain]
 
 
-def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
-    """Round every map to nearest by its weights alone. Returns a row a map."""
+def plainly(model: PreTrainedModel, rounding: Rounding, folder: Path) -> list[dict[str, Any]]:
+    """Round every map to nearest by its weights alone; they wait in `folder`. Returns a row a map."""
     rows = []
     for block in anatomy.blocks(model):
+        made: dict[int, QuantizedLinear] = {}
         for path, one in float_maps(block).items():
             name = f"{block.name}.{path}"
             if name not in rounding.precision:
@@ -137,7 +140,10 @@ def plainly(model: PreTrainedModel, rounding: Rounding) -> list[dict[str, Any]]:
             assert isinstance(new, QuantizedLinear)
             missed = (new.dequantized() - w_OI).square().sum() / w_OI.square().sum().clamp_min(1e-30)
             rows.append({"layer": name, "block": block.index, "format": asked.form, "error": float(missed)})
+            made[id(new)] = new
             forget(w_OI)
+        if made:
+            settle(folder / f"rounded-{block.index:04d}.safetensors", (one.weight for one in made.values()))
         trim()
     return rows
 

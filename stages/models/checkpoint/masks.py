@@ -46,7 +46,10 @@ def anew(before: Path, written: PreTrainedModel, after: Path) -> Metrics:
 def save(weights: Mapping[str, Tensor | None], folder: Path) -> None:
     """Write which weights are not zero: a bit each, and the number of columns."""
     maps = {name: w_OI for name, w_OI in weights.items() if w_OI is not None}
-    bits = {name: packed(w_OI != 0) for name, w_OI in maps.items()}
+    bits: dict[str, Tensor] = {}
+    for name, w_OI in maps.items():
+        bits[name] = packed(w_OI != 0)
+        forget(w_OI)  # else all of a large model's maps would be in memory at once
     # One entry alone: of several the file format leaves the order open.
     columns = json.dumps({name: w_OI.shape[1] for name, w_OI in maps.items()})
     save_file(bits, folder / MASKS, {"columns": columns})

@@ -59,6 +59,9 @@ def test_zeros_of_a_grid_of_few_values_are_not_those_of_pruning(dtype):
     grid_OI = (w_OI / (w_OI.abs().amax(1, keepdim=True) / 7)).round() * w_OI.abs().amax(1, keepdim=True) / 7
     assert float((grid_OI == 0).float().mean()) > 2 * SPARSE
     assert not is_sparse(grid_OI.to(dtype)) and not is_sparse(w_OI.to(dtype))
+    for kept, group in ((2, 4), (4, 8)):
+        cut_OI = grid_OI * of_each(kept, group)(grid_OI.abs())
+        assert is_sparse(cut_OI.to(dtype)), (kept, group)
     for share in (0.05, 0.5, 0.9):
         cut_OI = torch.where(w_OI.abs() > w_OI.abs().flatten().quantile(share), w_OI, 0.0)
         assert is_sparse(cut_OI.to(dtype)), share

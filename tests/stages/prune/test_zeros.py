@@ -51,3 +51,19 @@ def test_magnitude_halves_both_stacks_and_their_gradients_are_refused(root, tmp_
     assert all((one.weight == 0).float().mean() == 0.5 for one in zeros.linears(model).values())
     with pytest.raises(StageError, match="has two stacks"):
         zeros.sparsified(model, IDS, asked("gradient", model), tmp_path, Silent())
+
+
+def test_a_zero_that_stands_by_chance_gets_no_mask_and_masks_that_came_are_kept(root, tmp_path):
+    model = load_model(family("llama", root))
+    paths = list(zeros.linears(model))
+    with torch.no_grad():
+        model.get_submodule(paths[1]).weight[0, 0] = 0.0
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    zeros.save_masks(model, paths[:1], folders[0])
+    zeros.save_masks(model, paths[2:3], folders[1], folders[0])
+    assert [sorted(load_file(folder / zeros.MASKS)) for folder in folders] == [
+        [f"{paths[0]}.weight"],
+        sorted(f"{path}.weight" for path in (paths[0], paths[2])),
+    ]

@@ -268,7 +268,7 @@ def test_quantize_activations_without_text_is_refused(shared_store, dense):
 def test_quantize_that_wrote_float_weights_is_refused(shared_store, dense, tmp_path, monkeypatch):
     import stages.quantize.rounding
 
-    def lie(model, rounding):
+    def lie(model, rounding, folder):
         return [{"layer": "model.layers.0.mlp.up_proj", "error": 0.0}]
 
     monkeypatch.setattr(stages.quantize.rounding, "plainly", lie)

@@ -190,7 +190,7 @@ def test_maps_of_few_bits_answer_like_the_dense_maps_of_their_weights(tmp_path, 
     """T5's feed-forward turns what its last map reads into the type of that map's weight."""
     few, dense = load_model(family(name, tmp_path)), load_model(family(name, tmp_path))
     asked = Precision(form, block=8 if form == "int4" else None)
-    rounding.plainly(few, rounding.Rounding(dict.fromkeys(rounding.names(few), asked), search=False))
+    rounding.plainly(few, rounding.Rounding(dict.fromkeys(rounding.names(few), asked), search=False), tmp_path)
     with torch.no_grad():
         for path, module in quantized_modules(few).items():
             dense.get_submodule(path).weight.copy_(module.dequantized())
