@@ -15,7 +15,7 @@ from stages.adapters.connect import connect, default_store
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import canonical, digest_bytes
-from tests.benchmarks import beside, results
+from tests.benchmarks import beside, memory, results
 from tests.benchmarks.bench import Bench, FailedError, Options, measured, missing, sources
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.results import Row
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the bench, show the table, record it; 1 where a row failed."""
     asked = parser().parse_args(argv)
     names = [name for name in asked.only.split(",") if name]
-    known = [*(one.name for one in (*TECHNIQUES, *PEERS)), beside.NAME]
+    known = [*(one.name for one in (*TECHNIQUES, *PEERS)), beside.NAME, memory.NAME]
     if asked.list or {*names} - {*known}:
         print("\n".join(known))  # noqa: T201
         return 0 if asked.list else 2
@@ -75,17 +75,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def bench(options: Options, names: list[str], uri: str, interpreters: dict[str, str]) -> int:
-    """Measure what is named, all for none."""
+    """Measure what is named, all but `memory` for none."""
     store = connect(uri)
     store.scratch.mkdir(parents=True, exist_ok=True)
     for name, value in environment(store.scratch).items():
         os.environ.setdefault(name, value)
     dense, rows, file = Row("dense"), [], store.scratch
     with TerminalProgress() as terminal:
-        if not names or {*names} - {beside.NAME}:
+        if not names or {*names} - {beside.NAME, memory.NAME}:
             dense, rows, file = compressed(options, names, store, interpreters, terminal)
         if not names or beside.NAME in names:
             rows.append(beside.measured(store, terminal, text=options.text))
+        if memory.NAME in names:  # asked for by name alone: it writes gigabytes
+            rows += memory.measured(store, terminal, text=options.text)
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(width=WIDTH, highlight=False)
     title = f"{options.model.rpartition('/')[2]}: {dense.about}" if dense.about else "drawn weights"
