@@ -6,12 +6,15 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from stages.adapters.backends import backend, module_of, processor_targets
+from stages.adapters.cuda_driver import gpu_name
 from stages.measures.table import MEASURES
 from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 from stages.runtime.execute import device_name
@@ -25,11 +28,13 @@ if TYPE_CHECKING:
     from stages.measures.predictions import Asking
     from stages.models.checkpoint.subject import Subject
 
-TORCH = "torch:cpu"
+CUDA = "torch:cuda"
+TORCH = ("torch:cpu", CUDA)
+"""Targets of checkpoints."""
 if TYPE_CHECKING:
     Target = str
 else:
-    Target = Literal[(TORCH, *processor_targets())]
+    Target = Literal[(*TORCH, *processor_targets())]
 
 KEPT_DOCUMENTS = 8
 """A run that was killed computes at most so many documents again."""
@@ -56,24 +61,32 @@ class ValidateParams(Params):
     split: Literal["calibrate", "train", "validate", "test"] = "test"
     window_tokens: int = Field(512, ge=2)
     windows: int | None = Field(None, ge=1)
-    target: Target = TORCH
+    target: Target = "torch:cpu"
 
 
 def executed_on(params: ValidateParams) -> dict[str, str]:
     """The machine and library that the scores are a fact about."""
     name = params.target.partition(":")[0]
-    library = name if params.target == TORCH else backend(name).library
+    library = name if params.target in TORCH else backend(name).library
+    on_gpu = params.target == CUDA
     return {
         "target": params.target,
-        "device": device_name(),
-        "runtime": f"{library} {importlib.metadata.version(library)}",
+        "device": (gpu_name() or "no GPU") if on_gpu else device_name(),
+        "runtime": f"{library} {importlib.metadata.version(library)}" + (f" CUDA {_cuda_version()}" if on_gpu else ""),
     }
+
+
+def _cuda_version() -> str:
+    """The CUDA that torch is built for, read where planning does not load torch itself."""
+    torch = find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    return str(run_path(str(Path(torch.origin).with_name("version.py")))["cuda"] or "none")
 
 
 def chosen_code(params: ValidateParams) -> tuple[str, ...]:
     """The modules of the measures and of the backend."""
     measures = (one.function.partition(":")[0] for one in MEASURES.values())
-    return (*measures, *(() if params.target == TORCH else (module_of(params.target.partition(":")[0]),)))
+    return (*measures, *(() if params.target in TORCH else (module_of(params.target.partition(":")[0]),)))
 
 
 def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
@@ -175,9 +188,13 @@ def _text(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress
 
 
 def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
-    """The model that is judged, if it can be."""
+    """The model that is judged, if it can be, where it is to be."""
     from stages.models.checkpoint.loading import load_tokenizer
 
+    if params.target == CUDA:
+        from stages.serving.cuda import require_gpu
+
+        require_gpu()
     model: Subject = known["model"]
     if model.task == "fill":
         _mask(load_tokenizer(model.folder))
@@ -200,7 +217,9 @@ def _scorer(params: ValidateParams, inputs: Mapping[str, Path], text: _Text) -> 
     from stages.serving.engine import open_engine
 
     baseline = inputs.get("baseline")
-    judged = open_engine(inputs["model"], verified=True)  # an input's every byte was hashed against its manifest
+    device = "cuda" if params.target == CUDA else "cpu"
+    # An input's every byte was hashed against its manifest.
+    judged = open_engine(inputs["model"], verified=True, device=device)
     if judged.target != params.target:
         raise StageError(
             "the artifact is executed on another target than the one asked for",
@@ -208,7 +227,7 @@ def _scorer(params: ValidateParams, inputs: Mapping[str, Path], text: _Text) -> 
             limit=params.target,
             remedy=f"Set the step's parameter `target` to {judged.target}.",
         )
-    dense = open_engine(baseline, verified=True).logits if baseline else None
+    dense = open_engine(baseline, verified=True, device=device).logits if baseline else None
 
     def score(span: range) -> Iterator[Document]:
         ids = text.ids_NT[span.start : span.stop]

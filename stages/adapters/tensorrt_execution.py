@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.adapters.backends import Forward
+from stages.adapters.cuda_driver import DRIVER, loaded
 from stages.runtime.contract import DoesNotFit, StageError
 
-DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76
 """Numbers of CUDA's device attributes for the compute capability."""
 
@@ -77,18 +77,11 @@ def open_device(backend: str, architectures: Sequence[str], driver: str = DRIVER
         DoesNotFit: there is no driver or GPU, or none of these architectures.
     """
     built = f"{backend} for {', '.join(architectures)}"
-    try:
-        library = ctypes.CDLL(driver)
-    except OSError as error:
+    library, missing = loaded(driver)
+    if missing:
         raise DoesNotFit(
             f"this engine is compiled, not executed: it is {built}",
-            measured="no CUDA driver",
-            remedy="Open it on a machine with such a GPU, or use the onnxruntime engine.",
-        ) from error
-    if code := library.cuInit(0):
-        raise DoesNotFit(
-            f"this engine is compiled, not executed: it is {built}",
-            measured=f"the CUDA driver found no GPU (error {code})",
+            measured=missing,
             remedy="Open it on a machine with such a GPU, or use the onnxruntime engine.",
         )
     device = Device(library)

@@ -71,14 +71,14 @@ GRIDS = {grid.name: grid for grid in (INT8, INT4, FP8_E4M3, FP4_E2M1)}
 
 def encode_e2m1(value: Tensor) -> Tensor:
     """Codes 0..15 (uint8) of values that lie on the grid; -0 is code 8."""
-    magnitudes = torch.tensor(E2M1, dtype=value.dtype)
+    magnitudes = torch.tensor(E2M1, dtype=value.dtype, device=value.device)
     code = torch.searchsorted(magnitudes, value.abs().contiguous()).to(torch.uint8)
     return code + 8 * torch.signbit(value).to(torch.uint8)
 
 
 def decode_e2m1(code: Tensor) -> Tensor:
     """float32 values of codes 0..15."""
-    table = torch.tensor((*E2M1, *(-value for value in E2M1)))
+    table = torch.tensor((*E2M1, *(-value for value in E2M1)), device=code.device)
     return table[code.long()]
 
 
@@ -92,4 +92,4 @@ def e8m0(scale: Tensor) -> Tensor:
 
 def power_of_two(code: Tensor) -> Tensor:
     """float32 scales of E8M0 codes."""
-    return torch.ldexp(torch.ones(code.shape), code.int() - E8M0_BIAS)
+    return torch.ldexp(torch.ones(code.shape, device=code.device), code.int() - E8M0_BIAS)

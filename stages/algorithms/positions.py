@@ -52,13 +52,14 @@ def decoded(tensors: dict[str, Tensor], outputs: int, inputs: int) -> Tensor:
     """
     if "mask" in tensors:
         return unpacked(tensors["mask"], inputs)
-    row_n = torch.arange(outputs).repeat_interleave(tensors["counts"].long())
+    device = tensors["counts"].device
+    row_n = torch.arange(outputs, device=device).repeat_interleave(tensors["counts"].long())
     column_n = tensors["columns"].long()
     if len(row_n) != len(column_n) or not bool(((0 <= column_n) & (column_n < inputs)).all()):
         raise ValueError("a sparse matrix has columns outside its shape")
     place_n = row_n * inputs + column_n
     if not bool((place_n.diff() > 0).all()):
         raise ValueError("the columns of a sparse matrix do not ascend")
-    mask = torch.zeros(outputs * inputs, dtype=torch.bool)
+    mask = torch.zeros(outputs * inputs, dtype=torch.bool, device=device)
     mask[place_n] = True
     return mask.view(outputs, inputs)

@@ -6,6 +6,7 @@ Shapes: N sequences, T tokens, V vocabulary, or what else an answer is over.
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from stages.adapters.backends import Forward
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.runtime.contract import StageError
+from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,33 @@ class Eager:
     longest: int | None
 
 
-def eager(folder: Path) -> Eager:
+def eager(folder: Path, device: str = CPU) -> Eager:
     """Open a CHECKPOINT folder.
+
+    Args:
+        folder: of the checkpoint.
+        device: `cpu`, or `cuda` for the first GPU.
 
     Raises:
         StageError: the checkpoint is damaged or not understood.
+        DoesNotFit: there is no GPU, or it is too small.
     """
-    model = load_model(folder)
+    computing = exactly if device == CUDA else nullcontext
+    if device == CUDA:
+        require_gpu()
+    with computing():
+        model = load_model(folder).to(device)
     task = tasks.task(model.config)
     placed = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
-        ids, mask = torch.from_numpy(ids_NT), torch.from_numpy(mask_NT)
+        ids, mask = (torch.from_numpy(one).to(device) for one in (ids_NT, mask_NT))
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         # Where a row is padded on its left its text begins at the first position all the same.
         if placed and task == "generate" and not mask.all():
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.inference_mode():
-            found: NDArray[np.float32] = answers(model, task, given).float().numpy()
+        with torch.inference_mode(), computing():
+            found: NDArray[np.float32] = answers(model, task, given).float().cpu().numpy()
         return found
 
     return Eager(forward, task, tasks.longest(model.config))

@@ -31,7 +31,7 @@ class Answerer:
     """A model that answers.
 
     Attributes:
-        target: what executes it: `onnxruntime:cpu`, `torch:cpu`, `tensorrt_rtx:sm_89`, ...
+        target: what executes it: `onnxruntime:cpu`, `torch:cpu`, `torch:cuda`, `tensorrt_rtx:sm_89`, ...
         task: what it is for: `generate` for what continues a text, see `stages.models.anatomy.tasks`.
         maximum_tokens: the longest sequence it reads.
         tokenizer: turns text into its tokens.
@@ -92,13 +92,14 @@ class Answerer:
             )
 
 
-def open_engine(folder: Path, *, verified: bool = False) -> Answerer:
+def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") -> Answerer:
     """Open an ENGINE, ONNX or CHECKPOINT folder.
 
     Args:
         folder: of the artifact.
         verified: the caller hashed the files against a manifest. A TensorRT plan is executable code and is not
             deserialized otherwise.
+        device: where a checkpoint is executed, `cpu` or `cuda`; an engine or a graph says so itself.
 
     Raises:
         StageError: the folder is none of the three, damaged, or a graph of numbers that no processor multiplies here.
@@ -106,7 +107,7 @@ def open_engine(folder: Path, *, verified: bool = False) -> Answerer:
     """
     config = _read(folder / "config.json")
     if not any((folder / name).is_file() for name in (ENGINE, GRAPH)):
-        return _checkpoint(folder, config)
+        return _checkpoint(folder, config, device)
     if (folder / ENGINE).is_file():
         described = _read(folder / ENGINE)
         target, forward = _executable(folder, described, verified=verified)
@@ -122,14 +123,14 @@ def open_engine(folder: Path, *, verified: bool = False) -> Answerer:
     )
 
 
-def _checkpoint(folder: Path, config: dict[str, Any]) -> Answerer:
+def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
     # torch is a gigabyte that an engine does not need.
     from stages.serving.eager import eager, fast_tokenizer
 
-    opened = eager(folder)
+    opened = eager(folder, device)
     most = ENDLESS if opened.longest is None else opened.longest
     return Answerer(
-        "torch:cpu", opened.task, most, _bare(fast_tokenizer(folder)), _ends(folder, config), opened.forward
+        f"torch:{device}", opened.task, most, _bare(fast_tokenizer(folder)), _ends(folder, config), opened.forward
     )
 
 

@@ -19,7 +19,7 @@ from flows.judging.gates import judge
 from stages.models.text.windows import windows
 from stages.runtime import parts
 from stages.runtime.artifacts import Store, entries
-from stages.runtime.contract import Kind, Manifest, Provenance, StageError, Work
+from stages.runtime.contract import DoesNotFit, Kind, Manifest, Provenance, StageError, Work
 from stages.runtime.dividing import execute_part
 from stages.runtime.execute import device_name, execute, work_of
 from stages.runtime.fingerprint import ROOT, fingerprint
@@ -163,6 +163,19 @@ def test_executor_is_part_of_the_work(judged, dense, topics):
     other = work_of(VALIDATE, ValidateParams(**SHORT, target="onnxruntime:cpu"), work.inputs)
     assert other.executor["runtime"] == f"onnxruntime {importlib.metadata.version('onnxruntime')}"
     assert fingerprint(other) != fingerprint(work)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is about a machine without a GPU")
+def test_gpu_that_is_not_there_is_refused_ahead_of_the_work_and_by_it(shared_store, judged, dense, topics):
+    work = judged(dense, topics).manifest.work
+    on_gpu = ValidateParams(**SHORT, target="torch:cuda")
+    planned = work_of(VALIDATE, on_gpu, work.inputs)
+    assert planned.executor["target"] == "torch:cuda" and planned.executor["runtime"].startswith("torch ")
+    assert planned.executor["device"] != work.executor["device"], "a report of the processor never stands for it"
+    with pytest.raises(DoesNotFit, match="Set `target` to torch:cpu") as ahead:
+        VALIDATE.admit(on_gpu, {})
+    at_work = refused(shared_store, lambda: judged(dense, topics, target="torch:cuda"), "there is none here")
+    assert str(at_work) == str(ahead.value)
 
 
 def test_model_judged_against_itself_has_no_divergence(judged, dense, topics):
