@@ -99,7 +99,8 @@ def _check(params: ShareParams, model: PreTrainedModel) -> None:
     if params.method == "recursive":
         looped.check(model)
     else:
-        projections.check(model, params.projections)
+        chosen = params.projections != ShareParams.model_fields["projections"].default
+        projections.check(model, params.projections, chosen=chosen)
 
 
 def _tie(params: ShareParams, model: PreTrainedModel, output: Path, progress: Progress) -> float:

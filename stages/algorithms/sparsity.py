@@ -17,9 +17,9 @@ Keep = Callable[[Tensor], Tensor]
 
 
 SPARSE = 0.02
+"""A matrix with at least this share of zeros is sparse; a dense one has a zero by chance."""
 _PATTERNS = ((2, 4), (4, 8))
 _ROWS, _COLUMNS = 64, 64
-"""A matrix with at least this share of zeros is sparse; a dense one has a zero by chance."""
 
 
 def is_sparse(weight: Tensor) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stages.algorithms.block_influence import influence
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.block_calls import arguments, embedded
+from stages.models.blockwise.block_calls import arguments, embedded, together
 from stages.models.blockwise.run import check_finite
 
 CANDIDATES = 10
@@ -127,7 +127,7 @@ def _states(
     found = []
     for block, kwargs in list(zip(blocks, calls, strict=True))[start:]:
         if block.index not in gone:
-            returned = block.module(x_NTH, **kwargs)
+            returned = block.module(x_NTH, **together(kwargs, len(x_NTH)))
             x_NTH = returned[0] if isinstance(returned, tuple) else returned
             check_finite(block.name, x_NTH)
         found.append(x_NTH)

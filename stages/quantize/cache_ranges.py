@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stages.algorithms.grids import E4M3_TOP, INT8
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.block_calls import arguments, embedded
+from stages.models.blockwise.block_calls import arguments, embedded, together
 from stages.models.blockwise.run import check_finite, in_short, output
 from stages.models.checkpoint.files import read
 from stages.models.layers import rounded_cache
@@ -110,7 +110,7 @@ def _run(model: PreTrainedModel, block: Block, x_NTH: Tensor, kwargs: Mapping[st
     with rounded_cache.listening(model, heard):
         for batch in x_NTH.split(AT_ONCE):
             with in_short():
-                batch.copy_(output(block.module(batch, **kwargs)))
+                batch.copy_(output(block.module(batch, **together(kwargs, len(batch)))))
 
 
 def _decided(heard: _Heard, form: str, search: bool) -> dict[str, float]:

@@ -84,7 +84,7 @@ def roles_of(block: nn.Module, name: str) -> dict[str, str]:
     """
     by_role: dict[str, str] = {}
     for where in maps_of(block, name):
-        role = _role(where)
+        role = role_of(where)
         if role is None or role in by_role:
             raise StageError(f"{name}.{where} is not understood", measured="its role" if role is None else role)
         by_role[role] = where
@@ -95,7 +95,8 @@ def roles_of(block: nn.Module, name: str) -> dict[str, str]:
     return {role: by_role[role] for role in _ORDERED if role in by_role}
 
 
-def _role(where: str) -> str | None:
+def role_of(where: str) -> str | None:
+    """The role of a map by its path inside a block, None where it is not known."""
     cross = any(name in where.split(".") for name in _OTHER_ATTENTIONS)
     known = where.replace("crossattention", "attention")
     ends = {leaf: role for role, leaves in _LEAVES.items() for leaf in leaves if f".{known}".endswith(f".{leaf}")}

@@ -10,22 +10,20 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
-from stages.models.anatomy.roles import _role, own_maps, refuse_experts
+from stages.models.anatomy.roles import own_maps, refuse_experts, role_of
 from stages.runtime.contract import StageError
 
-EVERY = ("q+k", "v", "qkv", "o", "gate+up", "gate_up", "down", "cross_q", "cross_k+cross_v", "cross_o")
-"""All that a block may have, joined where maps read one tensor."""
 _FUSED = {"gate_up_proj": "gate_up", "ffn": "up", "ffn_output": "down"}
 
 
 def named(block: anatomy.Block) -> dict[str, str]:
     """Role -> path inside the block, for each map whose role is known."""
-    found = {_role(inner) or _FUSED.get(inner.rpartition(".")[2]): inner for inner in own_maps(block.module)}
+    found = {role_of(inner) or _FUSED.get(inner.rpartition(".")[2]): inner for inner in own_maps(block.module)}
     return {role: inner for role, inner in found.items() if role is not None}
 
 
-def check(model: PreTrainedModel, projections: Sequence[str]) -> None:
-    """Raise StageError where no block has a projection that was asked for; of EVERY, where there is none at all.
+def check(model: PreTrainedModel, projections: Sequence[str], *, chosen: bool) -> None:
+    """Raise StageError where no block has one of the projections; where nobody chose them, where there is none at all.
 
     Raises:
         StageError: that, or a block holds experts.
@@ -36,7 +34,7 @@ def check(model: PreTrainedModel, projections: Sequence[str]) -> None:
         there += [role for role in named(block) if role not in there]
     asked = "+".join(projections).split("+")
     missing = [role for role in asked if role not in there]
-    if there and (not missing or set(projections) == set(EVERY)):
+    if there and not (missing and chosen):
         return
     raise StageError(
         f"{type(model).__name__} has no map for {missing[0]!r} in any block",

@@ -11,7 +11,7 @@ from stages.models.checkpoint.subject import Subject
 from stages.models.layers.low_rank_linear import SharedLinear
 from stages.models.low_rank.planning import dense
 from stages.models.low_rank.products import Asked, compressed
-from stages.models.low_rank.projections import EVERY, named
+from stages.models.low_rank.projections import named
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from stages.share import ShareParams
@@ -39,7 +39,7 @@ def root(tmp_path_factory):
 def test_family_in_thin_products_is_written_as_it_answers(name, root, tmp_path):
     model = load_model(family(name, root))
     before, names = block_parameters(model), dense(model)
-    kinds = EVERY if len(name) % 2 and name != "mamba" else None
+    kinds = ShareParams().projections if len(name) % 2 and name != "mamba" else None
     done = compressed(model, IDS.clone(), Asked(0.93, kinds, 2 if kinds else 1), tmp_path / "state", Silent())
     thin = {row["layer"] for row in done.rows}
     assert thin == {path for path in names if isinstance(model.get_submodule(path), SharedLinear)}
