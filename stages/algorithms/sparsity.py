@@ -77,7 +77,11 @@ def largest(share: float) -> Keep:
 
     def keep(score_OB: Tensor) -> Tensor:
         best = score_OB.flatten().topk(int(share * score_OB.numel())).indices
-        return torch.zeros(score_OB.numel(), dtype=torch.bool).scatter_(0, best, True).view_as(score_OB)
+        return (
+            torch.zeros(score_OB.numel(), dtype=torch.bool, device=score_OB.device)
+            .scatter_(0, best, True)
+            .view_as(score_OB)
+        )
 
     return keep
 
@@ -114,12 +118,15 @@ def prices(w_OI: Tensor, moment_II: Tensor, importance_O: Tensor, shares: Sequen
 def packed(mask_OI: Tensor) -> Tensor:
     """The mask as bits, [O, ceil(I / 8)] uint8, the first column in the lowest bit."""
     outputs, inputs = mask_OI.shape
-    padded = torch.zeros(outputs, -(-inputs // 8) * 8, dtype=torch.uint8)
+    padded = torch.zeros(outputs, -(-inputs // 8) * 8, dtype=torch.uint8, device=mask_OI.device)
     padded[:, :inputs] = mask_OI
-    weights_8 = 2 ** torch.arange(8, dtype=torch.uint8)
-    return (padded.unflatten(1, (-1, 8)) * weights_8).sum(2, dtype=torch.uint8)
+    return (padded.unflatten(1, (-1, 8)) * (1 << _places(mask_OI))).sum(2, dtype=torch.uint8)
 
 
 def unpacked(bits: Tensor, inputs: int) -> Tensor:
     """mask_OI from `packed`."""
-    return (bits[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten(1)[:, :inputs]
+    return (bits[..., None] >> _places(bits) & 1).bool().flatten(1)[:, :inputs]
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)

@@ -1,0 +1,101 @@
+"""What runs on a GPU answers as on the processor; `make gpu-test` runs it where there is one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from stages.adapters.cuda_driver import gpu_name, loaded
+from stages.adapters.tensorrt_execution import Device, open_device
+from stages.runtime.contract import DoesNotFit
+from stages.runtime.progress import Silent
+from stages.serving.cuda import require_gpu
+from stages.serving.eager import eager
+from stages.validate import VALIDATE, ValidateParams, executed_on
+from tests.benchmarks.families import CELLS, ROWS, _made, checkpoint, text
+from tests.stages.models.families import EXPERTS, FAMILIES, VOCABULARY, WIDER, family
+
+pytestmark = pytest.mark.gpu
+MADE = {
+    **{name: CELLS[name] for name in ("channels", "heads", "blocks", "2:4", "factorize", "share")},
+    **{name: CELLS[name] for name in ("W8A8", "INT8", "INT4", "FP8", "NVFP4")},
+    "MXFP4": ("quantize", {"scheme": "mxfp4", "skip": ("*.down_proj",), "windows": 4, "window_tokens": 32}),
+    "bf16": ("quantize", {"scheme": "bf16"}),
+    "sparse": ("factorize", {"keep": 0.9, "sparse": 0.5, "windows": 4, "window_tokens": 32}),
+    "cache": ("quantize", {"scheme": "int8_weight_only", "kv_cache": "int8", "windows": 4, "window_tokens": 32}),
+}
+ROUNDED = ("W8A8", "FP8", "NVFP4", "cache")
+"""What rounds activations: a sum in another order can fall to the next step."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gpu():
+    try:
+        require_gpu()
+    except DoesNotFit as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpu")
+
+
+def apart(folder):
+    """How far the GPU's answers are from the processor's, of the largest, on a short and a padded text."""
+    ids_NT = 3 + np.arange(40, dtype=np.int64).reshape(2, 20) * 7 % (VOCABULARY - 3)
+    mask_NT = np.ones_like(ids_NT)
+    mask_NT[1, 12:] = 0
+    one, other = eager(folder), eager(folder, "cuda")
+    want, got = one.forward(ids_NT, mask_NT), other.forward(ids_NT, mask_NT)
+    assert np.array_equal(got, other.forward(ids_NT, mask_NT)), "the same bits each time"
+    if want.ndim > 2 and want.shape[1] == ids_NT.shape[1]:
+        want, got = want[mask_NT > 0], got[mask_NT > 0]
+    return np.abs(got - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", FAMILIES | WIDER | EXPERTS)
+def test_family_answers_as_on_the_processor(name, root):
+    assert apart(family(name, root)) < 1e-5
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_what_a_technique_made_answers_as_on_the_processor(made, root, tmp_path):
+    out = _made(*MADE[made], checkpoint(ROWS["Llama"], root), root, tmp_path)
+    assert apart(out) < (3e-2 if made in ROUNDED else 1e-5)
+
+
+def test_a_verdict_of_the_gpu_is_the_processors(root, tmp_path):
+    dense = checkpoint(ROWS["Llama"], root)
+    (tmp_path / "made").mkdir()
+    inputs = {"model": _made(*CELLS["INT4"], dense, root, tmp_path / "made"), "text": text(root), "baseline": dense}
+    found = {}
+    for target in ("torch:cpu", "torch:cuda"):
+        params = ValidateParams(window_tokens=32, windows=4, target=target)
+        VALIDATE.admit(params, {"model": _Generates()})
+        out = tmp_path / target.replace(":", "-")
+        out.mkdir()
+        found[target] = VALIDATE.run(params, inputs, out, Silent())
+        assert json.loads((out / "report.json").read_text())["artifact_target"] == target
+    assert found["torch:cuda"] == pytest.approx(found["torch:cpu"], rel=1e-3)
+    assert executed_on(ValidateParams(target="torch:cuda")) == {
+        "target": "torch:cuda",
+        "device": torch.cuda.get_device_name(0),
+        "runtime": f"torch {torch.__version__.partition('+')[0]} CUDA {torch.version.cuda}",
+    }
+
+
+def test_the_driver_says_what_torch_says_and_a_plan_for_another_gpu_is_refused():
+    here = "sm_{}{}".format(*torch.cuda.get_device_capability(0))
+    assert gpu_name() == torch.cuda.get_device_name(0)
+    assert Device(loaded()[0]).architecture == here
+    assert open_device("tensorrt_rtx", ["sm_75", here]).architecture == here
+    with pytest.raises(DoesNotFit, match=rf"measured {here}; limit sm_1\. Compile with {here}"):
+        open_device("tensorrt_rtx", ["sm_1"])
+
+
+class _Generates:
+    """As much of a checkpoint as `admit` asks of one that generates."""
+
+    task = "generate"
