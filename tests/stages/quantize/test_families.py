@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.models.anatomy.plainness import factor, token_tables
 from stages.models.checkpoint.loading import load_model
@@ -49,3 +50,14 @@ def test_family_in_eight_bits_answers_as_the_dense_one_with_rounded_weights(name
     assert torch.allclose(answers(ours), answers(dense), rtol=1e-4, atol=1e-4 * exact.abs().max())
     assert 0 < (answers(ours) - exact).norm() < 0.05 * exact.norm()
     assert any("not called as maps" in note for note in told.notes) == (name == "mamba")
+
+
+def test_rows_too_short_to_gain_are_rounded_all_the_same_and_that_is_said(tmp_path):
+    config = LlamaConfig(
+        hidden_size=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=2, vocab_size=17
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "given")
+    told = Told()
+    found = quantize(QuantizeParams(scheme="int8_weight_only"), {"model": tmp_path / "given"}, tmp_path / "out", told)
+    assert found["size_bytes"] > found["size_bytes_before"] and found["integer_matrices"] == 9
+    assert any("did not shrink" in note for note in told.notes)
