@@ -57,7 +57,7 @@ def eager(folder: Path, device: str = CPU) -> Eager:
     with computing():
         model = load_model(folder).to(device)
     task = tasks.task(model.config)
-    placed = "position_ids" in inspect.signature(model.forward).parameters
+    placed = "position_ids" in inspect.signature(model.forward).parameters and not _counts_itself(model)
 
     def forward(ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
         ids, mask = (torch.from_numpy(one).to(device) for one in (ids_NT, mask_NT))
@@ -108,6 +108,12 @@ def fast_tokenizer(folder: Path) -> Tokenizer:
         )
     made: Tokenizer = found.backend_tokenizer
     return made
+
+
+def _counts_itself(model: PreTrainedModel) -> bool:
+    """Whether positions begin behind padding's own: such a model leaves padding out when it counts (RoBERTa)."""
+    most = tasks.longest(model.config)
+    return most != getattr(model.config.get_text_config(), "max_position_embeddings", most)
 
 
 def _shifted(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
