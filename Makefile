@@ -14,7 +14,7 @@ COMPOSE = ENGINERY_STACK=$(stack) $(compose) --project-name $(stack) --project-d
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check real-test fault-test cases families service-test bench bench-engine images schemas clean gpu-test \
+.PHONY: help install run test check real-test fault-test cases fuzz families service-test bench bench-engine images schemas clean gpu-test \
   production-env production-up production-submit production-watch production-down production-test
 
 help:  ## list the targets
@@ -55,8 +55,11 @@ real-test: install  ## a slice on the real model: fetch to verdict, short texts
 fault-test: install  ## whole runs, kills, pools and clusters in processes of their own
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault -n 2 --dist loadfile --durations 5 $(ARGS) tests
 
-cases: install  ## inputs of public reports, made anew: what comes out is right; ENGINERY_CASES=third for the day's third
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m case -n 2 --durations 5 $(ARGS) tests/cases
+cases: install  ## inputs of public reports, made anew, and the day's 20 of the fuzz: what comes out is right; ENGINERY_CASES=third for the day's third
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m case -n 2 --durations 5 $(ARGS) tests/cases tests/fuzz
+
+fuzz: install  ## drawn checkpoints of every family beside transformers; FAMILY=llama SEED=0 COUNT=500
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --family '$(FAMILY)' --seed $(or $(SEED),0) --count $(or $(COUNT),500)
 
 families: install  ## every family of models through every technique: a table; ARGS="Llama BERT" for some
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.families $(ARGS)

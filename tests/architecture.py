@@ -55,7 +55,7 @@ ONE_A_TECHNIQUE = "stages.algorithms"
 """As many files as there are techniques."""
 OPTIONS = "flows.commands"
 """A command has as many parameters as a person has options."""
-TESTS_APART = ("benchmarks", "cases", "infra", "production", "real", "services")
+TESTS_APART = ("benchmarks", "cases", "fuzz", "infra", "production", "real", "services")
 """Folders of tests that mirror no room: they try the whole."""
 
 

@@ -23,6 +23,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     seen = {kind: {one.nodeid for one in reporter.stats.get(kind, ())} for kind in ("passed", "failed", "error")}
     failed = seen["failed"] | seen["error"]
     if os.environ.get(ASKED) == "third":
-        names = sorted(node.rpartition("[")[2][:2] for node in seen["passed"] | failed)
+        cases = [node for node in seen["passed"] | failed if "test_cases.py" in node]
+        names = sorted(node.rpartition("[")[2][:2] for node in cases)
         reporter.write_line(f"the third of day {today()}: {', '.join(names)}")
     reporter.write_line(f"{len(seen['passed'] - failed)} passed, {len(failed)} failed")

@@ -1,0 +1,1 @@
+"""Random configurations of every family, held against transformers' own forward."""
