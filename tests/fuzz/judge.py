@@ -207,9 +207,9 @@ def _check_measures(
 ) -> None:
     """Perplexity, divergence and distance in the report are those of transformers' answers, computed here."""
     task, special = report["task"], given.tokenizer["special"]
-    before, after = (int(name in given.tokenizer["ends"]) for name in ("bos", "eos"))
+    windows, before, after = _windows(given, root)
     expected: dict[str, list[Tensor]] = {}
-    for ids_T in _windows(given, root, before, after):
+    for ids_T in windows:
         p_RV, target_R = _rows(dense, ids_T, task, before, after, special["mask"])
         q_RV, _ = _rows(made, ids_T, task, before, after, special["mask"])
         for name, values_R in _measured(task, p_RV.double(), q_RV.double(), target_R).items():
@@ -221,13 +221,16 @@ def _check_measures(
             raise WrongError(f"{name} is {report['measures'][name]}, by transformers' answers {wanted}")
 
 
-def _windows(given: Case, root: Path, before: int, after: int) -> list[Tensor]:
-    """The text cut by hand, in tokens as transformers reads them."""
+def _windows(given: Case, root: Path) -> tuple[list[Tensor], int, int]:
+    """The text cut by hand, in tokens as transformers reads them; how many come before a text, and how many behind."""
     text = json.loads((root / "text" / "test.jsonl").read_text(encoding="utf-8"))["text"]
-    bare = AutoTokenizer.from_pretrained(root / "given")(text, add_special_tokens=False)["input_ids"]
-    special, room = given.tokenizer["special"], given.tokens - before - after
-    first, last = [special["bos"]] * before, [special["eos"]] * after
-    return [torch.tensor([*first, *bare[one : one + room], *last]) for one in range(0, WINDOWS * room, room)]
+    read = AutoTokenizer.from_pretrained(root / "given")  # of some types a class that reads the file in its own way
+    bare, whole = read(text, add_special_tokens=False)["input_ids"], read(text)["input_ids"]
+    before = next(one for one in range(len(whole)) if whole[one : one + len(bare)] == bare)
+    first, last = whole[:before], whole[before + len(bare) :]
+    room = given.tokens - len(first) - len(last)
+    cut = [torch.tensor([*first, *bare[one : one + room], *last]) for one in range(0, WINDOWS * room, room)]
+    return cut, len(first), len(last)
 
 
 def _measured(task: str, p_RV: Tensor, q_RV: Tensor, target_R: Tensor) -> dict[str, Tensor]:
