@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from stages.runtime.contract import Progress, StageError
 
 SPLITS = ("calibrate", "train", "validate", "test")
 _WORDS = ("the", "a", "0")
-"""Asked in turn: a vocabulary that knows no character of a word may say nothing."""
+"""Asked in turn, then the vocabulary's own: one that knows no character of a word may say nothing."""
 
 
 def passages(corpus: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -104,7 +105,9 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     Returns:
         ids before and ids after; both empty for a tokenizer that adds nothing.
     """
-    for word in _WORDS:
+    special = set(tokenizer.all_special_ids)
+    own = (tokenizer.decode([one]) for one in range(len(tokenizer)) if one not in special)
+    for word in chain(_WORDS, own):
         bare = list(tokenizer(word, add_special_tokens=False)["input_ids"])
         whole = list(tokenizer(word)["input_ids"])
         if bare:

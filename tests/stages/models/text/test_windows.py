@@ -240,3 +240,14 @@ def test_split_that_is_not_there_is_refused(tmp_path: Path, reference: str) -> N
         windows(corpus(tmp_path, [PROSE]), "train", byte_level(reference), 8)
     with pytest.raises(StageError, match=r"shorter than one window; measured \d+ tokens; limit 500 tokens"):
         windows(tmp_path, "test", byte_level(reference), 500)
+
+
+def test_ends_of_a_vocabulary_that_knows_no_latin_letter_are_found_by_its_own_words():
+    made = Tokenizer(
+        models.BPE({"<b>": 0, "<e>": 1, "語": 2, "文": 3}, [])
+    )  # without <unk> it drops what it does not know
+    made.post_processor = processors.TemplateProcessing(
+        single="<b> $A <e>", pair="<b> $A <e> $B <e>", special_tokens=[("<b>", 0), ("<e>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<b>", eos_token="<e>")
+    assert special_ends(tokenizer) == ([0], [1])
