@@ -199,6 +199,8 @@ def _dequantize(theirs: PreTrainedModel, stored: Mapping[str, Tensor]) -> None:
             weight_OI = weight_OI.t()
         if not bool(((values_OI - weight_OI).abs() <= scale_O[:, None] * 0.5001 + 1e-12).all()):
             raise WrongError(f"{name} is not rounded to the nearest of its row's steps")
+        if not torch.allclose(scale_O * 127, weight_OI.abs().amax(1), rtol=1e-3):
+            raise WrongError(f"the steps of {name} are not 127 up to a row's largest")
         weight_OI.copy_(values_OI)
 
 
