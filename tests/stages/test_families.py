@@ -62,7 +62,9 @@ def outline(folder):
     return {"model": Subject(folder, outlined(folder, [folder / "model.safetensors"])[0], "")}
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt2", "falcon", "phi3", "bert_masked", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize(
+    "name", ["opt", "gpt2", "falcon", "phi3", "bloom", "bert_masked", "roberta", "distilbert", "electra"]
+)
 def test_family_loses_a_block_and_answers_as_what_is_left(name, root, tmp_path):
     folder = family(name, root)
     params = PruneParams(method="blocks", keep=0.7, windows=2, window_tokens=20)
