@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from stages.adapters.backends import backend, module_of, processor_targets
-from stages.adapters.cuda_driver import gpu_name
 from stages.measures.table import MEASURES
 from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
+from stages.runtime.cuda_driver import gpu_name
 from stages.runtime.execute import device_name
 from stages.runtime.parts import FOLDER, gaps, keep, kept
 

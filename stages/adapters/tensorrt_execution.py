@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.adapters.backends import Forward
-from stages.adapters.cuda_driver import DRIVER, loaded
 from stages.runtime.contract import DoesNotFit, StageError
+from stages.runtime.cuda_driver import DRIVER, loaded
 
 _MAJOR, _MINOR = 75, 76
 """Numbers of CUDA's device attributes for the compute capability."""

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from stages.adapters.cuda_driver import loaded
 from stages.runtime.contract import DoesNotFit, StageError
+from stages.runtime.cuda_driver import loaded
 
 CPU, CUDA = "cpu", "cuda"
 _ELSEWHERE = "Set `target` to torch:cpu"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.adapters.cuda_driver import gpu_name, loaded
 from stages.adapters.tensorrt_execution import Device, open_device
 from stages.runtime.contract import DoesNotFit
+from stages.runtime.cuda_driver import gpu_name, loaded
 from stages.runtime.progress import Silent
 from stages.serving.cuda import require_gpu
 from stages.serving.eager import eager
