@@ -105,9 +105,7 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     Returns:
         ids before and ids after; both empty for a tokenizer that adds nothing.
     """
-    special = set(tokenizer.all_special_ids)
-    own = (tokenizer.decode([one]) for one in range(len(tokenizer)) if one not in special)
-    for word in chain(_WORDS, own):
+    for word in chain(_WORDS, _own_words(tokenizer)):
         bare = list(tokenizer(word, add_special_tokens=False)["input_ids"])
         whole = list(tokenizer(word)["input_ids"])
         if bare:
@@ -121,6 +119,13 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
         limit=f"{bare} within",
         remedy="Take a checkpoint whose tokenizer adds special tokens around a text only.",
     )
+
+
+def _own_words(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    special = set(tokenizer.all_special_ids)
+    for one in range(len(tokenizer)):
+        if one not in special:
+            yield str(tokenizer.decode([one]))
 
 
 def _pieces(
