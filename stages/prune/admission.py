@@ -8,12 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.editing import matching
 from stages.models.checkpoint.subject import Subject, reshape
+from stages.prune import units as surgery
 from stages.prune import zeros
-from stages.prune.channels_heads import Asked, check_depth, kept_channels, kept_heads
+from stages.prune.channels_heads import plan, said
+from stages.prune.gaps import check_depth
 from stages.prune.params import WEIGHTS, PruneParams
+from stages.prune.target import Asked
+from stages.prune.units import CHANNELS, HEADS
 from stages.prune.width import READERS, kept_width
 
 
@@ -35,30 +42,22 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
     asked = Asked(int(params.keep * anatomy.block_parameters(given.model)), params.multiple, params.by, Path())
     # A copy: other steps read the model as it is.
     cut = replace(given, model=deepcopy(given.model), masked=False)
-    _CUTS[params.method](cut, asked)
+    if params.method in (CHANNELS, HEADS):
+        _narrow(cut, params.method, asked)
+    else:
+        {"width": _width, "blocks": _blocks}[params.method](cut, asked)
     return cut
 
 
-def _channels(given: Subject, asked: Asked) -> None:
-    kept = kept_channels(given.model, asked)
+def _narrow(given: Subject, what: str, asked: Asked) -> None:
+    made = plan(given.model, what, asked)
     for block in anatomy.blocks(given.model):
-        found = anatomy.projections(block)
-        for role in ("gate", "up"):
-            reshape(found[role], outputs=kept)
-        reshape(found["down"], inputs=kept)
-    given.model.config.intermediate_size = kept
-
-
-def _heads(given: Subject, asked: Asked) -> None:
-    kept, readers, dim = kept_heads(given.model, asked)
-    for block in anatomy.blocks(given.model):
-        found = anatomy.projections(block)
-        reshape(found["q"], outputs=kept * readers * dim)
-        reshape(found["o"], inputs=kept * readers * dim)
-        for role in ("k", "v"):
-            reshape(found[role], outputs=kept * dim)
-    config = given.model.config
-    config.num_key_value_heads, config.num_attention_heads, config.head_dim = kept, kept * readers, dim
+        for units, count in zip(surgery.of(block, what), made.kept[block.index], strict=True):
+            weight_OI: Tensor = surgery.reading(block.module.get_submodule(units.reader)).weight  # type: ignore[assignment]
+            # The first ones stand for those that the work will choose.
+            columns_K = units.columns_GS[:count].flatten()
+            surgery.cut(block, units, torch.arange(count), weight_OI.detach()[:, columns_K], made.fields)
+    said(given.model, made)
 
 
 def _width(given: Subject, asked: Asked) -> None:
@@ -71,6 +70,3 @@ def _width(given: Subject, asked: Asked) -> None:
 
 def _blocks(given: Subject, asked: Asked) -> None:
     check_depth(given.model)
-
-
-_CUTS = {"channels": _channels, "heads": _heads, "width": _width, "blocks": _blocks}

@@ -120,6 +120,12 @@ def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Cal
     return gone
 
 
+def parameters_without(model: PreTrainedModel, dropped: Sequence[int]) -> int:
+    """Parameters in the blocks that are left when these are gone, each distinct tensor counted once."""
+    left = [block for block in anatomy.blocks(model) if block.index not in dropped]
+    return sum({id(one): one.numel() for block in left for one in block.module.parameters()}.values())
+
+
 def _states(
     blocks: Sequence[Block], calls: Sequence[Mapping[str, Any]], x_NTH: Tensor, gone: Collection[int], start: int
 ) -> list[Tensor]:

@@ -31,7 +31,7 @@ from stages.models.blockwise.streams import Ends
 from stages.models.blockwise.technique import Compressed, OnWeights, put
 from stages.models.memory.saved_state import read_record, save_state
 from stages.prune import stream
-from stages.prune.channels_heads import Asked, Rows, cannot
+from stages.prune.target import Asked, Rows, cannot
 from stages.runtime.contract import Progress, StageError
 from stages.runtime.progress import Pass
 

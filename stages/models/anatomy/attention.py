@@ -16,7 +16,7 @@ from stages.runtime.contract import StageError
 
 _WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _INTERLEAVED = ("query_key_value",)
-"""Fused maps whose rows go head by head: q, k and v of the first head, then of the next."""
+"""Fused maps whose rows go group by group: the heads of queries that read the first k and v, these two, and so on."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Attention:
         heads: h, of queries.
         kv_heads: g; each is read by h / g heads of queries in a row.
         head_dim: d.
-        interleaved: whether a fused map's rows go head by head; else all of q, then k, then v.
+        interleaved: whether a fused map's rows go group by group: heads of queries, then the k and v that they read;
+            else all of q, then k, then v.
     """
 
     maps: dict[str, nn.Module]
@@ -48,14 +49,18 @@ class Attention:
         if "qkv" not in self.maps or role == "o":
             return torch.arange(count * self.head_dim).view(count, self.head_dim)
         if self.interleaved:
-            return torch.arange(3 * count * self.head_dim).view(count, 3, self.head_dim)[:, "qkv".index(role)]
+            each = self.heads // self.kv_heads
+            rows = torch.arange((self.heads + 2 * self.kv_heads) * self.head_dim)
+            of_groups = rows.view(self.kv_heads, each + 2, self.head_dim)
+            mine = {"q": of_groups[:, :each], "k": of_groups[:, each:-1], "v": of_groups[:, -1:]}[role]
+            return mine.reshape(count, self.head_dim)
         start = {"q": 0, "k": self.heads, "v": self.heads + self.kv_heads}[role] * self.head_dim
         return start + torch.arange(count * self.head_dim).view(count, self.head_dim)
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """down(act(up(x))), or down(act(gate(x)) * up(x)) in a gated one."""
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) in a gated one, whose gate and up may be one map, `up`."""
 
     gate: nn.Module | None
     up: nn.Module
@@ -81,7 +86,7 @@ def feed_forward(block: Block) -> FeedForward:
         StageError: the block is not understood.
     """
     found = projections(block)
-    return FeedForward(found.get("gate"), found["up"], found["down"])
+    return FeedForward(found.get("gate"), found.get("gate_up") or found["up"], found["down"])
 
 
 def _attention(block: Block, prefix: str) -> Attention:
@@ -102,7 +107,7 @@ def _attention(block: Block, prefix: str) -> Attention:
         rest = int(maps["k"].out_features)  # type: ignore[arg-type]
         kv_heads, even = rest // width, rest % width == 0 and int(maps["q"].out_features) == inputs  # type: ignore[arg-type]
     interleaved = leaf in _INTERLEAVED
-    if not even or not kv_heads or heads % kv_heads or (interleaved and heads != kv_heads):
+    if not even or not kv_heads or heads % kv_heads:
         raise StageError(
             f"the heads of {block.name}.{path} are not understood", measured=f"{heads} heads, {rest} rows of k"
         )

@@ -18,13 +18,17 @@ _LEAVES = {
     "k": ("k_proj", "k", "key", "k_lin"),
     "v": ("v_proj", "v", "value", "v_lin"),
     "qkv": ("c_attn", "query_key_value", "qkv_proj"),
-    "o": ("o_proj", "out_proj", "o", "out_lin", "attention.dense", "attention.output.dense", "attn.c_proj"),
+    "o": (
+        "o_proj", "out_proj", "o", "out_lin", "attention.dense", "self_attention.dense", "attention.output.dense",
+        "attn.c_proj",
+    ),
     "gate": ("gate_proj", "wi_0"),
-    "up": ("up_proj", "fc1", "wi", "wi_1", "c_fc", "dense_h_to_4h", "lin1", "intermediate.dense"),
-    "down": ("down_proj", "fc2", "wo", "dense_4h_to_h", "lin2", "output.dense", "mlp.c_proj"),
-}
+    "up": ("up_proj", "fc1", "wi", "wi_1", "c_fc", "dense_h_to_4h", "lin1", "intermediate.dense", "ffn"),
+    "gate_up": ("gate_up_proj",),
+    "down": ("down_proj", "fc2", "wo", "dense_4h_to_h", "lin2", "output.dense", "mlp.c_proj", "ffn_output"),
+}  # fmt: skip
 _ORDER = ("q", "k", "v", "qkv", "o")
-_ORDERED = (*_ORDER, *(CROSS + role for role in _ORDER), *FEED_FORWARD)
+_ORDERED = (*_ORDER, *(CROSS + role for role in _ORDER), "gate", "up", "gate_up", "down")
 _OTHER_ATTENTIONS = ("encoder_attn", "EncDecAttention", "crossattention")
 
 
@@ -89,7 +93,8 @@ def roles_of(block: nn.Module, name: str) -> dict[str, str]:
             raise StageError(f"{name}.{where} is not understood", measured="its role" if role is None else role)
         by_role[role] = where
     attention = {"qkv", "o"} if "qkv" in by_role else {"q", "k", "v", "o"}
-    needed = attention | {"up", "down"} | ({CROSS + role for role in "qkvo"} if CROSS + "q" in by_role else set())
+    feed_forward = {"gate_up", "down"} if "gate_up" in by_role else {"up", "down"}
+    needed = attention | feed_forward | ({CROSS + role for role in "qkvo"} if CROSS + "q" in by_role else set())
     if missing := sorted(needed - by_role.keys()):
         raise StageError(f"{name} has no {missing[0]}: this block is not understood", measured=", ".join(by_role))
     return {role: by_role[role] for role in _ORDERED if role in by_role}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -21,18 +22,24 @@ COSTLY = frozenset({functional.linear, functional.scaled_dot_product_attention})
 
 @dataclass(frozen=True)
 class _Given:
-    """What a call gave, how often that had been changed in place, and the weights it was made with."""
+    """What a call gave, how often that had been changed in place, its weights, and the sums of what it read."""
 
     made: Tensor
     version: float
     weight: Tensor | None
+    read: Sequence[tuple[Sequence[int], float]]
+
+    def made_of(self, weight: Tensor | None, read: Sequence[tuple[Sequence[int], float]]) -> bool:
+        """Whether a call of these would give the same."""
+        return self.weight is weight and self.read == read
 
 
 class Replay(TorchFunctionMode):
     """Answers costly calls, in their order, by what they gave in the run before; calls past those are kept.
 
-    The runs must be of one block on one input. From the first call on that has other weights than before, and from
-    the first result on that the block has changed in place, everything is computed again.
+    The runs must be of one block on one input. From the first call on that has other weights or inputs than before,
+    and from the first result on that the block has changed in place, everything is computed again. Inputs are other
+    ones where a map that is new multiplies by its weight in a way of its own, which is no costly call.
     """
 
     def __init__(self) -> None:
@@ -69,13 +76,15 @@ class Replay(TorchFunctionMode):
         if func not in COSTLY:
             return func(*args, **(kwargs or {}))
         weight = args[1] if func is functional.linear else None
+        inputs = args[:1] if func is functional.linear else args
+        read = [(one.shape, float(one.sum(dtype=torch.float64))) for one in inputs if isinstance(one, Tensor)]
         place = self._place
         self._place += 1
-        if place < len(self._given) and self._given[place].weight is not weight:
+        if place < len(self._given) and not self._given[place].made_of(weight, read):
             del self._given[place:]
         if place == len(self._given):
             made = func(*args, **(kwargs or {}))
-            self._given.append(_Given(made, _version(made), weight))
+            self._given.append(_Given(made, _version(made), weight, read))
         return self._given[place].made
 
 

@@ -13,12 +13,10 @@ from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.roles import own_maps, refuse_experts, role_of
 from stages.runtime.contract import StageError
 
-_FUSED = {"gate_up_proj": "gate_up", "ffn": "up", "ffn_output": "down"}
-
 
 def named(block: anatomy.Block) -> dict[str, str]:
     """Role -> path inside the block, for each map whose role is known."""
-    found = {role_of(inner) or _FUSED.get(inner.rpartition(".")[2]): inner for inner in own_maps(block.module)}
+    found = {role_of(inner): inner for inner in own_maps(block.module)}
     return {role: inner for role, inner in found.items() if role is not None}
 
 

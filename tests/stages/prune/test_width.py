@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, save_model
 from stages.models.layers import low_rank_linear
-from stages.prune.channels_heads import Asked
+from stages.prune.target import Asked
 from stages.prune.width import cut, width
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent

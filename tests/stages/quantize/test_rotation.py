@@ -152,13 +152,13 @@ def test_rotation_of_another_family_is_refused_by_name(how, root):
 
 
 def test_rotation_of_unevenly_pruned_heads_leaves_the_function(root):
-    from stages.prune.structure import drop_heads
+    from stages.prune import units as surgery
 
     model = load_model(family("mistral", root))
     block = anatomy.blocks(model)[0]
     one = attentions(block)["self"]
-    kept_K = torch.arange(16)  # the first key-value head and its two heads of queries
-    drop_heads(block, kept_K, one.maps["o"].weight.detach()[:, kept_K], 16)
+    first = torch.tensor([0])  # the first key-value head and its two heads of queries
+    surgery.cut(block, surgery.of(block, surgery.HEADS)[0], first, one.maps["o"].weight.detach()[:, :16], {})
     before = answers(model)
     rotation.heads(model, anatomy.blocks(model))
     rotation.stream(model)

@@ -75,3 +75,23 @@ def test_inference_tensors_are_computed_again():
                 run_out = model(x)
                 run.mark()
         torch.testing.assert_close(run_out, model(x))
+
+
+@torch.no_grad()
+def test_other_inputs_before_the_mark_are_noticed():
+    class Own(nn.Linear):
+        """A map that multiplies by itself, as Falcon's."""
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+    model, x, run = Two(), torch.randn(3, 4), Replay()
+    model.first = nn.Sequential(Own(4, 4, bias=False), nn.Linear(4, 4))
+    hook = model.second.register_forward_pre_hook(lambda *_: run.mark())
+    with run:
+        model(x)
+    model.first[0].weight = nn.Parameter(torch.randn(4, 4))
+    with run:
+        changed = model(x)
+    hook.remove()
+    torch.testing.assert_close(changed, model(x))
