@@ -20,6 +20,8 @@ from stages.runtime.contract import StageError
 
 NOTHING = -1
 """In the place of a token: past the end of an answer. It counts for nothing."""
+LIKELIEST = 50
+"""Tokens of which each is drawn: a model that learned with smoothed labels leaves a tenth to all the others."""
 TOGETHER = 32
 """Windows answered side by side: reading the weights once for each token takes most of the time."""
 
@@ -30,7 +32,10 @@ def answered(
     path: Path,
     advanced: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """What the decoder reads: its first token and the likeliest answer, token by token; NOTHING after its end.
+    """What the decoder reads: its first token and an answer drawn from what it says; NOTHING after its end.
+
+    The likeliest answer would do for a model that is sure of it; one that is not says the same token for ever, and a
+    decoder that reads nothing else shows one direction of its inputs.
 
     Args:
         model: an encoder-decoder with its head.
@@ -44,7 +49,8 @@ def answered(
     Raises:
         StageError: the model does not say how an answer begins, or its windows are shorter.
 
-    Source: Kim and Rush 2016, Sequence-Level Knowledge Distillation, with the likeliest tokens in place of a beam.
+    Source: Kim and Rush 2016, Sequence-Level Knowledge Distillation, with a draw in place of a beam; from the likeliest
+    tokens as in Fan et al. 2018, Hierarchical Neural Story Generation.
     """
     name, most = type(model).__name__, getattr(model.config, "max_position_embeddings", None)
     if most is not None and ids_NS.shape[1] > most:
@@ -63,11 +69,13 @@ def answered(
     found_NS = torch.full_like(ids_NS, NOTHING)
     if read_record(path) is None:
         # All else is the model's own: which token comes first, which are never said.
-        plain = GenerationConfig(max_new_tokens=ids_NS.shape[1] - 1, num_beams=1, do_sample=False)
-        for start in range(0, len(ids_NS), TOGETHER):
-            part = slice(start, start + TOGETHER)
-            _answer(model, ids_NS[part], found_NS[part], plain, ends)
-            advanced(min(start + TOGETHER, len(ids_NS)), len(ids_NS))
+        how = GenerationConfig(max_new_tokens=ids_NS.shape[1] - 1, num_beams=1, do_sample=True, top_k=LIKELIEST)
+        with torch.random.fork_rng(devices=()):  # generate() draws by the common generator: the same answers each time
+            torch.manual_seed(0)
+            for start in range(0, len(ids_NS), TOGETHER):
+                part = slice(start, start + TOGETHER)
+                _answer(model, ids_NS[part], found_NS[part], how, ends)
+                advanced(min(start + TOGETHER, len(ids_NS)), len(ids_NS))
         release(model)  # what comes next takes one block after the other
         save_state(path, {"ids": found_NS}, {})
     restore(path, {"ids": found_NS})
