@@ -79,6 +79,7 @@ def quantize_tables(model: PreTrainedModel, progress: Progress = SILENT) -> list
             continue
         if id(weight) not in codes_of:
             codes_of[id(weight)] = round_rows(weight.detach())
+            forget(weight)
         codes, scales = codes_of[id(weight)]
         new: QuantizedEmbedding | QuantizedLinear
         if isinstance(old, nn.Linear):

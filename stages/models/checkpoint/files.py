@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.models.checkpoint.json_files import read_json
 from stages.models.checkpoint.layout import INDEX, WEIGHTS
-from stages.models.memory.pages import forget
+from stages.models.memory.pages import pieces
 from stages.runtime.contract import StageError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
@@ -99,18 +99,18 @@ def write_parts(
 
 def _cast(tensors: Mapping[str, Tensor], kinds: Mapping[str, torch.dtype]) -> Callable[[str], Iterator[Tensor]]:
     def parts(name: str) -> Iterator[Tensor]:
-        own, kind = tensors[name].detach(), kinds[name]
-        made = own.to(kind)
-        if made.dtype != own.dtype and not made.isfinite().all():
-            raise StageError(
-                f"{name} has grown beyond the type in which the checkpoint stores it",
-                measured=f"{float(own.abs().max()):.6g}",
-                limit=f"{torch.finfo(kind).max:.6g}, the largest number of {str(kind).removeprefix('torch.')}",
-                remedy="Begin with the checkpoint in bfloat16: AutoModel...from_pretrained(FOLDER, "
-                'dtype="bfloat16").save_pretrained(NEW).',
-            )
-        yield made
-        forget(own)
+        kind = kinds[name]
+        for own in pieces(tensors[name].detach()):
+            made = own.to(kind)
+            if made.dtype != own.dtype and not made.isfinite().all():
+                raise StageError(
+                    f"{name} has grown beyond the type in which the checkpoint stores it",
+                    measured=f"{float(own.abs().max()):.6g}",
+                    limit=f"{torch.finfo(kind).max:.6g}, the largest number of {str(kind).removeprefix('torch.')}",
+                    remedy="Begin with the checkpoint in bfloat16: AutoModel...from_pretrained(FOLDER, "
+                    'dtype="bfloat16").save_pretrained(NEW).',
+                )
+            yield made
 
     return parts
 

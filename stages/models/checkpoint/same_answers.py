@@ -15,7 +15,7 @@ from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.plainness import ask
 from stages.models.layers import rounded_cache
 from stages.models.layers.quantized_linear import QuantizedLinear
-from stages.models.memory.pages import forget
+from stages.models.memory.pages import forget, pieces
 from stages.runtime.contract import Progress, StageError
 
 SLACK = 1e-3
@@ -105,7 +105,7 @@ def _widened(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> Iterat
             kind = kinds.get(id(tensor), tensor.dtype)
             if kind in _SHORT and id(tensor) not in held:
                 held[id(tensor)] = tensor, tensor.data
-                tensor.data = tensor.data.to(kind).float()
+                tensor.data = _wide(tensor.data, kind)
 
     def restore(tensors: list[Tensor]) -> None:
         for tensor in tensors:
@@ -131,3 +131,11 @@ def _widened(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> Iterat
         undo.callback(restore, outside)
         widen(outside)
         yield
+
+
+def _wide(narrow: Tensor, kind: torch.dtype) -> Tensor:
+    """What a type of 16 bits keeps of a tensor, in float32: of a table of tokens, some rows at a time."""
+    wide = torch.empty(narrow.shape)
+    for to, part in zip(pieces(wide), pieces(narrow), strict=True):
+        to.copy_(part.to(kind))
+    return wide

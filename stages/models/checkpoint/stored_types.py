@@ -19,12 +19,10 @@ from transformers import PreTrainedModel
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
 from stages.models.checkpoint import conversions, files
-from stages.models.memory.pages import forget
+from stages.models.memory.pages import pieces
 
 SHORT = (torch.bfloat16, torch.float16)
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_PIECE = 1 << 22
-"""Elements widened at once."""
 
 
 def kept(model: PreTrainedModel, like: Path) -> dict[str, torch.dtype]:
@@ -91,9 +89,8 @@ def widen(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     path = folder / "widened.safetensors"
 
     def parts(name: str) -> Iterator[Tensor]:
-        for piece in narrow[name].detach().flatten().split(_PIECE):
+        for piece in pieces(narrow[name].detach()):
             yield piece.to(dtype)
-        forget(narrow[name])
 
     files.write_parts(path, {name: (dtype, tuple(one.shape)) for name, one in narrow.items()}, parts)
     for name, tensor in load_file(path).items():

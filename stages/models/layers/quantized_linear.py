@@ -23,6 +23,9 @@ from stages.models.anatomy import blocks as anatomy
 
 _SHOWN = "shown_as_float"
 """Of a module: its maps whose weights look like float ones to it."""
+ROWS = 1 << 14
+"""Rows made float at once: a head has one for each token of the vocabulary."""
+_ALL = slice(None)
 
 
 def pack_int4(q_OI: Tensor) -> Tensor:
@@ -129,27 +132,27 @@ class QuantizedLinear(nn.Module):
         """Of a stored weight."""
         return self.form.bits
 
-    def values(self) -> Tensor:
-        """The weights at scale 1, float32 [O, I]."""
+    def values(self, rows: slice = _ALL) -> Tensor:
+        """The weights at scale 1, float32 [O, I], or some rows of them."""
+        code_OI = self.weight[rows]
         if self.form.name == "int4":
-            return unpack_int4(self.weight).float()
+            return unpack_int4(code_OI).float()
         if self.form.bits == 4:
-            low, high = self.weight & 0x0F, self.weight >> 4
-            return decode_e2m1(torch.stack((low, high), dim=-1).flatten(-2))
-        return self.weight.float()
+            return decode_e2m1(torch.stack((code_OI & 0x0F, code_OI >> 4), dim=-1).flatten(-2))
+        return code_OI.float()
 
-    def scales(self) -> Tensor:
+    def scales(self, rows: slice = _ALL) -> Tensor:
         """What the values are multiplied by, float32 [O] or [O, I/B]."""
+        scale = self.weight_scale[rows]
         if self.form.name == "mxfp4":
-            return power_of_two(self.weight_scale)
-        scale = self.weight_scale.float()
-        return scale if self.weight_scale_2 is None else scale * self.weight_scale_2
+            return power_of_two(scale)
+        return scale.float() if self.weight_scale_2 is None else scale.float() * self.weight_scale_2
 
-    def dequantized(self) -> Tensor:
+    def dequantized(self, rows: slice = _ALL) -> Tensor:
         """w_OI as float."""
         if self.block is None:
-            return self.values() * self.scales()[:, None]
-        return (self.values().unflatten(1, (-1, self.block)) * self.scales()[:, :, None]).flatten(1)
+            return self.values(rows) * self.scales(rows)[:, None]
+        return (self.values(rows).unflatten(1, (-1, self.block)) * self.scales(rows)[:, :, None]).flatten(1)
 
     def rounded(self, x: Tensor) -> Tensor:
         """The input as the map reads it."""
@@ -164,8 +167,14 @@ class QuantizedLinear(nn.Module):
         self.__dict__.pop("weight", None)  # see `_look_float`
         if torch.compiler.is_exporting():
             return self._exported(x)
-        w_OI = self.dequantized() if self.held is None else self.held
-        return functional.linear(self.rounded(x).to(w_OI.dtype), w_OI, self.bias)
+        if self.held is not None:
+            return functional.linear(self.rounded(x).to(self.held.dtype), self.held, self.bias)
+        x, starts = self.rounded(x).float(), range(0, self.out_features, ROWS)
+        parts = [self._some(x, slice(at, at + ROWS)) for at in starts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _some(self, x: Tensor, rows: slice) -> Tensor:
+        return functional.linear(x, self.dequantized(rows), None if self.bias is None else self.bias[rows])
 
     def _exported(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +16,40 @@ from torch import Tensor, nn
 
 _PAGEMAP = Path("/proc/self/pagemap")
 _PRESENT, _SWAPPED, _OF_A_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
+_PIECE = 1 << 23
+"""Elements at once: a table of tokens may be a third of a large model."""
 
 
 def forget(tensor: Tensor) -> int:
-    """Give back the pages of the tensor's storage that a file holds unchanged; reading the tensor brings them again.
+    """Give back the tensor's pages that a file holds unchanged; reading the tensor brings them again.
 
-    No other thread may be writing to the storage. Where the kernel does not say whose a page is (it is Linux's
-    /proc/self/pagemap that does), nothing is given back.
+    Of a tensor that is not contiguous they are those of its whole storage. No other thread may be writing to it. Where
+    the kernel does not say whose a page is (it is Linux's /proc/self/pagemap that does), nothing is given back.
 
     Returns:
         Bytes given back; 0 for a tensor that no file holds.
     """
     if tensor.device.type != "cpu" or tensor.numel() == 0:
         return 0
-    storage, page = tensor.untyped_storage(), mmap.PAGESIZE
-    first, last = storage.data_ptr() // page, -(-(storage.data_ptr() + storage.nbytes()) // page)
+    whole, page = tensor.untyped_storage(), mmap.PAGESIZE
+    begins, size = (tensor.data_ptr(), tensor.nbytes) if tensor.is_contiguous() else (whole.data_ptr(), whole.nbytes())
+    first, last = begins // page, -(-(begins + size) // page)
     clean = _unchanged(first, last - first)
     edges = np.flatnonzero(np.diff(clean.astype(np.int8), prepend=0, append=0))
     given = 0
     for start, stop in edges.reshape(-1, 2).tolist():
-        address, size = (first + start) * page, (stop - start) * page
-        if _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED) == 0:
-            given += size
+        address, length = (first + start) * page, (stop - start) * page
+        if _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED) == 0:
+            given += length
     return given
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Some rows after the others, each piece's pages given back when the next one is asked for; see `forget`."""
+    rows = _PIECE * len(tensor) // max(1, tensor.numel()) if tensor.dim() else 0
+    for part in tensor.split(max(1, rows)) if tensor.dim() else (tensor,):
+        yield part
+        forget(part)
 
 
 def own(tensor: Tensor) -> None:

@@ -88,6 +88,21 @@ def test_forget_gives_the_memory_back_and_the_values_stay(big):
     assert before - resident() > 10 * MIB
 
 
+def test_pieces_are_all_of_a_tensor_and_no_more_than_one_of_them_stays(big, monkeypatch):
+    made, stored = big
+    monkeypatch.setattr(pages, "_PIECE", MIB // 4)
+    before, most, seen = resident(), 0, []
+    for part in pages.pieces(stored["a"].view(-1, 4)):
+        seen.append(part.clone())
+        most = max(most, resident() - before)
+    assert len(seen) == 8
+    assert most < 4 * MIB
+    assert torch.equal(torch.cat(seen).flatten(), made["a"])
+    for odd in (torch.tensor(3.0), torch.empty(0, 5), torch.empty(5, 0), made["a"].view(-1, 4).t()):
+        parts = list(pages.pieces(odd))
+        assert torch.equal(torch.cat(parts) if odd.dim() else parts[0], odd)
+
+
 def test_own_tensor_is_written_to_outside_the_files_pages_and_stays_tied(big):
     made, stored = big
     one, other = nn.Linear(1, 1), nn.Linear(1, 1)

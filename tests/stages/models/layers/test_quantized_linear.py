@@ -8,6 +8,7 @@ from torch import nn
 from stages.graphs.onnx_graph import pack_weights
 from stages.models.checkpoint.files import dtypes
 from stages.models.checkpoint.loading import load_model
+from stages.models.layers import quantized_linear
 from stages.models.layers.quantization_spec import describe, install
 from stages.models.layers.quantized_linear import (
     FORMS,
@@ -19,6 +20,7 @@ from stages.models.layers.quantized_linear import (
 )
 from stages.quantize import rounding
 from stages.quantize.rounding import Precision
+from stages.quantize.stored_forms import rounded
 from tests.stages.models.families import answers, family
 
 pytestmark = [
@@ -127,6 +129,17 @@ def test_int4_forward_equals_its_values_laid_out_by_hand():
     w_OI = q_OI.float() * layer.weight_scale.repeat_interleave(4, dim=1)
     x = torch.randn(3, 8)
     torch.testing.assert_close(layer(x), x @ w_OI.t())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_by_some_rows_at_a_time_gives_what_all_rows_give(form, monkeypatch):
+    layer = QuantizedLinear(64, 7, form=form, block=32 if form == "int4" else None, bias=True)
+    asked = rounded(torch.randn(7, 64), form, layer.block, None)
+    layer.put(asked | {"bias": torch.randn(7)})
+    x = torch.randn(2, 3, 64)
+    expected = torch.nn.functional.linear(x, layer.dequantized(), layer.bias)
+    monkeypatch.setattr(quantized_linear, "ROWS", 3)
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_stored_dtypes_reads_the_bytes(tmp_path):
