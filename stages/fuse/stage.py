@@ -45,7 +45,7 @@ class FuseParams(Params):
 def fuse(params: FuseParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """See FuseParams. `layers.json` says what became of each tensor. It takes seconds a gigabyte and starts over."""
     from stages.fuse import merging
-    from stages.models.checkpoint import editing, layout, loading, masks, same_answers
+    from stages.models.checkpoint import editing, kept_zeros, layout, loading, same_answers
     from stages.models.checkpoint.files import stored_parameters
 
     roles = sorted((role for role in inputs if role != "base"), key=lambda role: int(role.partition(".")[2]))
@@ -60,7 +60,7 @@ def fuse(params: FuseParams, inputs: Mapping[str, Path], output: Path, progress:
     changed = _proven(output, [*models, *([base] if base else [])])
     written = loading.reopened(output)
     same_answers.speaks(written, progress)
-    zeros = masks.anew(models[0], written, output)
+    zeros = kept_zeros.anew(models[0], written, output)
     return {"parameters": float(stored_parameters(output)), "changed_tensors": float(changed), **zeros, **_means(rows)}
 
 

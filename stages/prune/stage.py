@@ -24,7 +24,7 @@ def admit(params: PruneParams, known: Mapping[str, Any]) -> Subject:
 
 
 def prune(params: PruneParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
-    """See PruneParams. `layers.json` says what went where and what that lost; `masks.safetensors` where zeros stand."""
+    """See PruneParams. `layers.json` says what went where and what that lost; `zeros.json` counts the zeros."""
     from stages.models.checkpoint import editing
 
     model = editing.opened(inputs["model"], "prune", output / PARTIAL)
@@ -45,8 +45,8 @@ def _zeros(
     rows = zeros.sparsified(model, ids_NT, how, output / PARTIAL, progress)
     editing.write_table(output, rows, method=params.method)
     written = save_model(model, output, like=like, progress=progress)
-    zeros.save_masks(model, names, output, like)
-    found = zeros.proven(written, how, output)
+    found = zeros.proven(model, written, how)
+    zeros.save(written, names, output, like)
     return {"zeros": float(found.zeros), "weights": float(found.weights), "sparsity": found.zeros / found.weights}
 
 

@@ -1,4 +1,4 @@
-"""Zeros in a model's maps: how many where, which, and the masks beside the weights.
+"""Zeros in a model's maps: how many where, which, and what is proven of those that were written.
 
 Shapes: N windows, T tokens, I inputs, O outputs.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +18,7 @@ from stages.algorithms.allocation import allocate
 from stages.algorithms.basis import damped
 from stages.algorithms.refit import output_errors, refit
 from stages.algorithms.sparsegpt import DAMPING, pruned
-from stages.algorithms.sparsity import Keep, by_rows, largest, of_each, prices, unpacked, wanda
+from stages.algorithms.sparsity import Keep, by_rows, largest, of_each, prices, wanda
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.compress import compress
@@ -27,8 +26,9 @@ from stages.models.blockwise.gradients import gradients
 from stages.models.blockwise.run import SITES, sensitivities
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights, put
-from stages.models.checkpoint import masks
-from stages.models.checkpoint.layout import MASKS
+from stages.models.checkpoint import kept_zeros
+from stages.models.checkpoint.json_files import read_json
+from stages.models.checkpoint.layout import ZEROS
 from stages.models.memory.pages import forget, release, trim
 from stages.models.memory.saved_state import settle
 from stages.runtime.contract import Progress, StageError
@@ -53,7 +53,7 @@ class How:
 
 @dataclass(frozen=True)
 class Found:
-    """Zeros and all weights of the masked maps."""
+    """Zeros and all weights of the pruned maps."""
 
     zeros: int
     weights: int
@@ -230,28 +230,26 @@ def _row(w_OI: Tensor, target_OI: Tensor, new_OI: Tensor, moment_II: Tensor) -> 
     return Compressed({"weight": new_OI.contiguous()}, row)
 
 
-def save_masks(model: PreTrainedModel, names: Collection[str], output: Path, like: Path | None = None) -> None:
-    """Write which weights are not zero, of the maps in `names` and of those that `like` brought masks of.
+def save(written: PreTrainedModel, names: Collection[str], output: Path, like: Path) -> None:
+    """Say how many zeros stand in the maps in `names` and in those that `like` says were pruned before.
 
     A zero that stands in another map by chance is promised to nobody.
     """
-    brought = load_file(like / MASKS) if like and (like / MASKS).is_file() else {}
-    found = {path: one for path, one in linears(model).items() if path in names or f"{path}.weight" in brought}
-    masks.save({f"{path}.weight": one.weight for path, one in found.items()}, output)
+    brought = read_json(like / ZEROS, optional=True)
+    kept_zeros.save(written, {f"{path}.weight" for path in names} | brought.keys(), output)
 
 
-def proven(model: PreTrainedModel, how: How, output: Path) -> Found:
-    """Zeros of the written checkpoint, `model` loaded from it, against its masks and what was asked.
+def proven(model: PreTrainedModel, written: PreTrainedModel, how: How) -> Found:
+    """Zeros of the written checkpoint against those of the model that was to be written, and what was asked.
 
     Raises:
-        StageError: a weight stands where a mask says zero, or zeros are too few.
+        StageError: a weight stands where there was a zero, or zeros are too few.
     """
     zeros = weights = 0
-    bits = load_file(output / MASKS)
     for path in how.names:
-        w_OI = model.get_submodule(path).weight.detach()
+        w_OI, own_OI = (one.get_submodule(path).weight.detach() for one in (written, model))
         stands_OI = w_OI != 0
-        wrong = int((stands_OI & ~unpacked(bits[f"{path}.weight"], w_OI.shape[1])).sum())
+        wrong = int((stands_OI & (own_OI == 0)).sum())
         if how.pattern:
             most, group = PATTERNS[how.pattern]
             wrong += int((stands_OI.unflatten(1, (-1, group)).sum(2) > most).sum())
@@ -264,6 +262,7 @@ def proven(model: PreTrainedModel, how: How, output: Path) -> Found:
             )
         zeros, weights = zeros + int((~stands_OI).sum()), weights + w_OI.numel()
         forget(w_OI)
+        forget(own_OI)
     if not how.pattern and weights - zeros > how.keep * weights:
         raise StageError(
             "the written checkpoint has fewer zeros than were asked",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.blockwise.compress import compress
-from stages.models.checkpoint import compressed_tensors, editing, masks
+from stages.models.checkpoint import compressed_tensors, editing, kept_zeros
 from stages.models.checkpoint.loading import save_model
 from stages.models.layers import rounded_cache
 from stages.models.layers.quantization_spec import annotate
@@ -62,7 +62,7 @@ def in_few_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path
     return {
         **proven,
         **(cache_ranges.proven(output, caches) if caches else {}),
-        **masks.carried(inputs["model"], written, output),
+        **kept_zeros.carried(inputs["model"], written, output),
         "quantized_maps": float(len(rows)),
         "kept_maps": float(kept),
         "rotated_maps": float(sum(one["rotation"] != "off" for one in rotated.values())),

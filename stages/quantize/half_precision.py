@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
-from stages.models.checkpoint import editing, masks
+from stages.models.checkpoint import editing, kept_zeros
 from stages.models.checkpoint.files import dtypes, shapes
 from stages.models.checkpoint.loading import save_model
 from stages.models.layers import rounded_cache
@@ -52,7 +52,7 @@ def in_sixteen_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: 
     return {
         **proven(inputs["model"], output, params.scheme, numbers),
         **(cache_ranges.proven(output, caches) if caches else {}),
-        **masks.carried(inputs["model"], written, output),
+        **kept_zeros.carried(inputs["model"], written, output),
         "quantized_maps": float(len(maps)),
         "kept_maps": 0.0,
         "rotated_maps": 0.0,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.files import dtypes
-from stages.models.checkpoint.layout import MASKS, read_header
+from stages.models.checkpoint.layout import read_header
 from stages.models.layers.quantized_linear import quantized_modules
 from stages.runtime.contract import Metrics, StageError
 
@@ -49,11 +49,10 @@ def proven(before: Path, after: Path, names: Sequence[str]) -> Metrics:
 
 
 def _weights(folder: Path) -> int:
-    """Bytes of a checkpoint's tensors but for what says how few bits are read, and for its masks."""
-    files = [file for file in folder.glob("*.safetensors") if file.name != MASKS]
+    """Bytes of a checkpoint's tensors but for what says how few bits are read."""
     return sum(
         one["data_offsets"][1] - one["data_offsets"][0]
-        for file in files
+        for file in folder.glob("*.safetensors")
         for name, one in read_header(file).items()
         if "_scale" not in name.rpartition(".")[2] and not name.endswith("weight_shape")
     )

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.hadamard import rotation
-from stages.algorithms.sparsity import is_sparse
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.attention import attentions
 from stages.models.anatomy.blocks import READS_NORM, Block
+from stages.models.checkpoint.kept_zeros import is_pruned
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
 from stages.models.memory.pages import own
 from stages.runtime.contract import StageError
@@ -134,7 +134,7 @@ def _check(model: PreTrainedModel, uses: Sequence[Use]) -> None:
         )
         if first.axis != use.axis or not alike:
             raise _tied(first.path, use.path)
-        if is_sparse(use.module.get_parameter("weight")):
+        if is_pruned(use.module.get_parameter("weight")):
             raise StageError(
                 f"{use.path} has zeros that a rotation would fill",
                 limit="no map from which single weights were pruned",

@@ -18,7 +18,6 @@ from stages.algorithms.basis import damped
 from stages.algorithms.grids import E4M3_TOP, nearest_e4m3
 from stages.algorithms.refit import output_errors, refit
 from stages.algorithms.rounding import fake_round, round_rows
-from stages.algorithms.sparsity import is_sparse
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.anatomy.plainness import factor, plain, token_tables, uncalled
@@ -26,6 +25,7 @@ from stages.models.anatomy.roles import refuse_experts
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.sites import float_maps
 from stages.models.blockwise.technique import Compressed
+from stages.models.checkpoint.kept_zeros import is_pruned
 from stages.models.layers import quantized_linear
 from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from stages.models.memory.pages import forget, trim
@@ -220,7 +220,7 @@ class Rounding:
             targets = list((seen.targets(weights) if self.search else weights).values())
             root_II = seen.root_II if self.search else None
             target_OI, stands_OI = torch.cat(targets), None
-            if self.search and any(map(is_sparse, weights.values())):
+            if self.search and any(is_pruned(one.weight) for one in together.values()):
                 stands_OI = torch.cat(list(weights.values())) != 0
                 moment_II = damped(seen.moment_II, seen.damping).float()
                 target_OI = refit(target_OI, target_OI, moment_II, stands_OI)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.models.checkpoint.layout import MASKS, QUANTIZATION
+from stages.models.checkpoint.layout import QUANTIZATION, ZEROS
 from stages.models.checkpoint.loading import load_config, load_tokenizer
 from stages.models.checkpoint.subject import Subject
 from stages.runtime.contract import StageError
@@ -21,7 +21,7 @@ def check(inputs: Mapping[str, Path], update: str) -> None:
         raise _other_tokens(*sizes)
     for role in ("model", "teacher"):
         _refuse_quantized(role, (inputs[role] / QUANTIZATION).is_file())
-    _refuse_filling((model / MASKS).is_file(), update)
+    _refuse_filling((model / ZEROS).is_file(), update)
 
 
 def check_known(model: Subject, teacher: Subject, update: str) -> None:
@@ -60,4 +60,6 @@ def _refuse_quantized(role: str, quantized: bool) -> None:
 
 def _refuse_filling(masked: bool, update: str) -> None:
     if masked and update != "sparse":
-        raise StageError(f"`update: {update}` would fill the zeros that {MASKS} keeps", remedy="Give `update: sparse`.")
+        raise StageError(
+            f"`update: {update}` would fill the zeros that {ZEROS} counts", remedy="Give `update: sparse`."
+        )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.algorithms.sparsity import is_sparse
-from stages.models.checkpoint import masks
+from stages.models.checkpoint import kept_zeros
 from stages.models.checkpoint.editing import write_table
 from stages.models.checkpoint.files import stored_parameters
 from stages.models.checkpoint.loading import load_model
@@ -24,7 +23,7 @@ def proven(update: str, before: Path, after: Path, written: PreTrainedModel, men
         StageError: see `changes`.
     """
     rows = changes(load_model(before, dtype=None), written, zeros_stay=update == "sparse", mended=mended)
-    zeros = masks.carried(before, written, after)
+    zeros = kept_zeros.carried(before, written, after)
     write_table(after, rows, update=update)
     changed = sum(row["relative_change"] > 0 for row in rows)
     return {"changed_tensors": float(changed), "parameters": float(stored_parameters(after)), **zeros}
@@ -55,7 +54,7 @@ def changes(
         )
     if zeros_stay:
         wrong = [
-            name for name in old if is_sparse(old[name].detach()) and int(((old[name] == 0) & (new[name] != 0)).sum())
+            name for name in old if kept_zeros.is_pruned(old[name]) and int(((old[name] == 0) & (new[name] != 0)).sum())
         ]
         if wrong:
             raise StageError(

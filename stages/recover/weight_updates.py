@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.lora import Factors, begun, merged, slopes
-from stages.algorithms.sparsity import SPARSE, is_sparse
+from stages.algorithms.sparsity import SPARSE
+from stages.models.checkpoint.kept_zeros import is_pruned
 from stages.recover.headless import embedded_names
 from stages.runtime.contract import StageError
 
@@ -118,7 +119,8 @@ def updates(kind: Kind, saved: PreTrainedModel, computing: PreTrainedModel, *, r
     computes = {name: parameters[name] for name in weights}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in weights)
-    return Updates(weights, computes, begin(kind, weights, rank, seed), _masks(weights) if kind == "sparse" else {})
+    masks = _masks(saved, weights) if kind == "sparse" else {}
+    return Updates(weights, computes, begin(kind, weights, rank, seed), masks)
 
 
 def begin(kind: Kind, weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, Tensor]:
@@ -144,8 +146,8 @@ def _taker(made: Updates, name: str) -> Callable[[Tensor], None]:
     return lambda _parameter: made.take_gradient(name)
 
 
-def _masks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    masks = {name: tensor != 0 for name, tensor in weights.items() if is_sparse(tensor)}
+def _masks(saved: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    masks = {name: weights[name] != 0 for name, one in saved.named_parameters() if name in weights and is_pruned(one)}
     if not masks:
         raise StageError(
             "no matrix of the checkpoint has zeros to keep",

@@ -55,7 +55,7 @@ def run(task: Task, tell: JsonLines) -> dict[str, Any]:
         "import_seconds": imported - began,
         "peak_rss_bytes": peak_rss_bytes(),
         "metrics": dict(metrics),
-        "size_bytes": sum(file.stat().st_size for file in output.glob("*.safetensors") if "mask" not in file.name),
+        "size_bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
     }
 
 

@@ -31,8 +31,7 @@ def test_family_pruned_by_magnitude_is_written_as_it_answers(name, root, tmp_pat
     how = zeros.How("magnitude", "2:4", 0.5, list(zeros.linears(model)))
     zeros.sparsified(model, IDS, how, tmp_path / "state", Silent())
     written = save_model(model, tmp_path, like=folder)
-    zeros.save_masks(model, how.names, tmp_path)
-    found = zeros.proven(written, how, tmp_path)
+    found = zeros.proven(model, written, how)
     assert found.zeros == found.weights // 2
     torch.testing.assert_close(answers(load_model(tmp_path)), answers(model), rtol=1e-4, atol=1e-5)
 

@@ -1,10 +1,11 @@
-"""Zeros that prune put into weights are zeros after every later verb, and their masks travel."""
+"""Zeros that prune put into weights are zeros after every later verb, each of which counts them."""
+
+import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch import nn
 
-from stages.algorithms.sparsity import unpacked
 from stages.fuse import merging
 from stages.fuse.stage import FuseParams, fuse
 from stages.models.checkpoint.loading import load_model, save_model
@@ -18,7 +19,7 @@ from tests.conftest import sealer
 from tests.stages.models.families import FAMILIES, WIDER, family
 
 SHORT = {"windows": 4, "window_tokens": 64}
-MASKS = "masks.safetensors"
+ZEROS = "zeros.json"
 
 
 class Told(Silent):
@@ -29,15 +30,23 @@ class Told(Silent):
         self.notes.append(text)
 
 
-def standing(folder):
-    """Weights where a mask says zero, zeros of the masked maps, and their zeros by the masks; read from the files."""
-    model, wrong, found, asked = load_model(folder), 0, 0, 0
-    for name, bits in load_file(folder / MASKS).items():
-        one = model.get_submodule(name.removesuffix(".weight"))
-        w_OI = one.dequantized() if isinstance(one, QuantizedLinear) else one.weight
-        stands_OI = unpacked(bits, w_OI.shape[1])
-        wrong += int((w_OI[~stands_OI] != 0).sum())
-        found, asked = found + int((w_OI == 0).sum()), asked + int((~stands_OI).sum())
+def maps(folder):
+    """The maps of a checkpoint as they compute, by the names of their weights."""
+    found = {}
+    for path, one in load_model(folder).named_modules(remove_duplicate=False):
+        if isinstance(one, nn.Linear | QuantizedLinear):
+            found[f"{path}.weight"] = one.dequantized() if isinstance(one, QuantizedLinear) else one.weight.detach()
+    return found
+
+
+def standing(folder, *before):
+    """Weights where all that it was made from have zeros, zeros of the pruned maps, and zeros that came."""
+    came, made = [maps(one) for one in before], maps(folder)
+    wrong = found = asked = 0
+    for name in json.loads((folder / ZEROS).read_text()):
+        zeros_OI = torch.stack([one[name] == 0 for one in came]).all(0)
+        wrong += int((made[name][zeros_OI] != 0).sum())
+        found, asked = found + int((made[name] == 0).sum()), asked + int(zeros_OI.sum())
     return wrong, found, asked
 
 
@@ -59,9 +68,10 @@ def fused(shared_store, pruned, recovered):
     return sealer(shared_store)("fuse", {"method": "soup"}, **inputs)
 
 
-def test_zeros_stay_and_are_counted_where_weights_stay_float(recovered, fused, shared_store):
+def test_zeros_stay_and_are_counted_where_weights_stay_float(pruned, recovered, fused, shared_store):
+    first = shared_store.checkout(pruned)
     for outcome in (recovered, fused):
-        wrong, found, asked = standing(shared_store.checkout(outcome.identity))
+        wrong, found, asked = standing(shared_store.checkout(outcome.identity), first)
         assert wrong == 0 and found == asked > 0
         assert outcome.manifest.metrics["zeros"] == outcome.manifest.metrics["zeros_before"] == asked
 
@@ -84,10 +94,10 @@ def test_zeros_stay_through_quantize(params, fused, shared_store, topics, tmp_pa
     (tmp_path / "out").mkdir()
     inputs = {"model": model, "text": shared_store.checkout(topics)}
     metrics = quantize(QuantizeParams(**params | SHORT), inputs, tmp_path / "out", told)
-    wrong, found, asked = standing(tmp_path / "out")
+    wrong, found, asked = standing(tmp_path / "out", model)
     assert wrong == 0 and found >= asked > 0
     assert (metrics["zeros"], metrics["zeros_before"]) == (found, asked)
-    assert (tmp_path / "out" / MASKS).read_bytes() == (model / MASKS).read_bytes()
+    assert (tmp_path / "out" / ZEROS).read_bytes() == (model / ZEROS).read_bytes()
     if params in ({"scheme": "int8_w8a8"}, {"scheme": "fp8_e4m3"}):
         assert any("zeros that a rotation would fill" in note for note in told.notes)
 
@@ -104,7 +114,8 @@ def test_a_rotation_that_was_asked_for_and_would_fill_zeros_is_refused(
 
 def test_zeros_that_a_later_verb_fills_are_counted(pruned, topics, shared_store):
     made = sealer(shared_store)("factorize", {"keep": 0.8} | SHORT, model=pruned, text=topics)
-    _, found, asked = standing(shared_store.checkout(pruned))
+    first = shared_store.checkout(pruned)
+    _, found, asked = standing(first, first)
     assert made.manifest.metrics["zeros_before"] == found == asked > made.manifest.metrics["zeros"]
 
 
@@ -122,15 +133,15 @@ def test_family_keeps_its_zeros_and_ties_through_fuse_and_quantize(name, root, t
     how = zeros.How("magnitude", "2:4", 0.5, list(zeros.linears(model)))
     zeros.sparsified(model, ids_NT, how, tmp_path / "state", Silent())
     for place in ("a", "b"):
-        save_model(model, tmp_path / place, like=folder)
-        zeros.save_masks(model, how.names, tmp_path / place)
+        written = save_model(model, tmp_path / place, like=folder)
+        zeros.save(written, how.names, tmp_path / place, folder)
         for weight in {id(one.weight): one.weight for one in zeros.linears(model).values()}.values():
             weight *= 1.5  # zeros stay
     (tmp_path / "fused").mkdir()
     fuse(FuseParams(), {"models.0": tmp_path / "a", "models.1": tmp_path / "b"}, tmp_path / "fused", Silent())
     quantize(QuantizeParams(scheme="int8_weight_only"), {"model": tmp_path / "fused"}, tmp_path / "int8", Silent())
-    for place in ("fused", "int8"):
-        wrong, found, asked = standing(tmp_path / place)
+    for place, came in (("fused", [tmp_path / "a", tmp_path / "b"]), ("int8", [tmp_path / "fused"])):
+        wrong, found, asked = standing(tmp_path / place, *came)
         assert wrong == 0 and found >= asked > 0
     ties = [
         {name for name, one in load_model(at).named_parameters(remove_duplicate=False)}

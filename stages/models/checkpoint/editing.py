@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import tasks
 from stages.models.anatomy.blocks import block_parameters
-from stages.models.checkpoint import masks
+from stages.models.checkpoint import kept_zeros
 from stages.models.checkpoint.files import stored_parameters
 from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
 from stages.models.layers.quantization_spec import describe
@@ -120,7 +120,7 @@ def proven(before: Path, blocks_before: int, output: Path, written: PreTrainedMo
         "block_parameters_before": float(blocks_before),
         "parameters": float(stored_parameters(output)),
         "parameters_before": float(stored_parameters(before)),
-        **masks.counted(before, written),
+        **kept_zeros.counted(before, written),
     }
 
 

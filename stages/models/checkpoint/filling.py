@@ -12,10 +12,14 @@ from transformers import PreTrainedModel
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import classes
 from stages.models.checkpoint import conversions
+from stages.models.checkpoint.json_files import read_json
+from stages.models.checkpoint.layout import ZEROS
 from stages.models.memory import pages
 from stages.runtime.contract import StageError
 
 _SHOWN = 3
+PRUNED = "zeros_were_put"
+"""Of a weight: its checkpoint says that its zeros are to stay."""
 
 
 def fill(model: PreTrainedModel, stored: Mapping[str, Tensor], dtype: torch.dtype | None, folder: Path) -> list[str]:
@@ -55,7 +59,22 @@ def fill(model: PreTrainedModel, stored: Mapping[str, Tensor], dtype: torch.dtyp
     for module in model.modules():
         for own in (module._parameters, module._buffers):
             own |= {name: new[id(old)] for name, old in own.items() if id(old) in new}
+    _mark(model, folder)
     return sorted(found.left)
+
+
+def _mark(model: PreTrainedModel, folder: Path) -> None:
+    if put := read_json(folder / ZEROS, optional=True):
+        tensors = dict(anatomy.named_tensors(model))
+        if unknown := sorted(put.keys() - tensors.keys()):
+            raise StageError(
+                f"{folder / ZEROS} is of another model",
+                measured=f"{_few(unknown)}, of which it has no weight",
+                limit="names of weights of this model",
+                remedy="Put the file back that was written with the checkpoint, or delete it.",
+            )
+        for name in put:
+            setattr(tensors[name], PRUNED, True)
 
 
 def refuse_unequal(model: PreTrainedModel, stored: Mapping[str, Tensor], folder: Path) -> None:

@@ -59,9 +59,9 @@ TOKENIZERS = (
 """Of which any suffices."""
 CONFIG, GENERATION = "config.json", "generation_config.json"
 STRUCTURE, QUANTIZATION = "structure.json", "quantization.json"
-SIDE_FILES = (CONFIG, GENERATION, STRUCTURE, QUANTIZATION, *TOKENIZER_FILES, "chat_template.json")
-MASKS = "masks.safetensors"
-"""What `prune` puts beside the weights where single ones went."""
+ZEROS = "zeros.json"
+"""What `prune` puts beside the weights where single ones went: how many of which."""
+SIDE_FILES = (CONFIG, GENERATION, STRUCTURE, QUANTIZATION, ZEROS, *TOKENIZER_FILES, "chat_template.json")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PATTERNS = (*SIDE_FILES, *SENTENCES, ADAPTER, "*.safetensors", INDEX, "*.gguf")
@@ -147,7 +147,7 @@ def choose_adapter(path: Path) -> Chosen:
             if pickles
             else StageError(f"{path} has no {ADAPTER_WEIGHTS}", remedy="Write it again: model.save_pretrained(folder).")
         )
-    sides = {name: one for name, one in _sides(path).items() if name not in (CONFIG, STRUCTURE, QUANTIZATION)}
+    sides = {name: one for name, one in _sides(path).items() if name not in (CONFIG, STRUCTURE, QUANTIZATION, ZEROS)}
     return Chosen(sides | {name: path / name for name in (ADAPTER, ADAPTER_WEIGHTS)})
 
 

@@ -92,7 +92,7 @@ def subject(
         task,
         scheme,
         foreign if scheme else "",
-        masked=(folder / layout.MASKS).is_file(),
+        masked=(folder / layout.ZEROS).is_file(),
         loose=loose,
         facts=facts,
     )

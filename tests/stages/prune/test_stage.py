@@ -1,7 +1,6 @@
 import json
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -236,15 +235,15 @@ def halved(shared_store, dense, topics):
     return found
 
 
-def test_prune_two_of_four_is_in_the_bytes_and_in_the_masks(halved):
+def test_prune_two_of_four_is_in_the_bytes_and_counted_and_nothing_grows(halved, shared_store, dense):
+    whole = (shared_store.checkout(dense) / "model.safetensors").stat().st_size
     for _, folder in halved.values():
-        masks, weights = load_file(folder / "masks.safetensors"), load_file(folder / "model.safetensors")
-        assert len(masks) == 7 * 6
-        for name, bits in masks.items():
-            stands = weights[name] != 0
-            assert (stands.unflatten(1, (-1, 4)).sum(2) == 2).all()
-            unpacked = np.unpackbits(bits.numpy(), axis=1, bitorder="little")[:, : stands.shape[1]]
-            assert (unpacked.astype(bool) == stands.numpy()).all()
+        counted, weights = json.loads((folder / "zeros.json").read_text()), load_file(folder / "model.safetensors")
+        assert len(counted) == 7 * 6
+        for name, count in counted.items():
+            assert ((weights[name] != 0).unflatten(1, (-1, 4)).sum(2) == 2).all()
+            assert count == weights[name].numel() // 2
+        assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= whole
 
 
 def test_prune_sparsegpt_loses_far_less_than_masks_alone(halved):
@@ -362,9 +361,9 @@ def test_prune_text_shorter_than_asked_is_told(shared_store, dense, topics, tmp_
 def test_prune_zeros_only_in_the_layers_that_a_pattern_names(shared_store, dense, topics):
     how = ZEROS | {"method": "wanda", "pattern": "2:4", "layers": ("*.mlp.*",), "skip": ("*.5.*",)}
     folder = shared_store.checkout(sealer(shared_store)("prune", how, model=dense, text=topics).identity)
-    weights, masks = load_file(folder / "model.safetensors"), load_file(folder / "masks.safetensors")
+    weights, counted = load_file(folder / "model.safetensors"), json.loads((folder / "zeros.json").read_text())
     chosen = {name for name in weights if ".mlp." in name and ".5." not in name}
-    assert set(masks) == chosen
+    assert set(counted) == chosen
     for name, w_OI in weights.items():
         assert (float((w_OI == 0).float().mean()) == 0.5) == (name in chosen)
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from stages.models.checkpoint.json_files import read_json
+from stages.models.checkpoint.layout import ZEROS
 from stages.models.checkpoint.loading import load_model, save_model
 from stages.prune import zeros
 from stages.runtime.contract import StageError
@@ -27,12 +28,12 @@ def test_sparsegpt_halves_every_map_of_a_family_and_the_library_answers_the_same
     model = load_model(dense)
     how = asked("sparsegpt", model)
     rows = zeros.sparsified(model, IDS, how, tmp_path / "state", Silent())
-    save_model(model, tmp_path, like=dense)
-    zeros.save_masks(model, how.names, tmp_path)
-    found = zeros.proven(load_model(tmp_path), how, tmp_path)
+    written = save_model(model, tmp_path, like=dense)
+    zeros.save(written, how.names, tmp_path, dense)
+    found = zeros.proven(model, written, how)
     assert found.zeros == found.weights // 2 == sum(one.weight.numel() for one in zeros.linears(model).values()) // 2
     assert {row["layer"] for row in rows} == set(zeros.linears(model))
-    assert len(load_file(tmp_path / zeros.MASKS)) == len(rows)
+    assert len(read_json(tmp_path / ZEROS)) == len(rows)
     torch.testing.assert_close(answers(library(name, tmp_path)), answers(load_model(tmp_path)))
     masked = load_model(dense)
     zeros.sparsified(masked, IDS, asked("magnitude", masked), tmp_path / "none", Silent())
@@ -53,17 +54,27 @@ def test_magnitude_halves_both_stacks_and_their_gradients_are_refused(root, tmp_
         zeros.sparsified(model, IDS, asked("gradient", model), tmp_path, Silent())
 
 
-def test_a_zero_that_stands_by_chance_gets_no_mask_and_masks_that_came_are_kept(root, tmp_path):
+@torch.no_grad()
+def test_a_zero_that_stands_by_chance_is_not_counted_and_those_that_came_are(root, tmp_path):
     model = load_model(family("llama", root))
     paths = list(zeros.linears(model))
-    with torch.no_grad():
-        model.get_submodule(paths[1]).weight[0, 0] = 0.0
-    folders = [tmp_path / "one", tmp_path / "two"]
+    for place in range(3):
+        model.get_submodule(paths[place]).weight[0, : place + 1] = 0.0
+    folders = [tmp_path / "none", tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    zeros.save_masks(model, paths[:1], folders[0])
-    zeros.save_masks(model, paths[2:3], folders[1], folders[0])
-    assert [sorted(load_file(folder / zeros.MASKS)) for folder in folders] == [
-        [f"{paths[0]}.weight"],
-        sorted(f"{path}.weight" for path in (paths[0], paths[2])),
-    ]
+    zeros.save(model, [paths[0], paths[5]], folders[1], folders[0])
+    zeros.save(model, paths[2:3], folders[2], folders[1])
+    counted = [read_json(folder / ZEROS) for folder in folders[1:]]
+    assert counted == [{f"{paths[0]}.weight": 1}, {f"{paths[0]}.weight": 1, f"{paths[2]}.weight": 3}]
+
+
+@torch.no_grad()
+def test_a_weight_that_is_written_where_there_was_a_zero_is_caught(root):
+    model, written = (load_model(family("llama", root)) for _ in range(2))
+    how = zeros.How("magnitude", None, 1.0, list(zeros.linears(model)))
+    model.get_submodule(how.names[3]).weight[1, 2] = 0.0
+    with pytest.raises(StageError, match=f"{how.names[3]} does not have the zeros.*1 weights too many"):
+        zeros.proven(model, written, how)
+    written.get_submodule(how.names[3]).weight[1, 2] = 0.0
+    assert zeros.proven(model, written, how).zeros == 1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
 
 from stages.models.anatomy import blocks as anatomy
-from stages.models.checkpoint import masks
+from stages.models.checkpoint import kept_zeros
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.text.windows import windows
 from stages.recover.pair import _with_gaps
@@ -387,11 +387,11 @@ def zeroed(folder, source):
     return folder
 
 
-def test_recover_sparse_keeps_the_zeros_and_the_masks_beside_them(folders, tmp_path):
+def test_recover_sparse_keeps_the_zeros_and_what_counts_them(folders, tmp_path):
     model = zeroed(tmp_path / "cut", folders["teacher"])
     weights = {name: one for name, one in load_model(model).named_parameters() if "down" in name}
-    masks.save(weights, model)
-    bits = (model / "masks.safetensors").read_bytes()
+    kept_zeros.save(load_model(model), weights, model)
+    counted = (model / "zeros.json").read_bytes()
     metrics = recover(
         RecoverParams(**PARAMS | {"update": "sparse"}), folders | {"model": model}, tmp_path / "out", Silent()
     )
@@ -399,14 +399,14 @@ def test_recover_sparse_keeps_the_zeros_and_the_masks_beside_them(folders, tmp_p
     old, new = (dict(load_model(one).named_parameters()) for one in (model, tmp_path / "out"))
     zeros = [((old[name] == 0).sum().item(), (new[name] == 0).sum().item()) for name in old if "down" in name]
     assert all(a == b > 0 for a, b in zeros)
-    assert (tmp_path / "out" / "masks.safetensors").read_bytes() == bits
+    assert (tmp_path / "out" / "zeros.json").read_bytes() == counted
     assert metrics["zeros"] == metrics["zeros_before"] == sum(int((one == 0).sum()) for one in weights.values())
 
 
 @pytest.mark.parametrize("update", ["full", "lora"])
-def test_recover_that_would_fill_masked_zeros_is_refused(folders, tmp_path, update):
+def test_recover_that_would_fill_counted_zeros_is_refused(folders, tmp_path, update):
     model = zeroed(tmp_path / "cut", folders["teacher"])
-    (model / "masks.safetensors").write_bytes(b"bits")
+    kept_zeros.save(load_model(model), ["model.layers.0.mlp.down_proj.weight"], model)
     with pytest.raises(StageError, match=rf"update: {update}. would fill the zeros.*update: sparse"):
         recover(RecoverParams(update=update), folders | {"model": model}, tmp_path / "out", Silent())
 
