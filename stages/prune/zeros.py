@@ -31,6 +31,7 @@ from stages.models.checkpoint.json_files import read_json
 from stages.models.checkpoint.layout import ZEROS
 from stages.models.memory.pages import forget, release, trim
 from stages.models.memory.saved_state import settle
+from stages.models.memory.spill import Shelf
 from stages.runtime.contract import Progress, StageError
 from stages.runtime.progress import Pass
 
@@ -74,11 +75,11 @@ def sparsified(
     if how.method in ("wanda", "sparsegpt"):
         technique = OnWeights(Masked(kept, mend=how.method == "sparsegpt"))
         return compress(model, ids_NT, technique, partial, last)
-    slopes: dict[str, Tensor] = {}
+    blocks, slopes = anatomy.blocks(model), Shelf(partial)
     if how.method == "gradient":
-        found = gradients(model, ids_NT, partial, last.advanced)
-        slopes = {path: g_OI for block in found for path, g_OI in block.items() if path in kept}
-    return [row for block in anatomy.blocks(model) for row in _by_scores(model, block, kept, slopes, partial)]
+        for block, found in zip(reversed(blocks), gradients(model, ids_NT, partial, last.advanced), strict=True):
+            slopes.put(block.index, found)
+    return [row for block in blocks for row in _by_scores(model, block, kept, slopes.take(block.index), partial)]
 
 
 def _by_scores(

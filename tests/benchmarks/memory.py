@@ -35,6 +35,8 @@ LIMIT_BYTES = 2.5e9
 THREADS = 2
 SHARD_BYTES = 400_000_000
 _EVERY_S = 0.02
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "zeros.json")
+"""Of a checkpoint in shards the index is a part; of a pruned one, what counts its zeros."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def row(model: Path, corpus: Path, way: str, terminal: TerminalProgress) -> Row:
             last = json.loads(line)
             forward(last, terminal.for_step(name))
         own.end()
-    sizes = [sum(file.stat().st_size for file in one.glob("*.safetensors")) for one in (model, output)]
+    sizes = [sum(file.stat().st_size for form in _WEIGHTS for file in one.glob(form)) for one in (model, output)]
     shutil.rmtree(output, ignore_errors=True)
     if last.get("event") != "result":
         terminal.failed(name, said := str(last.get("said", f"exit {child.returncode}")))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from stages.models.anatomy import blocks as anatomy
 from stages.models.blockwise.block_calls import arguments, embedded
 from stages.models.blockwise.run import INPUT, run
+from stages.models.memory.pages import release
 from stages.models.memory.spill import Shelf
 
 
@@ -34,6 +35,7 @@ def gradients(
     for block, kwargs in zip(blocks, calls, strict=True):
         inputs.put(block.index, {INPUT: x_NTH})
         x_NTH = run(block, x_NTH, kwargs)
+        release(block.module)
         advanced(block.index + 1, total)
     g_NTH = torch.stack([_at_the_end(model, x_TH, ids_T) for x_TH, ids_T in zip(x_NTH, ids_NT, strict=True)])
     for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
@@ -50,6 +52,7 @@ def gradients(
             for name, g_OI in zip(maps, found, strict=True):
                 sums[name] += g_OI.abs() / len(ids_NT)
         block.module.requires_grad_(False)
+        release(block.module)
         g_NTH = torch.stack(outgoing)
         advanced(total - 2 * block.index, total)
         yield {f"{block.name}.{name}": sum_OI for name, sum_OI in sums.items()}

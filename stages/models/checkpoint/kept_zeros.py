@@ -89,9 +89,7 @@ def counted(before: Path, written: PreTrainedModel, *, filled: bool = True) -> M
                 remedy="This is a defect: please report it with the recipe.",
             )
         zeros += 0 if new is None or wrong is None else _zeros(new)
-        for one in (old, new):
-            if one is not None:
-                forget(one.weight)
+        forget(old.weight)
     return {"zeros_before": float(zeros_before), "zeros": float(zeros)} if put else {}
 
 
@@ -110,7 +108,9 @@ def _values(one: nn.Linear | QuantizedLinear) -> Tensor:
 
 
 def _zeros(one: nn.Linear | QuantizedLinear) -> int:
-    return int((_values(one) == 0).sum())
+    count = int((_values(one) == 0).sum())
+    forget(one.weight)  # else all of a large model's maps would be in memory at once
+    return count
 
 
 def _standing(one: nn.Linear | QuantizedLinear, old_OI: Tensor) -> int:
