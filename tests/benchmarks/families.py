@@ -1,11 +1,13 @@
 """Which family of models goes through which technique, and how near the dense model it stays: a table.
 
-`make families` runs every cell on a tiny random checkpoint of the family and prints the table. A cell is
-the KL divergence from the dense model in nats, or `no`, with the reason below the table.
+`make families` runs every cell on a tiny random checkpoint of the family and prints the table, and with
+ARGS=--write puts it into README. A cell is the KL divergence from the dense model in nats, `yes` where there is none,
+or `no`, with the reason below the table.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -40,10 +42,15 @@ ROWS = {
     "BART": "bart", "Marian": "marian",
 }  # fmt: skip
 """As people call it -> the checkpoint of the tests."""
+PAGE, MARK, WRITE = Path(__file__).parents[2] / "README.md", "<!-- families -->", "--write"
+EQUAL = 1e-6
+"""Nats: what rounding of sums makes of equal models."""
+MOST = 3
+"""Times the distance of the same technique on the Llama: beyond it, a technique does not suit a family."""
 FEW = {"windows": 4, "window_tokens": 32}
 CELLS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "channels": ("prune", {"method": "channels", "keep": 0.95, "multiple": 1, **FEW}),
-    "heads": ("prune", {"method": "heads", "keep": 0.85, **FEW}),
+    "heads": ("prune", {"method": "heads", "keep": 0.9, **FEW}),
     "blocks": ("prune", {"method": "blocks", "keep": 0.7, **FEW}),
     "2:4": ("prune", {"method": "wanda", "pattern": "2:4", **FEW}),
     "factorize": ("factorize", {"keep": 0.9, **FEW}),
@@ -183,29 +190,68 @@ def _fused(dense: Path, root: Path, out: Path) -> Path:
     return made
 
 
+def shown(cell: Cell) -> str:
+    """A cell as the table has it."""
+    if cell.distance is None:
+        return "no"
+    return "yes" if cell.distance < EQUAL else f"{cell.distance:.2g}"
+
+
 def table(cells: Mapping[str, Mapping[str, Cell]]) -> str:
     """The table in Markdown, and below it each reason with where it stands."""
     lines = [f"| family | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     reasons: dict[str, list[str]] = {}
     for title, found in cells.items():
-        shown = []
+        lines.append(f"| {title} | {' | '.join(shown(found[column]) for column in COLUMNS)} |")
         for column in COLUMNS:
-            cell = found[column]
-            if cell.distance is None:
-                reasons.setdefault(cell.why, []).append(f"{title} {column}")
-            shown.append("no" if cell.distance is None else f"{cell.distance:.1g}")
-        lines.append(f"| {title} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n\n" + "\n".join(f"- {why}: {', '.join(where)}." for why, where in reasons.items())
+            if found[column].distance is None:
+                reasons.setdefault(_kind(found[column].why), []).append(f"{title} {column}")
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {', '.join(where)}: {why}." for why, where in reasons.items())
+
+
+def far(cells: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Cells of a table that was read whose distance is beyond MOST times that of the same technique on the Llama."""
+    near = {column: _number(text) for column, text in cells["Llama"].items()}
+    return [
+        f"{title} {column}: {text}, {_number(text) / near[column]:.1f} times"
+        for title, row_of in cells.items()
+        for column, text in row_of.items()
+        if text != "no" and _number(text) > MOST * near[column]
+    ]
+
+
+def read_table(text: str) -> dict[str, dict[str, str]]:
+    """Title -> column -> cell of the table between the marks of a page."""
+    lines = [one for one in text.split(MARK)[1].splitlines() if one.startswith("|")]
+    columns, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {title: dict(zip(columns[1:], rest, strict=True)) for title, *rest in rows}
+
+
+def _number(text: str) -> float:
+    return EQUAL if text == "yes" else float(text)
+
+
+def _kind(why: str) -> str:
+    """A reason without the place and the class that it was met in."""
+    return re.sub(r"\b\w+(\.\w+)*\.\d+(\.\w+)*|\b[A-Z]\w+(For|Model|Head)\w+", "…", why)
 
 
 def main() -> int:
-    """Print the table of the families that are named, or of all."""
+    """Print the table of the families that are named, or of all; `--write`: put that of all into README."""
+    asked = [one for one in sys.argv[1:] if one != WRITE]
     with tempfile.TemporaryDirectory() as folder:
         cells = {}
-        for title in sys.argv[1:] or ROWS:
+        for title in asked or ROWS:
             cells[title] = row(ROWS[title], Path(folder))
             sys.stderr.write(f"{title}: {sum(one.distance is not None for one in cells[title].values())} yes\n")
-    sys.stdout.write(table(cells) + "\n")
+    made = table(cells)
+    sys.stdout.write(made + "\n")
+    if "Llama" in cells:
+        beyond = far({title: {column: shown(one) for column, one in found.items()} for title, found in cells.items()})
+        sys.stdout.write(f"\nbeyond {MOST} times the Llama's: {'; '.join(beyond) or 'none'}\n")
+    if WRITE in sys.argv and not asked:
+        before, _, after = PAGE.read_text(encoding="utf-8").split(MARK)
+        PAGE.write_text(f"{before}{MARK}\n{made}\n{MARK}{after}", encoding="utf-8")
     return 0
 
 
