@@ -62,12 +62,12 @@ def factorize(params: FactorizeParams, inputs: Mapping[str, Path], output: Path,
 def admit(params: FactorizeParams, known: Mapping[str, Any]) -> Subject:
     """The factorized checkpoint, as far as shapes say it."""
     from stages.models.checkpoint.editing import matching
-    from stages.models.low_rank.planning import dense
+    from stages.models.low_rank.planning import RANK_STEP, dense
 
     given: Subject = known["model"]
     given.require_float("factorize")
     matching(dense(given.model), params.layers, params.skip)
-    return replace(given, loose=True, masked=False)
+    return replace(given, loose=RANK_STEP, masked=False)
 
 
 FACTORIZE = Stage(

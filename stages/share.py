@@ -85,12 +85,14 @@ def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progres
 
 def admit(params: ShareParams, known: Mapping[str, Any]) -> Subject:
     """The shared checkpoint, as far as shapes say it."""
+    from stages.models.low_rank.planning import RANK_STEP
+
     given: Subject = known["model"]
     given.require_float("share")
     if params.method == "tie":
         return replace(given, masked=False)
     _check(params, given.model)
-    return replace(given, loose=True, masked=False)
+    return replace(given, loose=RANK_STEP, masked=False)
 
 
 def _check(params: ShareParams, model: PreTrainedModel) -> None:

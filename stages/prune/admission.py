@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.editing import matching
 from stages.models.checkpoint.subject import Subject, reshape
 from stages.prune import units as surgery
-from stages.prune import zeros
+from stages.prune import width, zeros
 from stages.prune.channels_heads import plan, said
 from stages.prune.gaps import check_depth
 from stages.prune.params import WEIGHTS, PruneParams
 from stages.prune.target import Asked
 from stages.prune.units import CHANNELS, HEADS
 from stages.prune.width import READERS, kept_width
+
+ON_A_BASIS = "a map on a basis"
+"""Which ones will stand on one is found when they are made; some do."""
 
 
 def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
@@ -33,40 +37,53 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
     given: Subject = known["model"]
     given.require_float("prune")
     if params.method in WEIGHTS:
+        if given.loose:
+            raise zeros.not_dense(ON_A_BASIS)
         names = matching(list(zeros.linears(given.model)), params.layers, params.skip)
         if params.pattern:
             zeros.keepers(given.model, zeros.How(params.method, params.pattern, params.keep, names), {})
         return replace(given, masked=True)
     if params.method == "width":
         anatomy.head(given.model)  # what it predicts says what may go
+        if given.loose:
+            raise width.not_dense(ON_A_BASIS)
     asked = Asked(int(params.keep * anatomy.block_parameters(given.model)), params.multiple, params.by, Path())
     # A copy: other steps read the model as it is.
     cut = replace(given, model=deepcopy(given.model), masked=False)
     if params.method in (CHANNELS, HEADS):
-        _narrow(cut, params.method, asked)
+        unit = _narrow(cut, params.method, asked)
     else:
-        {"width": _width, "blocks": _blocks}[params.method](cut, asked)
-    return cut
+        unit = {"width": _width, "blocks": _blocks}[params.method](cut, asked)
+    # How wide bases will be is not known, so that of what is left beside them only the unit is.
+    return replace(cut, loose=gcd(given.loose, unit)) if given.loose else cut
 
 
-def _narrow(given: Subject, what: str, asked: Asked) -> None:
+# These return what the width that they cut will be a multiple of.
+
+
+def _narrow(given: Subject, what: str, asked: Asked) -> int:
     made = plan(given.model, what, asked)
+    sizes = []
     for block in anatomy.blocks(given.model):
         for units, count in zip(surgery.of(block, what), made.kept[block.index], strict=True):
             weight_OI: Tensor = surgery.reading(block.module.get_submodule(units.reader)).weight  # type: ignore[assignment]
             # The first ones stand for those that the work will choose.
             columns_K = units.columns_GS[:count].flatten()
             surgery.cut(block, units, torch.arange(count), weight_OI.detach()[:, columns_K], made.fields)
+            sizes.append(units.columns_GS.shape[1] if what == HEADS else asked.multiple)
     said(given.model, made)
+    return gcd(*sizes)
 
 
-def _width(given: Subject, asked: Asked) -> None:
+def _width(given: Subject, asked: Asked) -> int:
     kept = kept_width(given.model, asked)
     for block in anatomy.blocks(given.model):
         for role, one in anatomy.projections(block).items():
             reshape(one, **({"inputs": kept} if role in READERS else {"outputs": kept}))
     given.model.config.hidden_size = kept
+    return asked.multiple
 
 
-def _blocks(given: Subject, asked: Asked) -> None:
+def _blocks(given: Subject, asked: Asked) -> int:
     check_depth(given.model)
+    return 0

@@ -96,10 +96,15 @@ def _check_free(model: PreTrainedModel) -> None:
         for role in anatomy.projections(block):
             name = f"{block.name}.{anatomy.path(role)}"
             if role not in linears:
-                raise StageError(f"{name} is no dense map", remedy="Prune the width first; share and factorize after.")
+                raise not_dense(name)
             other = owners.setdefault(id(linears[role].weight), name)
             if other != name:
                 raise StageError(f"{name} is tied to {other}; it cannot be fitted alone", remedy="Prune before tying.")
+
+
+def not_dense(path: str) -> StageError:
+    """Why the stream is not narrowed where a map stands on a basis."""
+    return StageError(f"{path} is no dense map", remedy="Prune the width first; share and factorize after.")
 
 
 def _chosen(model: PreTrainedModel, ids_NT: Tensor, kept: int, asked: Asked, progress: Progress) -> dict[str, Any]:

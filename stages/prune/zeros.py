@@ -117,11 +117,14 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
         for inner, one in anatomy.maps(block).items():
             path = f"{block.name}.{inner}"
             if not isinstance(one, nn.Linear):
-                raise StageError(
-                    f"{path} is no dense map", remedy="Prune single weights before sharing or factorizing."
-                )
+                raise not_dense(path)
             maps[path] = one
     return maps
+
+
+def not_dense(path: str) -> StageError:
+    """Why a map on a basis gets no zeros."""
+    return StageError(f"{path} is no dense map", remedy="Prune single weights before sharing or factorizing.")
 
 
 def keepers(model: PreTrainedModel, how: How, shares: Mapping[str, float]) -> dict[str, tuple[Keep, int]]:

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import LLAMA_TYPE
+from stages.models.checkpoint.compressed_tensors import METHOD, refuse_inexpressible
 from stages.models.checkpoint.editing import matching
 from stages.models.checkpoint.subject import Subject
 from stages.quantize import plan
 from stages.quantize.params import SIXTEEN_BITS, QuantizeParams
+from stages.quantize.rotation import of_values
 from stages.quantize.rounding import names
 
 
@@ -34,9 +36,14 @@ def admitted(params: QuantizeParams, known: Mapping[str, Any]) -> Subject:
         every = [f"{block.name}.{path}" for block in anatomy.blocks(model) for path in anatomy.linear_maps(block)]
         matching(every, params.layers, params.skip)
     else:
-        maps = matching([one for one in names(model) if not _only_read(model, one)], params.layers, params.skip)
-        if not given.loose:
-            plan.check_block(params, model, maps)
+        inputs = given.inputs([one for one in names(model) if not _only_read(model, one)])
+        maps = matching(list(inputs), params.layers, params.skip)
+        plan.check_block(params, {inputs[one] for one in maps}, given.loose)
+        if params.layout == METHOD:
+            tables = [] if params.embedding == "keep" else ["the table of tokens"]
+            refuse_inexpressible(model, maps, tables, ["maps on a basis"] if given.structured else [])
+    if params.rotation not in (None, "off"):
+        of_values(model, anatomy.blocks(model))
     if params.scheme == "int8_w8a8" and kind not in LLAMA_TYPE:
         plan.refuse_moved(params, kind)
     plan.check_cache(params, model)

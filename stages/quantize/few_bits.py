@@ -37,7 +37,7 @@ def in_few_bits(params: QuantizeParams, inputs: Mapping[str, Path], output: Path
     model = plan.opened(inputs["model"], output / PARTIAL)
     block_parameters = anatomy.block_parameters(model)
     names = editing.matching(rounding.replaceable(model, progress), params.layers, params.skip)
-    plan.check_block(params, model, names)
+    plan.check_block(params, {model.get_submodule(name).in_features for name in names})
     alone = plan.by_weights_alone(params)
     text_NT = plan.calibration_windows(params, inputs, progress, fitted=not alone)
     plan.check_cache(params, model)

@@ -5,7 +5,7 @@ Shapes: N windows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,16 +96,22 @@ def rounded_caches(params: QuantizeParams, model: PreTrainedModel, ids_NT: Tenso
     return cache_ranges.calibrated(model, ids_NT, params.kv_cache, search=params.search == "auto")
 
 
-def check_block(params: QuantizeParams, model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Raise StageError where a block of the scheme does not divide the inputs of one of these maps."""
-    widths = {int(model.get_submodule(name).in_features) for name in names}
+def check_block(params: QuantizeParams, widths: Collection[int], basis: int = 0) -> None:
+    """Raise StageError where a block of the scheme does not divide one of these maps' inputs.
+
+    Args:
+        params: name the scheme and the block.
+        widths: the maps' inputs.
+        basis: one of them that the widths of maps yet to be made are multiples of, 0 for none.
+    """
     block = _precision(params).block
     if block and (wrong := sorted(width for width in widths if width % block)):
         fits = [str(size) for size in range(2, min(widths) + 1, 2) if not any(width % size for width in widths)]
         four_bits = f"`scheme` to int4_weight_only and `block` to {fits[-1]}, or " if fits else ""
         raise StageError(
             f"blocks of {block} do not divide every layer's inputs",
-            measured=f"{', '.join(map(str, wrong))} inputs",
+            measured=f"{', '.join(map(str, wrong))} inputs"
+            + (f"; of a map on a basis {basis} or a multiple of it" if basis in wrong else ""),
             limit=f"a common divisor: {', '.join(fits) or 'there is none'}",
             remedy=f"Set {four_bits}`scheme` to int8_weight_only.",
         )

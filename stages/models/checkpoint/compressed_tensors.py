@@ -75,7 +75,10 @@ def write(
         StageError: nothing is quantized, or a table, or the architecture or surgery needs what the layout lacks.
     """
     modules = quantized_linear.quantized_modules(model)
-    _refuse_inexpressible(model, modules, structure)
+    tables = [name for name, module in modules.items() if not isinstance(module, QuantizedLinear)]
+    refuse_inexpressible(model, modules, tables, structure)
+    if not modules:
+        raise StageError(f"{METHOD} holds quantized checkpoints alone", remedy="Set `layout: enginery`.")
     cache_scheme, cache_scales = compressed_cache.written(model)
     made = {**tensors, **cache_scales}
     groups: dict[str, dict[str, Any]] = {}
@@ -114,20 +117,25 @@ def unlike(model: nn.Module) -> list[str]:
     return found
 
 
-def _refuse_inexpressible(
-    model: PreTrainedModel, modules: Mapping[str, nn.Module], structure: Mapping[str, Any]
+def refuse_inexpressible(
+    model: PreTrainedModel, maps: Iterable[str], tables: Iterable[str], structure: Iterable[str]
 ) -> None:
+    """Raise StageError where what is to be written needs what the layout lacks.
+
+    Args:
+        model: may stand on the meta device.
+        maps: paths of what is quantized.
+        tables: paths of the tables among it.
+        structure: what surgery the model bears.
+    """
     places = {path for path, module in classes.plain(model).named_modules() if isinstance(module, Conv1D)}
-    tables = [name for name, module in modules.items() if not isinstance(module, QuantizedLinear)]
     for found, what, remedy in (
-        (tables, "table of INT8 rows", "Set `embedding: keep`, or `layout: enginery`."),
-        (sorted(places & modules.keys()), "map that its architecture keeps transposed", "Set `layout: enginery`."),
+        (sorted(tables), "table of INT8 rows", "Set `embedding: keep`, or `layout: enginery`."),
+        (sorted(places.intersection(maps)), "map that its architecture keeps transposed", "Set `layout: enginery`."),
         (sorted(structure), "layer that is shared, factorized or of another size", "Set `layout: enginery`."),
     ):
         if found:
             raise StageError(f"{METHOD} holds no {what}", measured=", ".join(found[:3]), remedy=remedy)
-    if not modules:
-        raise StageError(f"{METHOD} holds quantized checkpoints alone", remedy="Set `layout: enginery`.")
 
 
 def _format(module: QuantizedLinear) -> str:

@@ -35,7 +35,7 @@ class Subject:
         scheme: how it is quantized, empty for a float one.
         layout: another tool's layout in which it is, empty for our own.
         masked: single weights are zeros that must stay.
-        loose: some maps stand on bases whose widths are found when they are made.
+        loose: what the widths of bases that are yet to be made are multiples of; 0 where every shape is known.
         facts: what a person wants to know of it, in words.
     """
 
@@ -45,8 +45,22 @@ class Subject:
     scheme: str = ""
     layout: str = ""
     masked: bool = False
-    loose: bool = False
+    loose: int = 0
     facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def structured(self) -> bool:
+        """Whether it bears surgery that its configuration does not tell: maps on bases, tensors that are one."""
+        return bool(self.loose or low_rank_linear.describe(self.model))
+
+    def inputs(self, names: Sequence[str]) -> dict[str, int]:
+        """Path -> inputs of these linear maps, and of the parts that each has if it comes to stand on a basis."""
+        found = {name: int(self.model.get_submodule(name).in_features) for name in names}
+        if self.loose:
+            for name in names:
+                found |= {f"{name}.{part}": found[name] for part in low_rank_linear.READ}
+                found |= {f"{name}.{part}": self.loose for part in low_rank_linear.WRITTEN}
+        return found
 
     def require_float(self, verb: str) -> None:
         """Raise StageError where it is quantized."""
@@ -83,7 +97,6 @@ def subject(
     }
     if scheme:
         facts["quantized"] = f"{scheme} ({foreign})" if foreign else scheme
-    loose = bool(low_rank_linear.describe(model))
     if left:
         facts["not read"] = f"{len(left)} tensors like {left[0]}"
     return Subject(
@@ -93,7 +106,6 @@ def subject(
         scheme,
         foreign if scheme else "",
         masked=(folder / layout.ZEROS).is_file(),
-        loose=loose,
         facts=facts,
     )
 
@@ -122,7 +134,13 @@ def of_gguf(path: Path) -> Subject:
 
 
 def reshape(one: nn.Module, *, inputs: int | None = None, outputs: int | None = None) -> None:
-    """Give a linear map on the meta device another shape; one that stands on a basis keeps its own."""
+    """Give a linear map on the meta device another shape; one that stands on a basis reads by that."""
+    if isinstance(one, low_rank_linear.SharedLinear):
+        reshape(one.basis, inputs=inputs)
+        reshape(one.coefficient, outputs=outputs)
+    if isinstance(one, low_rank_linear.ResidualLinear):
+        reshape(one.dense, inputs=inputs, outputs=outputs)
+        reshape(one.low, inputs=inputs, outputs=outputs)
     if not isinstance(one, nn.Linear):
         return
     one.in_features, one.out_features = inputs or one.in_features, outputs or one.out_features

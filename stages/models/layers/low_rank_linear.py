@@ -23,6 +23,8 @@ from stages.runtime.contract import StageError
 _TIED, _ONE_TABLE = "tie_word_embeddings", "share_encoder_decoder_embeddings"
 _LENDER = "shared"
 """A table that only lends its weight to an encoder's and a decoder's: where these have their own, nothing reads it."""
+READ, WRITTEN = ("basis", "dense", "low.basis"), ("coefficient", "low.coefficient")
+"""Where a map on a basis has the linear maps by which it reads and writes."""
 
 
 class SharedLinear(nn.Module):
