@@ -16,6 +16,7 @@ from stages.runtime.progress import Silent
 
 GRAPH = "model.onnx"
 PARITY_TOKENS = 64
+DEFAULT_TOKENS = 2048
 
 if TYPE_CHECKING:
     from stages.models.checkpoint.subject import Subject
@@ -49,10 +50,13 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     described = json.loads((source / "graph.json").read_text(encoding="utf-8"))
     architectures = tuple(dict.fromkeys(params.architectures))
     refuse_impossible(params.backend, architectures, described["precisions"])
+    longest = _longest(params, described["maximum_tokens"])
+    if longest < (params.maximum_tokens or 0):
+        progress.note(f"the engine reads {longest} tokens, all that its graph reads, not {params.maximum_tokens}")
     asked = Asked(
         graph=source / GRAPH,
         architectures=architectures,
-        maximum_tokens=min(params.maximum_tokens or 2048, described["maximum_tokens"]),
+        maximum_tokens=longest,
         maximum_batch=params.maximum_batch,
         lower=_lower,
     )
@@ -84,7 +88,13 @@ def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:
     graph: Subject = known["graph"]
     architectures = tuple(dict.fromkeys(params.architectures))
     refuse_impossible(params.backend, architectures, _PRECISIONS.get(graph.scheme, ("float32",)))
-    return graph
+    return replace(graph, built=_longest(params, graph.built))
+
+
+def _longest(params: CompileParams, most: int | None) -> int:
+    """Tokens that the engine of a graph reads that reads so many itself."""
+    asked = params.maximum_tokens or DEFAULT_TOKENS
+    return asked if most is None else min(asked, most)
 
 
 _PRECISIONS = {
@@ -95,7 +105,6 @@ _PRECISIONS = {
     "auto": ("int4", "int8", "float32"),
     "nvfp4": ("fp4", "fp8", "float32"),
     "mxfp4": ("fp4", "float32"),
-    "fp16": ("float16",),
 }
 """Formats in the graph of a checkpoint that is quantized so, as far as they are always there."""
 

@@ -177,9 +177,11 @@ def _text(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress
     config, tokenizer = load_config(model), load_tokenizer(model)
     task = tasks.task(config)
     if baseline:
-        _check_alike(tokenizer, task, baseline)
-    tokens = min(params.window_tokens, tasks.longest(config) or params.window_tokens)
-    _check_length(model, tokens)
+        theirs = load_tokenizer(baseline).get_vocab()
+        _check_alike(tokenizer.get_vocab(), theirs, task, tasks.task(load_config(baseline)))
+    most = tasks.longest(config)
+    tokens = min(params.window_tokens, most or params.window_tokens)
+    _check_length(_of_engine(model), tokens, ends=most is not None)
     mask = _mask(tokenizer) if task == "fill" else None
     before, after = special_ends(tokenizer)
     asking = Asking(task, len(before), len(after), mask)
@@ -189,15 +191,20 @@ def _text(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress
 
 def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
     """The model that is judged, if it can be, where it is to be."""
-    from stages.models.checkpoint.loading import load_tokenizer
-
     if params.target == CUDA:
         from stages.serving.cuda import require_gpu
 
         require_gpu()
+    from stages.models.checkpoint.loading import load_tokenizer
+    from stages.models.checkpoint.subject import vocabularies
+
     model: Subject = known["model"]
     if model.task == "fill":
         _mask(load_tokenizer(model.folder))
+    if baseline := known.get("baseline"):
+        _check_alike(*vocabularies(model, baseline), model.task, baseline.task)
+    tokens = min(params.window_tokens, model.reads or params.window_tokens)
+    _check_length(model.built, tokens, ends=model.reads is not None)
     return model
 
 
@@ -240,15 +247,13 @@ def _written(documents: list[Document]) -> bytes:
     return json.dumps(documents, allow_nan=False).encode()
 
 
-def _check_alike(tokenizer: PreTrainedTokenizerBase, task: str, baseline: Path) -> None:
+def _check_alike(ours: Mapping[str, int], theirs: Mapping[str, int], task: str, other: str) -> None:
+    """Raise StageError unless a model and its baseline have one vocabulary and one task."""
     from stages.measures.documents import other_vocabulary
-    from stages.models.anatomy import tasks
-    from stages.models.checkpoint.loading import load_config, load_tokenizer
 
-    ours, theirs = tokenizer.get_vocab(), load_tokenizer(baseline).get_vocab()
     if ours != theirs:
         raise other_vocabulary(len(theirs), len(ours))
-    if (other := tasks.task(load_config(baseline))) != task:
+    if other != task:
         raise StageError(
             "the baseline answers something else than the model, so they cannot be compared",
             measured=f"its task is {other}",
@@ -257,16 +262,27 @@ def _check_alike(tokenizer: PreTrainedTokenizerBase, task: str, baseline: Path) 
         )
 
 
-def _check_length(model: Path, window_tokens: int) -> None:
-    """Raise StageError where an engine was built for less than the windows: its scores would stand beside no others."""
-    engine = model / "engine.json"
-    most = json.loads(engine.read_text(encoding="utf-8")).get("maximum_tokens") if engine.is_file() else None
+def _of_engine(folder: Path) -> int | None:
+    """The longest sequence of an engine; None where there is none in the folder."""
+    engine = folder / "engine.json"
+    return json.loads(engine.read_text(encoding="utf-8")).get("maximum_tokens") if engine.is_file() else None
+
+
+def _check_length(most: int | None, window_tokens: int, *, ends: bool) -> None:
+    """Raise StageError where an engine was built for less than the windows: its scores would stand beside no others.
+
+    Args:
+        most: tokens that the engine reads.
+        window_tokens: of a window, no more than the model itself reads.
+        ends: whether the model reads so many and no more: an engine can be built for all of them then.
+    """
     if most is not None and window_tokens > most:
         raise StageError(
             "the windows are longer than the engine can read",
             measured=f"{window_tokens} tokens",
             limit=f"{most} tokens",
-            remedy="Lower `window_tokens` of `judge`, or raise `maximum_tokens` where it is compiled.",
+            remedy=f"Set `window_tokens` of `judge` to {most}"
+            + (f", or `maximum_tokens` of `compile` to {window_tokens}." if ends else "."),
         )
 
 

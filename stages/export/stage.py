@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
+from stages.runtime.progress import Silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,12 +96,15 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
 def admit(params: ExportParams, known: Mapping[str, Any]) -> Subject:
     """The graph of a checkpoint."""
     from stages.export.to_onnx import FOUR_BIT_FLOATS, no_four_bit_floats
+    from stages.models.checkpoint.loading import load_tokenizer
 
     given: Subject = known["model"]
     _refuse_two_stacks(given.model.config)
     if given.scheme in ("nvfp4", "mxfp4") and params.opset < FOUR_BIT_FLOATS:
         raise no_four_bit_floats(params.opset, f"the scheme {given.scheme}")
-    return given
+    if given.reads is not None or given.folder.is_file():
+        return replace(given, built=given.reads)
+    return replace(given, built=_longest(given.model.config, load_tokenizer(given.folder), Silent()))
 
 
 def _refuse_two_stacks(config: PreTrainedConfig) -> None:

@@ -2,6 +2,7 @@ import importlib.metadata
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from scipy.special import log_softmax, rel_entr, softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.judging.gates import judge
+from stages.compile import COMPILE, CompileParams
+from stages.export.stage import EXPORT, ExportParams
+from stages.fetch import FETCH, FetchParams
 from stages.models.text.windows import windows
 from stages.runtime import parts
 from stages.runtime.artifacts import Store, entries
@@ -272,11 +276,28 @@ def test_plan_for_a_gpu_is_refused_where_there_is_none(shared_store, judged, big
     refused(shared_store, lambda: judged(identity, topics, target="onnxruntime:cpu"), "tensorrt|driver|GPU|target")
 
 
-def test_windows_longer_than_an_engine_was_built_for_are_refused(shared_store, judged, topics, bigram):
+def test_windows_longer_than_an_engine_was_built_for_are_refused(shared_store, judged, topics, bigram, tiny):
     error = refused(
         shared_store, lambda: judged(bigram, topics, window_tokens=97, windows=1), "longer than the engine can read"
     )
     assert error.limit == "96 tokens"
+    dense = FETCH.admit(FetchParams(source=str(tiny)), {})
+    graph = EXPORT.admit(ExportParams(), {"model": dense})
+    engine = COMPILE.admit(CompileParams(backend="onnxruntime", maximum_tokens=96), {"graph": graph})
+    with pytest.raises(StageError) as ahead:
+        VALIDATE.admit(ValidateParams(window_tokens=97), {"model": engine})
+    assert str(ahead.value) == str(error)
+    works = int(re.search(r"`window_tokens` of `judge` to (\d+)", error.remedy)[1])
+    VALIDATE.admit(ValidateParams(window_tokens=works), {"model": engine})
+    assert (
+        judged(bigram, topics, window_tokens=works, windows=1, target="onnxruntime:cpu").manifest.metrics["tokens"]
+        == works - 1
+    )
+    longer = COMPILE.admit(CompileParams(backend="onnxruntime", maximum_tokens=97), {"graph": graph})
+    VALIDATE.admit(ValidateParams(window_tokens=97), {"model": longer})
+    whole = COMPILE.admit(CompileParams(backend="onnxruntime"), {"graph": graph})
+    VALIDATE.admit(ValidateParams(window_tokens=9000), {"model": whole})  # cut to the 512 that the model reads
+    VALIDATE.admit(ValidateParams(window_tokens=9000), {"model": dense})
 
 
 def test_windows_are_no_longer_than_the_model_reads(shared_store, judged, topics, dense):
@@ -312,7 +333,11 @@ def test_baseline_with_another_vocabulary_is_refused(shared_store, judged, tiny,
         (folder / "tokenizer.json").write_text(json.dumps(text))
 
     other = published(shared_store, Kind.CHECKPOINT, renamed)
-    refused(shared_store, lambda: judged(dense, topics, baseline=other), "another vocabulary")
+    error = refused(shared_store, lambda: judged(dense, topics, baseline=other), "another vocabulary")
+    both = [FETCH.admit(FetchParams(source=str(one)), {}) for one in (tiny, shared_store.checkout(other))]
+    with pytest.raises(StageError) as ahead:
+        VALIDATE.admit(ValidateParams(), dict(zip(("model", "baseline"), both, strict=True)))
+    assert str(ahead.value) == str(error)
 
 
 def test_split_too_short_for_one_window_is_refused(shared_store, judged, dense):

@@ -18,6 +18,7 @@ from stages.adapters.gguf import outline
 from stages.models.anatomy import tasks
 from stages.models.checkpoint import layout
 from stages.models.checkpoint.json_files import read_json
+from stages.models.checkpoint.loading import load_tokenizer
 from stages.models.layers import low_rank_linear
 from stages.models.layers.quantization_spec import describe
 from stages.models.memory.lean_import import without_compiler
@@ -29,9 +30,11 @@ class Subject:
     """A checkpoint, or what will be made of one.
 
     Attributes:
-        folder: where its configuration and tokenizer lie: of the checkpoint that all begins with.
+        folder: where its configuration and tokenizer lie: of the checkpoint that all begins with; or a GGUF file.
         model: on the meta device; admission gives it the shapes that the steps will.
         task: what it is for.
+        reads: tokens at once; None for any number.
+        built: the same of its graph or engine; None for a checkpoint.
         scheme: how it is quantized, empty for a float one.
         layout: another tool's layout in which it is, empty for our own.
         masked: single weights are zeros that must stay.
@@ -42,6 +45,8 @@ class Subject:
     folder: Path
     model: PreTrainedModel
     task: str
+    reads: int | None = None
+    built: int | None = None
     scheme: str = ""
     layout: str = ""
     masked: bool = False
@@ -103,8 +108,9 @@ def subject(
         folder,
         model,
         task,
-        scheme,
-        foreign if scheme else "",
+        most,
+        scheme=scheme,
+        layout=foreign if scheme else "",
         masked=(folder / layout.ZEROS).is_file(),
         facts=facts,
     )
@@ -122,15 +128,22 @@ def of_gguf(path: Path) -> Subject:
     """
     with without_compiler():
         model, config = outline(path)
-    count = sum(one.numel() for one in model.parameters())
+    count, most = sum(one.numel() for one in model.parameters()), tasks.longest(config)
     facts = {
         "architecture": f"{type(model).__name__} ({config.model_type}), as GGUF",
         "task": "generate",
         "parameters": f"{count:,}, written as F32",
-        "reads": _read(tasks.longest(config)),
+        "reads": _read(most),
         "vocabulary": f"{config.vocab_size:,}",
     }
-    return Subject(path.parent, model.eval(), "generate", facts=facts)
+    return Subject(path, model.eval(), "generate", most, facts=facts)
+
+
+def vocabularies(one: Subject, other: Subject) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """Token -> id of both; nothing where both come from one checkpoint, or one from a GGUF file, not read so far."""
+    if one.folder == other.folder or one.folder.is_file() or other.folder.is_file():
+        return {}, {}
+    return load_tokenizer(one.folder).get_vocab(), load_tokenizer(other.folder).get_vocab()
 
 
 def reshape(one: nn.Module, *, inputs: int | None = None, outputs: int | None = None) -> None:
