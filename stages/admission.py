@@ -62,8 +62,8 @@ def admitted(steps: Sequence[Asked]) -> list[Answer]:
     answers: list[Answer] = []
     for step in steps:
         definition = stage(step.stage)
-        read = {role: made.get(source) for role, source in step.inputs.items() if _is_model(definition, role)}
-        if definition.admit is None or any(one is None for one in read.values()):
+        read = {role: made.get(source) for role, source in step.inputs.items()}
+        if definition.admit is None or any(read[role] is None for role in read if _is_model(definition, role)):
             answers.append(Answer(step=step.name))
             continue
         params = definition.params.model_validate(step.params)
@@ -77,8 +77,8 @@ def admitted(steps: Sequence[Asked]) -> list[Answer]:
             answers.append(Answer(step=step.name, unknown=f"{type(error).__name__}: {error}"))
             continue
         made[step.name] = found
-        facts = found.facts if found and not step.inputs else {}
-        answers.append(Answer(step=step.name, task=found.task if found else "", facts=facts))
+        facts = {} if step.inputs else getattr(found, "facts", {})
+        answers.append(Answer(step=step.name, task=getattr(found, "task", ""), facts=facts))
     return answers
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -251,4 +251,18 @@ def _check_dealt(dealt: Mapping[str, list[Passage]], passages: int, params: Corp
         )
 
 
-CORPUS = Stage(name="corpus", params=CorpusParams, inputs={}, output=Kind.CORPUS, image=Image.BASE, run=run, pin=pin)
+def admit(params: CorpusParams, known: Mapping[str, Any]) -> frozenset[str]:
+    """The splits that the corpus will have."""
+    return frozenset(params.splits)
+
+
+CORPUS = Stage(
+    name="corpus",
+    params=CorpusParams,
+    inputs={},
+    output=Kind.CORPUS,
+    image=Image.BASE,
+    run=run,
+    pin=pin,
+    admit=admit,
+)

@@ -63,10 +63,12 @@ def admit(params: FactorizeParams, known: Mapping[str, Any]) -> Subject:
     """The factorized checkpoint, as far as shapes say it."""
     from stages.models.checkpoint.editing import matching
     from stages.models.low_rank.planning import RANK_STEP, dense
+    from stages.models.text.windows import check_split
 
     given: Subject = known["model"]
     given.require_float("factorize")
     matching(dense(given.model), params.layers, params.skip)
+    check_split(known, "calibrate")
     return replace(given, loose=RANK_STEP, masked=False)
 
 

@@ -85,13 +85,17 @@ def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progres
 
 def admit(params: ShareParams, known: Mapping[str, Any]) -> Subject:
     """The shared checkpoint, as far as shapes say it."""
+    from stages.models.checkpoint import editing
     from stages.models.low_rank.planning import RANK_STEP
+    from stages.models.text.windows import check_split
 
     given: Subject = known["model"]
     given.require_float("share")
     if params.method == "tie":
         return replace(given, masked=False)
     _check(params, given.model)
+    editing.check_text(known)
+    check_split(known, "calibrate")
     return replace(given, loose=RANK_STEP, masked=False)
 
 

@@ -197,7 +197,9 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
         require_gpu()
     from stages.models.checkpoint.loading import load_tokenizer
     from stages.models.checkpoint.subject import vocabularies
+    from stages.models.text.windows import check_split
 
+    check_split(known, params.split)
     model: Subject = known["model"]
     if model.task == "fill":
         _mask(load_tokenizer(model.folder))

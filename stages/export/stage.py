@@ -97,7 +97,9 @@ def admit(params: ExportParams, known: Mapping[str, Any]) -> Subject:
     """The graph of a checkpoint."""
     from stages.export.to_onnx import FOUR_BIT_FLOATS, no_four_bit_floats
     from stages.models.checkpoint.loading import load_tokenizer
+    from stages.models.text.windows import check_split
 
+    check_split(known, "calibrate")
     given: Subject = known["model"]
     _refuse_two_stacks(given.model.config)
     if given.scheme in ("nvfp4", "mxfp4") and params.opset < FOUR_BIT_FLOATS:

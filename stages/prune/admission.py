@@ -15,6 +15,7 @@ from torch import Tensor
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.editing import matching
 from stages.models.checkpoint.subject import Subject, reshape
+from stages.models.text.windows import check_split
 from stages.prune import units as surgery
 from stages.prune import width, zeros
 from stages.prune.channels_heads import plan, said
@@ -36,6 +37,7 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
     """
     given: Subject = known["model"]
     given.require_float("prune")
+    check_split(known, "calibrate")
     if params.method in WEIGHTS:
         if given.loose:
             raise zeros.not_dense(ON_A_BASIS)

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import LLAMA_TYPE
 from stages.models.checkpoint.compressed_tensors import METHOD, refuse_inexpressible
-from stages.models.checkpoint.editing import matching
+from stages.models.checkpoint.editing import check_text, matching
 from stages.models.checkpoint.subject import Subject
+from stages.models.text.windows import check_split
 from stages.quantize import plan
 from stages.quantize.params import SIXTEEN_BITS, QuantizeParams
 from stages.quantize.rotation import of_values
@@ -44,6 +45,12 @@ def admitted(params: QuantizeParams, known: Mapping[str, Any]) -> Subject:
             refuse_inexpressible(model, maps, tables, ["maps on a basis"] if given.structured else [])
     if params.rotation not in (None, "off"):
         of_values(model, anatomy.blocks(model))
+    fitted = params.scheme not in SIXTEEN_BITS and not plan.by_weights_alone(params)
+    if plan.needs_text(params, known, fitted=fitted):
+        check_split(known, "calibrate")
+    elif params.rotation == "auto":
+        check_text(known)
+        check_split(known, "calibrate")
     if params.scheme == "int8_w8a8" and kind not in LLAMA_TYPE:
         plan.refuse_moved(params, kind)
     plan.check_cache(params, model)

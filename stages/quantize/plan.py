@@ -66,16 +66,25 @@ def calibration_windows(
     Raises:
         StageError: there is none, or it is shorter than one window.
     """
+    if not needs_text(params, inputs, fitted=fitted):
+        return None
+    most = params.windows or (32 if params.scheme in ROUNDED_INPUTS else 8)
+    return calibration(inputs, params.window_tokens, most, progress)
+
+
+def needs_text(params: QuantizeParams, inputs: Mapping[str, Any], *, fitted: bool) -> bool:
+    """Whether a text is read, for maps that are fitted or for a rounded cache.
+
+    Raises:
+        StageError: it is, and there is none.
+    """
     cached = params.kv_cache != "keep"
     if "text" not in inputs and (fitted or cached):
         free = fitted and params.search == "auto" and params.scheme not in (*ROUNDED_INPUTS, "auto") and not cached
         remedy = "Give a corpus with a `calibrate` split" + (", or set `search: off`." if free else ".")
         what = params.scheme if fitted else f"kv_cache {params.kv_cache}"
         raise StageError(f"{what} needs an input 'text'", remedy=remedy)
-    if not fitted and not cached:
-        return None
-    most = params.windows or (32 if params.scheme in ROUNDED_INPUTS else 8)
-    return calibration(inputs, params.window_tokens, most, progress)
+    return fitted or cached
 
 
 def check_cache(params: QuantizeParams, model: PreTrainedModel) -> None:

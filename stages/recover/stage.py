@@ -59,9 +59,12 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
 
 def admit(params: RecoverParams, known: Mapping[str, Any]) -> Subject:
     """The model as it came, if it can learn in the way asked."""
+    from stages.models.text.windows import check_split
     from stages.recover.checks import check_known
 
     check_known(known["model"], known["teacher"], params.update)
+    for role, split in (("text", "train"), ("text", "validate"), ("other", "validate")):
+        check_split(known, split, role)
     model: Subject = known["model"]
     return model
 

@@ -209,7 +209,8 @@ class Stage(Generic[P]):
         executed_on: for a stage whose result is a fact about a machine: the executor for given params and inputs.
         uses: the modules that its params choose by name, which its code does not import: they are in `code`, too.
         admit: (params, role -> what is known of the input before it is made) -> what is known of the output, see
-            `stages.admission`. It raises StageError where the work would, as far as names, shapes and settings say it.
+            `stages.admission`: a `Subject`, or a corpus's splits; None for a text of which no more is known than that
+            it is there. It raises StageError where the work would, as far as names, shapes and settings say it.
         divided: for a stage whose work is a sum of independent parts. `run` uses those that it finds in its draft, see
             `stages.runtime.parts`, and its bytes do not depend on how the work was divided.
     """

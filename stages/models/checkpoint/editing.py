@@ -47,8 +47,7 @@ def calibration(inputs: Mapping[str, Path], tokens: int, most: int, progress: Pr
     Raises:
         StageError: there is no text, or it is shorter than one window.
     """
-    if "text" not in inputs:
-        raise StageError("this method needs an input 'text'", remedy="Give a corpus with a `calibrate` split.")
+    check_text(inputs)
     tokens = readable(inputs["model"], tokens, progress)
     tokenizer = load_tokenizer(inputs["model"])
     ids_NT = windows(inputs["text"], "calibrate", tokenizer, tokens, most=most, progress=progress)
@@ -57,6 +56,12 @@ def calibration(inputs: Mapping[str, Path], tokens: int, most: int, progress: Pr
     del tokenizer  # a vocabulary takes as much memory as a small model's block
     trim()
     return ids_NT
+
+
+def check_text(inputs: Mapping[str, Any]) -> None:
+    """Raise StageError where the text to calibrate with is missing."""
+    if "text" not in inputs:
+        raise StageError("this method needs an input 'text'", remedy="Give a corpus with a `calibrate` split.")
 
 
 def readable(folder: Path, tokens: int, progress: Progress) -> int:

@@ -6,7 +6,7 @@ Shapes: N windows, T tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,20 @@ _WORDS = ("the", "a", "0")
 """Asked in turn, then the vocabulary's own: one that knows no character of a word may say nothing."""
 
 
+def check_split(known: Mapping[str, Any], split: str, role: str = "text") -> None:
+    """Raise StageError where a text that will be read is known to have no such split; see `stages.admission`."""
+    if (have := known.get(role)) is not None and split not in have:
+        raise _without(split, have)
+
+
+def _without(split: str, have: Collection[str]) -> StageError:
+    return StageError(
+        f"the corpus has no split {split!r}",
+        measured=", ".join(sorted(have)) or "none",
+        remedy="Give the split a share in `splits`.",
+    )
+
+
 def passages(corpus: Path, split: str) -> Iterator[dict[str, Any]]:
     """The passages of one split, in order: `{"id", "text"}`, or `{"id", "messages": [{"role", "content"}]}`.
 
@@ -31,10 +45,7 @@ def passages(corpus: Path, split: str) -> Iterator[dict[str, Any]]:
     """
     path = corpus / f"{split}.jsonl"
     if not path.is_file():
-        have = ", ".join(sorted(p.stem for p in corpus.glob("*.jsonl") if p.stem in SPLITS))
-        raise StageError(
-            f"the corpus has no split {split!r}", measured=have or "none", remedy="Give the split a share in `splits`."
-        )
+        raise _without(split, [p.stem for p in corpus.glob("*.jsonl") if p.stem in SPLITS])
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)

@@ -12,13 +12,14 @@ from flows.recipe.model import Recipe
 from flows.running import admission
 from flows.running.admission import ask, refuse_inadmissible
 from flows.running.plan import resolve
+from stages import stage as definition
 from stages.admission import Answer, Asked
 from stages.models.checkpoint.loading import load_model
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.stages.models.families import FAMILIES, WIDER, family
 
-TEXT = {"source": "pydoc://topics", "splits": {"calibrate": 0.5, "test": 0.5}}
+TEXT = {"source": "pydoc://topics", "splits": dict.fromkeys(("calibrate", "train", "validate", "test"), 0.25)}
 
 
 def checkpoint(name: str, root: Path) -> Path:
@@ -170,6 +171,40 @@ def test_a_mask_does_not_outlive_the_maps_that_it_is_of(store, tmp_path):
     narrow = step("narrow", "prune", "zeros", keep=0.9, multiple=1)
     after = {**learn, "inputs": {"model": "narrow", "teacher": "dense", "text": "text"}}
     assert not admitted(store, recipe(folder, zeros, narrow, after))
+
+
+@pytest.mark.parametrize(
+    ("stage", "params"),
+    [
+        ("quantize", {}),
+        ("quantize", {"scheme": "int4_weight_only", "block": 16}),
+        ("quantize", {"scheme": "int8_weight_only", "rotation": "auto"}),
+        ("quantize", {"scheme": "bf16", "kv_cache": "int8"}),
+        ("share", {}),
+        ("recover", {}),
+        ("prune", {"method": "magnitude"}),
+    ],
+)
+def test_a_text_that_is_missing_is_missed_as_by_the_work(stage, params, store, tmp_path):
+    folder = checkpoint("llama", tmp_path / "given")
+    optional = definition(stage).inputs["text"].optional
+    bare = {"name": "s", "stage": stage, "inputs": {"model": "dense"}, "params": params}
+    if optional:
+        with pytest.raises(StageError) as ahead:
+            admitted(store, recipe(folder, bare))
+        with pytest.raises(StageError) as work:
+            run = definition(stage)
+            (tmp_path / "out").mkdir()
+            run.run(run.params.model_validate(params), {"model": folder}, tmp_path / "out", Silent())
+        assert (ahead.value.what, ahead.value.remedy) == (
+            f"step 's' ({stage}): {work.value.what}",
+            work.value.remedy,
+        )
+        assert not admitted(store, recipe(folder, step("s", stage, **params)))
+    halved = {"name": "half", "stage": "corpus", "params": {**TEXT, "splits": {"test": 1.0}}}
+    inputs = {"model": "dense", "text": "half"} | ({"teacher": "dense"} if stage == "recover" else {})
+    with pytest.raises(StageError, match="the corpus has no split"):
+        admitted(store, recipe(folder, halved, {**bare, "inputs": inputs}))
 
 
 def test_blocks_of_maps_that_stay_float_round_nothing(store, tmp_path):

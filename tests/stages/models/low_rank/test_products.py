@@ -50,7 +50,7 @@ def test_family_in_thin_products_is_written_as_it_answers(name, root, tmp_path):
 
 def known(name, root):
     folder = family(name, root)
-    return {"model": Subject(folder, outlined(folder, [folder / "model.safetensors"])[0], "generate")}
+    return {"model": Subject(folder, outlined(folder, [folder / "model.safetensors"])[0], "generate"), "text": None}
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "bart", "albert", "mamba", "mixtral", "neox"])
