@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gguf
 import numpy as np
@@ -18,11 +19,43 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import modeling_gguf_pytorch_utils as reading
+from transformers.initialization import no_init_weights
 
 from stages.runtime.contract import Progress, StageError
 
 _DAMAGED = "Fetch the file again; it was probably cut short while it was copied."
+_ARRAY = gguf.GGUFValueType.ARRAY
 _OTHER = "Use a dense decoder, or the same checkpoint as safetensors."
+
+
+class Reader(gguf.GGUFReader):
+    """Reads an array at once: a vocabulary word by word, as its parent does, takes seconds."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        item = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0])) if raw_type == _ARRAY else _ARRAY
+        # Arrays of arrays, and files of a machine with the other order of bytes, are rare.
+        if item == _ARRAY or self.byte_order == "S":
+            return super()._get_field_parts(orig_offs, raw_type)
+        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        count, start = int(head[1][0]), orig_offs + 12
+        values: list[Any]
+        if item == gguf.GGUFValueType.STRING:
+            values, end = self._words(start, count)
+        else:
+            read = np.asarray(self._get(start, self.gguf_scalar_to_np[item], count))
+            values, end = list(read.reshape(count, 1)), start + read.nbytes
+        return end - orig_offs, [*head, *values], list(range(2, 2 + count)), [_ARRAY, item][: 1 + bool(count)]
+
+    def _words(self, start: int, count: int) -> tuple[list[NDArray[np.uint8]], int]:
+        """So many strings, each after its length, and where they end."""
+        held, found = np.asarray(self.data), list[NDArray[np.uint8]]()  # slices of a mapped array are made slowly
+        for _ in range(count):
+            end = start + 8 + int.from_bytes(held[start : start + 8].tobytes(), "little")
+            if end > len(held):
+                raise ValueError(f"a string ends at byte {end} of {len(held)}")
+            found.append(held[start + 8 : end])
+            start = end
+        return found, start
 
 
 def dequantize(path: Path, output: Path, progress: Progress) -> None:
@@ -49,9 +82,11 @@ def outline(path: Path) -> tuple[Any, Any]:
         StageError: its architecture is not understood.
     """
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        with torch.device("meta"):
+        with patch.object(gguf, "GGUFReader", Reader):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(config)
+            model.tie_weights()
     # What transformers raises for an architecture or a field of it that it does not know; its text is passed on.
     except (ValueError, KeyError, NotImplementedError) as error:
         raise StageError(f"{path} has an architecture that is not understood ({error})", remedy=_OTHER) from error
@@ -62,7 +97,7 @@ def outline(path: Path) -> tuple[Any, Any]:
 def _opened(path: Path) -> gguf.GGUFReader:
     # The reader maps the file: sizes that lie outside it surface as ValueError, IndexError or a short reshape.
     try:
-        return gguf.GGUFReader(path)
+        return Reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
         raise StageError(f"{path} is cut short or no GGUF file ({error})", remedy=_DAMAGED) from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -60,4 +61,10 @@ def admitted(params: QuantizeParams, known: Mapping[str, Any]) -> Subject:
 def _only_read(model: PreTrainedModel, path: str) -> bool:
     """Whether the module that has a map reads its weight by itself: such a map stays float (Mamba's `dt_proj`)."""
     owner, _, leaf = path.rpartition(".")
-    return f"self.{leaf}.weight" in inspect.getsource(type(model.get_submodule(owner)))
+    return f"self.{leaf}.weight" in _source(type(model.get_submodule(owner)))  # type: ignore[arg-type]
+
+
+@cache
+def _source(kind: type) -> str:
+    """Of a class; blocks are alike, and to find one takes the time of parsing its file."""
+    return inspect.getsource(kind)

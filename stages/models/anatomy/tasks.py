@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stages.models.anatomy import classes
-from stages.models.memory.lean_import import without_compiler
 
 TASKS = dict(zip(("generate", "translate", "fill", "classify", "tag", "answer", "embed"), classes.TASKS, strict=True))
 """Task -> transformers' table of its architectures."""
@@ -66,9 +65,7 @@ def longest(config: PreTrainedConfig) -> int | None:
     most = min((one for one in told if isinstance(one, int) and one > 0), default=None)
     if most is None:
         return None
-    with without_compiler(), torch.device("meta"):
-        made = classes.model_class(config)(config)
-    return most - _unused(made, most)
+    return most - _unused(classes.outline(classes.model_class(config), config), most)
 
 
 def _unused(model: PreTrainedModel, most: int) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.adapters.gguf import dequantize
+from stages.adapters.gguf import Reader, dequantize
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.stages.adapters.ggufs import write_gguf
@@ -54,6 +55,20 @@ def test_eight_bit_file_is_within_half_a_step_of_its_source(tiny: Path, tmp_path
         assert ((made[name].view(-1, 32) - blocks).abs() <= bound + 1e-9).all()
         changed += int((made[name] != tensor).sum())
     assert changed > 0
+
+
+def test_arrays_read_at_once_are_what_the_library_reads(tiny: Path, tmp_path: Path) -> None:
+    write_gguf(tiny, tmp_path / "a.gguf")
+    ours, theirs = Reader(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "a.gguf")
+    assert ours.fields.keys() == theirs.fields.keys()
+    kinds = set()
+    for name, one in theirs.fields.items():
+        assert ours.fields[name].contents() == one.contents(), name
+        assert ours.fields[name].types == one.types
+        kinds.add(tuple(one.types))
+    array = gguf.GGUFValueType.ARRAY
+    assert {(array, gguf.GGUFValueType.STRING), (array, gguf.GGUFValueType.INT32)} <= kinds
+    assert [one.data_offset for one in ours.tensors] == [one.data_offset for one in theirs.tensors]
 
 
 def test_files_do_not_tell_where_they_came_from(tiny: Path, tmp_path: Path, output: Path) -> None:
