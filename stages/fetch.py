@@ -113,14 +113,18 @@ def _merged(params: FetchParams, folder: Path, output: Path, progress: Progress)
     chosen = layout.choose(base)
     if params.base_digest not in ("", found := chosen.digest()):
         raise changed_source(params.base, found, params.base_digest)
+    _require_folder(base, chosen)
+    _unread(located(base), chosen, progress)
+    merged(located(base), located(folder), output, progress)
+
+
+def _require_folder(base: Path, chosen: layout.Chosen) -> None:
     if chosen.gguf or base.is_file():
         raise StageError(
             f"an adapter is merged into a folder, and {base} is a file",
             limit="a folder with config.json and *.safetensors",
             remedy="Set `base` to the checkpoint that the adapter was trained on, in Hugging Face layout.",
         )
-    _unread(located(base), chosen, progress)
-    merged(located(base), located(folder), output, progress)
 
 
 def _dequantized(folder: Path, chosen: layout.Chosen, output: Path, progress: Progress) -> bool:
@@ -143,17 +147,20 @@ def _dequantized(folder: Path, chosen: layout.Chosen, output: Path, progress: Pr
 
 def admit(params: FetchParams, known: Mapping[str, Any]) -> Subject | None:
     """What the checkpoint is: from its source, or from the sealed artifact; None where neither lies here."""
+    from stages.models.checkpoint.adapter import merge
     from stages.models.checkpoint.loading import outlined
     from stages.models.checkpoint.subject import of_gguf, subject
 
     path = known.get("") or _here(params.exact or params.source, params.downloads)
     if path is None:
         return None
+    adapter = None
     if params.base and path != known.get(""):
         layout.choose_adapter(path)
-        path = _here(params.base_exact or params.base, params.downloads)
+        adapter, path = located(path), _here(params.base_exact or params.base, params.downloads)
         if path is None:
             return None
+        _require_folder(path, layout.choose(path))
     chosen = layout.choose(path)
     if chosen.gguf:
         return of_gguf(chosen.gguf)
@@ -161,6 +168,8 @@ def admit(params: FetchParams, known: Mapping[str, Any]) -> Subject | None:
     tensors = layout.check_headers(folder, chosen.weights)
     layout.check_tokenizer(folder)
     model, left = outlined(folder, chosen.weights.values())
+    if adapter:
+        merge(model, folder, adapter, None, Silent())
     return subject(folder, model, {name: one for name, one in tensors.items() if name not in left}, left)
 
 

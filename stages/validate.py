@@ -179,9 +179,8 @@ def _text(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress
     if baseline:
         theirs = load_tokenizer(baseline).get_vocab()
         _check_alike(tokenizer.get_vocab(), theirs, task, tasks.task(load_config(baseline)))
-    most = tasks.longest(config)
-    tokens = min(params.window_tokens, most or params.window_tokens)
-    _check_length(_of_engine(model), tokens, ends=most is not None)
+    tokens = min(params.window_tokens, tasks.longest(config) or params.window_tokens)
+    _check_length(_of_engine(model), tokens)
     mask = _mask(tokenizer) if task == "fill" else None
     before, after = special_ends(tokenizer)
     asking = Asking(task, len(before), len(after), mask)
@@ -205,8 +204,7 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
         _mask(load_tokenizer(model.folder))
     if baseline := known.get("baseline"):
         _check_alike(*vocabularies(model, baseline), model.task, baseline.task)
-    tokens = min(params.window_tokens, model.reads or params.window_tokens)
-    _check_length(model.built, tokens, ends=model.reads is not None)
+    _check_length(model.built, min(params.window_tokens, model.reads or params.window_tokens))
     return model
 
 
@@ -250,7 +248,6 @@ def _written(documents: list[Document]) -> bytes:
 
 
 def _check_alike(ours: Mapping[str, int], theirs: Mapping[str, int], task: str, other: str) -> None:
-    """Raise StageError unless a model and its baseline have one vocabulary and one task."""
     from stages.measures.documents import other_vocabulary
 
     if ours != theirs:
@@ -265,26 +262,18 @@ def _check_alike(ours: Mapping[str, int], theirs: Mapping[str, int], task: str, 
 
 
 def _of_engine(folder: Path) -> int | None:
-    """The longest sequence of an engine; None where there is none in the folder."""
     engine = folder / "engine.json"
     return json.loads(engine.read_text(encoding="utf-8")).get("maximum_tokens") if engine.is_file() else None
 
 
-def _check_length(most: int | None, window_tokens: int, *, ends: bool) -> None:
-    """Raise StageError where an engine was built for less than the windows: its scores would stand beside no others.
-
-    Args:
-        most: tokens that the engine reads.
-        window_tokens: of a window, no more than the model itself reads.
-        ends: whether the model reads so many and no more: an engine can be built for all of them then.
-    """
+def _check_length(most: int | None, window_tokens: int) -> None:
+    """Raise StageError where an engine was built for less than the windows: its scores would stand beside no others."""
     if most is not None and window_tokens > most:
         raise StageError(
             "the windows are longer than the engine can read",
             measured=f"{window_tokens} tokens",
             limit=f"{most} tokens",
-            remedy=f"Set `window_tokens` of `judge` to {most}"
-            + (f", or `maximum_tokens` of `compile` to {window_tokens}." if ends else "."),
+            remedy=f"Set `window_tokens` of `judge` to {most}.",
         )
 
 

@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from stages.algorithms import merging
 from stages.models.checkpoint import files
 from stages.models.checkpoint.layout import QUANTIZATION, STRUCTURE
 from stages.models.checkpoint.loading import load_config, load_tokenizer
+from stages.models.checkpoint.subject import Subject
 from stages.models.memory.pages import forget
 from stages.runtime.contract import StageError
 
@@ -73,41 +75,76 @@ class _Seen:
         return row
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What checkpoints to fuse must have in common; None for what is not known."""
+
+    fields: Mapping[str, Any] | None
+    shapes: Mapping[str, Any]
+    tokens: Mapping[str, Any] | None
+
+
 def check_alike(folders: Sequence[Path]) -> None:
     """Raise StageError unless the checkpoints are float models of one architecture and tokenizer, tensor for tensor."""
     for folder in folders:
         for name in (STRUCTURE, QUANTIZATION):
             if (folder / name).is_file():
-                raise StageError(
-                    f"a checkpoint to fuse has a {name}", remedy="Fuse first, then share, prune unevenly and quantize."
-                )
-    first, *others = folders
-    shapes, fields, tokens = files.shapes(first), _fields(first), _tokens(first)
-    for place, folder in enumerate(others, start=1):
-        theirs = _fields(folder)
+                raise _changed(name)
+    _compare([_Kind(_fields(load_config(one)), files.shapes(one), _tokens(one)) for one in folders])
+
+
+def check_known(models: Sequence[Subject]) -> None:
+    """The same of checkpoints that are not made yet, as far as configurations, shapes and tokenizers say it."""
+    for one in models:
+        if one.scheme or one.structured:
+            raise _changed(QUANTIZATION if one.scheme else STRUCTURE)
+    # A GGUF file's configuration and tokenizer are written when it is fetched.
+    read = not any(one.folder.is_file() for one in models)
+    several = read and len({one.folder for one in models}) > 1
+    _compare(
+        [
+            _Kind(
+                _fields(one.model.config) if read else None,
+                {name: list(tensor.shape) for name, tensor in one.model.named_parameters()},
+                _tokens(one.folder) if several else None,
+            )
+            for one in models
+        ]
+    )
+
+
+def _changed(name: str) -> StageError:
+    return StageError(
+        f"a checkpoint to fuse has a {name}", remedy="Fuse first, then share, prune unevenly and quantize."
+    )
+
+
+def _compare(kinds: Sequence[_Kind]) -> None:
+    first, *others = kinds
+    remedy = "Fuse checkpoints that were trained from one and the same."
+    for place, one in enumerate(others, start=1):
+        fields, theirs = first.fields or {}, one.fields or {}
         if unlike := sorted(name for name in fields.keys() | theirs.keys() if fields.get(name) != theirs.get(name)):
             raise StageError(
                 f"checkpoint {place} is of another architecture than the first: {unlike[0]} differs",
                 measured=theirs.get(unlike[0]),
                 limit=fields.get(unlike[0]),
+                remedy=remedy,
             )
-        found = files.shapes(folder)
-        for name in sorted(shapes.keys() | found.keys()):
-            if shapes.get(name) != found.get(name):
+        for name in sorted(first.shapes.keys() | one.shapes.keys()):
+            if first.shapes.get(name) != one.shapes.get(name):
                 raise StageError(
                     f"checkpoint {place} is unlike the first in {name}",
-                    measured=found.get(name, "absent"),
-                    limit=shapes.get(name, "absent"),
+                    measured=one.shapes.get(name, "absent"),
+                    limit=first.shapes.get(name, "absent"),
+                    remedy=remedy,
                 )
-        if _tokens(folder) != tokens:
-            raise StageError(
-                f"checkpoint {place} has another tokenizer than the first",
-                remedy="Fuse checkpoints that were trained from one and the same.",
-            )
+        if first.tokens != one.tokens:
+            raise StageError(f"checkpoint {place} has another tokenizer than the first", remedy=remedy)
 
 
-def _fields(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = load_config(folder).to_dict()
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    found: dict[str, Any] = config.to_dict()
     return {name: value for name, value in found.items() if name not in _LIKE_ANY and not name.endswith("_token_id")}
 
 

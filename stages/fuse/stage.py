@@ -66,17 +66,11 @@ def fuse(params: FuseParams, inputs: Mapping[str, Path], output: Path, progress:
 
 def admit(params: FuseParams, known: Mapping[str, Any]) -> Subject:
     """The first checkpoint, if the others are like it."""
+    from stages.fuse import merging
+
     models: list[Subject] = [one for role, one in known.items() if role.startswith("models")]
     _check(params, len(models), known.get("base") and known["base"].folder)
-    for place, one in enumerate(models):
-        one.require_float("fuse")
-        if type(one.model) is not type(models[0].model):
-            raise StageError(
-                f"checkpoint {place} is of another architecture than the first",
-                measured=type(one.model).__name__,
-                limit=type(models[0].model).__name__,
-                remedy="Fuse checkpoints that were trained from one and the same.",
-            )
+    merging.check_known([*models, *([known["base"]] if "base" in known else [])])
     return models[0]
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.layout import QUANTIZATION, ZEROS
 from stages.models.checkpoint.loading import load_config, load_tokenizer
-from stages.models.checkpoint.subject import Subject
+from stages.models.checkpoint.subject import Subject, vocabularies
+from stages.recover.params import RecoverParams
 from stages.runtime.contract import StageError
 
+CLASSES = ("classify", "score", "tag")
+"""Tasks whose few logits are the answer: there is no head to take off."""
 _TEACHES_NOTHING = ("answer", "embed")
 
 
@@ -24,10 +30,11 @@ def check(inputs: Mapping[str, Path], update: str) -> None:
     _refuse_filling((model / ZEROS).is_file(), update)
 
 
-def check_known(model: Subject, teacher: Subject, update: str) -> None:
-    """The same of a model and a teacher that are not made yet."""
+def check_known(model: Subject, teacher: Subject, params: RecoverParams) -> None:
+    """The same of a model and a teacher that are not made yet, with what else their configurations say."""
     sizes = [one.model.config.get_text_config().vocab_size for one in (model, teacher)]
-    if sizes[0] != sizes[1]:
+    ours, theirs = vocabularies(model, teacher)
+    if sizes[0] != sizes[1] or ours != theirs:
         raise _other_tokens(*sizes)
     if model.task in _TEACHES_NOTHING:
         raise StageError(
@@ -38,7 +45,46 @@ def check_known(model: Subject, teacher: Subject, update: str) -> None:
         )
     _refuse_quantized("model", bool(model.scheme))
     _refuse_quantized("teacher", bool(teacher.scheme))
-    _refuse_filling(model.masked, update)
+    _refuse_filling(model.masked, params.update)
+    check_length(teacher.model, min(params.window_tokens, model.reads or params.window_tokens), teacher.reads)
+    check_goal(model.model, model.task, params.kl_weight)
+    if params.written_windows:
+        check_writer(teacher.model, teacher.task)
+
+
+def predicts(model: PreTrainedModel, task: str) -> bool:
+    """Whether a model's answer is the next token of a text that is true."""
+    return task == "generate" and all(block.stack == "decoder" for block in anatomy.blocks(model))
+
+
+def check_length(model: PreTrainedModel, tokens: int, most: int | None) -> None:
+    """Raise StageError where a model that reads so many at most is to read windows of so many tokens."""
+    if most is not None and tokens > most:
+        raise StageError(
+            f"{type(model).__name__} reads no windows of this length",
+            measured=tokens,
+            limit=most,
+            remedy=f"Set `window_tokens` of the step to {most}.",
+        )
+
+
+def check_goal(model: PreTrainedModel, task: str, kl_weight: float) -> None:
+    """Raise StageError where a model that predicts no next token is to learn from that."""
+    if kl_weight < 1 and not predicts(model, task):
+        why = "predicts no next token" if task in CLASSES else "sees the next token"
+        why = "answers the teacher's texts, which are no truth" if model.config.is_encoder_decoder else why
+        raise StageError(
+            f"{type(model).__name__} {why}, so that predicting it teaches nothing",
+            measured=f"kl_weight {kl_weight}",
+            limit="kl_weight 1",
+            remedy="Set `kl_weight: 1` in the step.",
+        )
+
+
+def check_writer(model: PreTrainedModel, task: str) -> None:
+    """Raise StageError where a teacher that is no decoder is to write text."""
+    if not predicts(model, task):
+        raise StageError(f"{type(model).__name__} cannot write text", remedy="Give `written_windows: 0`.")
 
 
 def _other_tokens(ours: int, theirs: int) -> StageError:

@@ -19,16 +19,13 @@ from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model
 from stages.models.layers import rounded_cache
 from stages.models.text.decoder_answers import NOTHING
+from stages.recover.checks import CLASSES, check_length, predicts
 from stages.runtime.contract import StageError
 
 WHOLE_ATTENTION = 256
 """Up to this many tokens the plain product of queries and keys takes half the time of torch's fused one in bfloat16."""
 LOGIT_TOLERANCE = 0.02
 """Difference, over the largest logit, that two roundings to bfloat16 explain."""
-
-
-CLASSES = ("classify", "score", "tag")
-"""Tasks whose few logits are the answer: there is no head to take off."""
 
 
 class Taken(nn.Module):
@@ -101,8 +98,7 @@ class Apart:
     @property
     def predicts(self) -> bool:
         """Whether an answer is the next token of a text that is true."""
-        causal = all(block.stack == "decoder" for block in anatomy.blocks(self.model))
-        return self.task == "generate" and causal
+        return predicts(self.model, self.task)
 
     def labels(self, ids_NT: Tensor) -> Tensor:
         """The next token of each position, -1 for the last, as `counted` is; all -1 where none is predicted."""
@@ -123,14 +119,8 @@ def load_apart(folder: Path, tokens: int) -> Apart:
             capped, or its windows are shorter.
     """
     model = load_model(folder, dtype=torch.bfloat16)
-    name, task, most = type(model).__name__, tasks.task(model.config), tasks.longest(model.config)
-    if most is not None and tokens > most:
-        raise StageError(
-            f"{name} reads no windows of this length",
-            measured=tokens,
-            limit=most,
-            remedy="Lower `window_tokens` of the step.",
-        )
+    name, task = type(model).__name__, tasks.task(model.config)
+    check_length(model, tokens, tasks.longest(model.config))
     model.config.use_cache = False
     if tokens <= WHOLE_ATTENTION:
         rounded_cache.use(model, "eager")

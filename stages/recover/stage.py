@@ -62,7 +62,7 @@ def admit(params: RecoverParams, known: Mapping[str, Any]) -> Subject:
     from stages.models.text.windows import check_split
     from stages.recover.checks import check_known
 
-    check_known(known["model"], known["teacher"], params.update)
+    check_known(known["model"], known["teacher"], params)
     for role, split in (("text", "train"), ("text", "validate"), ("other", "validate")):
         check_split(known, split, role)
     model: Subject = known["model"]

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from stages.algorithms.distillation import Targets, compared, distill
 from stages.models.anatomy import blocks as anatomy
 from stages.models.memory.saved_state import read_record, restore, save_state
-from stages.recover.headless import CLASSES, Apart
+from stages.recover.checks import check_goal
+from stages.recover.headless import Apart
 from stages.recover.matched_blocks import inputs_of
 from stages.recover.teacher_answers import Lessons
 from stages.recover.weight_updates import Updates, listen
-from stages.runtime.contract import StageError
 
 LARGEST_GRADIENT = 1.0
 """Gradients are scaled down to this norm."""
@@ -138,15 +138,7 @@ def learner(
         StageError: a model that predicts no next token is to.
     """
     blocks, ids_NT = anatomy.blocks(student.model), lessons.ids_NT
-    if goal.kl_weight < 1 and not student.predicts:
-        why = "predicts no next token" if student.task in CLASSES else "sees the next token"
-        why = "answers the teacher's texts, which are no truth" if student.source else why
-        raise StageError(
-            f"{type(student.model).__name__} {why}, so that predicting it teaches nothing",
-            measured=f"kl_weight {goal.kl_weight}",
-            limit="kl_weight 1",
-            remedy="Set `kl_weight: 1` in the step.",
-        )
+    check_goal(student.model, student.task, goal.kl_weight)
     listen(updates)
     hidden = student.model.config.get_text_config().hidden_size
     if at_once * ids_NT.shape[1] * hidden * len(blocks) * ACTIVATION_BYTES > MOST_ACTIVATIONS:

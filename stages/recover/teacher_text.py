@@ -14,10 +14,10 @@ from torch import Tensor
 from stages.algorithms.drawing import drawn
 from stages.models.layers import rounded_cache
 from stages.models.memory.saved_state import read_record, restore, save_state
+from stages.recover.checks import check_writer
 from stages.recover.headless import Apart
 from stages.recover.matched_blocks import inputs_of
 from stages.recover.teacher_answers import Lessons
-from stages.runtime.contract import StageError
 
 TOGETHER = 64
 """Windows written side by side: reading the weights once for each token takes most of the time."""
@@ -41,8 +41,7 @@ def write(teacher: Apart, ids_NT: Tensor, seed: int, path: Path, lessons: Lesson
 
     Source: Liu et al. 2023, LLM-QAT, section 3.1.
     """
-    if not teacher.predicts:
-        raise StageError(f"{type(teacher.model).__name__} cannot write text", remedy="Give `written_windows: 0`.")
+    check_writer(teacher.model, teacher.task)
     if read_record(path) is None:
         generator = torch.Generator().manual_seed(seed)
         for start in range(0, len(ids_NT), TOGETHER):

@@ -391,7 +391,9 @@ def test_checkpoint_in_the_layout_of_compressed_tensors_comes_back_and_is_not_qu
         seal("quantize", {"scheme": "int8_weight_only"}, model=again.identity)
 
 
-def test_adapter_is_merged_into_its_base_and_both_are_pinned(seal: Seal, store: Store, copy: Path, tiny: Path) -> None:
+def test_adapter_is_merged_into_its_base_and_both_are_pinned(
+    seal: Seal, store: Store, copy: Path, tiny: Path, tmp_path: Path
+) -> None:
     only_adapter(copy)
     path = "model.layers.0.self_attn.q_proj"
     a_rI, b_Or = torch.randn(2, 64), torch.randn(64, 2)
@@ -409,6 +411,13 @@ def test_adapter_is_merged_into_its_base_and_both_are_pinned(seal: Seal, store: 
         seal("fetch", asked | {"base_digest": "0" * 64})
     with pytest.raises(StageError, match="is no adapter, and a `base` is given for it"):
         seal("fetch", {"source": str(tiny), "base": str(tiny)})
+    write_gguf(tiny, tmp_path / "base.gguf")
+    params = FetchParams(source=str(copy), base=str(tmp_path / "base.gguf"))
+    with pytest.raises(StageError, match="an adapter is merged into a folder, and ") as work:
+        FETCH.run(params, {}, tmp_path / "out", Silent())
+    with pytest.raises(StageError) as ahead:
+        FETCH.admit(params, {})
+    assert str(ahead.value) == str(work.value)
 
 
 def test_modules_of_sentence_transformers_arrive_in_folders_of_their_own(seal: Seal, store: Store, copy: Path) -> None:

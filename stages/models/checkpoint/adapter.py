@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 
 from stages.models.checkpoint import files
 from stages.models.checkpoint.hub_folders import ADAPTER, ADAPTER_WEIGHTS
+from stages.models.checkpoint.json_files import read_json
+from stages.models.checkpoint.layout import CONFIG, QUANTIZATION
+from stages.models.layers import quantization_spec
 from stages.models.memory.saved_state import settle
 from stages.runtime.contract import Progress, StageError
 
@@ -26,7 +29,7 @@ _UNKNOWN = ("use_qalora", "target_parameters", "trainable_token_indices", "layer
             "alora_invocation_tokens", "arrow_config")  # fmt: skip
 
 
-def merge(model: PreTrainedModel, folder: Path, config: Mapping[str, Any], spare: Path, progress: Progress) -> None:
+def merge(model: PreTrainedModel, base: Path, folder: Path, spare: Path | None, progress: Progress) -> None:
     """Merge a LoRA into a model, in place; what changes lies in files below `spare` from then on.
 
     As peft computes it: W + scale B A with scale = alpha / r, or alpha / sqrt(r) (rslora); with DoRA each row of that
@@ -34,17 +37,25 @@ def merge(model: PreTrainedModel, folder: Path, config: Mapping[str, Any], spare
     changes was one tensor with another, they are two from then on.
 
     Args:
-        model: the base, its linear maps [O, I].
-        folder: with adapter_model.safetensors.
-        config: what adapter_config.json holds.
-        spare: for the changed weights.
+        model: the base, its linear maps [O, I]; on the meta device it is looked at whether and how the adapter fits.
+        base: its folder.
+        folder: with adapter_model.safetensors and adapter_config.json.
+        spare: for the changed weights; None on the meta device, which has none.
         progress: told what is untied.
 
     Raises:
-        StageError: another technique or variant, or tensors that have no place in the model.
+        StageError: the base is quantized, another technique or variant, or tensors that have no place in the model.
     """
+    read, config = read_json(base / CONFIG), read_json(folder / ADAPTER)
+    if read.get("quantization_config") or quantization_spec.describe(model) is not None:
+        raise StageError(
+            f"{base} is quantized, and an adapter is merged into floats",
+            measured=read.get("quantization_config", {}).get("quant_method", QUANTIZATION),
+            remedy="Set `base` to the float checkpoint that it was made from.",
+        )
     _check(config, folder)
-    parts = _by_module(files.read_files([folder / ADAPTER_WEIGHTS]), folder)
+    tensors = files.read_files([folder / ADAPTER_WEIGHTS])
+    parts = _by_module({name: tensor.to(model.device) for name, tensor in tensors.items()}, folder)
     for done, (path, found) in enumerate(sorted(parts.items()), 1):
         try:
             module = model.get_submodule(path)
@@ -58,7 +69,8 @@ def merge(model: PreTrainedModel, folder: Path, config: Mapping[str, Any], spare
             ) from error
         for name, tensor in changed.items():
             made = nn.Parameter(tensor.to(module.get_parameter(name).dtype).contiguous())
-            settle(spare / f"{done}.{name}.safetensors", [made])
+            if spare is not None:
+                settle(spare / f"{done}.{name}.safetensors", [made])
             _put(model, module, name, made, progress)
         progress.advanced(done, len(parts))
     _resized(model)

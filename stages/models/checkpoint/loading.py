@@ -32,7 +32,6 @@ from stages.models.checkpoint import (
     stored_types,
     uneven_sizes,
 )
-from stages.models.checkpoint.hub_folders import ADAPTER
 from stages.models.checkpoint.json_files import read_json, write_json
 from stages.models.checkpoint.layout import (
     CONFIG,
@@ -125,13 +124,7 @@ def merged(base: Path, folder: Path, output: Path, progress: Progress) -> None:
     read = read_json(base / CONFIG)
     named = getattr(torch, str(read.get("dtype") or read.get("torch_dtype")).removeprefix("torch."), None)
     model = load_model(base, dtype=named if isinstance(named, torch.dtype) else torch.float32)
-    if read.get("quantization_config") or quantization_spec.describe(model) is not None:
-        raise StageError(
-            f"{base} is quantized, and an adapter is merged into floats",
-            measured=read.get("quantization_config", {}).get("quant_method", QUANTIZATION),
-            remedy="Set `base` to the float checkpoint that it was made from.",
-        )
-    adapter.merge(model, folder, read_json(folder / ADAPTER), output / PARTIAL, progress)
+    adapter.merge(model, base, folder, output / PARTIAL, progress)
     own = any(all((folder / name).is_file() for name in names) for names in TOKENIZERS)
     save_model(model, output, like=base)
     if own:

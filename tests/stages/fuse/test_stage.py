@@ -10,12 +10,16 @@ from flows.recipe.expand import expanded
 from flows.recipe.read import read_recipe
 from flows.running.plan import resolve
 from stages import stage
+from stages.fetch import FETCH, FetchParams
 from stages.fuse import merging
 from stages.fuse.stage import FUSE, FuseParams
 from stages.models.checkpoint.loading import load_model
+from stages.prune.stage import PRUNE, PruneParams
+from stages.quantize.stage import QUANTIZE, QuantizeParams
 from stages.runtime.contract import StageError
 from stages.runtime.execute import execute
 from stages.runtime.progress import Silent
+from stages.share import SHARE, ShareParams
 from tests.stages.models.families import FAMILIES, answers, family, library
 
 WEIGHTS = "model.safetensors"
@@ -183,6 +187,23 @@ def edited(folder, to, change):
 NORM = "model.layers.0.input_layernorm.weight"
 
 
+def known(*folders):
+    return {f"models.{i}": FETCH.admit(FetchParams(source=str(one)), {}) for i, one in enumerate(folders)}
+
+
+def test_a_cut_checkpoint_is_not_fused_with_the_whole_one(tiny):
+    cut = known(tiny, tiny)
+    cut["models.1"] = PRUNE.admit(PruneParams(keep=0.8), {"model": cut["models.0"]})
+    with pytest.raises(StageError, match="checkpoint 1 is of another architecture than the first: intermediate_size"):
+        FUSE.admit(FuseParams(), cut)
+    for step, name in (
+        (QUANTIZE.admit(QuantizeParams(scheme="int8_weight_only"), {"model": cut["models.0"]}), "quant"),
+        (SHARE.admit(ShareParams(), {"model": cut["models.0"], "text": None}), "structure"),
+    ):
+        with pytest.raises(StageError, match=f"a checkpoint to fuse has a {name}"):
+            FUSE.admit(FuseParams(), {**cut, "models.1": step})
+
+
 def test_fuse_of_unlike_checkpoints_is_refused_by_what_differs(three, tmp_path):
     copy = shutil.copytree(three[1], tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
@@ -206,8 +227,17 @@ def test_fuse_of_unlike_checkpoints_is_refused_by_what_differs(three, tmp_path):
     words = json.loads((three[1] / "tokenizer.json").read_text())
     words["model"]["merges"] = words["model"]["merges"][1:]
     (copy / "tokenizer.json").write_text(json.dumps(words))
+    (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(StageError, match="checkpoint 1 has another tokenizer than the first"):
         merging.check_alike([three[0], copy])
+    for fields in ({"rms_norm_eps": 0.5}, {}):
+        (copy / "config.json").write_text(json.dumps(config | fields))
+        with pytest.raises(StageError) as work:
+            merging.check_alike([three[0], copy])
+        with pytest.raises(StageError) as ahead:
+            FUSE.admit(FuseParams(), known(three[0], copy))
+        assert str(ahead.value) == str(work.value)
+    assert FUSE.admit(FuseParams(), known(*three)).task == "generate"
 
 
 @pytest.mark.parametrize("name", ["structure.json", "quantization.json"])

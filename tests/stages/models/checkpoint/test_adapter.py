@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.models.checkpoint.loading import load_model, merged
+from stages.models.checkpoint.adapter import merge
+from stages.models.checkpoint.loading import load_model, merged, outlined
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.stages.models.families import answers, family
@@ -142,6 +143,22 @@ def test_base_in_sixteen_bits_stays_so(llama, tmp_path):
     ],
 )
 def test_adapter_that_cannot_be_merged_is_refused_by_name(llama, tmp_path, path, shape, config, message):
-    with pytest.raises(StageError, match=message):
-        merged(llama, adapter(tmp_path / "a", pair(path, 4, *shape), **config), tmp_path / "out", Silent())
+    given = adapter(tmp_path / "a", pair(path, 4, *shape), **config)
+    with pytest.raises(StageError, match=message) as work:
+        merged(llama, given, tmp_path / "out", Silent())
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    outline, _ = outlined(llama, [llama / "model.safetensors"])
+    with pytest.raises(StageError) as ahead:
+        merge(outline, llama, given, None, Silent())
+    assert ahead.value.what == work.value.what and ahead.value.remedy == work.value.remedy
+
+
+def test_an_adapters_shapes_are_those_of_the_merged_model_before_it_is_merged(llama, tmp_path):
+    given = adapter(tmp_path / "a", pair(Q, 4, 32, 32) | {f"{TABLE}.weight": torch.randn(99, 32)})
+    merged(llama, given, tmp_path / "out", Silent())
+    outline, _ = outlined(llama, [llama / "model.safetensors"])
+    merge(outline, llama, given, None, Silent())
+    made = load_model(tmp_path / "out")
+    assert outline.config.vocab_size == made.config.vocab_size == 99
+    shapes = [{name: one.shape for name, one in model.named_parameters()} for model in (outline, made)]
+    assert shapes[0] == shapes[1]
