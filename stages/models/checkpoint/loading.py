@@ -260,7 +260,7 @@ def save_model(
             write_json(folder / name, spec)
     carry(like, folder, travelling(like))
     written = reopened(folder)
-    same_answers.check(model, written, types, progress)
+    same_answers.check(model, written, types, progress, lambda: load_model(like, dtype=None))
     return written
 
 

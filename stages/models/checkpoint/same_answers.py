@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy import classes
 from stages.models.anatomy.plainness import ask
 from stages.models.layers import rounded_cache
 from stages.models.layers.quantized_linear import QuantizedLinear
@@ -28,7 +29,11 @@ _SHORT = (torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def check(
-    model: PreTrainedModel, written: PreTrainedModel, types: Mapping[str, torch.dtype], progress: Progress
+    model: PreTrainedModel,
+    written: PreTrainedModel,
+    types: Mapping[str, torch.dtype],
+    progress: Progress,
+    original: Callable[[], PreTrainedModel] | None = None,
 ) -> None:
     """Ask both models the same; see `plainness.ask`.
 
@@ -38,10 +43,11 @@ def check(
         model: the one in memory, in eval mode.
         written: the one that was written, as it is stored.
         types: name -> type in which a tensor was written, where that is not its own.
-        progress: told if `model` cannot be asked.
+        progress: told if the architecture wants more than tokens.
+        original: opens the model that this one was made of, as it is stored; asked where an answer is no number.
 
     Raises:
-        StageError: they differ.
+        StageError: they differ, or answer what is no number where the original gave one.
     """
     expected = _asked(model, types, progress)
     found, slack = _answers(written, {}) if expected else {}, ROUNDED if _rounds(model) else SLACK
@@ -53,6 +59,23 @@ def check(
                 measured=f"{missed:.3g} of the largest value",
                 limit=slack,
                 remedy=_DEFECT,
+            )
+    if original and any(not one.isfinite().all() for one in expected.values()):
+        _refuse_lost(expected, _answers(original(), {}))
+
+
+def _refuse_lost(expected: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    """Raise StageError where a model answers a NaN or an infinity, and what it was made of a number."""
+    for name, one in expected.items():
+        numbers = before[name].isfinite()
+        # States may have become narrower: all of them count then.
+        lost = ~one.isfinite() & (numbers if numbers.shape == one.shape else numbers.all())
+        if lost.any():
+            raise StageError(
+                f"the {name} of the checkpoint hold a NaN or an infinity where those of the one it was made of do not",
+                measured=f"{int(lost.sum())} of {lost.numel()} values",
+                limit=0,
+                remedy="Ask for less in this step: keep more, or more bits.",
             )
 
 
@@ -71,8 +94,12 @@ def speaks(written: PreTrainedModel, progress: Progress) -> None:
 def _missed(one: Tensor, other: Tensor | None) -> float:
     if other is None or one.shape != other.shape:
         return float("inf")
-    mine, theirs = one.double().nan_to_num(), other.double().nan_to_num()
-    return float((mine - theirs).abs().max() / mine.abs().max().clamp_min(1e-30))
+    mine, theirs, odd = one.double(), other.double(), ~one.isfinite()
+    # A NaN beside a number, or another infinity, is no small difference.
+    alike = torch.equal(odd, ~theirs.isfinite()) and torch.equal(mine[odd].nan_to_num(), theirs[odd].nan_to_num())
+    if not alike or odd.all():
+        return 0.0 if alike else float("inf")
+    return float((mine - theirs)[~odd].abs().max() / mine[~odd].abs().max().clamp_min(1e-30))
 
 
 def _rounds(model: nn.Module) -> bool:
@@ -83,10 +110,23 @@ def _rounds(model: nn.Module) -> bool:
 def _asked(model: PreTrainedModel, types: Mapping[str, torch.dtype], progress: Progress) -> dict[str, Tensor]:
     try:
         return _answers(model, types)
-    # Any error: a model may want more than tokens.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if not _wants_more(model, error):
+            raise
         progress.note(f"{type(model).__name__} cannot be asked by tokens alone: {type(error).__name__}: {error}")
         return {}
+
+
+def _wants_more(model: PreTrainedModel, error: Exception) -> bool:
+    """Whether it is the architecture that wants more than tokens: as its library makes it, it says the same to them."""
+    bare = classes.outline(type(model), model.config).eval()
+    try:
+        with torch.device("meta"):
+            ask(bare)
+    # Any error: it is compared.
+    except Exception as other:  # noqa: BLE001
+        return (type(other), str(other)) == (type(error), str(error))
+    return False
 
 
 def _answers(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -100,10 +100,42 @@ def test_weights_are_their_own_again_after_a_model_was_asked(name, root):
 def test_a_model_that_wants_more_than_tokens_is_told_and_written(root, tmp_path):
     model = load_model(family("qwen2", root))
 
-    def refuse(*_args, **_more):
-        raise ValueError("pixels are missing")
+    def forward(self, *args, pixel_values=None, **more):
+        raise ValueError("You have to specify pixel_values")
 
-    model.register_forward_pre_hook(refuse)
+    model.__class__ = type("Qwen2ForCausalLM", (type(model),), {"forward": forward})
     told = Told()
     save_model(model, tmp_path, like=family("qwen2", root), progress=told)
     assert ["cannot be asked by tokens alone" in note for note in told.notes] == [True]
+
+
+def test_an_error_that_is_not_the_architectures_own_is_no_excuse(root, tmp_path):
+    model = load_model(family("qwen2", root))
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 31))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        same_answers.check(model, load_model(family("qwen2", root)), {}, Silent())
+
+
+def test_what_is_no_number_fails_where_the_original_answered_one(root, tmp_path):
+    model = load_model(family("qwen2", root))
+    with torch.no_grad():
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+        model.lm_head.weight[7] = 3e38  # finite, and its products are not
+    with pytest.raises(StageError, match=r"logits of the checkpoint hold a NaN or an infinity where those of the one"):
+        save_model(model, tmp_path / "out", like=family("qwen2", root))
+    same_answers.check(model, model, {}, Silent(), original=lambda: model)  # no worse than it came
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "missed"),
+    [
+        ([1.0, float("nan")], [1.0, float("nan")], 0.0),
+        ([1.0, float("nan")], [1.0, 0.0], float("inf")),
+        ([1.0, 2.0], [1.0, float("nan")], float("inf")),
+        ([1.0, float("inf")], [1.0, float("-inf")], float("inf")),
+        ([1.0, float("-inf")], [1.5, float("-inf")], 0.5),
+        ([4.0, 2.0], [4.0, 1.0], 0.25),
+    ],
+)
+def test_a_difference_is_that_of_the_numbers_and_nothing_else_equals_one(mine, theirs, missed):
+    assert same_answers._missed(torch.tensor(mine), torch.tensor(theirs)) == missed
