@@ -95,15 +95,17 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
 
 def admit(params: ExportParams, known: Mapping[str, Any]) -> Subject:
     """The graph of a checkpoint."""
-    from stages.export.to_onnx import FOUR_BIT_FLOATS, no_four_bit_floats
     from stages.models.checkpoint.loading import load_tokenizer
     from stages.models.text.windows import check_split
 
     check_split(known, "calibrate")
     given: Subject = known["model"]
     _refuse_two_stacks(given.model.config)
-    if given.scheme in ("nvfp4", "mxfp4") and params.opset < FOUR_BIT_FLOATS:
-        raise no_four_bit_floats(params.opset, f"the scheme {given.scheme}")
+    if given.scheme in ("nvfp4", "mxfp4"):
+        from stages.export.to_onnx import FOUR_BIT_FLOATS, no_four_bit_floats
+
+        if params.opset < FOUR_BIT_FLOATS:
+            raise no_four_bit_floats(params.opset, f"the scheme {given.scheme}")
     if given.reads is not None or given.folder.is_file():
         return replace(given, built=given.reads)
     return replace(given, built=_longest(given.model.config, load_tokenizer(given.folder), Silent()))
