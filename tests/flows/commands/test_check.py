@@ -33,7 +33,8 @@ def test_check_says_what_a_checkpoint_is_and_who_takes_it(gpt2, tmp_path):
     assert (found["facts"]["task"], found["facts"]["reads"]) == ("generate", "64 tokens")
     verbs = {line["does"]: line for line in found["verbs"]}
     assert verbs["judge"]["takes"] and verbs["export"]["takes"] and not verbs["judge"]["why"]
-    assert not verbs["prune: heads"]["takes"] and "gpt2" in verbs["prune: heads"]["why"]
+    assert verbs["prune: heads"]["takes"]
+    assert not verbs["prune: hidden width"]["takes"] and "gpt2" in verbs["prune: hidden width"]["why"]
     assert "blocks of 64 do not divide" in verbs["quantize: INT4"]["why"]
     assert not (tmp_path / "store").exists()  # a folder is looked at, and nothing is written
 
