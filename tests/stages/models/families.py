@@ -88,8 +88,6 @@ EXPERTS: dict[str, tuple[str, str, dict[str, object]]] = {
 }
 """Mixtures of experts, whose maps no technique takes one by one."""
 
-_TYPICAL = {"llama": 4005}
-"""Seeds of checkpoints that others are measured by: of eight draws, the one whose losses are nearest the medians."""
 _ATTENTION = {"q_norm": -0.43, "k_norm": -0.43}
 _SOFTER = {"qwen3": _ATTENTION, "gemma3": _ATTENTION | {"post_attention_layernorm": -0.5,
            "post_feedforward_layernorm": -0.5}}  # fmt: skip
@@ -98,12 +96,12 @@ stream that is not all what blocks add: else the same errors of the weights cost
 """
 
 
-def family(name: str, root: Path) -> Path:
-    """The checkpoint of a family below `root`, made at first use."""
-    folder = root / name
+def family(name: str, root: Path, draw: int = 0) -> Path:
+    """The checkpoint of a family below `root`, made at first use; each draw has other weights."""
+    folder = root / (f"{name}-{draw}" if draw else name)
     if not folder.is_dir():
         made, config, settings = (FAMILIES | WIDER | EXPERTS)[name]
-        torch.manual_seed(_TYPICAL.get(name, len(name)))
+        torch.manual_seed(len(name) + 100 * draw)
         model = getattr(transformers, made)(getattr(transformers, config)(vocab_size=VOCABULARY, **settings))
         with torch.no_grad():
             for path, parameter in model.named_parameters():  # biases and norms that are not trivial
