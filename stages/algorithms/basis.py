@@ -77,9 +77,9 @@ def _core(weights: Sequence[Tensor], moment_II: Tensor, importance: Sequence[Ten
 
 def damped(moment_II: Tensor, share: float = DAMPING) -> Tensor:
     """The moment in float64 with `share` of its mean diagonal added to the diagonal."""
-    moment = moment_II.double()
-    mean = moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return moment + share * mean * torch.eye(moment.shape[0], dtype=torch.float64)
+    moment = moment_II.to(torch.float64, copy=True)
+    moment.diagonal().add_(share * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    return moment
 
 
 def cut(system: Whitened, rank: int) -> Tensor:

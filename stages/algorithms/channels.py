@@ -48,8 +48,9 @@ def least_important(w_OF: Tensor, moment_FF: Tensor, count: int, *, size: int = 
         chosen = [left[place] for place in cheapest]
         now = groups[chosen].flatten()
         step_kF = torch.linalg.solve(inverse[now][:, now], inverse[now])
-        w -= w[:, now] @ step_kF
-        inverse -= inverse[:, now] @ step_kF
+        # In place: of wide maps the inverse is the most that a pass holds.
+        w.addmm_(w[:, now], step_kF, alpha=-1)
+        inverse.addmm_(inverse[:, now], step_kF, alpha=-1)
         removed += chosen
         left = [one for one in left if one not in set(chosen)]
     return groups[removed].flatten().to(torch.int64)
@@ -73,8 +74,11 @@ def reconstructed(w_OF: Tensor, moment_FF: Tensor, kept_K: Tensor) -> Tensor:
         moment_FF: E[a a^T] of all channels.
         kept_K: indices of the channels that stay.
     """
-    moment = damped(moment_FF)
-    return torch.linalg.solve(moment[kept_K][:, kept_K], moment[kept_K] @ w_OF.double().T).T
+    rows_KF = damped(moment_FF)[kept_K]
+    wanted_KO = rows_KF @ w_OF.double().T
+    corner_KK = rows_KF[:, kept_K]
+    del rows_KF
+    return torch.linalg.solve(corner_KK, wanted_KO).T
 
 
 def output_error(w_OF: Tensor, moment_FF: Tensor, kept_K: Tensor, w_OK: Tensor) -> float:

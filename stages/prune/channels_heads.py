@@ -102,12 +102,13 @@ class Narrow:
         """See Technique."""
         readers = {one.reader: one for one in surgery.of(block, self.plan.what)}
         counts = dict(zip(readers, self.plan.kept[block.index], strict=True))
-        made = {path: one for path, one in mended(maps, seen).items() if path not in readers}
-        for path in maps:
-            # Of a map on a basis, the basis reads what goes, and the coefficient says what each of its rows is worth.
-            reader = path.removesuffix(".basis")
-            if reader in readers:
-                made[path] = _fewer(block, readers[reader], counts[reader], path, maps[path], seen)
+        made = mended({path: one for path, one in maps.items() if path not in readers}, seen)
+        # Of a map on a basis, the basis reads what goes, and the coefficient says what each of its rows is worth.
+        of = {path: path.removesuffix(".basis") for path in maps if path.removesuffix(".basis") in readers}
+        targets = {path: seen.target(path, maps[path].weight.detach()) for path in of}
+        seen.fitted()
+        for path, reader in of.items():
+            made[path] = _fewer(block, readers[reader], counts[reader], path, targets.pop(path), seen.moment_II)
         return made
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
@@ -121,24 +122,23 @@ class Narrow:
         surgery.cut(block, units, tensors["stay"], tensors["weight"], self.plan.fields)
 
 
-def _fewer(block: Block, units: Units, count: int, path: str, one: nn.Linear, seen: Seen) -> Compressed:
-    w_RF = seen.target(path, one.weight.detach())
+def _fewer(block: Block, units: Units, count: int, path: str, w_RF: Tensor, moment_FF: Tensor) -> Compressed:
     w_OF = w_RF if path == units.reader else _coefficient(block, units.reader).float() @ w_RF
     inputs, size = units.columns_GS.shape[0] * units.columns_GS.shape[1], units.columns_GS.shape[1]
-    gone = least_important(w_OF, seen.moment_II, inputs - count * size, size=size)
+    gone = least_important(w_OF, moment_FF, inputs - count * size, size=size)
     stay_G = torch.ones(units.count, dtype=torch.bool)
     stay_G[gone // size] = False
     stay_P = stay_G.nonzero().flatten()
     kept_K = units.columns_GS[stay_P].flatten()
-    w_RK = reconstructed(w_RF, seen.moment_II, kept_K)
+    w_RK = reconstructed(w_RF, moment_FF, kept_K)
     w_OK = w_RK if path == units.reader else _coefficient(block, units.reader).double() @ w_RK
     return Compressed(
         {"weight": w_RK.float().contiguous(), "stay": stay_P},
         {
             "inputs_before": inputs,
             "inputs": count * size,
-            "output_error_ratio_cut": output_error(w_OF, seen.moment_II, kept_K, w_OF[:, kept_K]),
-            "output_error_ratio": output_error(w_OF, seen.moment_II, kept_K, w_OK),
+            "output_error_ratio_cut": output_error(w_OF, moment_FF, kept_K, w_OF[:, kept_K]),
+            "output_error_ratio": output_error(w_OF, moment_FF, kept_K, w_OK),
         },
     )
 

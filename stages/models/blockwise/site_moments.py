@@ -87,6 +87,12 @@ class Seen(Moments):
             residual,
         )
 
+    def fitted(self) -> None:
+        """Give back what targets alone need, once all of them are there: of wide maps it is as much as they are."""
+        self.half, self.drift_II = None, self.drift_II.new_empty(0)
+        self.residual_OI.clear()
+        self.__dict__.pop("root_II", None)
+
     @cached_property
     def root_II(self) -> Tensor:
         """Of the damped moment's inverse, upper, float32."""
