@@ -164,9 +164,11 @@ def _tied(dense: Path, root: Path) -> Cell:
         copytree(dense, given)
         tensors = load_file(dense / "model.safetensors")
         shapes: dict[Any, str] = {}
-        for key, one in sorted(tensors.items()):
-            first = shapes.setdefault(one.shape, key)
-            if one.ndim == 2 and first != key and "embed" not in key and "head" not in key and "wte" not in key:
+        # Tables and heads are tied by the configuration; experts become one tensor.
+        maps = [key for key in sorted(tensors) if not any(part in key for part in ("embed", "head", "wte", "expert"))]
+        for key in maps:
+            first = shapes.setdefault(tensors[key].shape, key)
+            if tensors[key].ndim == 2 and first != key:
                 tensors[key] = tensors[first].clone()
                 break
         save_file(tensors, given / "model.safetensors", {"format": "pt"})
