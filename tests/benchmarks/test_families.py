@@ -39,4 +39,4 @@ def _alike(text: str, column: str, title: str) -> bool:
     if "no" in (text, said):
         return text == said
     one, other = (EQUAL if cell == "yes" else float(cell) for cell in (text, said))
-    return max(one, other) <= MOST * min(one, other) + EQUAL
+    return max(one, other) <= 1.5 * min(one, other) + EQUAL
