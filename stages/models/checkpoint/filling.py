@@ -66,11 +66,12 @@ def fill(model: PreTrainedModel, stored: Mapping[str, Tensor], dtype: torch.dtyp
 def _mark(model: PreTrainedModel, folder: Path) -> None:
     if put := read_json(folder / ZEROS, optional=True):
         tensors = dict(anatomy.named_tensors(model))
-        if unknown := sorted(put.keys() - tensors.keys()):
+        wrong = sorted(name for name, count in put.items() if name not in tensors or type(count) is not int)
+        if wrong:
             raise StageError(
-                f"{folder / ZEROS} is of another model",
-                measured=f"{_few(unknown)}, of which it has no weight",
-                limit="names of weights of this model",
+                f"{folder / ZEROS} is damaged, or of another model",
+                measured=f"{_few(wrong)}, which is no weight of it, or has no whole number",
+                limit="names of weights of this model, each with its zeros",
                 remedy="Put the file back that was written with the checkpoint, or delete it.",
             )
         for name in put:

@@ -88,5 +88,12 @@ def test_a_checkpoint_that_lost_its_zeros_on_the_way_is_named(cut, tmp_path):
 
 def test_counts_of_another_model_are_refused_by_name(cut):
     (cut / "zeros.json").write_text(json.dumps({"model.layers.9.mlp.down_proj.weight": 3}))
-    with pytest.raises(StageError, match=r"zeros.json is of another model.*layers\.9.*delete it"):
+    with pytest.raises(StageError, match=r"zeros.json is damaged, or of another model.*layers\.9.*delete it"):
+        load_model(cut)
+
+
+def test_a_count_that_is_no_number_is_refused_by_name(cut):
+    put = json.loads((cut / "zeros.json").read_text())
+    (cut / "zeros.json").write_text(json.dumps(dict.fromkeys(put, "many")))
+    with pytest.raises(StageError, match=r"zeros.json is damaged.*has no whole number.*delete it"):
         load_model(cut)
