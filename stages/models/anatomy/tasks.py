@@ -5,6 +5,8 @@ Shapes: N sequences, T tokens, V vocabulary, C classes, H hidden.
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -65,11 +67,15 @@ def longest(config: PreTrainedConfig) -> int | None:
     most = min((one for one in told if isinstance(one, int) and one > 0), default=None)
     if most is None:
         return None
-    return most - _unused(classes.outline(classes.model_class(config), config), most)
+    chosen, kind = classes.model_class(config), type(config)
+    # To mypy these classes have no hash, since their metaclass is unknown to it.
+    return most - _unused(chosen, kind, config.to_json_string(use_diff=False), most)  # type: ignore[arg-type]
 
 
-def _unused(model: PreTrainedModel, most: int) -> int:
+@lru_cache(maxsize=32)  # admission asks for every step, and an outline takes some hundredths of a second
+def _unused(chosen: type[PreTrainedModel], kind: type[PreTrainedConfig], config: str, most: int) -> int:
     """Rows at the beginning of a table of positions that no token gets, since these count from behind padding's."""
+    model = classes.outline(chosen, kind.from_dict(json.loads(config)))
     tables = (one for one in model.modules() if isinstance(one, nn.Embedding))
     own = [one for one in tables if one.num_embeddings == most and one is not model.get_input_embeddings()]
     return max((one.padding_idx + 1 for one in own if one.padding_idx is not None), default=0)

@@ -27,6 +27,11 @@ pytestmark = pytest.mark.fault  # a server of its own
 ROOT = Path(__file__).parents[3]
 
 
+def asked(ask):  # type: ignore[no-untyped-def]
+    """The server's answer. One on SQLite answers 503 while its database is held; the product waits then, too."""
+    return patiently(ask, away_s=60)
+
+
 class Site:
     """A server, a work pool `slow`, and a worker of real processes, each of which can be killed."""
 
@@ -39,10 +44,9 @@ class Site:
         from prefect.client.schemas.actions import WorkPoolCreate
 
         with api() as client:
-            client.create_work_pool(WorkPoolCreate(name="slow", type="process"))
-            flow = client.create_flow_from_name("run-stage")
-            # A server on SQLite answers 503 while its database is held; the product waits then, too.
-            self.deployment = patiently(
+            flow = asked(lambda: client.create_flow_from_name("run-stage"))
+            asked(lambda: client.create_work_pool(WorkPoolCreate(name="slow", type="process")))
+            self.deployment = asked(
                 lambda: client.create_deployment(
                     flow,
                     "slow",
@@ -50,8 +54,7 @@ class Site:
                     entrypoint="tests.flows.slow.run_stage",
                     pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
                     enforce_parameter_schema=False,
-                ),
-                away_s=60,
+                )
             )
 
     def start_worker(self) -> None:
@@ -202,15 +205,17 @@ def test_attempts_after_an_operator_removed_one_are_new_runs(site, removed):
     with api() as client:
         made = []
         for _ in range(3):
-            made.append(patiently(begun, away_s=60))
+            made.append(asked(begun))
             attempts.cancel(client, made[-1], "for the test")
         assert [one.idempotency_key for one in made] == [f"work:a-work:{number}" for number in (1, 2, 3)]
-        client.delete_flow_run(made.pop(removed).id)
-        new = patiently(begun, away_s=60)
+        gone = made.pop(removed).id
+        asked(lambda: client.delete_flow_run(gone))
+        new = asked(begun)
         assert new.id not in {one.id for one in made}
-        assert not attempts.is_final(client.read_flow_run(new.id))
-        assert [one.id for one in attempts.attempts(client, "a-work")] == [*(one.id for one in made), new.id]
-        assert begun_again(client, new) == new.id
+        assert not attempts.is_final(asked(lambda: client.read_flow_run(new.id)))
+        found = asked(lambda: attempts.attempts(client, "a-work"))
+        assert [one.id for one in found] == [*(one.id for one in made), new.id]
+        assert asked(lambda: begun_again(client, new)) == new.id
 
 
 def begun_again(client, new):
@@ -224,6 +229,7 @@ def test_step_whose_flow_run_was_removed_says_so(site, store, tmp_path):
     step = Launched(running, one)
     assert eventually(lambda: beating(store, one), 90)
     with api() as client:
-        client.delete_flow_run(next(iter(ours(site.deployment, "work:").values()))["id"])
+        flow_run = next(iter(ours(site.deployment, "work:").values()))["id"]
+        asked(lambda: client.delete_flow_run(flow_run))
     step.thread.join(20)
     assert step.error is not None and "removed from Prefect" in str(step.error)
