@@ -1,0 +1,113 @@
+"""What a model is asked, and what is right: one item a line of a set of items.
+
+A set is a corpus whose lines are items instead of text. Its splits are `validate`, which steps may look at while they
+choose, and `test`, which only the stage `validate` reads; no step calibrates or trains on either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stages.runtime.contract import Frozen, StageError
+
+ITEMS = "items"
+"""The key of corpus.json that says so: its tasks."""
+
+Kind = Literal["answers", "choices", "instructions"]
+Demand = Literal[
+    "words_at_most",
+    "words_at_least",
+    "lines",
+    "contains",
+    "omits",
+    "starts_with",
+    "ends_with",
+    "case",
+    "json",
+    "language",
+]
+
+
+class Check(Frozen):
+    """What an answer to an instruction must be.
+
+    Attributes:
+        demand: what is looked at.
+        value: a number of words or lines; what must or must not stand there; `upper` or `lower`; `en` or `zh`; None
+            for `json`.
+    """
+
+    demand: Demand
+    value: int | str | None = None
+
+
+class Item(Frozen):
+    """One question.
+
+    Attributes:
+        id: unique in its set.
+        ability: the slice it belongs to.
+        language: of what is asked.
+        task: how it is asked and judged.
+        prompt: what the model reads, as it stands; for `instructions` what a user says to it.
+        answers: of `answers`: what is accepted; the first is the reference.
+        match: of `answers`: the beginning of the answer must be one of them, it must stand anywhere in the answer's
+            first line, or the first number there must equal one of them.
+        choices: of `choices`: what may follow the prompt, with whatever space must stand between.
+        right: of `choices`: the number of the right one.
+        checks: of `instructions`: all must hold.
+    """
+
+    id: str = Field(min_length=1)
+    ability: str = Field(min_length=1)
+    language: Literal["en", "zh"] = "en"
+    task: Kind = "answers"
+    prompt: str = Field(min_length=1)
+    answers: tuple[str, ...] = ()
+    match: Literal["exact", "contains", "numeric"] = "exact"
+    choices: tuple[str, ...] = ()
+    right: int = Field(0, ge=0)
+    checks: tuple[Check, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Item:
+        if self.task == "answers" and not all(one.strip() for one in self.answers or ("",)):
+            raise ValueError(f"item {self.id} accepts no answer, or an empty one")
+        if self.task == "choices" and (len({*self.choices}) < 2 or self.right >= len(self.choices)):
+            raise ValueError(f"item {self.id} needs two different choices, and the number of one of them in `right`")
+        if self.task == "instructions" and not self.checks:
+            raise ValueError(f"item {self.id} has nothing to check")
+        return self
+
+    @property
+    def chance(self) -> float:
+        """The share of such items that a guess gets right."""
+        return 1 / len(self.choices) if self.task == "choices" else 0.0
+
+
+def holds_items(corpus: Path) -> bool:
+    """Whether a corpus is a set of items."""
+    path = corpus / "corpus.json"
+    return path.is_file() and ITEMS in json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_items(corpus: Path, split: str) -> Iterator[Item]:
+    """The items of one split, in order.
+
+    Raises:
+        StageError: the set has no such split.
+    """
+    path = corpus / f"{split}.jsonl"
+    if not path.is_file():
+        raise StageError(
+            f"the set of items has no split {split!r}",
+            measured=", ".join(sorted(one.stem for one in corpus.glob("*.jsonl"))) or "none",
+        )
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield Item.model_validate_json(line)
