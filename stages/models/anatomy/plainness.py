@@ -8,7 +8,7 @@ Shapes: V vocabulary, H hidden, O outputs, I inputs, N rows looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack
 from typing import Any
 
@@ -93,8 +93,8 @@ def ask(model: PreTrainedModel) -> dict[str, Tensor]:
     tokens that knows no padding reads the first row alone: it could not find the last token of the other.
     """
     config = model.config.get_text_config()
-    words = [one % int(config.vocab_size) for one in _PROBE_IDS]
     first, last, padding = (_special(config, names) for names in (_FIRST, _LAST, ("pad_token_id",)))
+    words = _words(int(config.vocab_size), {*first, *last, *padding})
     long, short = [*first, *words, *last], [*first, words[0], *last]
     gap = len(long) - len(short)
     rows, masks = [long, [*short, *(padding or [0]) * gap]], [[1] * len(long), [1] * len(short) + [0] * gap]
@@ -104,6 +104,12 @@ def ask(model: PreTrainedModel) -> dict[str, Tensor]:
     if model.config.is_encoder_decoder:
         given["decoder_input_ids"] = given["input_ids"].flip(1)
     return {name: one for name, one in model(**given, return_dict=True).items() if isinstance(one, Tensor)}
+
+
+def _words(rows: int, special: Set[int]) -> list[int]:
+    """The probe's tokens within a vocabulary: a special one among them would end a text in its middle."""
+    usual = [one for one in range(rows) if one not in special] or [*range(rows)]
+    return [usual[one % len(usual)] if one >= rows or one in special else one for one in _PROBE_IDS]
 
 
 def _special(config: PreTrainedConfig, names: Sequence[str]) -> list[int]:

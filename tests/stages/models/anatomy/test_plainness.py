@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import BartConfig, BartForSequenceClassification
 
 from stages.models.anatomy.plainness import ask, factor, plain, token_tables, uncalled
 from stages.models.checkpoint.loading import load_model
@@ -111,3 +112,12 @@ def test_tables_of_tokens_are_those_that_the_stacks_read(name, root):
             module.register_forward_hook(lambda *_, path=path: read.add(path))
     ask(model)
     assert {path for path in read if "position" not in path and "relative" not in path} <= token_tables(model).keys()
+
+
+@pytest.mark.parametrize("end", [3, 4, 5, 7])
+def test_probe_ends_a_text_once_whatever_the_token_is_that_ends_it(end):
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 31}
+    config = BartConfig(**sizes, **heads, eos_token_id=end, bos_token_id=0, pad_token_id=1, decoder_start_token_id=2)
+    answers = ask(BartForSequenceClassification(config).eval())  # it refuses rows of which one ends more often
+    assert answers["logits"].shape == (2, config.num_labels)
