@@ -18,7 +18,7 @@ STAGES = {
     "quantize": "stages.quantize.stage:QUANTIZE",
     "export": "stages.export.stage:EXPORT",
     "compile": "stages.compile:COMPILE",
-    "validate": "stages.validate:VALIDATE",
+    "validate": "stages.validate.stage:VALIDATE",
 }
 
 

@@ -25,7 +25,7 @@ GRAPHS_BACKEND = "onnxruntime"
 
 # Text, since recipes are checked without numpy.
 Forward = Callable[["NDArray[np.int64]", "NDArray[np.int64]"], "NDArray[np.float32]"]
-"""(ids_NT, mask_NT) -> logits_NTV; the mask is 0 where a row is padded on its left."""
+"""(ids_NT, mask_NT) -> logits_NTV; the mask is 0 where a row is padded, on either side."""
 
 
 @dataclass(frozen=True, kw_only=True)

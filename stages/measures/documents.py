@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from stages.measures.item_scores import Columns, Floats
 from stages.measures.perplexity import perplexity
 from stages.measures.predictions import Answer, Asking
 from stages.measures.table import MEASURES, Measure, measured
@@ -125,13 +127,49 @@ def summary(documents: Sequence[Document]) -> Metrics:
     tokens = [document["tokens"] for document in documents]
     measures: Metrics = {}
     for name, one in MEASURES.items():
-        if not all(one.score in document for document in documents):
+        if one.of_items or not all(one.score in document for document in documents):
             continue
         sums = [document[one.score] for document in documents]
         measures[name] = perplexity(sums, tokens) if one.exponential else math.fsum(sums) / sum(tokens)
         if not math.isfinite(measures[name]):
             raise StageError(f"the {name} is beyond float64", measured=measures[name], limit="finite")
     return measures
+
+
+def sliced_summary(documents: Sequence[Document], task: str) -> tuple[Metrics, dict[str, Metrics]]:
+    """The measures of a set of items, over all and for each slice, with how many items it has.
+
+    Raises:
+        StageError: a measure is beyond float64.
+    """
+    slices: dict[str, list[Document]] = {}
+    for document in documents:
+        slices.setdefault(document["slice"], []).append(document)
+    each = {name: _of_items(found, task) | {"items": float(len(found))} for name, found in slices.items()}
+    return _of_items(documents, task), each
+
+
+def _of_items(documents: Sequence[Document], task: str) -> Metrics:
+    weights = np.ones((1, len(documents)))
+    found = {
+        name: float(item_measure(one)(columns(documents), weights)[0])
+        for name, one in MEASURES.items()
+        if one.of_items and not one.between and task in one.tasks and all(one.score in found for found in documents)
+    }
+    return found | summary(documents)
+
+
+def columns(documents: Sequence[Document]) -> Columns:
+    """The keys that all documents have, each with their values."""
+    keys = set.intersection(*(set(one) for one in documents))
+    return {key: np.array([one[key] for one in documents]) for key in keys}
+
+
+def item_measure(measure: Measure) -> Callable[..., Floats]:
+    """The function of a measure of items."""
+    module, _, name = measure.function.partition(":")
+    found: Callable[..., Floats] = getattr(import_module(module), name)
+    return found
 
 
 def other_vocabulary(theirs: int, ours: int) -> StageError:

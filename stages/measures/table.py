@@ -1,7 +1,8 @@
 """The table of measures: one line a measure, imported when it is asked for, so that the table is read without torch.
 
-A measure is a function of predictions that gives one value a row: `(rows_RV, target_R)`, or with a baseline
-`(baseline_RV, rows_RV)`. What a row is depends on the task: a predicted token, a text's classes, a token's vector.
+On text a measure is a function of predictions that gives one value a row: `(rows_RV, target_R)`, or with a baseline
+`(baseline_RV, rows_RV)`. What a row is depends on the task: a predicted token, a text's classes, a token's vector. On a
+set of items it is a mean of what each item's document says.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ TOKENS = frozenset({"generate", "translate"})
 
 @dataclass(frozen=True)
 class Measure:
-    """What `validate` measures on text.
+    """What `validate` measures on text or on items.
 
     Attributes:
-        function: module and name of the function of predictions.
+        function: module and name of the function that measures.
         score: the key of its sum over a document in report.json; the measure is the mean over all rows.
         tasks: what the models are for that it says something of.
         title: its heading, where that is not its name.
         paired: it compares with a baseline.
         count: its sum counts tokens.
         exponential: the measure is the mean's exponential.
+        of_items: it is measured on a set of items: the function is one of the items' documents, which all have the
+            score, and of how often each is drawn; see `stages.measures.item_scores`.
+        between: it is seen in two reports only, item by item.
     """
 
     function: str
@@ -34,10 +38,19 @@ class Measure:
     paired: bool = False
     count: bool = False
     exponential: bool = False
+    of_items: bool = False
+    between: bool = False
 
 
 _CHOICES = TOKENS | {"fill", "classify", "tag", "answer"}
 _VECTORS = frozenset({"classify", "tag", "answer", "embed"})
+_ASKED = frozenset({"generate"})
+"""Tasks of models that are asked items."""
+
+
+def _of_items(name: str, score: str, title: str = "", *, between: bool = False) -> Measure:
+    return Measure(f"stages.measures.item_scores:{name}", score, _ASKED, title, of_items=True, between=between)
+
 
 MEASURES: Mapping[str, Measure] = {
     "perplexity": Measure("stages.measures.perplexity:negative_log_likelihood", "nll", TOKENS, exponential=True),
@@ -56,12 +69,19 @@ MEASURES: Mapping[str, Measure] = {
     "relative_error": Measure(
         "stages.measures.divergence:relative_error", "error", _VECTORS | {"score"}, "relative error", paired=True
     ),
+    "accuracy": _of_items("accuracy", "right", "right answers"),
+    "above_chance": _of_items("above_chance", "right", "right above chance"),
+    "flips": _of_items("flips", "right", between=True),
+    "lost": _of_items("lost", "right", "right answers lost", between=True),
+    "same_answers": _of_items("same_answers", "answer", "same answers", between=True),
+    "repetition": _of_items("repetition", "repeated"),
 }
 
 
 def measured(task: str, *, paired: bool) -> dict[str, Measure]:
-    """The measures of a model of this task, in the table's order: those with a baseline, or those without."""
-    return {name: one for name, one in MEASURES.items() if one.paired == paired and task in one.tasks}
+    """The measures on text of a model of this task, in the table's order: those with a baseline, or those without."""
+    fitting = {name: one for name, one in MEASURES.items() if task in one.tasks and not one.of_items}
+    return {name: one for name, one in fitting.items() if one.paired == paired}
 
 
 def foremost(*metrics: Iterable[str]) -> str:

@@ -1,191 +1,109 @@
-"""Measure one artifact on one corpus on one executor: perplexity, distance from a baseline, size."""
+"""Measure one artifact on one corpus or set of items, on one executor: perplexity, distance from a baseline, right
+answers, size.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from runpy import run_path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from stages.adapters.backends import backend, module_of, processor_targets
-from stages.measures.table import MEASURES
-from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
-from stages.runtime.cuda_driver import gpu_name
-from stages.runtime.execute import device_name
+from stages.measures.items import holds_items
+from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Progress, Stage, StageError
 from stages.runtime.parts import FOLDER, gaps, keep, kept
+from stages.validate.params import CUDA, ValidateParams, chosen_code, executed_on
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
     from stages.measures.documents import Document
-    from stages.measures.predictions import Asking
     from stages.models.checkpoint.subject import Subject
+    from stages.validate.questions import Questions
+    from stages.validate.text import Text
 
-CUDA = "torch:cuda"
-TORCH = ("torch:cpu", CUDA)
-"""Targets of checkpoints."""
-if TYPE_CHECKING:
-    Target = str
-else:
-    Target = Literal[(*TORCH, *processor_targets())]
-
-KEPT_DOCUMENTS = 8
-"""A run that was killed computes at most so many documents again."""
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Windows, and how they are put to the model."""
-
-    ids_NT: Tensor
-    asking: Asking
-
-
-class ValidateParams(Params):
-    """What is measured, and where.
-
-    Attributes:
-        split: the corpus split that is scored.
-        window_tokens: length of a window, at most what the model reads; one window is one document.
-        windows: at most this many windows, the first ones; None for all.
-        target: what the model is executed on; it must be the artifact's own.
-    """
-
-    split: Literal["calibrate", "train", "validate", "test"] = "test"
-    window_tokens: int = Field(512, ge=2)
-    windows: int | None = Field(None, ge=1)
-    target: Target = "torch:cpu"
-
-
-def executed_on(params: ValidateParams) -> dict[str, str]:
-    """The machine and library that the scores are a fact about."""
-    name = params.target.partition(":")[0]
-    library = name if params.target in TORCH else backend(name).library
-    on_gpu = params.target == CUDA
-    return {
-        "target": params.target,
-        "device": (gpu_name() or "no GPU") if on_gpu else device_name(),
-        "runtime": f"{library} {importlib.metadata.version(library)}" + (f" CUDA {_cuda_version()}" if on_gpu else ""),
-    }
-
-
-def _cuda_version() -> str:
-    """The CUDA that torch is built for, read where planning does not load torch itself."""
-    torch = find_spec("torch")
-    assert torch is not None and torch.origin is not None
-    return str(run_path(str(Path(torch.origin).with_name("version.py")))["cuda"] or "none")
-
-
-def chosen_code(params: ValidateParams) -> tuple[str, ...]:
-    """The modules of the measures and of the backend."""
-    measures = (one.function.partition(":")[0] for one in MEASURES.values())
-    return (*measures, *(() if params.target in TORCH else (module_of(params.target.partition(":")[0]),)))
+KEPT_UNITS = 8
+"""A run that was killed computes at most so many windows, or groups of items, again."""
 
 
 def validate(params: ValidateParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
-    """Score every window that no part holds yet, and write `report.json`."""
-    from stages.measures.documents import summary
+    """Score every window or group of items that no part holds yet, and write `report.json`."""
     from stages.measures.size import size_bytes
 
     model = inputs["model"]
-    text = _text(params, inputs, progress)
-    documents = _all_scores(params, inputs, text, output / FOLDER, progress)
+    asked = _asked(params, inputs, progress)
+    found = asked.report(_all_scores(params, inputs, asked, output / FOLDER, progress))
     files = {p.relative_to(model).as_posix(): p.stat().st_size for p in model.rglob("*") if p.is_file()}
-    measures = summary(documents) | {"size_bytes": float(size_bytes(files))}
+    found["measures"] |= {"size_bytes": float(size_bytes(files))}
     report = {
         "artifact_target": params.target,
         "split": params.split,
-        "task": text.asking.task,
-        "window_tokens": text.ids_NT.shape[1],
+        "task": asked.task,
         "corpus": _corpus_digest(inputs["text"]),
-        "documents": documents,
-        "measures": measures,
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-    return measures | {"tokens": float(sum(document["tokens"] for document in documents))}
+    (output / "report.json").write_text(json.dumps(report | found, indent=1, allow_nan=False), encoding="utf-8")
+    return {**found["measures"], **asked.metrics(found["documents"])}
 
 
-def count_windows(params: ValidateParams, inputs: Mapping[str, Path]) -> int:
-    """How many windows are scored; each by itself, so that a score does not depend on what is scored beside it."""
-    return len(_text(params, inputs).ids_NT)
+def count_units(params: ValidateParams, inputs: Mapping[str, Path]) -> int:
+    """How many windows or groups of items are scored, each by itself."""
+    return len(_asked(params, inputs))
 
 
 def score_part(params: ValidateParams, inputs: Mapping[str, Path], span: range, progress: Progress) -> bytes:
-    """The scores of some windows, as `validate` gathers them."""
-    text = _text(params, inputs)
-    if span.stop > len(text.ids_NT):
-        raise StageError("the part ends behind the last window", measured=span.stop, limit=len(text.ids_NT))
-    documents = []
-    for document in _scorer(params, inputs, text)(span):
-        documents.append(document)
-        progress.advanced(len(documents), len(span))
-    return _written(documents)
+    """The scores of some windows or groups, as `validate` gathers them."""
+    asked = _asked(params, inputs)
+    if span.stop > len(asked):
+        raise StageError(f"the part ends behind the last of the {asked.units}", measured=span.stop, limit=len(asked))
+    units = []
+    for unit in _scorer(params, inputs, asked)(span):
+        units.append(unit)
+        progress.advanced(len(units), len(span))
+    return _written(units)
 
 
 def _all_scores(
-    params: ValidateParams, inputs: Mapping[str, Path], text: _Text, folder: Path, progress: Progress
-) -> list[Document]:
-    """Every window's scores: those of the parts in `folder`, and the others computed and kept there as they come."""
-    count, tokens = text.ids_NT.shape
-    if tokens < params.window_tokens:
-        progress.note(f"windows of {tokens} tokens, all that the model reads, not of {params.window_tokens}")
-    scored = _kept_scores(params, text, folder, "baseline" in inputs, progress)
+    params: ValidateParams, inputs: Mapping[str, Path], asked: Text | Questions, folder: Path, progress: Progress
+) -> list[list[Document]]:
+    """Every unit's scores: those of the parts in `folder`, and the others computed and kept there as they come."""
+    scored = _kept_scores(asked, folder, "baseline" in inputs, progress)
     if scored:
-        progress.note(f"{len(scored)} of {count} documents are scored already")
-        progress.advanced(len(scored), count)
-    missing = gaps(count, [range(index, index + 1) for index in scored], KEPT_DOCUMENTS)
-    score = _scorer(params, inputs, text) if missing else None
+        progress.note(f"{len(scored)} of {len(asked)} {asked.units} are scored already")
+        progress.advanced(len(scored), len(asked))
+    missing = gaps(len(asked), [range(index, index + 1) for index in scored], KEPT_UNITS)
+    score = _scorer(params, inputs, asked) if missing else None
     for span in missing:
         assert score is not None
-        for index, document in zip(span, score(span), strict=True):
-            scored[index] = document
-            progress.advanced(len(scored), count)
+        for index, unit in zip(span, score(span), strict=True):
+            scored[index] = unit
+            progress.advanced(len(scored), len(asked))
         keep(folder, span, _written([scored[index] for index in span]))
-    return [scored[index] for index in range(count)]
+    return [scored[index] for index in range(len(asked))]
 
 
-def _kept_scores(
-    params: ValidateParams, text: _Text, folder: Path, paired: bool, progress: Progress
-) -> dict[int, Document]:
-    from stages.measures.documents import read_documents
-
-    scored: dict[int, Document] = {}
+def _kept_scores(asked: Text | Questions, folder: Path, paired: bool, progress: Progress) -> dict[int, list[Document]]:
+    scored: dict[int, list[Document]] = {}
     for span, data in kept(folder):
-        ids = text.ids_NT[span.start : span.stop]
-        documents = read_documents(data, ids, text.asking, params.split, first=span.start, paired=paired)
-        if documents is None or len(documents) != len(span):
-            progress.note(f"the scores of documents {span.start} to {span.stop - 1} are not of this corpus: made anew")
+        units = asked.read(data, span, paired=paired)
+        if units is None or len(units) != len(span):
+            progress.note(
+                f"the scores of {asked.units} {span.start} to {span.stop - 1} are not of this corpus: made anew"
+            )
         else:
-            scored |= dict(zip(span, documents, strict=True))
+            scored |= dict(zip(span, units, strict=True))
     return scored
 
 
-def _text(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress | None = None) -> _Text:
-    from stages.measures.predictions import Asking
+def _asked(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress | None = None) -> Text | Questions:
     from stages.models.anatomy import tasks
     from stages.models.checkpoint.loading import load_config, load_tokenizer
-    from stages.models.text.windows import special_ends, windows
+    from stages.validate.questions import questions_of
+    from stages.validate.text import text_of
 
-    model, baseline = inputs["model"], inputs.get("baseline")
-    config, tokenizer = load_config(model), load_tokenizer(model)
-    task = tasks.task(config)
-    if baseline:
-        theirs = load_tokenizer(baseline).get_vocab()
-        _check_alike(tokenizer.get_vocab(), theirs, task, tasks.task(load_config(baseline)))
-    tokens = min(params.window_tokens, tasks.longest(config) or params.window_tokens)
-    _check_length(_of_engine(model), tokens)
-    mask = _mask(tokenizer) if task == "fill" else None
-    before, after = special_ends(tokenizer)
-    asking = Asking(task, len(before), len(after), mask)
-    ids_NT = windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows, progress=progress)
-    return _Text(ids_NT, asking)
+    if baseline := inputs.get("baseline"):
+        ours, theirs = (load_tokenizer(one).get_vocab() for one in (inputs["model"], baseline))
+        _check_alike(ours, theirs, *(tasks.task(load_config(one)) for one in (inputs["model"], baseline)))
+    if holds_items(inputs["text"]):
+        return questions_of(params, inputs)
+    return text_of(params, inputs, progress)
 
 
 def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
@@ -197,30 +115,22 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
     from stages.models.checkpoint.loading import load_tokenizer
     from stages.models.checkpoint.subject import vocabularies
     from stages.models.text.windows import check_split
+    from stages.validate.text import check_length, mask_of
 
     check_split(known, params.split)
     model: Subject = known["model"]
     if model.task == "fill":
-        _mask(load_tokenizer(model.folder))
+        mask_of(load_tokenizer(model.folder))
     if baseline := known.get("baseline"):
         _check_alike(*vocabularies(model, baseline), model.task, baseline.task)
-    _check_length(model.built, min(params.window_tokens, model.reads or params.window_tokens))
+    check_length(model.built, min(params.window_tokens, model.reads or params.window_tokens))
     return model
 
 
-def _mask(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.mask_token_id is None:
-        raise StageError(
-            "a masked model is judged by hiding tokens, and its tokenizer has none to hide them with",
-            measured="no mask_token",
-            remedy='Set "mask_token" in tokenizer_config.json.',
-        )
-    return int(tokenizer.mask_token_id)
-
-
-def _scorer(params: ValidateParams, inputs: Mapping[str, Path], text: _Text) -> Callable[[range], Iterator[Document]]:
-    """Load the model and its baseline; returns a range of windows -> their scores."""
-    from stages.measures.documents import score_documents
+def _scorer(
+    params: ValidateParams, inputs: Mapping[str, Path], asked: Text | Questions
+) -> Callable[[range], Iterator[list[Document]]]:
+    """Load the model and its baseline; returns a range of units -> their scores."""
     from stages.serving.engine import open_engine
 
     baseline = inputs.get("baseline")
@@ -234,17 +144,11 @@ def _scorer(params: ValidateParams, inputs: Mapping[str, Path], text: _Text) -> 
             limit=params.target,
             remedy=f"Set the step's parameter `target` to {judged.target}.",
         )
-    dense = open_engine(baseline, verified=True, device=device).logits if baseline else None
-
-    def score(span: range) -> Iterator[Document]:
-        ids = text.ids_NT[span.start : span.stop]
-        return score_documents(ids, judged.logits, dense, text.asking, params.split, first=span.start)
-
-    return score
+    return asked.scorer(judged, open_engine(baseline, verified=True, device=device) if baseline else None)
 
 
-def _written(documents: list[Document]) -> bytes:
-    return json.dumps(documents, allow_nan=False).encode()
+def _written(units: list[list[Document]]) -> bytes:
+    return json.dumps(units, allow_nan=False).encode()
 
 
 def _check_alike(ours: Mapping[str, int], theirs: Mapping[str, int], task: str, other: str) -> None:
@@ -258,22 +162,6 @@ def _check_alike(ours: Mapping[str, int], theirs: Mapping[str, int], task: str, 
             measured=f"its task is {other}",
             limit=f"the model's own, {task}",
             remedy="Name the checkpoint the model was made from as baseline, or judge without one.",
-        )
-
-
-def _of_engine(folder: Path) -> int | None:
-    engine = folder / "engine.json"
-    return json.loads(engine.read_text(encoding="utf-8")).get("maximum_tokens") if engine.is_file() else None
-
-
-def _check_length(most: int | None, window_tokens: int) -> None:
-    """Raise StageError where an engine was built for less than the windows: its scores would stand beside no others."""
-    if most is not None and window_tokens > most:
-        raise StageError(
-            "the windows are longer than the engine can read",
-            measured=f"{window_tokens} tokens",
-            limit=f"{most} tokens",
-            remedy=f"Set `window_tokens` of `judge` to {most}.",
         )
 
 
@@ -296,5 +184,5 @@ VALIDATE = Stage(
     admit=admit,
     executed_on=executed_on,
     uses=chosen_code,
-    divided=Divided(count=count_windows, part=score_part),
+    divided=Divided(count=count_units, part=score_part),
 )

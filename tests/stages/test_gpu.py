@@ -12,7 +12,8 @@ from stages.runtime.cuda_driver import gpu_name, loaded
 from stages.runtime.progress import Silent
 from stages.serving.cuda import require_gpu
 from stages.serving.eager import eager
-from stages.validate import VALIDATE, ValidateParams, executed_on
+from stages.validate.params import ValidateParams, executed_on
+from stages.validate.stage import VALIDATE
 from tests.benchmarks.families import CELLS, ROWS, _made, checkpoint, text
 from tests.stages.models.families import EXPERTS, FAMILIES, VOCABULARY, WIDER, family
 

@@ -28,7 +28,8 @@ from stages.runtime.dividing import execute_part
 from stages.runtime.execute import device_name, execute, work_of
 from stages.runtime.fingerprint import ROOT, fingerprint
 from stages.runtime.progress import Silent
-from stages.validate import VALIDATE, ValidateParams
+from stages.validate.params import ValidateParams
+from stages.validate.stage import VALIDATE
 from tests.conftest import sealer
 from tests.flows.judging.test_gates import Gate
 
@@ -404,6 +405,18 @@ def gathered(store, many):
     return (store.checkout(made.identity) / "report.json").read_bytes(), ear
 
 
+def written(documents):
+    """A part as the stage writes it: the documents of each window."""
+    return json.dumps(documents if isinstance(documents, str) else [[one] for one in documents]).encode()
+
+
+def test_part_that_was_written_whole_is_used(apart, many, undivided):
+    parts.put(apart.objects, fingerprint(many[1]), range(8, 16), written(json.loads(undivided)["documents"][8:16]))
+    report, ear = gathered(apart, many)
+    assert report == undivided
+    assert (ear.notes[0], ear.done) == ("8 of 40 documents are scored already", list(range(8, 41)))
+
+
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_report_has_the_same_bytes_however_and_in_whatever_order_it_was_divided(apart, many, undivided, count):
     spans = parts.gaps(40, [], math.ceil(40 / count))
@@ -445,7 +458,7 @@ def test_part_with_other_scores_than_its_name_says_is_not_used(apart, many, undi
         "infinite": [one | {"nll": math.inf} for one in chosen],
         "text": "scores",
     }[poison]
-    parts.put(apart.objects, fingerprint(many[1]), span, json.dumps(spoiled).encode())
+    parts.put(apart.objects, fingerprint(many[1]), span, written(spoiled))
     report, ear = gathered(apart, many)
     assert report == undivided
     assert ear.notes == ["the scores of documents 8 to 15 are not of this corpus: made anew"]
@@ -453,7 +466,7 @@ def test_part_with_other_scores_than_its_name_says_is_not_used(apart, many, undi
 
 
 def test_part_whose_name_goes_beyond_the_last_window_is_not_used(apart, many, undivided):
-    last = json.dumps(json.loads(undivided)["documents"][32:]).encode()
+    last = written(json.loads(undivided)["documents"][32:])
     parts.put(apart.objects, fingerprint(many[1]), range(32, 48), last)
     report, ear = gathered(apart, many)
     assert report == undivided
@@ -461,7 +474,7 @@ def test_part_whose_name_goes_beyond_the_last_window_is_not_used(apart, many, un
 
 
 def test_part_behind_the_last_window_is_refused(apart, many):
-    with pytest.raises(StageError, match="behind the last window"):
+    with pytest.raises(StageError, match="behind the last of the documents"):
         execute_part(VALIDATE, *many, apart, range(32, 41), Silent())
     assert parts.standing(apart.objects, fingerprint(many[1])) == []
 

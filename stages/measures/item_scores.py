@@ -1,0 +1,55 @@
+"""Measures of a set of items, from the documents of its items.
+
+Each takes the documents' columns, those of the other report where it compares two, and how often each item is drawn:
+weights_RD of R resamples and D items. It gives the measure of each resample, value_R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Columns = Mapping[str, NDArray[Any]]
+"""Key of the documents -> its values, one an item."""
+
+
+def accuracy(ours: Columns, weights_RD: Floats) -> Floats:
+    """The share of items that are answered right."""
+    return _mean(ours["right"], weights_RD)
+
+
+def above_chance(ours: Columns, weights_RD: Floats) -> Floats:
+    """The share of items that are answered right, less the share that a guess would get right."""
+    return _mean(ours["right"] - ours["chance"], weights_RD)
+
+
+def flips(ours: Columns, theirs: Columns, weights_RD: Floats) -> Floats:
+    """The share of items that one answers right and the other wrong.
+
+    Source: Dutta et al., Accuracy is Not All You Need, NeurIPS 2024.
+    """
+    return _mean(ours["right"] != theirs["right"], weights_RD)
+
+
+def lost(ours: Columns, theirs: Columns, weights_RD: Floats) -> Floats:
+    """The share of items that the other answers right and this one wrong."""
+    return _mean((theirs["right"] > 0) & (ours["right"] == 0), weights_RD)
+
+
+def same_answers(ours: Columns, theirs: Columns, weights_RD: Floats) -> Floats:
+    """The share of items to which both give the same answer, right or wrong."""
+    return _mean(ours["answer"] == theirs["answer"], weights_RD)
+
+
+def repetition(ours: Columns, weights_RD: Floats) -> Floats:
+    """The share of items whose answer says the same again and again."""
+    return _mean(ours["repeated"], weights_RD)
+
+
+def _mean(values_D: NDArray[Any], weights_RD: Floats) -> Floats:
+    found: Floats = weights_RD @ values_D.astype(np.float64) / weights_RD.sum(-1)
+    return found

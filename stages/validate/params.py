@@ -1,0 +1,66 @@
+"""What `validate` is asked, and which machine and library its scores are a fact about."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from importlib.util import find_spec
+from pathlib import Path
+from runpy import run_path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from stages.adapters.backends import backend, module_of, processor_targets
+from stages.measures.table import MEASURES
+from stages.runtime.contract import Params
+from stages.runtime.cuda_driver import gpu_name
+from stages.runtime.execute import device_name
+
+CUDA = "torch:cuda"
+TORCH = ("torch:cpu", CUDA)
+"""Targets of checkpoints."""
+if TYPE_CHECKING:
+    Target = str
+else:
+    Target = Literal[(*TORCH, *processor_targets())]
+
+
+class ValidateParams(Params):
+    """What is measured, and where.
+
+    Attributes:
+        split: the split that is scored, of the corpus or of the set of items.
+        window_tokens: length of a window of text, at most what the model reads; one window is one document.
+        windows: at most this many windows, the first ones; None for all.
+        target: what the model is executed on; it must be the artifact's own.
+    """
+
+    split: Literal["calibrate", "train", "validate", "test"] = "test"
+    window_tokens: int = Field(512, ge=2)
+    windows: int | None = Field(None, ge=1)
+    target: Target = "torch:cpu"
+
+
+def executed_on(params: ValidateParams) -> dict[str, str]:
+    """The machine and library that the scores are a fact about."""
+    name = params.target.partition(":")[0]
+    library = name if params.target in TORCH else backend(name).library
+    on_gpu = params.target == CUDA
+    return {
+        "target": params.target,
+        "device": (gpu_name() or "no GPU") if on_gpu else device_name(),
+        "runtime": f"{library} {importlib.metadata.version(library)}" + (f" CUDA {_cuda_version()}" if on_gpu else ""),
+    }
+
+
+def _cuda_version() -> str:
+    """The CUDA that torch is built for, read where planning does not load torch itself."""
+    torch = find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    return str(run_path(str(Path(torch.origin).with_name("version.py")))["cuda"] or "none")
+
+
+def chosen_code(params: ValidateParams) -> tuple[str, ...]:
+    """The modules of the measures and of the backend."""
+    measures = dict.fromkeys(one.function.partition(":")[0] for one in MEASURES.values())
+    return (*measures, *(() if params.target in TORCH else (module_of(params.target.partition(":")[0]),)))

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stages.serving.eager import eager
+from stages.serving.generate import greedy
+
+PROMPTS = [[5, 9, 200], [31], [7, 8, 9, 10, 11, 12, 13], [400, 401]]
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def opened(tiny):
+    return eager(tiny)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    ids = [
+        model.generate(torch.tensor([one]), do_sample=False, max_new_tokens=NEW, eos_token_id=None) for one in PROMPTS
+    ]
+    return [one[0, len(prompt) :].tolist() for one, prompt in zip(ids, PROMPTS, strict=True)]
+
+
+class Counting:
+    """A forward that counts how many rows it is asked, and how often."""
+
+    def __init__(self, forward):
+        self.forward, self.calls, self.rows = forward, 0, 0
+
+    def __call__(self, ids_NT, mask_NT):
+        self.calls, self.rows = self.calls + 1, self.rows + len(ids_NT)
+        return self.forward(ids_NT, mask_NT)
+
+
+def said(forward, **given):
+    asked = {"ends": frozenset(), "max_new_tokens": NEW, "maximum_tokens": 96} | given
+    return greedy(forward, PROMPTS, **asked)
+
+
+def test_greedy_side_by_side_says_what_transformers_says_of_each_alone(opened, expected):
+    assert said(opened.forward) == expected
+
+
+@pytest.mark.parametrize("right", [0, 1, 4, NEW])
+def test_draft_changes_nothing_but_the_passes(opened, expected, right):
+    drafts = [[*one[:right], *[(token + 1) % 768 for token in one[right:]]] for one in expected]
+    counted = Counting(opened.forward)
+    assert said(counted, drafts=drafts) == expected
+    assert counted.calls == NEW - min(right, NEW - 1)
+
+
+def test_each_prompt_ends_where_it_is_to_end(opened, expected):
+    ends = frozenset({expected[0][3], expected[2][5]})
+    cut = [next((at for at, token in enumerate(one) if token in ends), NEW - 1) + 1 for one in expected]
+    assert said(opened.forward, ends=ends) == [one[:at] for one, at in zip(expected, cut, strict=True)]
+    most = [2, 0, 5, 1]
+    assert said(opened.forward, max_new_tokens=most) == [one[:at] for one, at in zip(expected, most, strict=True)]
+    enough = said(opened.forward, enough=lambda number, new: len(new) > number, drafts=expected)
+    assert enough == [one[: number + 1] for number, one in enumerate(expected)]
+    longest = said(opened.forward, maximum_tokens=9)
+    assert [len(one) for one in longest] == [6, 8, 2, 7]
+
+
+def test_prompt_that_fills_the_model_is_not_continued(opened):
+    assert greedy(opened.forward, [[1] * 9], ends=frozenset(), max_new_tokens=4, maximum_tokens=9) == [[]]
+    assert greedy(lambda *_: np.empty(0), [], ends=frozenset(), max_new_tokens=4, maximum_tokens=9) == []

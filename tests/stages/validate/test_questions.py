@@ -1,0 +1,175 @@
+"""Items put to a tiny model, held against what transformers answers to each of them alone."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from scipy.special import log_softmax, rel_entr
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stages.measures.items import Item
+from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
+from stages.validate.params import ValidateParams
+from stages.validate.stage import VALIDATE
+from tests.stages.models.families import family
+
+WORDS = (
+    "The import statement is",
+    "If the object",
+    "is the same as",
+    "The name of the",
+    "Changed in",
+    "A class definition is an",
+)
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(tiny)
+
+
+def said(theirs, prompt, new=12):
+    model, tokenizer = theirs
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, do_sample=False, max_new_tokens=new, pad_token_id=0)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def logits(theirs, text):
+    model, tokenizer = theirs
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return ids[0].numpy(), model(input_ids=ids).logits[0].double().numpy()
+
+
+@pytest.fixture(scope="module")
+def items(theirs):
+    """Half of the answers are what the model says, half something else; choices of which one is likelier."""
+    made = []
+    for number, prompt in enumerate(WORDS):
+        word = re.match(r"\w+", said(theirs, prompt).strip())[0]
+        answers = (word,) if number % 2 else ("Zanzibar", "Ouagadougou")
+        made.append(Item(id=f"a{number}", ability="odd" if number % 2 else "even", prompt=prompt, answers=answers))
+        choices = (f" {word} of the", " Zanzibar", " xylophone quartz")
+        made.append(
+            Item(id=f"c{number}", ability="choice", task="choices", prompt=prompt, choices=choices, right=number % 3)
+        )
+    check = ({"demand": "words_at_least", "value": 1},)
+    made.append(Item(id="i", ability="told", task="instructions", prompt="Say a word.", checks=check))
+    return made
+
+
+def folder_of(items, folder, split="test"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(f"{one.model_dump_json()}\n" for one in items), encoding="utf-8")
+    (folder / "corpus.json").write_text(json.dumps({"digest": "d", "items": {"answers": len(items)}}))
+    return folder
+
+
+def asked(tmp_path, model, items, **given):
+    output = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+    output.mkdir()
+    inputs = {"model": model, "text": folder_of(items, tmp_path / "items")} | given
+    VALIDATE.run(ValidateParams(), inputs, output, Silent())
+    return json.loads((output / "report.json").read_text())
+
+
+def test_answers_are_right_where_the_model_says_what_is_accepted(tiny, theirs, items, tmp_path):
+    report = asked(tmp_path, tiny, items)
+    documents = report["documents"]
+    assert [one["id"].rpartition("-")[0] for one in documents] == [one.id for one in items], "in the set's order"
+    for one, item in zip(documents, items, strict=True):
+        assert (one["slice"], one["prompt"], one["chance"]) == (item.ability, item.prompt, item.chance)
+        if item.task == "answers":
+            assert one["right"] == (item.ability == "odd")
+            assert said(theirs, item.prompt, 30).startswith(one["answer"]) and one["answer"].strip()
+            assert one["expected"] == item.answers[0]
+    assert report["slices"]["odd"] == {"accuracy": 1, "above_chance": 1, "items": 3, "repetition": 0}
+    assert report["slices"]["even"]["accuracy"] == 0
+    assert report["measures"]["accuracy"] == sum(one["right"] for one in documents) / len(items)
+    chance = sum(one.chance for one in items) / len(items)
+    assert report["measures"]["above_chance"] == pytest.approx(report["measures"]["accuracy"] - chance)
+
+
+def test_choice_is_the_likeliest_continuation(tiny, theirs, items, tmp_path):
+    found = {one["id"].rpartition("-")[0]: one for one in asked(tmp_path, tiny, items)["documents"]}
+    by_length = set()
+    for item in items:
+        if item.task != "choices":
+            continue
+        start, sums, means = len(logits(theirs, item.prompt)[0]), [], []
+        for choice in item.choices:
+            ids, rows = logits(theirs, item.prompt + choice)
+            each = [log_softmax(rows[at - 1])[ids[at]] for at in range(start, len(ids))]
+            sums.append(sum(each))
+            means.append(sum(each) / len(each))
+        one = found[item.id]
+        assert one["answer"] == item.choices[sums.index(max(sums))]
+        assert one["right"] == (sums.index(max(sums)) == item.right)
+        assert one["right_by_length"] == (means.index(max(means)) == item.right)
+        by_length.add((one["right"], one["right_by_length"]))
+    assert len(by_length) > 1
+
+
+def test_divergence_is_of_each_position_of_the_prompts(tiny, theirs, items, tmp_path):
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1.3)
+    model.save_pretrained(other)
+    theirs[1].save_pretrained(other)
+    report = asked(tmp_path, other, items[:4], baseline=tiny)
+    total = 0
+    for one, item in zip(report["documents"], items, strict=False):
+        ids, p = logits(theirs, item.prompt)
+        _, q = logits((model.eval(), theirs[1]), item.prompt)
+        kl = rel_entr(*(math.e ** log_softmax(rows, axis=-1) for rows in (p, q))).sum()
+        assert (one["kl"], one["tokens"]) == (pytest.approx(kl, rel=1e-3), len(ids))
+        total += kl / sum(len(logits(theirs, item.prompt)[0]) for item in items[:4])
+    assert report["measures"]["kl_divergence"] == pytest.approx(total, rel=1e-3)
+    assert asked(tmp_path, tiny, items[:4], baseline=tiny)["measures"]["kl_divergence"] == 0
+
+
+def test_report_has_the_same_bytes_in_parts_and_after_a_kill(tiny, items, tmp_path):
+    inputs = {"model": tiny, "text": folder_of(items, tmp_path / "items")}
+    params, whole = ValidateParams(), tmp_path / "whole"
+    whole.mkdir()
+    VALIDATE.run(params, inputs, whole, Silent())
+    count = VALIDATE.divided.count(params, inputs)
+    assert count == 2, "thirteen items, eight side by side"
+    from stages.runtime.parts import FOLDER, keep
+
+    for left in range(count):
+        parted = tmp_path / f"parted{left}"
+        keep(
+            parted / FOLDER,
+            range(left, left + 1),
+            VALIDATE.divided.part(params, inputs, range(left, left + 1), Silent()),
+        )
+        VALIDATE.run(params, inputs, parted, Silent())
+        assert (parted / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+    spoiled = tmp_path / "spoiled"
+    keep(spoiled / FOLDER, range(0, 1), VALIDATE.divided.part(params, inputs, range(1, 2), Silent()))
+    VALIDATE.run(params, inputs, spoiled, Silent())
+    assert (spoiled / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+
+
+def test_other_question_has_another_document(tiny, items, tmp_path):
+    first = asked(tmp_path, tiny, items[:1])["documents"][0]["id"]
+    changed = items[0].model_copy(update={"answers": ("Paris",)})
+    assert asked(tmp_path, tiny, [changed])["documents"][0]["id"] != first
+
+
+def test_item_that_is_longer_than_the_model_reads_is_refused(tiny, tmp_path):
+    long = Item(id="long", ability="a", prompt="word " * 5000, answers=("x",))
+    with pytest.raises(StageError, match="item long is longer than the model reads"):
+        asked(tmp_path, tiny, [long])
+
+
+def test_model_that_continues_no_text_is_refused(items, tmp_path):
+    with pytest.raises(StageError, match="items are put to models that continue a text"):
+        asked(tmp_path, family("bert_masked", tmp_path), items)
