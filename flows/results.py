@@ -54,6 +54,9 @@ class GateResult(Frozen):
         bound: whether the limit is the most or the least that is allowed.
         low: lower end of its interval.
         high: upper end of its interval; the gate looks at the bad end.
+        slice: the slice of the corpus that was looked at, empty for all of it.
+        worst: each slice had to hold; this is the one that does least.
+        value: the limit is on what was measured itself, not on the interval's bad end.
         text: the whole in one sentence.
     """
 
@@ -66,6 +69,9 @@ class GateResult(Frozen):
     limit: float
     passed: bool
     against: str | None = None
+    slice: str = ""
+    worst: bool = False
+    value: bool = False
     low: float | None = None
     high: float | None = None
     text: str = ""

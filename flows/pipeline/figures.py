@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.judging.gates import CHAMPION
+from flows.judging.measured import CHAMPION
 from flows.pipeline.verdict import Judgement
 from flows.results import RunResult
 from flows.running.session import Session

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.judging.gates import CHAMPION, Verdict, judge
+from flows.judging.gates import Verdict, judge
+from flows.judging.measured import CHAMPION
 from flows.registry.journal import Executable, head
 from flows.registry.model_card import Compared, compared
 from flows.results import GateResult, RunVerdict, run_verdict

@@ -254,6 +254,7 @@ def _size_gate(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]
 def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) -> Iterator[Fault]:
     """What a gate says of what `judge` has; `wrong` are the fields of `judge` that cannot be relied on."""
     measure, baseline = part(gate, "measure"), part(seen.judge, "baseline")
+    yield from _kinds_of_corpora(seen, here, gate)
     paired = isinstance(measure, str) and MEASURES[measure].paired
     executed, corpora = seen.executed(), seen.named("corpora")
     against = [CHAMPION, *executed, *([baseline] if isinstance(baseline, str) and not paired else [])]
@@ -272,3 +273,24 @@ def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) 
         if strange or (isinstance(seen.judge, dict) and not of & wrong and measure is not BROKEN):
             text = f"there is no step {value!r}" if strange else f"{value!r} {why}"
             yield Fault((*here, field), f"{text}; allowed: {', '.join(allowed) or 'none in this recipe'}")
+
+
+def _kinds_of_corpora(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:
+    """A measure of items needs a set of items, and one that is seen between two needs both."""
+    measure = MEASURES.get(str(part(gate, "measure")))
+    if measure is None:
+        return
+    if measure.between and part(gate, "against") is None:
+        yield Fault(
+            (*here, "against"), f"{part(gate, 'measure')} is counted between two; allowed: the baseline, a step"
+        )
+    sets = [name for name in seen.named("corpora") if (one := seen.find(name)) and one.stage == "items"]
+    corpus = part(gate, "corpus")
+    if measure.of_items and corpus is None and not sets:
+        text = f"{part(gate, 'measure')} is measured on a set of items, and `judge` has none"
+        yield Fault((*here, "measure"), f"{text}; allowed: with a step of the stage items among its corpora")
+    if measure.of_items and isinstance(corpus, str) and corpus in seen.named("corpora") and corpus not in sets:
+        allowed = ", ".join(sets) or "a step of the stage items"
+        yield Fault(
+            (*here, "corpus"), f"{corpus!r} is text, and {part(gate, 'measure')} is of items; allowed: {allowed}"
+        )

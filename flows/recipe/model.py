@@ -81,20 +81,32 @@ class Gate(Frozen):
     """A bound that must hold before anything is promoted.
 
     With `against` the bound is on the ratio to that step or to the `champion`; without `artifact` it holds for every
-    judged artifact, without `corpus` on every corpus.
+    judged artifact, without `corpus` on every corpus that has the measure. `at_most` and `at_least` bound the bad end
+    of the 95% interval, `value_at_most` and `value_at_least` what was measured itself.
+
+    Attributes:
+        slice: only this slice of the corpus: a source of a mix, an ability of a set of items.
+        worst: each slice must hold by itself.
     """
 
     measure: Measure
     against: Name | None = None
     artifact: Name | None = None
     corpus: Name | None = None
+    slice: str | None = None
+    worst: bool = False
     at_most: FiniteFloat | None = None
     at_least: FiniteFloat | None = None
+    value_at_most: FiniteFloat | None = None
+    value_at_least: FiniteFloat | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Gate:
-        if self.at_most is None and self.at_least is None:
+        bounds = (self.at_most, self.at_least, self.value_at_most, self.value_at_least)
+        if all(one is None for one in bounds):
             raise ValueError("a gate without a bound; allowed: at_most, at_least")
+        if self.slice and self.worst:
+            raise ValueError("`slice` names one slice and `worst` means each; allowed: one of both")
         return self
 
 

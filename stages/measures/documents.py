@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stages.measures.item_scores import Columns, Floats
+from stages.measures.item_scores import columns, function_of
 from stages.measures.perplexity import perplexity
 from stages.measures.predictions import Answer, Asking
 from stages.measures.table import MEASURES, Measure, measured
@@ -152,24 +152,11 @@ def sliced_summary(documents: Sequence[Document], task: str) -> tuple[Metrics, d
 def _of_items(documents: Sequence[Document], task: str) -> Metrics:
     weights = np.ones((1, len(documents)))
     found = {
-        name: float(item_measure(one)(columns(documents), weights)[0])
+        name: float(function_of(one)(columns(documents), weights)[0])
         for name, one in MEASURES.items()
         if one.of_items and not one.between and task in one.tasks and all(one.score in found for found in documents)
     }
     return found | summary(documents)
-
-
-def columns(documents: Sequence[Document]) -> Columns:
-    """The keys that all documents have, each with their values."""
-    keys = set.intersection(*(set(one) for one in documents))
-    return {key: np.array([one[key] for one in documents]) for key in keys}
-
-
-def item_measure(measure: Measure) -> Callable[..., Floats]:
-    """The function of a measure of items."""
-    module, _, name = measure.function.partition(":")
-    found: Callable[..., Floats] = getattr(import_module(module), name)
-    return found
 
 
 def other_vocabulary(theirs: int, ours: int) -> StageError:

@@ -6,6 +6,7 @@ Shapes: D documents, R resamples.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -59,18 +60,36 @@ def bootstrap(
             return np.exp(mean_R if other_R is None else mean_R - other_R)
         return mean_R if other_R is None else mean_R / other_R
 
+    return resampled(np.ones(documents), statistic)
+
+
+def resampled(counts_D: Floats, statistic: Callable[[Floats], Floats]) -> Interval:
+    """A statistic of documents with a 95% interval.
+
+    Args:
+        counts_D: how many documents are alike, 1 for each where none are. To draw kinds of documents by how many there
+            are is to draw documents, and far faster.
+        statistic: weights_RD, how often each kind is drawn in each resample, to value_R. NaN where a resample has no
+            value: it is left out.
+
+    Returns:
+        The value of the documents as they are and the interval's ends, as `bootstrap` gives them.
+    """
     with np.errstate(all="ignore"):
-        point = float(statistic(np.ones((1, documents)))[0])
+        documents, point = int(counts_D.sum()), float(statistic(counts_D[None])[0])
         if documents == 1:
             return Interval(point, -math.inf, math.inf)
         generator = np.random.default_rng(SEED)
-        even = np.full(documents, 1 / documents)
         draws = [
-            statistic(generator.multinomial(documents, even, size=CHUNK).astype(np.float64))
+            statistic(generator.multinomial(documents, counts_D / documents, size=CHUNK).astype(np.float64))
             for _ in range(RESAMPLES // CHUNK)
         ]
         tail = _expanded_tail(documents)
-        low, high = np.quantile(np.concatenate(draws), [tail, 1 - tail])
+        found = np.concatenate(draws)
+        found = found[~np.isnan(found)]
+        if math.isnan(point) or not len(found):
+            return Interval(math.nan, math.nan, math.nan)
+        low, high = np.quantile(found, [tail, 1 - tail])
     return Interval(point, float(low), float(high))
 
 

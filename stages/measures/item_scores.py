@@ -6,15 +6,31 @@ weights_RD of R resamples and D items. It gives the measure of each resample, va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.measures.table import Measure
+
 Floats = NDArray[np.float64]
 Columns = Mapping[str, NDArray[Any]]
 """Key of the documents -> its values, one an item."""
+
+
+def columns(documents: Sequence[Mapping[str, Any]]) -> Columns:
+    """The keys that all documents have, each with their values."""
+    keys = set.intersection(*(set(one) for one in documents))
+    return {key: np.array([one[key] for one in documents]) for key in keys}
+
+
+def function_of(measure: Measure) -> Callable[..., Floats]:
+    """The function of a measure of items."""
+    module, _, name = measure.function.partition(":")
+    found: Callable[..., Floats] = getattr(import_module(module), name)
+    return found
 
 
 def accuracy(ours: Columns, weights_RD: Floats) -> Floats:

@@ -77,7 +77,7 @@ class Questions:
     groups: list[list[_Question]]
     order: list[str]
     tokenizer: PreTrainedTokenizerBase
-    split: str
+    vocabulary: int
     task: str = "generate"
     units: str = "groups of items"
 
@@ -98,13 +98,13 @@ class Questions:
         written = [one for one in group if one.item.task != "choices"]
         said = dict(zip([one.name for one in written], self._written(written, judged), strict=True))
         chosen = _chosen([one for one in group if one.item.task == "choices"], judged)
-        distances = _distances(group, judged, dense) if dense else None
+        read = _read(group, judged, dense)
         found = []
         for one in group:
             document: Document = {"id": one.name, "slice": one.item.ability, "tokens": len(one.ids)}
             document |= {"prompt": one.item.prompt, "expected": _expected(one.item), "chance": one.item.chance}
             document |= next(chosen) if one.item.task == "choices" else self._judged(one.item, said[one.name])
-            found.append(document | ({} if distances is None else {"kl": next(distances)}))
+            found.append(document | next(read))
         return found
 
     def _judged(self, item: Item, new: list[int]) -> dict[str, Any]:
@@ -144,7 +144,13 @@ class Questions:
         by_name = {one["id"]: one for unit in units for one in unit}
         documents = [by_name[name] for name in self.order]
         measures, slices = sliced_summary(documents, self.task)
-        return {"items": True, "documents": documents, "measures": measures, "slices": slices}
+        return {
+            "items": True,
+            "vocabulary": self.vocabulary,
+            "documents": documents,
+            "measures": measures,
+            "slices": slices,
+        }
 
     def metrics(self, documents: list[Document]) -> Metrics:
         """Figures beside the measures."""
@@ -163,7 +169,7 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path]) -> Question
     asked = [_question(one, tokenizer, most) for one in read_items(inputs["text"], params.split)]
     apart = sorted(range(len(asked)), key=lambda number: (len(asked[number].ids), number))
     groups = [[asked[one] for one in apart[start : start + TOGETHER]] for start in range(0, len(asked), TOGETHER)]
-    return Questions(groups, [one.name for one in asked], tokenizer, params.split)
+    return Questions(groups, [one.name for one in asked], tokenizer, config.get_text_config().vocab_size)
 
 
 def check_task(task: str) -> None:
@@ -245,16 +251,19 @@ def _surprise(row: list[int], prompt: list[int], logits_TV: torch.Tensor) -> tup
     return float(nll.sum()), float(nll.mean())
 
 
-def _distances(group: Sequence[_Question], judged: Answerer, dense: Answerer) -> Iterator[float]:
-    """The sum of the KL divergence from the baseline over the positions of each prompt."""
+def _read(group: Sequence[_Question], judged: Answerer, dense: Answerer | None) -> Iterator[dict[str, float]]:
+    """How surprising each prompt is, and the sum of the KL divergence from the baseline over its positions."""
     rows = [one.ids for one in group]
-    for ours_TV, theirs_TV in zip(_answered(rows, judged.forward), _answered(rows, dense.forward), strict=True):
-        kl = float(kl_divergence(theirs_TV, ours_TV).sum())
-        if not math.isfinite(kl):
+    theirs = _answered(rows, dense.forward) if dense else None
+    for row, ours_TV in zip(rows, _answered(rows, judged.forward), strict=True):
+        found = {"prompt_nll": float(negative_log_likelihood(ours_TV[:-1], torch.tensor(row[1:])).sum())}
+        if theirs is not None:
+            found["kl"] = float(kl_divergence(next(theirs), ours_TV).sum())
+        if not all(map(math.isfinite, found.values())):
             raise StageError(
-                "the model or its baseline gave logits that are no distribution", measured=kl, limit="finite"
+                "the model or its baseline gave logits that are no distribution", measured=str(found), limit="finite"
             )
-        yield kl
+        yield found
 
 
 def _expected(item: Item) -> str:
@@ -266,5 +275,6 @@ def _expected(item: Item) -> str:
 
 
 def _is_sound(one: Document, *, paired: bool) -> bool:
-    numbers = [one["right"], one["chance"], one["repeated"], one["tokens"], *([one["kl"]] if paired else [])]
+    keys = ("right", "chance", "repeated", "tokens", "prompt_nll", *(["kl"] if paired else []))
+    numbers = [one[key] for key in keys]
     return all(math.isfinite(number) for number in numbers) and isinstance(one["answer"], str)

@@ -1,0 +1,263 @@
+"""What a gate's measure comes to, from the reports: a value and its interval, over all documents or slice by slice.
+
+Shapes: D documents, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from stages.measures.interval import Floats, Interval, bootstrap, resampled
+from stages.measures.item_scores import columns, function_of
+from stages.measures.table import MEASURES, Measure
+from stages.runtime.contract import StageError
+
+Report = Mapping[str, Any]
+Reports = Mapping[tuple[str, str], Report]
+Document = Mapping[str, Any]
+
+CHAMPION = "champion"
+JUDGE_MORE = "Name an executed artifact and its corpora under `judge`, or take the gate out."
+_KNOWS_NOTHING = 0.9
+"""Share of the surprise of a guess among all tokens from which on a model is said to know nothing of a language."""
+
+
+_BESIDE = ("chance",)
+"""What measures of items read beside their score."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured.
+
+    Attributes:
+        interval: the value with its ends; None where the gate does not apply.
+        slice: where it was looked at; empty for all documents.
+        why: why it does not apply, or what is to be said of it beside.
+        failed: it fails whatever was measured.
+    """
+
+    interval: Interval | None
+    slice: str = ""
+    why: str = ""
+    failed: bool = False
+
+
+class Gate(Protocol):
+    """What a recipe demands of a measure; `flows.recipe.model` has the typed record."""
+
+    @property
+    def measure(self) -> str:
+        """A key of MEASURES, or `size_bytes`."""
+
+    @property
+    def against(self) -> str | None:
+        """The artifact to divide by, `champion`, or None for the measure itself."""
+
+    @property
+    def artifact(self) -> str | None:
+        """The judged artifact; None for every one that was executed."""
+
+    @property
+    def corpus(self) -> str | None:
+        """The corpus; None for every one on which there is such a measure."""
+
+    @property
+    def slice(self) -> str | None:
+        """The slice of the corpus, None for all of it."""
+
+    @property
+    def worst(self) -> bool:
+        """Whether each slice must hold."""
+
+    @property
+    def at_most(self) -> float | None:
+        """Upper limit of the interval."""
+
+    @property
+    def at_least(self) -> float | None:
+        """Lower limit of the interval."""
+
+    @property
+    def value_at_most(self) -> float | None:
+        """Upper limit of the value itself."""
+
+    @property
+    def value_at_least(self) -> float | None:
+        """Lower limit of the value itself."""
+
+
+def found(gate: Gate, artifact: str, corpus: str, reports: Reports) -> list[Found]:
+    """What a gate on a score looks at: one value, or one of each slice of which the worst must hold.
+
+    Raises:
+        StageError: it was not measured, or the documents cannot be paired, or there is no such slice.
+    """
+    measure, ours = MEASURES[gate.measure], reports[artifact, corpus]
+    mine = sorted_documents(ours, measure, artifact)
+    theirs = None
+    if gate.against is not None:
+        if (gate.against, corpus) not in reports:
+            raise StageError(f"{gate.against} was not measured on {corpus}", remedy=f"Judge {gate.against} there too.")
+        check_paired(ours, reports[gate.against, corpus], f"{artifact} and {gate.against} on {corpus}")
+        theirs = sorted_documents(reports[gate.against, corpus], measure, gate.against)
+    elif measure.between:
+        raise StageError(f"{gate.measure} is counted between two", remedy="Say `against` which in the gate.")
+    places = {"": list(range(len(mine)))}
+    if gate.slice or gate.worst:
+        places = slices(mine)
+        if not places or (gate.slice and gate.slice not in places):
+            have = ", ".join(sorted(places)) or "no slice"
+            raise StageError(
+                f"{corpus} has no slice {gate.slice}" if gate.slice else f"{corpus} has no slices", limit=have
+            )
+        places = {gate.slice: places[gate.slice]} if gate.slice else places
+    if theirs is None or not measure.of_items or measure.between:
+        return [Found(of_documents(measure, *_at(mine, theirs, at)), name) for name, at in places.items()]
+    return _of_answers(gate, measure, (mine, theirs), places, reports[str(gate.against), corpus])
+
+
+def _at(
+    mine: Sequence[Document], theirs: Sequence[Document] | None, places: Sequence[int]
+) -> tuple[list[Document], list[Document] | None]:
+    return [mine[at] for at in places], None if theirs is None else [theirs[at] for at in places]
+
+
+def _of_answers(
+    gate: Gate,
+    measure: Measure,
+    pair: tuple[Sequence[Document], Sequence[Document]],
+    places: Mapping[str, Sequence[int]],
+    report: Report,
+) -> list[Found]:
+    """Ratios to another's right answers, where it has more of them than a guess has."""
+    knows = {name: above_chance([pair[1][at] for at in where]) for name, where in places.items()}
+    if not any(knows.values()):
+        untrained = knows_nothing(report)
+        why = f"{gate.against} answers no better than chance"
+        if not untrained:
+            why += ", though it can predict their words: look for wrong answers in the set, or take the gate out"
+        return [Found(None, gate.slice or "", why, failed=not untrained)]
+    left_out = sorted(name for name, better in knows.items() if not better)
+    why = f"left out, since {gate.against} is no better than chance there: {', '.join(left_out)}" if left_out else ""
+    return [
+        Found(of_documents(measure, *_at(*pair, where)), name, why) for name, where in places.items() if knows[name]
+    ]
+
+
+def of_documents(measure: Measure, ours: Sequence[Document], theirs: Sequence[Document] | None) -> Interval:
+    """A measure of documents, its ratio to another's on the same ones, or what it counts between the two.
+
+    Args:
+        measure: of the table.
+        ours: documents of the artifact.
+        theirs: those of what it is compared with, in the same order.
+    """
+    if not measure.of_items:
+        tokens_D, ours_D = (_numbers(ours, key) for key in ("tokens", measure.score))
+        theirs_D = None if theirs is None else _numbers(theirs, measure.score)
+        return bootstrap(tokens_D, ours_D, theirs_D, exponential=measure.exponential)
+    function = function_of(measure)
+    first, counts_D = _alike(measure, ours, theirs)
+    mine = columns([ours[at] for at in first])
+    if theirs is None:
+        return resampled(counts_D, lambda weights_RD: function(mine, weights_RD))
+    other = columns([theirs[at] for at in first])
+    if measure.between:
+        return resampled(counts_D, lambda weights_RD: function(mine, other, weights_RD))
+
+    def ratio(weights_RD: Floats) -> Floats:
+        below_R = function(other, weights_RD)
+        # Of nothing there is no share; what knows as little as a guess is seen to before.
+        return np.where(below_R > 0, function(mine, weights_RD) / np.where(below_R > 0, below_R, 1), np.nan)
+
+    return resampled(counts_D, ratio)
+
+
+def _alike(measure: Measure, ours: Sequence[Document], theirs: Sequence[Document] | None) -> tuple[list[int], Floats]:
+    """The first of each kind of documents that a measure cannot tell apart, and how many there are."""
+    keys = (measure.score, *_BESIDE)
+    pairs = zip(ours, theirs if theirs is not None else ours, strict=True)
+    kinds = [tuple(one.get(key) for one in pair for key in keys) for pair in pairs]
+    counts = Counter(kinds)
+    return [kinds.index(kind) for kind in counts], np.array([*counts.values()], dtype=np.float64)
+
+
+def _numbers(documents: Sequence[Document], key: str) -> Floats:
+    return np.array([document[key] for document in documents], dtype=np.float64)
+
+
+def above_chance(documents: Sequence[Document]) -> bool:
+    """Whether items are answered better than a guess would, at the low end of the interval."""
+    return of_documents(MEASURES["above_chance"], documents, None).low > 0
+
+
+def knows_nothing(report: Report) -> bool:
+    """Whether a model is as surprised by the items' prompts as one that knows no language: random weights."""
+    documents, vocabulary = report["documents"], report.get("vocabulary", 0)
+    if vocabulary < 2 or any("prompt_nll" not in one for one in documents):
+        return False
+    guessed = sum(max(one["tokens"] - 1, 0) for one in documents) * math.log(vocabulary)
+    return sum(one["prompt_nll"] for one in documents) >= _KNOWS_NOTHING * guessed
+
+
+def slices(documents: Sequence[Document]) -> dict[str, list[int]]:
+    """Slice -> the places of its documents."""
+    found: dict[str, list[int]] = {}
+    for place, document in enumerate(documents):
+        if name := document.get("slice"):
+            found.setdefault(name, []).append(place)
+    return found
+
+
+def sorted_documents(report: Report, measure: Measure, artifact: str) -> list[Document]:
+    """A report's documents by their ids.
+
+    Raises:
+        StageError: the measure was not measured.
+    """
+    documents: list[Document] = sorted(report["documents"], key=lambda document: document["id"])
+    if any(measure.score not in document for document in documents):
+        old = "It was measured before this was: gate against the baseline until a version that has it is promoted."
+        remedy = old if artifact == CHAMPION else _measurable(report, measure.score)
+        raise StageError(f"the report of {artifact} has no {measure.score!r}", remedy=remedy)
+    return documents
+
+
+def of_size(artifact: str, against: str | None, sizes: Mapping[str, int]) -> Interval:
+    """Bytes of an artifact, or their ratio to those of another."""
+    if against is not None and not sizes.get(against):
+        raise StageError(f"the size of {against} is not known, so nothing can be compared with it", remedy=JUDGE_MORE)
+    size = float(sizes[artifact]) / (float(sizes[against]) if against is not None else 1.0)
+    return Interval(size, size, size)
+
+
+def _measurable(report: Report, score: str) -> str:
+    fitting = {name: one for name, one in MEASURES.items() if report.get("task", "generate") in one.tasks}
+    if any(one.score == score for one in fitting.values()):
+        return "It needs `judge: {baseline: ...}`."
+    return f"Gate on what a model of its task, {report['task']}, is measured by: {', '.join(fitting)}."
+
+
+def check_paired(ours: Report, theirs: Report, which: str) -> None:
+    """Raise StageError unless two reports are of the same documents."""
+    a, b = ({d["id"]: d["tokens"] for d in report["documents"]} for report in (ours, theirs))
+    remedy = "Measure both on the same corpus, split and windows, with the same tokenizer."
+    for name in sorted(a.keys() | b.keys()):
+        if a.get(name) != b.get(name):
+            raise StageError(
+                f"the documents of {which} cannot be paired: {name} differs",
+                measured=f"{a.get(name, 'no')} tokens",
+                limit=f"{b.get(name, 'no')} tokens",
+                remedy=remedy,
+            )
+    if ours.get("corpus") and theirs.get("corpus") and ours["corpus"] != theirs["corpus"]:
+        raise StageError(f"the reports of {which} are of different corpora", remedy=remedy)
+    if any(len(names) != len(report["documents"]) for names, report in ((a, ours), (b, theirs))):
+        raise StageError(f"a document stands twice in the reports of {which}", remedy=remedy)

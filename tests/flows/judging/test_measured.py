@@ -1,0 +1,175 @@
+"""Gates on items: right answers by ability, what was lost, and what dense itself does not know."""
+
+import math
+
+import numpy as np
+import pytest
+
+from flows.judging.gates import judge
+from stages.runtime.contract import StageError
+from tests.flows.judging.test_gates import Gate
+
+ABILITIES = ("facts", "grammar", "sums", "logic")
+TARGETS = {"cpu": "onnxruntime:cpu"}
+
+
+def documents(rights, chances=None):
+    """Documents of items: {ability: right or wrong of each item}."""
+    return [
+        {
+            "id": f"{ability}-{number:03d}", "slice": ability, "tokens": 9, "prompt_nll": 8 * 3.0,
+            "right": right, "chance": (chances or {}).get(ability, 0.0), "answer": f"{right}", "repeated": 0,
+        }
+        for ability, each in rights.items() for number, right in enumerate(each)
+    ]  # fmt: skip
+
+
+def reports(dense, cpu, chances=None, **changed):
+    both = {"dense": documents(dense, chances), "cpu": documents(cpu, chances)}
+    about = {"corpus": "c", "items": True, "vocabulary": 50_000} | changed
+    return {(name, "abilities"): about | {"documents": found} for name, found in both.items()}
+
+
+def only(gate, made):
+    verdict = judge([gate], made, {}, TARGETS)
+    assert len(verdict.results) == 1
+    assert verdict.passed == verdict.results[0].passed
+    return verdict.results[0]
+
+
+def some(right, of):
+    return [1] * right + [0] * (of - right)
+
+
+DENSE = {"facts": some(40, 50), "grammar": some(45, 50), "sums": some(30, 50), "logic": some(26, 50)}
+CPU = {"facts": some(20, 50), "grammar": some(45, 50), "sums": some(29, 50), "logic": some(24, 50)}
+MADE = reports(DENSE, CPU, {"grammar": 0.5, "logic": 0.5})
+
+
+def test_accuracy_against_dense_is_the_share_of_its_right_answers():
+    found = only(Gate(measure="accuracy", value_at_least=0.8), MADE)
+    assert found.measured == pytest.approx(118 / 141)
+    assert found.low < found.measured < found.high
+    assert found.passed and not found.slice
+
+
+def test_value_is_held_by_what_was_measured_and_the_other_bound_by_its_bad_end():
+    at = only(Gate(measure="accuracy", value_at_least=0.1), MADE).measured
+    low = only(Gate(measure="accuracy", at_least=0.1), MADE).low
+    assert low < at
+    between = (low + at) / 2
+    assert only(Gate(measure="accuracy", value_at_least=between), MADE).passed
+    assert not only(Gate(measure="accuracy", at_least=between), MADE).passed
+    both = judge([Gate(measure="accuracy", value_at_least=between, at_least=low - 0.01)], MADE, {}, TARGETS)
+    assert both.passed
+    assert [one.value for one in both.results] == [False, True]
+
+
+def test_slice_is_judged_by_its_own_items():
+    assert only(Gate(measure="accuracy", slice="facts", value_at_least=0.6), MADE).measured == 0.5
+    assert only(Gate(measure="accuracy", slice="grammar", value_at_least=0.9), MADE).measured == 1
+    with pytest.raises(StageError, match="no slice history"):
+        only(Gate(measure="accuracy", slice="history", value_at_least=0.9), MADE)
+
+
+def test_worst_slice_must_hold_and_is_named():
+    found = only(Gate(measure="accuracy", worst=True, value_at_least=0.7), MADE)
+    assert (found.slice, found.measured, found.passed, found.worst) == ("facts", 0.5, False, True)
+    assert "worst slice facts" in found.text
+    assert only(Gate(measure="accuracy", worst=True, value_at_least=0.5), MADE).passed
+
+
+def test_slice_in_which_dense_knows_no_more_than_chance_is_left_out_and_said():
+    found = only(Gate(measure="above_chance", worst=True, value_at_least=0.4), MADE)
+    assert found.slice == "facts"
+    assert "no better than chance there: logic" in found.text
+    kept = {**CPU, "facts": DENSE["facts"]}
+    again = only(Gate(measure="above_chance", worst=True, value_at_least=0.9), reports(DENSE, kept, {"logic": 0.5}))
+    assert (again.slice, again.passed) == ("sums", True)
+
+
+def test_above_chance_is_what_is_left_over_a_guess():
+    found = only(Gate(measure="above_chance", slice="grammar", value_at_least=1), reports(
+        {"grammar": some(45, 50)}, {"grammar": some(35, 50)}, {"grammar": 0.5}
+    ))  # fmt: skip
+    assert found.measured == pytest.approx((35 - 25) / (45 - 25))
+
+
+def test_dense_of_random_weights_makes_the_gate_not_apply_visibly():
+    nothing = {name: [0] * 50 for name in ABILITIES}
+    surprised = reports(nothing, nothing)
+    for made in surprised.values():
+        for one in made["documents"]:
+            one["prompt_nll"] = 8 * math.log(50_000)
+    found = only(Gate(measure="accuracy", value_at_least=0.9), surprised)
+    assert (found.passed, found.state) == (True, "not applicable")
+    assert "dense answers no better than chance" in found.text
+
+
+def test_shuffled_labels_fail_though_dense_is_at_chance():
+    rng = np.random.default_rng(0)
+    shuffled = {name: (rng.random(50) < 0.25).astype(int).tolist() for name in ABILITIES}
+    found = only(
+        Gate(measure="accuracy", value_at_least=0.9), reports(shuffled, shuffled, dict.fromkeys(ABILITIES, 0.3))
+    )
+    assert (found.passed, found.state) == (False, "failed")
+    assert "look for wrong answers in the set" in found.text
+
+
+def test_flips_count_both_ways_and_lost_only_one():
+    dense, cpu = {"facts": [1, 1, 0, 0, 1]}, {"facts": [0, 1, 1, 0, 1]}
+    made = reports(dense, cpu)
+    assert only(Gate(measure="flips", at_most=1), made).measured == pytest.approx(2 / 5)
+    assert only(Gate(measure="lost", at_most=1), made).measured == pytest.approx(1 / 5)
+    assert only(Gate(measure="same_answers", at_least=0), made).measured == pytest.approx(3 / 5)
+    with pytest.raises(StageError, match="between two"):
+        only(Gate(measure="flips", against=None, at_most=1), made)
+
+
+def test_model_against_itself_passes_every_gate():
+    made = reports(DENSE, DENSE, {"grammar": 0.5})
+    for gate in (
+        Gate(measure="accuracy", at_least=1, value_at_least=1),
+        Gate(measure="above_chance", worst=True, at_least=1),
+        Gate(measure="flips", at_most=0),
+        Gate(measure="same_answers", at_least=1),
+    ):
+        assert judge([gate], made, {}, TARGETS).passed
+
+
+def test_other_items_cannot_be_paired():
+    made = reports(DENSE, CPU)
+    made["cpu", "abilities"]["documents"][3]["id"] = "facts-xxx"
+    with pytest.raises(StageError, match="cannot be paired"):
+        only(Gate(measure="accuracy", value_at_least=0.9), made)
+
+
+def test_gate_without_a_corpus_applies_where_its_measure_is():
+    text = {"documents": [{"id": f"t{n}", "tokens": 10, "nll": 30.0 + n} for n in range(9)], "corpus": "t"}
+    made = MADE | {("cpu", "text"): text, ("dense", "text"): text}
+    assert [one.corpus for one in judge([Gate(at_most=2)], made, {}, TARGETS).results] == ["text"]
+    gate = Gate(measure="accuracy", value_at_least=0.1)
+    assert [one.corpus for one in judge([gate], made, {}, TARGETS).results] == ["abilities"]
+
+
+def ratio_trials(trials, items, seed):
+    """How often the interval of a ratio of right answers holds the true one, of models that lose 8 of 100 and win 2."""
+    rng, inside = np.random.default_rng(seed), 0
+    known, lost, won = 0.7, 0.08, 0.02
+    truth = (known * (1 - lost) + (1 - known) * won) / known
+    for _ in range(trials):
+        dense = (rng.random(items) < known).astype(int)
+        flip = rng.random(items) < np.where(dense == 1, lost, won)
+        made = reports({"facts": dense.tolist()}, {"facts": np.where(flip, 1 - dense, dense).tolist()})
+        found = only(Gate(measure="accuracy", at_least=0), made)
+        inside += found.low <= truth <= found.high
+    return inside / trials
+
+
+def test_interval_of_a_ratio_of_answers_covers_the_truth_as_often_as_it_says():
+    assert 0.90 <= ratio_trials(100, 300, 3) <= 0.99
+
+
+@pytest.mark.fault
+def test_interval_of_a_ratio_of_answers_covers_the_truth_in_a_thousand_trials():
+    assert 0.93 <= ratio_trials(1000, 400, 5) <= 0.97
