@@ -121,6 +121,7 @@ class RunResult(Frozen):
         executed: artifact and target of each engine that answered here.
         compiled: artifact and target of each engine that was built and that nothing here could run.
         outputs: what lies where: `report.html`, and each artifact by its step; with --output the files beside them.
+        lost: where right answers went, a sentence for each set of items.
     """
 
     run: str
@@ -135,6 +136,7 @@ class RunResult(Frozen):
     executed: list[str]
     compiled: list[str]
     outputs: dict[str, str] = Field(default_factory=dict)
+    lost: list[str] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod

@@ -21,10 +21,13 @@ def metrics(session: Session, judgement: Judgement, result: RunResult) -> dict[s
     for (artifact, corpus), report in judgement.reports.items():
         if artifact in judged and artifact != CHAMPION:
             found |= {f"{artifact}/{measure}.{corpus}": value for measure, value in report["measures"].items()}
+            for name, of in report.get("slices", {}).items():
+                found |= {f"{artifact}/{measure}.{corpus}.{name}": value for measure, value in of.items()}
     found |= {f"{name}/size_bytes": session.done[name].metrics["size_bytes"] for name in judged}
     for gate in result.gates:
         if gate.measured is not None:
-            named = [gate.measure, gate.artifact, gate.corpus, f"against {gate.against}" if gate.against else ""]
+            named = [gate.measure, gate.artifact, gate.corpus, "worst" if gate.worst else gate.slice]
+            named += [f"against {gate.against}" if gate.against else ""]
             found["gate/" + ".".join(filter(None, named))] = gate.measured
     return found
 

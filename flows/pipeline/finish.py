@@ -23,9 +23,11 @@ from flows.pipeline.output_folder import (
 )
 from flows.pipeline.verdict import Judgement
 from flows.prefect_api.retry import AWAY_S, patiently
+from flows.recipe.expand import between, upstream
 from flows.registry.journal import Candidate, head
 from flows.registry.model_card import card
 from flows.registry.projection import Registry, reconcile, release
+from flows.reporting.abilities import item_sets, whereabouts
 from flows.reporting.report import curves_of, write_report
 from flows.results import ModelResult, RunResult
 from flows.running.session import Session, manifest_of
@@ -96,6 +98,7 @@ def _result(session: Session, judgement: Judgement, candidate: Candidate | None)
         executed=[f"{name} on {one.target}" for name, one in judgement.engines.items() if one.judged],
         compiled=[f"{name} for {one.target}" for name, one in judgement.engines.items() if not one.judged],
         outputs=_outputs(session, judgement),
+        lost=whereabouts(judgement.reports, _chain(session, judgement)),
     )
 
 
@@ -140,7 +143,20 @@ def _report(session: Session, judgement: Judgement, result: RunResult) -> None:
     command = session.record.facts.get("command", [])
     curves = curves_of(session.store, manifests, session.record.events())
     page = _page(session)
-    write_report(result, manifests, judgement.reports, session.record.recipe(), command, page, curves=curves)
+    asked = session.recipe.judge
+    items = item_sets(judgement.reports, asked.baseline, asked.artifacts, _chain(session, judgement)) if asked else []
+    recipe = session.record.recipe()
+    write_report(result, manifests, judgement.reports, recipe, command, page, curves=curves, items=items)
+
+
+def _chain(session: Session, judgement: Judgement) -> list[str]:
+    """From the dense model to the engine that an alias would serve, or to the first artifact that is judged."""
+    asked = session.recipe.judge
+    if asked is None:
+        return []
+    last = judgement.serves or asked.artifacts[0]
+    above = upstream(session.recipe, last)
+    return [asked.baseline, *(one for one in between(session.recipe) if one in above), last]
 
 
 def _measured(session: Session, judgement: Judgement, result: RunResult) -> None:

@@ -126,11 +126,25 @@ def _measurements(recipe: Recipe, judge: Judge) -> Iterator[PlannedStep]:
             yield _measurement(judge, recipe.step(artifact), corpus, against=artifact != judge.baseline)
     if not judge.trace:
         return
-    above = set().union(*(upstream(recipe, name) for name in judge.artifacts))
+    sets = [name for name in judge.corpora[1:] if {one.name: one.stage for one in recipe.steps}.get(name) == "items"]
     for step in recipe.steps:
-        between = step.name in above and judge.baseline in upstream(recipe, step.name)
-        if between and step.name not in judge.artifacts and stage(step.stage).output is Kind.CHECKPOINT:
-            yield _measurement(judge, step, judge.corpora[0], traced=True)
+        if step.name in between(recipe) and step.name not in judge.artifacts:
+            for corpus in (judge.corpora[0], *sets):
+                yield _measurement(judge, step, corpus, traced=True)
+
+
+def between(recipe: Recipe) -> list[str]:
+    """The checkpoints between the baseline and what is judged, in order."""
+    if recipe.judge is None:
+        return []
+    above = set().union(*(upstream(recipe, name) for name in recipe.judge.artifacts))
+    return [
+        step.name
+        for step in recipe.steps
+        if step.name in above
+        and recipe.judge.baseline in upstream(recipe, step.name)
+        and stage(step.stage).output is Kind.CHECKPOINT
+    ]
 
 
 def _measurement(judge: Judge, step: Step, corpus: str, *, against: bool = False, traced: bool = False) -> PlannedStep:

@@ -116,7 +116,7 @@ def _gates(gates: Sequence[GateResult]) -> str:
             (
                 _against(gate),
                 gate.artifact,
-                gate.corpus or "-",
+                (gate.corpus or "-") + (f": {gate.slice}" if gate.slice else ""),
                 number(gate.measured),
                 f"{number(gate.low)}..{number(gate.high)}" if gate.low is not None else "-",
                 f"{gate.bound.replace('_', ' ')} {number(gate.limit)}",

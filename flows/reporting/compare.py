@@ -102,6 +102,8 @@ def _of_run(run: Run) -> _Side:
     for gate in result.gates if result else ():
         against = f" against {gate.against}" if gate.against else ""
         where = f" on {gate.corpus}" if gate.corpus else ""
+        where += f" ({'worst slice' if gate.worst else gate.slice})" if gate.worst or gate.slice else ""
+        where += f", {'value ' if gate.value else ''}{gate.bound.replace('_', ' ')}" if gate.value else ""
         held = "passed" if gate.passed else "failed"
         gates[f"{gate.measure} of {gate.artifact}{against}{where}"] = (
             f"{held}: {number(gate.measured)}, limit {number(gate.limit)}"

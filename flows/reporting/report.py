@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.reporting.abilities import ItemSet
 from flows.reporting.charts import curve_chart, interval_chart, steps_chart
 from flows.reporting.format import duration, short_number, short_size
 from flows.results import GateResult, RunResult, StepResult
@@ -51,6 +52,7 @@ def write_report(
     path: Path,
     *,
     curves: Curves | None = None,
+    items: Sequence[ItemSet] = (),
 ) -> None:
     """Write the report of a run.
 
@@ -62,9 +64,10 @@ def write_report(
         command: argv of the run.
         path: the file to write.
         curves: step name -> metric -> (step, value) points, see `curves_of`.
+        items: what was asked of dense and the rest, see `flows.reporting.abilities`.
     """
-    corpora = list(dict.fromkeys(corpus for _, corpus in reports))
     shown = foremost(*(report["measures"] for report in reports.values()))
+    corpora = list(dict.fromkeys(corpus for (_, corpus), report in reports.items() if shown in report["measures"]))
     rows = [_row(step, manifests, reports, shown) for step in result.steps if step.kind != "report"]
     charted = [row for row in rows if row.step.kind != "corpus"]
     page = _template().render(
@@ -73,6 +76,7 @@ def write_report(
         gates=[(gate, _gate_chart(gate)) for gate in result.gates],
         rows=rows,
         corpora=corpora,
+        items=items,
         measures={name: title(name) for name in MEASURES},
         measurements=[step for step in result.steps if step.kind == "report"],
         chart=steps_chart([(row.step.name, row.size_bytes, row.scores) for row in charted], corpora, title(shown)),

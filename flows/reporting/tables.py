@@ -34,6 +34,8 @@ def show_result(result: RunResult, console: Console) -> None:
     for gate in result.gates:
         if not gate.passed:
             console.print(Text(f"gate failed: {gate.said}", style="bold red"))
+    for sentence in result.lost:
+        console.print(Text(sentence))
     said = f"{result.verdict} ({result.unjudged}), done" if result.unjudged else result.verdict
     console.print(Text(f"run {result.run}: {said} in {duration(result.seconds)}", style=_STYLES[result.verdict]))
 
@@ -85,8 +87,9 @@ def gates_table(gates: list[GateResult]) -> Table:
     for gate in gates:
         interval = "-" if gate.low is None or gate.low == gate.high else f"{number(gate.low)}..{number(gate.high)}"
         measure = gate.measure + (f" / {gate.against}" if gate.against else "")
-        names = [measure, gate.artifact, gate.target or "-", gate.corpus or "-"]
-        limit = f"{'<=' if gate.bound == 'at_most' else '>='} {number(gate.limit)}"
+        corpus = (gate.corpus or "-") + (f": {gate.slice}{' (worst)' if gate.worst else ''}" if gate.slice else "")
+        names = [measure, gate.artifact, gate.target or "-", corpus]
+        limit = f"{'value ' if gate.value else ''}{'<=' if gate.bound == 'at_most' else '>='} {number(gate.limit)}"
         cells = [*names, number(gate.measured), interval, limit, gate.state if gate.passed else "FAILED"]
         table.add_row(*(Text(cell) for cell in cells))
     return table

@@ -285,7 +285,7 @@ def test_module_reads_writes_and_asks_nothing(module):
         "flows.reporting.format",
         "flows.results",
         "stages.measures.interval",
-        "stages.measures.item_scores",
+        "stages.measures.paired",
         "stages.measures.table",
         "stages.runtime.contract",
     }

@@ -1,0 +1,196 @@
+"""What a model can do, item by item, beside the dense model: by ability, by step, and what flipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from stages.measures.interval import Interval
+from stages.measures.paired import Document, above_chance, of_documents, slices
+from stages.measures.table import MEASURES
+
+Reports = Mapping[tuple[str, str], Mapping[str, Any]]
+MOST_FLIPS = 60
+"""Flips that a page shows; their number is said."""
+_MOST_NAMED = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's right answers of one ability, and their share of dense's."""
+
+    right: int
+    ratio: Interval | None
+
+
+@dataclass(frozen=True)
+class Ability:
+    """A row: how many items there are, how many dense has right, and what became of them."""
+
+    name: str
+    items: int
+    dense: int
+    chance: float
+    known: bool
+    cells: Mapping[str, Cell]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An item that dense and an artifact do not answer alike: one right, the other wrong."""
+
+    artifact: str
+    ability: str
+    prompt: str
+    expected: str
+    dense: str
+    now: str
+    lost: bool
+
+
+@dataclass(frozen=True)
+class ItemSet:
+    """A set of items, as a report shows it.
+
+    Attributes:
+        corpus: its step.
+        baseline: the dense model's step.
+        judged: the artifacts with a column.
+        abilities: rows, the whole first.
+        heat: step -> ability -> right answers less dense's, as a share of the items.
+        flips: the first ones; `flipped` of each artifact, (lost, won).
+    """
+
+    corpus: str
+    baseline: str
+    judged: Sequence[str]
+    abilities: Sequence[Ability]
+    heat: Mapping[str, Mapping[str, float]]
+    flips: Sequence[Flip]
+    flipped: Mapping[str, tuple[int, int]]
+
+
+def item_sets(reports: Reports, baseline: str, judged: Sequence[str], chain: Sequence[str]) -> list[ItemSet]:
+    """Every set of items that the baseline and something else were asked.
+
+    Args:
+        reports: (artifact, corpus) -> content of its `report.json`.
+        baseline: the dense model's step.
+        judged: the artifacts that were executed.
+        chain: the steps from the baseline on, in the order in which they read each other.
+    """
+    found = []
+    for (name, corpus), report in reports.items():
+        if name != baseline or not report.get("items"):
+            continue
+        asked = {one: paired(reports, one, baseline, corpus) for one, of in reports if of == corpus and one != baseline}
+        if any(asked.values()):
+            found.append(_set(corpus, baseline, asked, judged, chain))
+    return found
+
+
+def paired(reports: Reports, artifact: str, baseline: str, corpus: str) -> list[tuple[Document, Document]]:
+    """Each item's document of the artifact beside the baseline's, in the set's order; empty where one is missing."""
+    if (artifact, corpus) not in reports or (baseline, corpus) not in reports:
+        return []
+    theirs = {one["id"]: one for one in reports[baseline, corpus]["documents"]}
+    ours = reports[artifact, corpus]["documents"]
+    return [(one, theirs[one["id"]]) for one in ours] if {one["id"] for one in ours} == theirs.keys() else []
+
+
+def _set(
+    corpus: str,
+    baseline: str,
+    asked: Mapping[str, list[tuple[Document, Document]]],
+    judged: Sequence[str],
+    chain: Sequence[str],
+) -> ItemSet:
+    shown = [one for one in judged if asked.get(one)]
+    order = [one for one in (*chain, *judged) if asked.get(one)]
+    dense = [theirs for _, theirs in next(pairs for pairs in asked.values() if pairs)]
+    places = {"all": list(range(len(dense)))} | slices(dense)
+    rows = [
+        _ability(name, [dense[at] for at in where], {one: [asked[one][at] for at in where] for one in shown})
+        for name, where in places.items()
+    ]
+    heat = {
+        step: {name: _change([asked[step][at] for at in where]) for name, where in places.items()}
+        for step in dict.fromkeys(order)
+    }
+    flips = [
+        _flip(one, ours, theirs) for one in shown for ours, theirs in asked[one] if ours["right"] != theirs["right"]
+    ]
+    flipped = {
+        one: (sum(f.lost for f in flips if f.artifact == one), sum(not f.lost for f in flips if f.artifact == one))
+        for one in shown
+    }
+    return ItemSet(corpus, baseline, shown, rows, heat, flips[:MOST_FLIPS], flipped)
+
+
+def _ability(name: str, dense: Sequence[Document], cells: Mapping[str, Sequence[tuple[Document, Document]]]) -> Ability:
+    known = above_chance(dense)
+    return Ability(
+        name=name,
+        items=len(dense),
+        dense=sum(one["right"] for one in dense),
+        chance=sum(one["chance"] for one in dense) / len(dense),
+        known=known,
+        cells={
+            one: Cell(
+                sum(ours["right"] for ours, _ in pairs),
+                of_documents(MEASURES["accuracy"], [ours for ours, _ in pairs], dense) if known else None,
+            )
+            for one, pairs in cells.items()
+        },
+    )
+
+
+def _change(pairs: Sequence[tuple[Document, Document]]) -> float:
+    return sum(ours["right"] - theirs["right"] for ours, theirs in pairs) / len(pairs)
+
+
+def _flip(artifact: str, ours: Document, theirs: Document) -> Flip:
+    return Flip(
+        artifact=artifact,
+        ability=ours["slice"],
+        prompt=ours["prompt"],
+        expected=ours["expected"],
+        dense=theirs["answer"],
+        now=ours["answer"],
+        lost=bool(theirs["right"]),
+    )
+
+
+def whereabouts(reports: Reports, chain: Sequence[str]) -> list[str]:
+    """Where right answers went, a sentence a set of items.
+
+    Args:
+        reports: (artifact, corpus) -> content of its `report.json`.
+        chain: from the baseline to an artifact, in the order in which they read each other.
+    """
+    said = []
+    for corpus in dict.fromkeys(corpus for (_, corpus), report in reports.items() if report.get("items")):
+        asked = [one for one in chain if (one, corpus) in reports]
+        if len(asked) < 2 or asked[0] != chain[0]:
+            continue
+        right = [sum(one["right"] for one in reports[name, corpus]["documents"]) for name in asked]
+        steps = [(before, after, *_lost(reports, before, after, corpus)) for before, after in pairwise(asked)]
+        _, worst, net, abilities = max(steps, key=lambda one: one[2])
+        if net <= 0:
+            continue
+        named = ", ".join(f"{ability} {count}" for ability, count in abilities[:_MOST_NAMED])
+        said.append(
+            f"{corpus}: {asked[-1]} answers {right[-1]} right where {asked[0]} answers {right[0]}; "
+            f"most were lost by {worst}, {net} in all ({named})"
+        )
+    return said
+
+
+def _lost(reports: Reports, before: str, after: str, corpus: str) -> tuple[int, list[tuple[str, int]]]:
+    """Right answers that a step cost, less those that it won; and by ability, the most first."""
+    net: dict[str, int] = {}
+    for ours, theirs in paired(reports, after, before, corpus):
+        net[ours["slice"]] = net.get(ours["slice"], 0) + theirs["right"] - ours["right"]
+    return sum(net.values()), sorted(((name, count) for name, count in net.items() if count > 0), key=lambda o: -o[1])

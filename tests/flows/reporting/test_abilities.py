@@ -1,0 +1,80 @@
+"""What a report says of items: by ability, by step, flips, and where right answers went."""
+
+import re
+
+import pytest
+
+from flows.reporting.abilities import item_sets, whereabouts
+from flows.reporting.report import write_report
+from tests.flows.made_up import made_up
+
+RIGHT = {
+    "dense": {"capitals": "111110", "sums": "1100", "noise": "0000"},
+    "pruned": {"capitals": "100000", "sums": "1100", "noise": "0000"},
+    "int8": {"capitals": "100000", "sums": "0101", "noise": "0000"},
+    "cpu": {"capitals": "110000", "sums": "0101", "noise": "0000"},
+}
+
+
+def report(name):
+    documents = [
+        {
+            "id": f"{ability}{number}", "slice": ability, "right": int(right), "chance": 0.0, "tokens": 5,
+            "prompt": f"{ability} <{number}> is", "expected": "x & y", "answer": f" {name}{right}",
+        }
+        for ability, each in RIGHT[name].items() for number, right in enumerate(each)
+    ]  # fmt: skip
+    return {"items": True, "documents": documents, "measures": {"accuracy": 0.5}}
+
+
+REPORTS = {(name, "abilities"): report(name) for name in RIGHT} | {("dense", "text"): {"measures": {"perplexity": 9.0}}}
+CHAIN = ["dense", "pruned", "int8", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    (only,) = item_sets(REPORTS, "dense", ["cpu"], CHAIN)
+    return only
+
+
+def test_rows_hold_right_answers_and_their_share_of_denses(found):
+    rows = {row.name: row for row in found.abilities}
+    assert [*rows] == ["all", "capitals", "sums", "noise"]
+    assert (rows["all"].items, rows["all"].dense, rows["all"].cells["cpu"].right) == (14, 7, 4)
+    assert rows["capitals"].cells["cpu"].ratio.point == pytest.approx(2 / 5)
+    assert not rows["noise"].known and rows["noise"].cells["cpu"].ratio is None
+
+
+def test_heat_is_the_change_from_dense_after_each_step(found):
+    assert [*found.heat] == ["pruned", "int8", "cpu"]
+    assert found.heat["pruned"] == {"all": -4 / 14, "capitals": -4 / 6, "sums": 0, "noise": 0}
+    assert found.heat["int8"]["sums"] == 0, "one lost, one won"
+
+
+def test_flips_stand_side_by_side(found):
+    assert found.flipped == {"cpu": (4, 1)}
+    first = found.flips[0]
+    assert (first.ability, first.prompt, first.dense, first.now, first.lost) == (
+        "capitals", "capitals <2> is", " dense1", " cpu0", True
+    )  # fmt: skip
+
+
+def test_sentence_names_the_step_and_the_abilities_that_went():
+    assert whereabouts(REPORTS, CHAIN) == [
+        "abilities: cpu answers 4 right where dense answers 7; most were lost by pruned, 4 in all (capitals 4)"
+    ]
+    assert whereabouts(REPORTS, ["dense", "dense"]) == []
+    assert whereabouts({("cpu", "abilities"): report("cpu")}, CHAIN) == []
+
+
+def test_page_shows_abilities_heat_and_flips_escaped(found, tmp_path):
+    result, manifests, reports, _ = made_up()
+    lost = result.model_copy(update={"lost": whereabouts(REPORTS, CHAIN)})
+    write_report(lost, manifests, reports, "", (), tmp_path / "report.html", items=[found])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+    assert "What it can do: abilities" in text and "Where it was lost" in text
+    assert "most were lost by pruned, 4 in all (capitals 4)" in text
+    assert "cpu: 4 right answers lost, 1 won" in text
+    assert "capitals &lt;2&gt; is" in page and "x &amp; y" in page
+    assert "0.4 (" in text and "dense guesses" in text
