@@ -18,6 +18,7 @@ STAGES = {
     "quantize": "stages.quantize.stage:QUANTIZE",
     "export": "stages.export.stage:EXPORT",
     "compile": "stages.compile:COMPILE",
+    "items": "stages.items.stage:ITEMS",
     "validate": "stages.validate.stage:VALIDATE",
 }
 

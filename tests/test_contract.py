@@ -79,7 +79,7 @@ def test_definition_is_frozen_and_of_declared_types(definition):
 
 
 def test_only_stages_without_inputs_reach_outside(definition):
-    assert (definition.pin is not None) == (definition.name in ("fetch", "corpus")) == (not definition.inputs)
+    assert (definition.pin is not None) == (definition.name in ("fetch", "corpus", "items")) == (not definition.inputs)
 
 
 def test_params_are_named_after_the_verb_frozen_and_refuse_unknown_keys(definition):

@@ -20,7 +20,7 @@ _OUTSIDE = (
     "REQUESTS_CA",
 )
 _STORE = ("AWS_", "ENGINERY_", "COVERAGE_", "MPLCONFIGDIR", "OPENBLAS_")
-_REACH_OUTSIDE = ("fetch", "corpus")
+_REACH_OUTSIDE = ("fetch", "corpus", "items")
 _WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _WAITING = {"GOMP_SPINCOUNT": "400", "KMP_BLOCKTIME": "0"}
 """By default an OpenMP thread that waits for another spins for milliseconds, on a core that the other one, or a
@@ -32,7 +32,7 @@ def child_environment(name: str, threads: int) -> dict[str, str]:
     """What the child of a stage finds in its environment.
 
     Args:
-        name: the stage; the two that bring bytes from outside get what reaches it.
+        name: the stage; those that bring bytes from outside get what reaches it.
         threads: threads of computation.
     """
     prefixes = (*_STORE, *_OUTSIDE) if name in _REACH_OUTSIDE else _STORE

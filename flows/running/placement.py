@@ -65,6 +65,7 @@ _DEFAULTS: Mapping[str, Place] = {
     "fetch": Place(network="outside"),
     # It may read what is installed (descriptions://constraints), which must be what the planner has.
     "corpus": Place(network="outside", image="server"),
+    "items": Place(network="outside"),
     "compile": Place(pool="gpu", one_at_a_time="gpu"),
     "validate": Place(pool="gpu", one_at_a_time="gpu"),
 }

@@ -1,16 +1,84 @@
-"""Files of rows: JSON lines, JSON, parquet."""
+"""Files of rows: JSON lines, JSON, CSV, parquet."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 from stages.runtime.contract import StageError
 from stages.runtime.encodings import PACKED, lines, opened, whole_text
 from stages.runtime.rows import CHATS, TEXT, Content, content_of, no_text, pair_of, reads
+
+Row = tuple[int, str, dict[str, Any]]
+"""Its number, where it stands, and its columns."""
+
+
+def json_rows(file: Path) -> Iterator[Row]:
+    """The object on each line of a .jsonl file; blank lines are none.
+
+    Raises:
+        StageError: a line that is no object; the error names file and line.
+    """
+    for number, where, row in _parsed(file, lines(file)):
+        if not isinstance(row, dict):
+            raise _not_json(where, ValueError(f"a {type(row).__name__} and no object"))
+        yield number, where, row
+
+
+def csv_rows(file: Path) -> Iterator[Row]:
+    """The rows of a .csv file by the names in its first one; blank lines are none.
+
+    Raises:
+        StageError: quotes that do not end, or a row of more or fewer cells; the error names file and line.
+    """
+    reader = csv.reader(StringIO(whole_text(file), newline=""), strict=True)
+    names: list[str] = []
+    number = line = 0
+    try:
+        for cells in reader:
+            where, line = f"{file} line {line + 1}", reader.line_num
+            if not cells:
+                continue
+            if not names:
+                names = [name.strip() for name in cells]
+                continue
+            number += 1
+            if len(cells) != len(names):
+                raise StageError(
+                    f"{where} has not as many cells as there are columns",
+                    measured=len(cells),
+                    limit=len(names),
+                    remedy="Put text with commas, quotes or line ends between double quotes.",
+                )
+            yield number, where, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise StageError(
+            f"{file} line {line + 1} is not CSV ({error})", remedy="Write a double quote within quotes twice."
+        ) from error
+
+
+def parquet_rows(file: Path) -> Iterator[Row]:
+    """The rows of a parquet file.
+
+    Raises:
+        StageError: it is none.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(_unpacked(file)) as read:
+            number = 0
+            for batch in read.iter_batches():
+                for row in _python_rows(batch, file, number):
+                    number += 1
+                    yield number, f"{file} row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise _no_parquet(file, error) from error
 
 
 def of_lines(file: Path, column: str) -> Iterator[tuple[int, str, Content]]:
@@ -71,10 +139,19 @@ def of_parquet(file: Path, column: str) -> Iterator[tuple[int, str, Content]]:
                     where = f"{file} row {number}"
                     yield number, where, content_of(row, column, where)
     except pyarrow.ArrowInvalid as error:
-        raise StageError(f"{file} is no parquet file ({error})", remedy="Fetch the file again.") from error
+        raise _no_parquet(file, error) from error
+
+
+def _no_parquet(file: Path, error: Exception) -> StageError:
+    return StageError(f"{file} is no parquet file ({error})", remedy="Fetch the file again.")
 
 
 def _of_lines(file: Path, numbered: Iterator[tuple[int, str]], column: str) -> Iterator[tuple[int, str, Content]]:
+    for number, where, row in _parsed(file, numbered):
+        yield number, where, content_of(row, column, where)
+
+
+def _parsed(file: Path, numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str, Any]]:
     for number, line in numbered:
         if not line.strip():
             continue
@@ -83,7 +160,7 @@ def _of_lines(file: Path, numbered: Iterator[tuple[int, str]], column: str) -> I
             row = json.loads(line)
         except ValueError as error:
             raise _not_json(where, error) from error
-        yield number, where, content_of(row, column, where)
+        yield number, where, row
 
 
 def _not_json(where: str, error: ValueError) -> StageError:

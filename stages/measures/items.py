@@ -32,6 +32,9 @@ Demand = Literal[
     "language",
 ]
 
+_NUMBERS = ("words_at_most", "words_at_least", "lines")
+_VALUES = {"case": ("upper", "lower"), "language": ("en", "zh")}
+
 
 class Check(Frozen):
     """What an answer to an instruction must be.
@@ -44,6 +47,20 @@ class Check(Frozen):
 
     demand: Demand
     value: int | str | None = None
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Check:
+        allowed = _VALUES.get(self.demand)
+        if self.demand in _NUMBERS:
+            good, wanted = isinstance(self.value, int) and self.value >= 0, "a number"
+        elif self.demand == "json":
+            good, wanted = self.value is None, "nothing"
+        else:
+            good = isinstance(self.value, str) and (self.value in allowed if allowed else bool(self.value.strip()))
+            wanted = " or ".join(allowed) if allowed else "a text"
+        if not good:
+            raise ValueError(f"the check {self.demand} takes {wanted} for its value")
+        return self
 
 
 class Item(Frozen):

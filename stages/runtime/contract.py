@@ -205,7 +205,7 @@ class Stage(Generic[P]):
         run: (params, role -> folder of the input artifact, output folder, progress) -> metrics. It writes its files
             into the output folder, state to resume from under `PARTIAL` there, and prints nothing.
         pin: turns a source named in params into the digest of its content, before the work has an identity. Only
-            `fetch` and `corpus` have one.
+            `fetch`, `corpus` and `items` have one.
         executed_on: for a stage whose result is a fact about a machine: the executor for given params and inputs.
         uses: the modules that its params choose by name, which its code does not import: they are in `code`, too.
         admit: (params, role -> what is known of the input before it is made) -> what is known of the output, see

@@ -50,7 +50,7 @@ def content_of(row: Any, column: str, where: str) -> Content:
         return None
     if not isinstance(row, dict):
         raise no_text(f"{where} has no text in {column!r}", [("", _kind(row), False)])
-    present, value = _reached(row, column)
+    present, value = reached(row, column)
     if present:
         return _of_value(value, column, row, where)
     if column == TEXT:
@@ -62,7 +62,7 @@ def content_of(row: Any, column: str, where: str) -> Content:
     raise no_text(f"{where} has no text in {column!r}", _fields(row))
 
 
-def _reached(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
+def reached(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
     """Whether there is such a field, and its value; a dotted name is a path unless a field bears it."""
     if column in row:
         return True, row[column]
@@ -71,12 +71,12 @@ def _reached(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
         return False, None
     if row[first] is None:
         return True, None
-    return _reached(row[first], rest) if isinstance(row[first], dict) else (False, None)
+    return reached(row[first], rest) if isinstance(row[first], dict) else (False, None)
 
 
 def reads(row: Mapping[str, Any], column: str) -> bool:
     """Whether a row has text or a conversation there."""
-    present, value = _reached(row, column)
+    present, value = reached(row, column)
     return present and _kind(value) in ("string", "list of strings", "conversation")
 
 

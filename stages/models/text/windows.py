@@ -19,6 +19,8 @@ from stages.models.text.token_ids import chat_template, conversation_ids, plain_
 from stages.runtime.contract import Progress, StageError
 
 SPLITS = ("calibrate", "train", "validate", "test")
+_ITEMS = "items"
+"""A corpus whose record has this key is asked, see `stages.measures.items`, which lies above this room."""
 _WORDS = ("the", "a", "0")
 """Asked in turn, then the vocabulary's own: one that knows no character of a word may say nothing."""
 
@@ -33,7 +35,7 @@ def _without(split: str, have: Collection[str]) -> StageError:
     return StageError(
         f"the corpus has no split {split!r}",
         measured=", ".join(sorted(have)) or "none",
-        remedy="Give the split a share in `splits`.",
+        remedy="Give the split a share in `splits`. A set of items has validate and test alone: name a `corpus`.",
     )
 
 
@@ -41,8 +43,15 @@ def passages(corpus: Path, split: str) -> Iterator[dict[str, Any]]:
     """The passages of one split, in order: `{"id", "text"}`, or `{"id", "messages": [{"role", "content"}]}`.
 
     Raises:
-        StageError: the corpus has no such split.
+        StageError: the corpus has no such split, or is a set of items.
     """
+    if _ITEMS in _record(corpus):
+        raise StageError(
+            "a set of items is asked, not read: nothing may calibrate or train on it, and it has no windows",
+            measured="a corpus of items",
+            limit="a corpus of text",
+            remedy="Name a step of `corpus` where this step reads text.",
+        )
     path = corpus / f"{split}.jsonl"
     if not path.is_file():
         raise _without(split, [p.stem for p in corpus.glob("*.jsonl") if p.stem in SPLITS])
@@ -161,5 +170,9 @@ def _pieces(
 
 def _parsed(corpus: Path) -> bool:
     """Whether words that look like control tokens are parsed as such."""
+    return _record(corpus).get("control_tokens") == "parse"
+
+
+def _record(corpus: Path) -> Mapping[str, Any]:
     path = corpus / "corpus.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("control_tokens") == "parse"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

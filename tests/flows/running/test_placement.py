@@ -13,7 +13,7 @@ def test_pools_by_default_send_compile_and_validate_to_the_gpu_and_the_rest_to_t
     pools = Pools()
     assert {name for name in STAGES if pools.place(name).pool == "gpu"} == {"compile", "validate"}
     assert {name for name in STAGES if pools.place(name).pool == "cpu"} == set(STAGES) - {"compile", "validate"}
-    assert {name for name in STAGES if pools.place(name).network == "outside"} == {"fetch", "corpus"}
+    assert {name for name in STAGES if pools.place(name).network == "outside"} == {"fetch", "corpus", "items"}
     for name in set(STAGES) - {"corpus"}:
         assert pools.image(name) == f"enginery/{stage(name).image}:0.1.0"
 

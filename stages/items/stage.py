@@ -1,0 +1,225 @@
+"""Bring a set of items: what a model is asked and what is right, split into `validate` and `test`.
+
+Nothing calibrates or trains on it: it has no split for that, and where text is expected it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
+from stages.items import reading
+from stages.items.abilities.shipped import shipped
+from stages.measures.items import ITEMS as RECORD
+from stages.measures.items import Item
+from stages.measures.items import Kind as Task
+from stages.runtime.contract import (
+    PARTIAL,
+    Image,
+    Kind,
+    Location,
+    Metrics,
+    Params,
+    Pins,
+    Progress,
+    Stage,
+    StageError,
+)
+from stages.runtime.fingerprint import canonical, digest_bytes
+
+ABILITIES = "abilities://"
+WANTED = Wanted("items", reading.PATTERNS, reading.REMEDY)
+
+Split = Literal["validate", "test"]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class ItemsParams(Params):
+    """Where the items lie, what their columns are called, and how they are split.
+
+    Attributes:
+        source: abilities://, the set that ships, or a .jsonl, .csv or .parquet file, any of them with .gz, or a folder
+            of them: a path, hf://, s3:// or pypi://.
+        digest: what its content must be; by default what it is when the run is planned.
+        columns: a field of an item (id, ability, language, task, prompt, answers, match, choices, right, checks) -> the
+            column where it stands; `a.b` is a path, and an empty name is no column. By default one of the field's name.
+        task: of rows that name none.
+        ability: of rows that name none; by default the source's name.
+        language: of rows that name none.
+        match: of rows that name none.
+        splits: split -> its share of each ability's items; by default all are of `test`. Those of abilities:// are
+            fixed: every third item is of `test`, the others of `validate`.
+        abilities: take these alone; empty for all.
+    """
+
+    source: str = Location()
+    digest: str = ""
+    columns: dict[reading.Column, str] = Field(default_factory=dict)
+    task: Task = "answers"
+    ability: str = ""
+    language: Literal["en", "zh"] = "en"
+    match: Literal["exact", "contains", "numeric"] = "exact"
+    splits: dict[Split, Share] = Field(default_factory=dict, validate_default=True)
+    abilities: tuple[str, ...] = ()
+    exact: str = Location("", pinned=True)
+    downloads: str = Location("", pinned=True)
+
+    @field_validator("splits")
+    @classmethod
+    def _ordered(cls, splits: dict[Split, Share], info: ValidationInfo) -> dict[Split, Share]:
+        # Equal mappings are one work, in whatever order a recipe or JSON lists them; dealing goes by this order.
+        if not splits and info.data.get("source") != ABILITIES:
+            return {"test": 1.0}
+        return {name: splits[name] for name in get_args(Split) if name in splits}
+
+    @field_validator("abilities")
+    @classmethod
+    def _sorted(cls, abilities: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted({*abilities}))
+
+    @model_validator(mode="after")
+    def _whole(self) -> ItemsParams:
+        if self.source == ABILITIES and (self.splits or self.columns or self.ability):
+            raise ValueError(f"{ABILITIES} has splits, columns and abilities of its own: leave them out")
+        if sum(self.splits.values()) > 1 + 1e-9:
+            raise ValueError(f"the shares in `splits` add up to {sum(self.splits.values()):g}, more than 1")
+        return self
+
+
+def pin(params: ItemsParams, pins: Pins, progress: Progress) -> ItemsParams:
+    """Resolve the source to the digest of its items.
+
+    Raises:
+        StageError: there are none, or not those whose digest was asked for.
+    """
+    if params.source == ABILITIES:
+        digest, exact, downloads, ability = _digest_of(shipped()), params.source, "", ""
+    else:
+        found = pin_source(params.source, WANTED, reading.digest_of_files, pins, progress)
+        digest, exact, downloads = found.digest, found.exact, found.downloads
+        # It is written into the items, so that it is a part of what they are, wherever they lie.
+        ability = params.ability or _name_of(params.source)
+    if params.digest not in ("", digest):
+        raise changed_source(params.source, digest, params.digest)
+    return params.model_copy(update={"digest": digest, "exact": exact, "downloads": downloads, "ability": ability})
+
+
+def _digest_of(items: Mapping[str, Sequence[Item]]) -> str:
+    return digest_bytes(canonical({split: [one.model_dump(mode="json") for one in of] for split, of in items.items()}))
+
+
+def _name_of(source: str) -> str:
+    """`questions` for hf://owner/data@1234/questions.jsonl.gz, `data` for hf://owner/data@1234."""
+    own = PurePosixPath(source.rstrip("/")).name.partition("@")[0]
+    return own.partition(".")[0] or own or "items"
+
+
+def run(params: ItemsParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
+    """Write one `<split>.jsonl` a split and corpus.json."""
+    dealt, digest = _dealt(params, output, progress)
+    if params.digest and digest != params.digest:
+        raise changed_source(params.source, digest, params.digest)
+    progress.advanced(1, 2)
+    every = [item for items in dealt.values() for item in items]
+    _check_abilities(params, {item.ability for item in every})
+    taken = {
+        split: [item for item in items if not params.abilities or item.ability in params.abilities]
+        for split, items in dealt.items()
+    }
+    _check_dealt(taken, params)
+    for split, items in taken.items():
+        text = "".join(f"{item.model_dump_json()}\n" for item in items)
+        (output / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+    record = _record(taken, digest)
+    (output / "corpus.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    progress.advanced(2, 2)
+    return {"items": float(sum(map(len, taken.values()))), "abilities": float(len(record["abilities"]))}
+
+
+def _dealt(params: ItemsParams, output: Path, progress: Progress) -> tuple[dict[str, list[Item]], str]:
+    """The items by split, and the digest of the source."""
+    if params.source == ABILITIES:
+        return {split: list(items) for split, items in shipped().items()}, _digest_of(shipped())
+    path = open_source(params.exact or params.source, WANTED, params.downloads, output / PARTIAL, progress)
+    defaults: dict[str, str] = {"task": params.task, "language": params.language, "match": params.match}
+    defaults["ability"] = params.ability or _name_of(params.source)
+    items = reading.items_of(path, params.columns, defaults)
+    return _by_share(items, params.splits), reading.digest_of_files(path)
+
+
+def _by_share(items: Sequence[Item], splits: Mapping[Split, float]) -> dict[str, list[Item]]:
+    """Each item to the split that lags its share of the item's ability most."""
+    shares: dict[str, float] = {str(name): share for name, share in splits.items()}
+    if (rest := 1 - sum(shares.values())) > 1e-9:
+        shares[""] = rest
+    dealt: dict[str, list[Item]] = {name: [] for name in shares}
+    got: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for item in items:
+        mine = got[item.ability]
+        total = mine.total() + 1
+        behind = max(shares, key=lambda name: shares[name] * total - mine[name])
+        dealt[behind].append(item)
+        mine[behind] += 1
+    dealt.pop("", None)
+    return dealt
+
+
+def _record(taken: Mapping[str, Sequence[Item]], digest: str) -> dict[str, Any]:
+    every = [(split, item) for split, items in taken.items() for item in items]
+    abilities: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for split, item in every:
+        abilities[item.ability][split] += 1
+    return {
+        "digest": digest,
+        RECORD: dict(Counter(item.task for _, item in every)),
+        "abilities": {name: {split: counts[split] for split in taken} for name, counts in abilities.items()},
+        "splits": {split: {"items": len(items)} for split, items in taken.items()},
+    }
+
+
+def _check_abilities(params: ItemsParams, have: set[str]) -> None:
+    if unknown := sorted({*params.abilities} - have):
+        raise StageError(
+            f"{params.source} has no ability {', '.join(map(repr, unknown))}",
+            limit=", ".join(sorted(have)),
+            remedy="Name some of these in `abilities`, or leave it out to take all.",
+        )
+
+
+def _check_dealt(dealt: Mapping[str, Sequence[Item]], params: ItemsParams) -> None:
+    if empty := [split for split, items in dealt.items() if not items]:
+        raise StageError(
+            f"there are too few items for the splits: nothing is left for {', '.join(empty)}",
+            measured=f"{sum(map(len, dealt.values()))} items",
+            remedy="Give more items, larger shares in `splits`, or fewer splits.",
+        )
+
+
+def admit(params: ItemsParams, known: Mapping[str, Any]) -> frozenset[str]:
+    """The splits that the set will have.
+
+    Raises:
+        StageError: the set that ships has no ability of a name that is asked for.
+    """
+    if params.source != ABILITIES:
+        return frozenset(params.splits)
+    _check_abilities(params, {item.ability for items in shipped().values() for item in items})
+    return frozenset(get_args(Split))
+
+
+ITEMS = Stage(
+    name="items",
+    params=ItemsParams,
+    inputs={},
+    output=Kind.CORPUS,
+    image=Image.BASE,
+    run=run,
+    pin=pin,
+    admit=admit,
+)
