@@ -6,7 +6,8 @@ Shapes: N sequences, T tokens, V vocabulary, or what else an answer is over.
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.runtime.contract import StageError
 from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
+from stages.serving.generate import Steps
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class Eager:
         forward: (ids_NT, mask_NT) -> what the model answers, in fp32; see `answers`.
         task: what it is for, see `stages.models.anatomy.tasks`.
         longest: tokens that it reads at once, None for any number.
+        steps: begins to keep what it reads, None where it keeps nothing.
     """
 
     forward: Forward
     task: str
     longest: int | None
+    steps: Callable[[], Steps] | None
 
 
 def eager(folder: Path, device: str = CPU) -> Eager:
@@ -69,7 +73,40 @@ def eager(folder: Path, device: str = CPU) -> Eager:
             found: NDArray[np.float32] = answers(model, task, given).float().cpu().numpy()
         return found
 
-    return Eager(forward, task, tasks.longest(model.config))
+    def steps() -> Steps:
+        return _Steps(model, placed=placed, device=device, computing=computing)
+
+    keeps = task == "generate" and "past_key_values" in inspect.signature(model.forward).parameters
+    return Eager(forward, task, tasks.longest(model.config), steps if keeps else None)
+
+
+class _Steps:
+    """See `stages.serving.generate.Steps`; transformers keeps keys and values."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, placed: bool, device: str, computing: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self.model, self.placed, self.device, self.computing = model, placed, device, computing
+        self.mask, self.kept = torch.empty(0), None
+
+    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        self.mask, self.kept = torch.from_numpy(mask_NT).to(self.device), None
+        return self._read(ids_NT)
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        return self._read(tokens_N[:, None])
+
+    def _read(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        ids = torch.from_numpy(ids_NT).to(self.device)
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.kept}
+        if self.placed:
+            given["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with torch.inference_mode(), self.computing():
+            out = self.model(**given, use_cache=True, return_dict=True)
+        self.kept = out.past_key_values
+        found: NDArray[np.float32] = out.logits[:, -1].float().cpu().numpy()
+        return found
 
 
 def answers(model: PreTrainedModel, task: str, given: dict[str, Any]) -> Tensor:

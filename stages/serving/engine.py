@@ -8,6 +8,7 @@ Shapes: N sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from stages.adapters.backends import GRAPHS_BACKEND, Forward, backend, refuse_impossible
 from stages.models.checkpoint.json_files import read_json
 from stages.runtime.contract import StageError
-from stages.serving.generate import greedy
+from stages.serving.generate import Steps, greedy
 
 GRAPH, DESCRIBED, ENGINE = "model.onnx", "graph.json", "engine.json"
 ENDLESS = 2**31 - 1
@@ -37,6 +38,7 @@ class Answerer:
         tokenizer: turns text into its tokens.
         ends: tokens that end a sequence.
         forward: (ids_NT, mask_NT) -> logits_NTV, or what else a model of its task answers.
+        steps: begins to keep what it reads of some sequences; None where nothing does.
     """
 
     target: str
@@ -45,6 +47,7 @@ class Answerer:
     tokenizer: Tokenizer
     ends: frozenset[int]
     forward: Forward
+    steps: Callable[[], Steps] | None = None
 
     def logits(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
         """logits_NTV of whole sequences, or what else a model of its task answers.
@@ -77,7 +80,12 @@ class Answerer:
                 raise StageError("a prompt is empty", remedy="Give each prompt at least one character.")
             self._check(len(ids))
         new = greedy(
-            self.forward, encoded, ends=self.ends, max_new_tokens=max_new_tokens, maximum_tokens=self.maximum_tokens
+            self.forward,
+            encoded,
+            ends=self.ends,
+            max_new_tokens=max_new_tokens,
+            maximum_tokens=self.maximum_tokens,
+            steps=self.steps() if self.steps else None,
         )
         texts: list[str] = self.tokenizer.decode_batch(new, skip_special_tokens=True)
         return texts
@@ -129,9 +137,8 @@ def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
 
     opened = eager(folder, device)
     most = ENDLESS if opened.longest is None else opened.longest
-    return Answerer(
-        f"torch:{device}", opened.task, most, _bare(fast_tokenizer(folder)), _ends(folder, config), opened.forward
-    )
+    tokenizer, ends = _bare(fast_tokenizer(folder)), _ends(folder, config)
+    return Answerer(f"torch:{device}", opened.task, most, tokenizer, ends, opened.forward, opened.steps)
 
 
 def _bare(tokenizer: Tokenizer) -> Tokenizer:

@@ -1,9 +1,7 @@
 """Greedy generation over anything that gives logits.
 
-Each new token reads the whole prefix again, since the graphs have no key-value cache: the cost of a long answer grows
-with the square of its length. A draft of what will be said saves that where it is right (Leviathan et al., Fast
-Inference from Transformers via Speculative Decoding, 2023, with a guess in the place of the small model): one pass
-confirms all its tokens, and the first that is another one is the model's own.
+Where nothing keeps keys and values each new token reads the whole prefix again: the cost of a long answer grows with
+the square of its length.
 
 Shapes: N sequences, T tokens, V vocabulary.
 """
@@ -11,12 +9,30 @@ Shapes: N sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.adapters.backends import Forward
+
+Enough = Callable[[int, list[int]], bool]
+"""(number of the prompt, its new tokens) -> whether no more of it is wanted."""
+
+
+class Steps(Protocol):
+    """A model that keeps what it has read of some sequences."""
+
+    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read prompts, padded on their left; returns the logits of what comes next, [N, V]."""
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read one more token of each sequence; returns the logits of what comes next, [N, V]."""
+
+
+def never(number: int, new: list[int]) -> bool:
+    """All that is asked for is wanted."""
+    return False
 
 
 def greedy(
@@ -26,8 +42,9 @@ def greedy(
     ends: frozenset[int],
     max_new_tokens: int | Sequence[int],
     maximum_tokens: int,
-    drafts: Sequence[Sequence[int]] = (),
-    enough: Callable[[int, list[int]], bool] = lambda number, new: False,
+    begun: Sequence[Sequence[int]] = (),
+    enough: Enough = never,
+    steps: Steps | None = None,
 ) -> list[list[int]]:
     """The most likely next token, again and again, for several prompts at once.
 
@@ -37,53 +54,94 @@ def greedy(
         ends: tokens that end a sequence; they stand in the result.
         max_new_tokens: at most this many new tokens a prompt, or of each prompt.
         maximum_tokens: the longest sequence that the model reads; generation stops there.
-        drafts: for each prompt what may be said, which changes nothing but the time.
-        enough: (number of the prompt, its new tokens) -> whether no more of it is wanted.
+        begun: the first new tokens of each prompt, where they are known; see `confirmed`.
+        enough: ends a sequence.
+        steps: the same model, keeping what it has read; it is asked instead of `forward`.
 
     Returns:
         The new tokens of each prompt, in the prompts' order.
     """
-    new: list[list[int]] = [[] for _ in prompts]
-    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    new = [list(one) for one in begun] or [[] for _ in prompts]
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     most = [min(one, maximum_tokens - len(prompt)) for one, prompt in zip(most, prompts, strict=True)]
-    ahead = [list(one) for one in drafts] or [[] for _ in prompts]
-    alive = [number for number in range(len(prompts)) if most[number] > 0]
+
+    def goes_on(number: int) -> bool:
+        said = new[number]
+        return len(said) < most[number] and not (said and (said[-1] in ends or enough(number, said)))
+
+    alive = [number for number in range(len(prompts)) if goes_on(number)]
+    follow = _Rereading(forward) if steps is None else _Stepping(steps)
     while alive:
-        ahead = [draft[: most[number] - len(new[number]) - 1] for number, draft in enumerate(ahead)]
-        ids_NT, mask_NT = padded([[*prompts[one], *new[one], *ahead[one]] for one in alive])
-        logits_NTV = forward(ids_NT, mask_NT)
-        still = []
-        for logits_TV, number in zip(logits_NTV, alive, strict=True):
-            last = len(prompts[number]) + len(new[number]) - 1
-            said = logits_TV[last : last + len(ahead[number]) + 1].argmax(axis=-1).tolist()
-            if _taken(said, ahead[number], new[number], ends, partial(enough, number)):
-                continue
-            if len(new[number]) < most[number]:
-                still.append(number)
-        alive = still
+        chosen = follow.chosen({one: [*prompts[one], *new[one]] for one in alive})
+        for number, token in chosen.items():
+            new[number].append(token)
+        alive = [number for number in alive if goes_on(number)]
     return new
 
 
-def _taken(
-    said: list[int], ahead: list[int], new: list[int], ends: frozenset[int], enough: Callable[[list[int]], bool]
-) -> bool:
-    """Append what the model says, as far as the draft was what it says; returns whether the sequence is at its end."""
-    drafted, ahead[:] = list(ahead), []
-    for place, token in enumerate(said):
+class _Rereading:
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def chosen(self, rows: dict[int, list[int]]) -> dict[int, int]:
+        logits_NTV = self.forward(*padded([*rows.values()]))
+        return {
+            number: int(logits_TV[len(row) - 1].argmax())
+            for (number, row), logits_TV in zip(rows.items(), logits_NTV, strict=True)
+        }
+
+
+class _Stepping:
+    def __init__(self, steps: Steps) -> None:
+        self.steps, self.places = steps, dict[int, int]()
+
+    def chosen(self, rows: dict[int, list[int]]) -> dict[int, int]:
+        if not self.places:
+            self.places = {number: place for place, number in enumerate(rows)}
+            logits_NV = self.steps.begin(*padded([*rows.values()], left=True))
+        else:
+            # What has ended is led on with any token: its place in the batch cannot be given up.
+            tokens_N = np.zeros(len(self.places), dtype=np.int64)
+            for number, row in rows.items():
+                tokens_N[self.places[number]] = row[-1]
+            logits_NV = self.steps.next(tokens_N)
+        return {number: int(logits_NV[self.places[number]].argmax()) for number in rows}
+
+
+def confirmed(
+    logits_TV: NDArray[np.float32], draft: Sequence[int], ends: frozenset[int], enough: Callable[[list[int]], bool]
+) -> list[int]:
+    """The tokens that a model says by one pass over a guess: all that the guess has right, and one of its own.
+
+    Args:
+        logits_TV: of the prompt's last token and of each of the draft's.
+        draft: the guess.
+        ends: tokens that end a sequence.
+        enough: ends it, too.
+
+    Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023, with a guess in the
+    place of the small model.
+    """
+    new: list[int] = []
+    for place, token in enumerate(logits_TV.argmax(axis=-1).tolist()):
         new.append(token)
-        if token in ends or enough(new):
-            return True
-        if place < len(drafted) and token != drafted[place]:
-            return False
-    return False
+        if token in ends or enough(new) or (place < len(draft) and token != draft[place]):
+            break
+    return new
 
 
-def padded(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows that end apart: what comes later changes nothing for a model that reads from the left."""
+def padded(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """ids_NT and mask_NT of rows that end apart: what comes later changes nothing for a model that reads from the left.
+
+    Args:
+        rows: token ids.
+        left: have all rows end together instead.
+    """
     longest = max(len(row) for row in rows)
     ids_NT = np.zeros((len(rows), longest), dtype=np.int64)
     mask_NT = np.zeros_like(ids_NT)
     for ids_T, mask_T, row in zip(ids_NT, mask_NT, rows, strict=True):
-        ids_T[: len(row)] = row
-        mask_T[: len(row)] = 1
+        at = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids_T[at] = row
+        mask_T[at] = 1
     return ids_NT, mask_NT

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from stages.models.checkpoint.loading import load_config, load_tokenizer
 from stages.models.text.token_ids import chat_template
 from stages.runtime.contract import Metrics, StageError
 from stages.serving.engine import Answerer
-from stages.serving.generate import greedy, padded
+from stages.serving.generate import confirmed, greedy, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 8
 """Items side by side, and rows: the batch that a TensorRT plan takes unless it was told otherwise."""
-_MARGIN_TOKENS, _LINE_TOKENS, _INSTRUCTED_TOKENS = 4, 24, 64
+_MARGIN_TOKENS, _LINE_TOKENS, _INSTRUCTED_TOKENS = 4, 16, 32
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,9 @@ class _Question:
     most_new: int
 
     @property
-    def draft(self) -> list[int]:
-        """What the reference answers, where the prompt's tokens stay what they are before it."""
-        alike = self.wholes and self.wholes[0][: len(self.ids)] == self.ids
-        return self.wholes[0][len(self.ids) :] if alike else []
+    def first(self) -> list[int]:
+        """What is read first: the prompt with the reference or the first choice, where that leaves its tokens alone."""
+        return self.wholes[0] if self.wholes and self.wholes[0][: len(self.ids)] == self.ids else self.ids
 
     @property
     def name(self) -> str:
@@ -95,37 +95,49 @@ class Questions:
         return score
 
     def _asked(self, group: list[_Question], judged: Answerer, dense: Answerer | None) -> list[Document]:
-        written = [one for one in group if one.item.task != "choices"]
-        said = dict(zip([one.name for one in written], self._written(written, judged), strict=True))
-        chosen = _chosen([one for one in group if one.item.task == "choices"], judged)
-        read = _read(group, judged, dense)
+        passes = list(_answered([one.first for one in group], judged.forward))
+        pairs = list(zip(group, passes, strict=True))
+        said = iter(self._written([one for one in pairs if one[0].item.task != "choices"], judged))
+        chosen = _chosen([one for one in pairs if one[0].item.task == "choices"], judged)
+        read = _read(pairs, dense)
         found = []
         for one in group:
             document: Document = {"id": one.name, "slice": one.item.ability, "tokens": len(one.ids)}
             document |= {"prompt": one.item.prompt, "expected": _expected(one.item), "chance": one.item.chance}
-            document |= next(chosen) if one.item.task == "choices" else self._judged(one.item, said[one.name])
+            document |= next(chosen) if one.item.task == "choices" else self._judged(one.item, next(said))
             found.append(document | next(read))
         return found
 
     def _judged(self, item: Item, new: list[int]) -> dict[str, Any]:
-        text = str(self.tokenizer.decode(new, skip_special_tokens=True))
+        text = self._text(new)
         right = followed(item, text) if item.task == "instructions" else answers.right(item, text, ended=True)
         return {"right": int(bool(right)), "answer": text, "repeated": int(answers.repeats(new))}
 
-    def _written(self, group: list[_Question], judged: Answerer) -> list[list[int]]:
-        def enough(number: int, new: list[int]) -> bool:
-            item = group[number].item
-            text = str(self.tokenizer.decode(new, skip_special_tokens=True))
-            return item.task == "answers" and answers.right(item, text, ended=False) is not None
+    def _text(self, new: list[int]) -> str:
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
+    def _written(self, pairs: Sequence[tuple[_Question, torch.Tensor]], judged: Answerer) -> list[list[int]]:
+        """What is answered to each, read up to the point where that is settled."""
+
+        def enough(number: int, new: list[int]) -> bool:
+            item = pairs[number][0].item
+            return item.task == "answers" and answers.right(item, self._text(new), ended=False) is not None
+
+        begun = [
+            confirmed(
+                logits_TV[len(one.ids) - 1 :].numpy(), one.first[len(one.ids) :], judged.ends, partial(enough, at)
+            )
+            for at, (one, logits_TV) in enumerate(pairs)
+        ]
         return greedy(
             judged.forward,
-            [one.ids for one in group],
+            [one.ids for one, _ in pairs],
             ends=judged.ends,
-            max_new_tokens=[one.most_new for one in group],
+            max_new_tokens=[one.most_new for one, _ in pairs],
             maximum_tokens=judged.maximum_tokens,
-            drafts=[one.draft for one in group],
+            begun=begun,
             enough=enough,
+            steps=judged.steps() if judged.steps else None,
         )
 
     def read(self, data: bytes, span: range, *, paired: bool) -> list[list[Document]] | None:
@@ -229,11 +241,13 @@ def _answered(rows: Sequence[Sequence[int]], forward: Forward) -> Iterator[torch
             yield torch.from_numpy(logits_TV[: len(row)])
 
 
-def _chosen(group: Sequence[_Question], judged: Answerer) -> Iterator[dict[str, Any]]:
+def _chosen(pairs: Sequence[tuple[_Question, torch.Tensor]], judged: Answerer) -> Iterator[dict[str, Any]]:
     """Which choice of each item is likeliest, and whether it is by the mean over its tokens, too."""
-    found = _answered([row for one in group for row in one.wholes], judged.forward)
-    for one in group:
-        costs = [_surprise(row, one.ids, next(found)) for row in one.wholes]
+    others = [one.wholes[one.first is not one.ids :] for one, _ in pairs]
+    found = _answered([row for rows in others for row in rows], judged.forward)
+    for (one, logits_TV), rows in zip(pairs, others, strict=True):
+        costs = [] if one.first is one.ids else [_surprise(one.first, one.ids, logits_TV)]
+        costs += [_surprise(row, one.ids, next(found)) for row in rows]
         best, by_length = (each.index(min(each)) for each in zip(*costs, strict=True))
         yield {
             "right": int(best == one.item.right),
@@ -251,14 +265,15 @@ def _surprise(row: list[int], prompt: list[int], logits_TV: torch.Tensor) -> tup
     return float(nll.sum()), float(nll.mean())
 
 
-def _read(group: Sequence[_Question], judged: Answerer, dense: Answerer | None) -> Iterator[dict[str, float]]:
+def _read(pairs: Sequence[tuple[_Question, torch.Tensor]], dense: Answerer | None) -> Iterator[dict[str, float]]:
     """How surprising each prompt is, and the sum of the KL divergence from the baseline over its positions."""
-    rows = [one.ids for one in group]
-    theirs = _answered(rows, dense.forward) if dense else None
-    for row, ours_TV in zip(rows, _answered(rows, judged.forward), strict=True):
-        found = {"prompt_nll": float(negative_log_likelihood(ours_TV[:-1], torch.tensor(row[1:])).sum())}
+    # Rows of the same lengths: a model is at no distance from itself.
+    theirs = _answered([one.first for one, _ in pairs], dense.forward) if dense else None
+    for one, logits_TV in pairs:
+        ours_TV = logits_TV[: len(one.ids)]
+        found = {"prompt_nll": float(negative_log_likelihood(ours_TV[:-1], torch.tensor(one.ids[1:])).sum())}
         if theirs is not None:
-            found["kl"] = float(kl_divergence(next(theirs), ours_TV).sum())
+            found["kl"] = float(kl_divergence(next(theirs)[: len(one.ids)], ours_TV).sum())
         if not all(map(math.isfinite, found.values())):
             raise StageError(
                 "the model or its baseline gave logits that are no distribution", measured=str(found), limit="finite"

@@ -4,7 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stages.serving.eager import eager
-from stages.serving.generate import greedy
+from stages.serving.generate import confirmed, greedy, padded
+from tests.stages.models.families import family
 
 PROMPTS = [[5, 9, 200], [31], [7, 8, 9, 10, 11, 12, 13], [400, 401]]
 NEW = 10
@@ -45,11 +46,44 @@ def test_greedy_side_by_side_says_what_transformers_says_of_each_alone(opened, e
 
 
 @pytest.mark.parametrize("right", [0, 1, 4, NEW])
-def test_draft_changes_nothing_but_the_passes(opened, expected, right):
+def test_guess_changes_nothing_but_the_passes(opened, expected, right):
     drafts = [[*one[:right], *[(token + 1) % 768 for token in one[right:]]] for one in expected]
+    ids_NT, mask_NT = padded([[*prompt, *draft] for prompt, draft in zip(PROMPTS, drafts, strict=True)])
+    begun = [
+        confirmed(logits_TV[len(prompt) - 1 : len(prompt) + NEW], draft, frozenset(), lambda new: False)
+        for prompt, draft, logits_TV in zip(PROMPTS, drafts, opened.forward(ids_NT, mask_NT), strict=True)
+    ]
+    assert [one[:NEW] for one in begun] == [one[: right + 1] for one in expected]
     counted = Counting(opened.forward)
-    assert said(counted, drafts=drafts) == expected
-    assert counted.calls == NEW - min(right, NEW - 1)
+    assert [one[:NEW] for one in said(counted, begun=begun)] == expected
+    assert counted.calls == max(0, NEW - right - 1)
+
+
+def test_guess_is_read_up_to_where_it_ends(opened, expected):
+    first = expected[0]
+    logits_TV = opened.forward(*padded([[*PROMPTS[0], *first]]))[0][len(PROMPTS[0]) - 1 :]
+    at = first.index(first[3])
+    assert confirmed(logits_TV, first, frozenset({first[3]}), lambda new: False) == first[: at + 1]
+    assert confirmed(logits_TV, first, frozenset(), lambda new: len(new) == 2) == first[:2]
+
+
+DECODERS = "llama mistral qwen3 gpt2 neox opt gemma2 gemma3 bloom falcon phi3 xglm biogpt mamba".split()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_model_that_keeps_what_it_read_says_the_same(name, tmp_path):
+    opened = eager(family(name, tmp_path))
+    prompts = [[5, 9, 20], [31], [7, 8, 9, 10, 11, 12, 13], [40, 41]]
+    asked = {"ends": frozenset(), "max_new_tokens": [8, 3, 8, 6], "maximum_tokens": 60}
+    alone = [greedy(opened.forward, [one], **asked | {"max_new_tokens": 8})[0] for one in prompts]
+    wanted = [one[:most] for one, most in zip(alone, asked["max_new_tokens"], strict=True)]
+    assert greedy(opened.forward, prompts, **asked) == wanted
+    assert (opened.steps is None) == (name == "mamba")
+    if opened.steps:
+        counted = Counting(opened.forward)
+        assert greedy(counted, prompts, **asked, steps=opened.steps()) == wanted
+        assert greedy(counted, prompts, **asked, begun=[one[:2] for one in wanted], steps=opened.steps()) == wanted
+        assert counted.calls == 0
 
 
 def test_each_prompt_ends_where_it_is_to_end(opened, expected):
@@ -58,7 +92,7 @@ def test_each_prompt_ends_where_it_is_to_end(opened, expected):
     assert said(opened.forward, ends=ends) == [one[:at] for one, at in zip(expected, cut, strict=True)]
     most = [2, 0, 5, 1]
     assert said(opened.forward, max_new_tokens=most) == [one[:at] for one, at in zip(expected, most, strict=True)]
-    enough = said(opened.forward, enough=lambda number, new: len(new) > number, drafts=expected)
+    enough = said(opened.forward, enough=lambda number, new: len(new) > number)
     assert enough == [one[: number + 1] for number, one in enumerate(expected)]
     longest = said(opened.forward, maximum_tokens=9)
     assert [len(one) for one in longest] == [6, 8, 2, 7]
