@@ -52,11 +52,6 @@ def check_known(model: Subject, teacher: Subject, params: RecoverParams) -> None
         check_writer(teacher.model, teacher.task)
 
 
-def predicts(model: PreTrainedModel, task: str) -> bool:
-    """Whether a model's answer is the next token of a text that is true."""
-    return task == "generate" and all(block.stack == "decoder" for block in anatomy.blocks(model))
-
-
 def check_length(model: PreTrainedModel, tokens: int, most: int | None) -> None:
     """Raise StageError where a model that reads so many at most is to read windows of so many tokens."""
     if most is not None and tokens > most:
@@ -70,7 +65,7 @@ def check_length(model: PreTrainedModel, tokens: int, most: int | None) -> None:
 
 def check_goal(model: PreTrainedModel, task: str, kl_weight: float) -> None:
     """Raise StageError where a model that predicts no next token is to learn from that."""
-    if kl_weight < 1 and not predicts(model, task):
+    if kl_weight < 1 and not anatomy.predicts(model, task):
         why = "predicts no next token" if task in CLASSES else "sees the next token"
         why = "answers the teacher's texts, which are no truth" if model.config.is_encoder_decoder else why
         raise StageError(
@@ -83,7 +78,7 @@ def check_goal(model: PreTrainedModel, task: str, kl_weight: float) -> None:
 
 def check_writer(model: PreTrainedModel, task: str) -> None:
     """Raise StageError where a teacher that is no decoder is to write text."""
-    if not predicts(model, task):
+    if not anatomy.predicts(model, task):
         raise StageError(f"{type(model).__name__} cannot write text", remedy="Give `written_windows: 0`.")
 
 

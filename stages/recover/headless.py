@@ -19,7 +19,7 @@ from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model
 from stages.models.layers import rounded_cache
 from stages.models.text.decoder_answers import NOTHING
-from stages.recover.checks import CLASSES, check_length, predicts
+from stages.recover.checks import CLASSES, check_length
 from stages.runtime.contract import StageError
 
 WHOLE_ATTENTION = 256
@@ -98,7 +98,7 @@ class Apart:
     @property
     def predicts(self) -> bool:
         """Whether an answer is the next token of a text that is true."""
-        return predicts(self.model, self.task)
+        return anatomy.predicts(self.model, self.task)
 
     def labels(self, ids_NT: Tensor) -> Tensor:
         """The next token of each position, -1 for the last, as `counted` is; all -1 where none is predicted."""

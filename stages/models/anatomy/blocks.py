@@ -226,6 +226,11 @@ def head(model: PreTrainedModel) -> nn.Module:
     return found
 
 
+def predicts(model: PreTrainedModel, task: str) -> bool:
+    """Whether a model's answer is the next token of a text that is true."""
+    return task == "generate" and all(block.stack == "decoder" for block in blocks(model))
+
+
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> list[tuple[nn.Module, str]]:
     """Put `new` wherever `old` stands. An instance that several modules hold (a shared basis) is replaced in all.
 

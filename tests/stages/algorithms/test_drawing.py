@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from stages.algorithms.drawing import drawn
+from stages.algorithms.drawing import drawn, drawn_from_nucleus
 
 
 def generator(seed=0):
@@ -36,3 +37,42 @@ def test_same_seed_draws_the_same():
     p_NV = torch.rand(8, 100, generator=generator())
     assert torch.equal(drawn(p_NV, generator(3)), drawn(p_NV, generator(3)))
     assert not torch.equal(drawn(p_NV, generator(3)), drawn(p_NV, generator(4)))
+
+
+def numbers(count, seed=0):
+    return [np.random.default_rng([seed, n]).random for n in range(count)]
+
+
+def cut(p_V, nucleus):
+    """What is left of a distribution, by sorting it."""
+    order = torch.argsort(p_V, descending=True)
+    before = p_V[order].cumsum(0) - p_V[order]
+    left = torch.zeros_like(p_V)
+    left[order[before < nucleus * p_V.sum()]] = p_V[order[before < nucleus * p_V.sum()]]
+    return left / left.sum()
+
+
+@pytest.mark.parametrize("nucleus", [0.05, 0.3, 0.6, 0.95, 1.0])
+def test_nucleus_is_drawn_from_as_a_sorted_distribution_that_is_cut(nucleus):
+    p_V = torch.tensor([0.02, 0.3, 0.1, 0.0, 0.25, 0.2, 0.13], dtype=torch.float64) * 3
+    wanted_V = cut(p_V, nucleus)
+    counts_V = torch.bincount(drawn_from_nucleus(p_V.expand(20_000, -1), nucleus, numbers(20_000)), minlength=7)
+    assert counts_V[wanted_V == 0].sum() == 0
+    assert (wanted_V > 0).sum() == {0.05: 1, 0.3: 1, 0.6: 3, 0.95: 5, 1.0: 6}[nucleus]
+    expected_V = 20_000 * wanted_V[wanted_V > 0]
+    # Pearson's statistic of at most five degrees of freedom: above 20.5 once in a thousand.
+    assert float(((counts_V[wanted_V > 0] - expected_V) ** 2 / expected_V).sum()) < 20.5
+
+
+def test_nucleus_draws_of_a_row_do_not_depend_on_the_others():
+    p_NV = torch.rand(40, 1000, generator=generator(2), dtype=torch.float64) ** 6
+    whole = drawn_from_nucleus(p_NV, 0.5, numbers(40))
+    rows = [31, 4, 17]
+    assert torch.equal(drawn_from_nucleus(p_NV[rows], 0.5, [numbers(40)[n] for n in rows]), whole[rows])
+    assert not torch.equal(drawn_from_nucleus(p_NV, 0.5, numbers(40, seed=1)), whole)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]])
+def test_nucleus_of_what_is_no_distribution_is_refused(values):
+    with pytest.raises(ValueError, match="no distribution"):
+        drawn_from_nucleus(torch.tensor([values, [1.0, 0.0]], dtype=torch.float64), 0.9, numbers(2))
