@@ -119,7 +119,9 @@ def _id(name: str, index: int, ids_T: Tensor) -> str:
 
 
 def summary(documents: Sequence[Document]) -> Metrics:
-    """The token-weighted measures over all documents: those without a baseline, and where there is one the others.
+    """The measures over all documents: those without a baseline, and where there is one the others.
+
+    Those of predictions are weighted by tokens, those of items count each item once.
 
     Raises:
         StageError: a measure is beyond float64.
@@ -127,7 +129,10 @@ def summary(documents: Sequence[Document]) -> Metrics:
     tokens = [document["tokens"] for document in documents]
     measures: Metrics = {}
     for name, one in MEASURES.items():
-        if one.of_items or not all(one.score in document for document in documents):
+        if one.between or not all(one.score in document for document in documents):
+            continue
+        if one.of_items:
+            measures[name] = float(function_of(one)(columns(documents), np.ones((1, len(documents))))[0])
             continue
         sums = [document[one.score] for document in documents]
         measures[name] = perplexity(sums, tokens) if one.exponential else math.fsum(sums) / sum(tokens)
@@ -136,27 +141,16 @@ def summary(documents: Sequence[Document]) -> Metrics:
     return measures
 
 
-def sliced_summary(documents: Sequence[Document], task: str) -> tuple[Metrics, dict[str, Metrics]]:
-    """The measures of a set of items, over all and for each slice, with how many items it has.
-
-    Raises:
-        StageError: a measure is beyond float64.
-    """
-    slices: dict[str, list[Document]] = {}
-    for document in documents:
-        slices.setdefault(document["slice"], []).append(document)
-    each = {name: _of_items(found, task) | {"items": float(len(found))} for name, found in slices.items()}
-    return _of_items(documents, task), each
+def sliced(documents: Sequence[Document], names: Sequence[str]) -> list[Document]:
+    """The documents, each with the name of the slice that it belongs to; where that is empty, it is left out."""
+    return [one | ({"slice": name} if name else {}) for one, name in zip(documents, names, strict=True)]
 
 
-def _of_items(documents: Sequence[Document], task: str) -> Metrics:
-    weights = np.ones((1, len(documents)))
-    found = {
-        name: float(function_of(one)(columns(documents), weights)[0])
-        for name, one in MEASURES.items()
-        if one.of_items and not one.between and task in one.tasks and all(one.score in found for found in documents)
-    }
-    return found | summary(documents)
+def by_slice(documents: Sequence[Document]) -> dict[str, dict[str, Metrics]]:
+    """{"slices": name -> its own measures}; nothing where no document belongs to one."""
+    names = sorted({one["slice"] for one in documents if "slice" in one})
+    own = {name: summary([one for one in documents if one.get("slice") == name]) for name in names}
+    return {"slices": own} if own else {}
 
 
 def other_vocabulary(theirs: int, ours: int) -> StageError:

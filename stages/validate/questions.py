@@ -21,7 +21,7 @@ import torch
 from stages.adapters.backends import Forward
 from stages.measures import answers
 from stages.measures.divergence import kl_divergence
-from stages.measures.documents import Document, sliced_summary
+from stages.measures.documents import Document, by_slice, summary
 from stages.measures.instructions import followed
 from stages.measures.items import Item, read_items
 from stages.measures.perplexity import negative_log_likelihood
@@ -155,14 +155,8 @@ class Questions:
         """What report.json says of all items."""
         by_name = {one["id"]: one for unit in units for one in unit}
         documents = [by_name[name] for name in self.order]
-        measures, slices = sliced_summary(documents, self.task)
-        return {
-            "items": True,
-            "vocabulary": self.vocabulary,
-            "documents": documents,
-            "measures": measures,
-            "slices": slices,
-        }
+        found = {"items": True, "vocabulary": self.vocabulary, "documents": documents, "measures": summary(documents)}
+        return found | by_slice(documents)
 
     def metrics(self, documents: list[Document]) -> Metrics:
         """Figures beside the measures."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.measures.documents import Document, read_documents, score_documents, summary
+from stages.measures.documents import Document, by_slice, read_documents, score_documents, sliced, summary
 from stages.measures.predictions import Asking
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_config, load_tokenizer
-from stages.models.text.windows import special_ends, windows
+from stages.models.text.windows import sliced_windows, special_ends
 from stages.runtime.contract import Metrics, Progress, StageError
 from stages.serving.engine import Answerer
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Text:
-    """Windows, and how they are put to the model."""
+    """Windows, how they are put to the model, and the source of each, empty where there is one."""
 
     ids_NT: Tensor
     asking: Asking
     split: str
+    sources: tuple[str, ...]
     units: str = "documents"
 
     @property
@@ -64,8 +65,9 @@ class Text:
 
     def report(self, units: list[list[Document]]) -> dict[str, Any]:
         """What report.json says of all windows."""
-        documents = [one for unit in units for one in unit]
-        return {"window_tokens": self.ids_NT.shape[1], "documents": documents, "measures": summary(documents)}
+        documents = sliced([one for unit in units for one in unit], self.sources)
+        found = {"window_tokens": self.ids_NT.shape[1], "documents": documents, "measures": summary(documents)}
+        return found | by_slice(documents)
 
     def metrics(self, documents: list[Document]) -> Metrics:
         """Figures beside the measures."""
@@ -84,12 +86,11 @@ def text_of(params: ValidateParams, inputs: Mapping[str, Path], progress: Progre
     tokens = min(params.window_tokens, tasks.longest(config) or params.window_tokens)
     check_length(of_engine(model), tokens)
     mask = mask_of(tokenizer) if task == "fill" else None
-    before, after = special_ends(tokenizer)
-    asking = Asking(task, len(before), len(after), mask)
-    ids_NT = windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows, progress=progress)
+    before, after = map(len, special_ends(tokenizer))
+    found = sliced_windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows, progress=progress)
     if progress and tokens < params.window_tokens:
         progress.note(f"windows of {tokens} tokens, all that the model reads, not of {params.window_tokens}")
-    return Text(ids_NT, asking, params.split)
+    return Text(found.ids_NT, Asking(task, before, after, mask), params.split, found.names)
 
 
 def mask_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,4 +1,4 @@
-"""A corpus split as token windows: passages joined in order, cut into equal lengths.
+"""A corpus split as token windows: passages of one source joined in order, cut into equal lengths, sources in turn.
 
 Shapes: N windows, T tokens.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,19 @@ def passages(corpus: Path, split: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a split.
+
+    Attributes:
+        ids_NT: int64.
+        names: of the source of each; empty where the corpus has one source.
+    """
+
+    ids_NT: Tensor
+    names: tuple[str, ...]
+
+
 def windows(
     corpus: Path,
     split: str,
@@ -69,7 +83,22 @@ def windows(
     most: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
+    """The windows of `sliced_windows` alone: ids_NT, int64."""
+    return sliced_windows(corpus, split, tokenizer, tokens, most=most, progress=progress).ids_NT
+
+
+def sliced_windows(
+    corpus: Path,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    *,
+    most: int | None = None,
+    progress: Progress | None = None,
+) -> Windows:
     """Token windows of a split. Each begins and ends as the tokenizer begins and ends a text, and is text in between.
+
+    A window holds text of one source alone. However many are taken, they are a mix of the sources by their shares.
 
     Args:
         corpus: folder of a CORPUS artifact.
@@ -77,10 +106,11 @@ def windows(
         tokenizer: the model's own.
         tokens: T, the length of a window.
         most: at most this many windows, the first ones; None for all.
-        progress: told where conversations are read as plain text, for want of a chat template.
+        progress: told where conversations are read as plain text, for want of a chat template, and which source has
+            no window.
 
     Returns:
-        ids_NT (int64). The last, shorter piece is left out.
+        The windows. The last, shorter piece of each source is left out.
 
     Raises:
         StageError: the split is shorter than one window, or a window has no room for text.
@@ -94,29 +124,69 @@ def windows(
             limit=f"{len(prefix) + len(suffix) + 1} tokens",
             remedy="Make the windows longer.",
         )
-    ids: list[int] = []
+    shares, read = _shares(corpus), _Reading(corpus, split, tokenizer, room, progress)
+    streams = {name: _cut(read.pieces(name), prefix, room) for name in shares}
+    found, names = _interleaved(streams, shares, most)
+    if not found:
+        left = sum(len(piece.ids) for name in shares for piece in read.pieces(name))
+        raise StageError(
+            f"split {split!r} is shorter than one window",
+            measured=f"{left} tokens",
+            limit=f"{room} tokens",
+            remedy="Give the split a larger share, use more text or shorter windows.",
+        )
+    if progress and most is None:
+        for name in sorted(shares.keys() - set(names)):
+            progress.note(f"source {name} has no window of {tokens} tokens in split {split!r}")
+    return Windows(torch.tensor([[*prefix, *ids, *suffix] for ids in found], dtype=torch.int64), tuple(names))
+
+
+def _shares(corpus: Path) -> dict[str, float]:
+    """Source -> its share of the characters; without a name where there is one source."""
+    sources = _record(corpus).get("sources")
+    return {name: float(one["share"]) for name, one in sources.items()} if sources else {"": 1.0}
+
+
+def _interleaved(
+    streams: Mapping[str, Iterator[list[int]]], shares: Mapping[str, float], most: int | None
+) -> tuple[list[list[int]], list[str]]:
+    """Windows in turn, each of the source that lags its share most, while it has any."""
+    got, left = dict.fromkeys(shares, 0), dict(shares)
     found: list[list[int]] = []
-    for piece in _pieces(corpus, split, tokenizer, progress):
-        ids += piece
+    names: list[str] = []
+    while left and len(found) != most:
+        name = max(left, key=lambda one: left[one] * (len(found) + 1) - got[one])
+        ids = next(streams[name], None)
+        if ids is None:
+            del left[name]
+            continue
+        found.append(ids)
+        names.append(name)
+        got[name] += 1
+    return found, names
+
+
+def _cut(pieces: Iterator[_Piece], prefix: list[int], room: int) -> Iterator[list[int]]:
+    """The text of each window: pieces in order, of which those that have a beginning of their own begin a window.
+
+    Where what is left of a window is too short for such a piece, its beginning fills that, and it stands whole in the
+    next one.
+    """
+    ids: list[int] = []
+    for piece in pieces:
+        if piece.begins and ids and len(ids) + len(piece.ids) > room:
+            yield (ids + piece.ids)[:room]
+            ids = []
+        ids += piece.ids
         start = 0
-        while len(found) != most:
+        while True:
             if prefix and ids[start : start + len(prefix)] == prefix:
                 start += len(prefix)  # a chat template begins a conversation itself
             if len(ids) - start < room:
                 break
-            found.append([*prefix, *ids[start : start + room], *suffix])
+            yield ids[start : start + room]
             start += room
         del ids[:start]
-        if len(found) == most:
-            break
-    if not found:
-        raise StageError(
-            f"split {split!r} is shorter than one window",
-            measured=f"{len(ids)} tokens",
-            limit=f"{room} tokens",
-            remedy="Give the split a larger share, use more text or shorter windows.",
-        )
-    return torch.tensor(found, dtype=torch.int64)
 
 
 def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -148,31 +218,50 @@ def _own_words(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
             yield str(tokenizer.decode([one]))
 
 
-def _pieces(
-    corpus: Path, split: str, tokenizer: PreTrainedTokenizerBase, progress: Progress | None
-) -> Iterator[list[int]]:
-    """The ids of each passage; control tokens are where a chat template puts them, or where the corpus wants them."""
-    spelt = None if _parsed(corpus) else spelt_words(tokenizer)
-    template = chat_template(tokenizer)
-    for passage in passages(corpus, split):
-        if "messages" not in passage:
-            text = passage["text"]
-        elif template:
-            yield conversation_ids(tokenizer, template, passage["messages"], passage["id"], parsed=spelt is None)
-            continue
-        else:
-            if progress:
-                progress.note("the tokenizer has no chat template: conversations are read as plain text")
-                progress = None
-            text = plain_text(passage["messages"])
-        yield text_ids(tokenizer, f"{text}\n\n", spelt)
+@dataclass(frozen=True)
+class _Piece:
+    """The ids of one passage, and whether a model reads them from the beginning of a window."""
+
+    ids: list[int]
+    begins: bool
 
 
-def _parsed(corpus: Path) -> bool:
-    """Whether words that look like control tokens are parsed as such."""
-    return _record(corpus).get("control_tokens") == "parse"
+class _Reading:
+    """The passages of a split as a tokenizer writes them."""
+
+    def __init__(
+        self, corpus: Path, split: str, tokenizer: PreTrainedTokenizerBase, room: int, progress: Progress | None
+    ) -> None:
+        self._corpus, self._split, self._tokenizer = corpus, split, tokenizer
+        self._room, self._progress = room, progress
+        self._template = chat_template(tokenizer)
+        self._spelt = None if _record(corpus).get("control_tokens") == "parse" else spelt_words(tokenizer)
+
+    def pieces(self, source: str) -> Iterator[_Piece]:
+        """Those of one source; control tokens are where a chat template puts them, or where the corpus wants them."""
+        for passage in passages(self._corpus, self._split):
+            if source and passage.get("source") != source:
+                continue
+            begins = bool(passage.get("begins"))
+            if "messages" not in passage:
+                yield _Piece(text_ids(self._tokenizer, f"{passage['text']}\n\n", self._spelt), begins)
+            elif self._template:
+                ids = conversation_ids(
+                    self._tokenizer,
+                    self._template,
+                    passage["messages"],
+                    passage["id"],
+                    parsed=self._spelt is None,
+                )
+                yield _Piece(ids, begins or len(ids) <= self._room)
+            else:
+                if self._progress:
+                    self._progress.note("the tokenizer has no chat template: conversations are read as plain text")
+                    self._progress = None
+                yield _Piece(text_ids(self._tokenizer, f"{plain_text(passage['messages'])}\n\n", self._spelt), begins)
 
 
-def _record(corpus: Path) -> Mapping[str, Any]:
+def _record(corpus: Path) -> dict[str, Any]:
     path = corpus / "corpus.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
