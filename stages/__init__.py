@@ -9,7 +9,7 @@ from stages.runtime.contract import Stage, StageError
 
 STAGES = {
     "fetch": "stages.fetch:FETCH",
-    "corpus": "stages.corpus:CORPUS",
+    "corpus": "stages.corpus.stage:CORPUS",
     "fuse": "stages.fuse.stage:FUSE",
     "share": "stages.share:SHARE",
     "prune": "stages.prune.stage:PRUNE",

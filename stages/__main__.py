@@ -68,8 +68,9 @@ def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
     be_patient()
     try:
         order = json.loads(asked.work.read_text(encoding="utf-8"))
-        definition = _lean(stage(asked.name))
+        definition = stage(asked.name)
         params, work = _understood(definition, order)
+        definition = _lean(definition, params)
         store = connect(asked.store, asked.scratch)
         if asked.units:
             last: dict[str, Any] = {"event": "units", "count": count_units(definition, params, work, store)}
@@ -94,9 +95,9 @@ def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
     return 0
 
 
-def _lean(definition: Stage[Any]) -> Stage[Any]:
+def _lean(definition: Stage[Any], params: Params) -> Stage[Any]:
     """The stage, but when it runs, after all checks, transformers comes without what no stage uses."""
-    if definition.image is not Image.TORCH:
+    if definition.image_of(params) is not Image.TORCH:
         return definition
 
     def run(*given: Any) -> Metrics:

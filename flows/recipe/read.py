@@ -189,14 +189,20 @@ def _resolve_sources(data: dict[str, Any], folder: Path, changed: set[Field]) ->
         params = step.get("params") if isinstance(step, dict) else None
         if not isinstance(params, dict):
             continue
+        by_hand = {path[2:] for path in changed if path[:2] == ("steps", index)}
         for name in ("source", "base"):
-            source = params.get(name)
-            if not isinstance(source, str) or not source or ("://" in source and not source.startswith("file://")):
-                continue
-            local = Path(
-                unquote(urlsplit(source).path) if source.startswith("file:///") else source.removeprefix("file://")
-            )
-            beside = folder / local.expanduser()
-            by_hand = any(path[:2] == ("steps", index) and path[-1] == name for path in changed)
-            found = beside if beside.exists() and not by_hand else local.expanduser()
-            params[name] = found.absolute().as_uri()
+            _resolve(params, name, folder, ("params", name) in by_hand)
+        several = params.get("sources")
+        for number, one in enumerate(several if isinstance(several, list) else ()):
+            if isinstance(one, dict):
+                _resolve(one, "source", folder, ("params", "sources", number, "source") in by_hand)
+
+
+def _resolve(params: dict[str, Any], name: str, folder: Path, by_hand: bool) -> None:
+    source = params.get(name)
+    if not isinstance(source, str) or not source or ("://" in source and not source.startswith("file://")):
+        return
+    local = Path(unquote(urlsplit(source).path) if source.startswith("file:///") else source.removeprefix("file://"))
+    beside = folder / local.expanduser()
+    found = beside if beside.exists() and not by_hand else local.expanduser()
+    params[name] = found.absolute().as_uri()

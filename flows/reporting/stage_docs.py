@@ -82,7 +82,7 @@ def described(name: str) -> StageLine:
         about=f"{first[:1].upper()}{first[1:]}",
         inputs={role: _taken(one) for role, one in definition.inputs.items()},
         output=definition.output,
-        image=definition.image,
+        image=f"{definition.image}{', or what its params ask for' if definition.chosen_image else ''}",
         params=params(definition.params),
         measures=measures() if name == "validate" else [],
     )
@@ -120,16 +120,16 @@ def params(kind: type[Params]) -> list[ParamLine]:
 
 
 def documented(kind: type[Any]) -> dict[str, str]:
-    """Field -> what the `Attributes:` of a class's docstring say of it."""
-    text = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
+    """Field -> what the `Attributes:` of a class's docstring, and of those that it stands on, say of it."""
     found: dict[str, str] = {}
-    name = ""
-    for line in text.splitlines():
-        if begun := re.match(r" {4}(\w+): (.*)", line):
-            name = begun[1]
-            found[name] = begun[2]
-        elif name and line.startswith(" " * 8):
-            found[name] += f" {line.strip()}"
+    for one in reversed(kind.__mro__):
+        name = ""
+        for line in inspect.cleandoc(one.__dict__.get("__doc__") or "").partition("Attributes:\n")[2].splitlines():
+            if begun := re.match(r" {4}(\w+): (.*)", line):
+                name = begun[1]
+                found[name] = begun[2]
+            elif name and line.startswith(" " * 8):
+                found[name] += f" {line.strip()}"
     return found
 
 

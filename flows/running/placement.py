@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from stages import STAGES, stage
-from stages.runtime.contract import Frozen, StageError
+from stages.runtime.contract import Frozen, Params, StageError
 
 GB = 10**9
 
@@ -63,7 +63,8 @@ _OURS: Mapping[str, str] = {
 
 _DEFAULTS: Mapping[str, Place] = {
     "fetch": Place(network="outside"),
-    # It may read what is installed (descriptions://constraints), which must be what the planner has.
+    # It may read what is installed (descriptions://constraints), which must be what the planner has. A model may write
+    # for it: all that the torch image holds is in this one, too.
     "corpus": Place(network="outside", image="server"),
     "items": Place(network="outside"),
     "compile": Place(pool="gpu", one_at_a_time="gpu"),
@@ -100,16 +101,18 @@ class Pools(Frozen):
         """Where a stage runs."""
         return self.stages.get(name) or _DEFAULTS.get(name) or Place()
 
-    def image(self, name: str) -> str:
-        """The full name of the image that a stage runs in."""
-        return self.images.format(image=self.place(name).image or stage(name).image.value)
+    def image(self, name: str, params: Params | None = None) -> str:
+        """The full name of the image that a stage runs in; with other params it may be another."""
+        definition = stage(name)
+        asked = definition.image if params is None else definition.image_of(params)
+        return self.images.format(image=self.place(name).image or asked.value)
 
-    def job_variables(self, name: str) -> dict[str, Any]:
+    def job_variables(self, name: str, params: Params | None = None) -> dict[str, Any]:
         """What a stage's flow run asks of the job template of its pool."""
         place = self.place(name)
         return {
             **place.job_variables,
-            "image": self.image(name),
+            "image": self.image(name, params),
             "network": self.networks[place.network],
             "memory_bytes": place.memory_bytes,
             "seconds": int(place.minutes * 60) + 120,

@@ -152,7 +152,7 @@ def needs(planned: Iterable[Planned], store: Store, pools: Pools | None) -> dict
         if sealed is None:
             sealed = [manifest for _, manifest in store.manifests()]
         said = [_took(one, sealed), _network(one.order.params)]
-        said += [_container(pools, one.order.stage)] if pools else _not_installed(one.order)
+        said += [_container(pools, one.order)] if pools else _not_installed(one.order)
         found[one.name] = ", ".join(filter(None, said))
     return found
 
@@ -169,15 +169,16 @@ def _took(one: Planned, sealed: Iterable[Manifest]) -> str:
 
 
 def _network(params: Params) -> str:
-    schemes = [str(getattr(params, name, "")).partition("://")[0] for name in ("source", "base")]
+    several = [params, *getattr(params, "sources", ())]
+    schemes = [str(getattr(one, name, "")).partition("://")[0] for one in several for name in ("source", "base")]
     outside = " and ".join(f"{scheme}://" for scheme in dict.fromkeys(schemes) if scheme in OUTSIDE)
     return f"network to {outside}, unless its download is still here" if outside else ""
 
 
-def _container(pools: Pools, name: str) -> str:
-    place = pools.place(name)
+def _container(pools: Pools, order: Order) -> str:
+    place = pools.place(order.stage)
     limits = f"{size(place.memory_bytes)} memory and {place.minutes:g} min at most"
-    return f"a container of {pools.image(name)} in pool {place.pool} ({limits})"
+    return f"a container of {pools.image(order.stage, order.params)} in pool {place.pool} ({limits})"
 
 
 def _not_installed(order: Order) -> list[str]:
@@ -185,7 +186,7 @@ def _not_installed(order: Order) -> list[str]:
     required = dict(order.work.requires)
     if chosen := getattr(order.params, "backend", ""):
         required.setdefault(backend(chosen).library, "")
-    extra = stage(order.stage).image.value
+    extra = stage(order.stage).image_of(order.params).value
     said = []
     for name, wanted in required.items():
         found = _installed(name)

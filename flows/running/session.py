@@ -251,7 +251,7 @@ def _alone(scratch: Path, terminal: Terminal) -> Iterator[Path]:
 @contextmanager
 def _slot(session: Session, name: str) -> Iterator[None]:
     """Steps that compute share the slots; those that only move bytes run beside them."""
-    if stage(session.planned[name].order.stage).image is Image.BASE:
+    if stage((order := session.planned[name].order).stage).image_of(order.params) is Image.BASE:
         yield
         return
     with session.slots.take(list(session.planned).index(name)):

@@ -108,7 +108,7 @@ def datasets(asked: Expanded, planned: Mapping[str, Planned]) -> dict[str, tuple
             for context in _contexts(planned[step.name], role, planned[source]):
                 read.setdefault(step.name, []).append((source, context))
     everything = [one for pairs in read.values() for one in pairs]
-    sources = {step.name: str(step.params.get("source", "")) for step in asked.steps}
+    sources = {step.name: _source(step.params) for step in asked.steps}
     return {
         name: tuple(
             Dataset(
@@ -121,6 +121,12 @@ def datasets(asked: Expanded, planned: Mapping[str, Planned]) -> dict[str, tuple
         )
         for name, pairs in {"": everything, **read}.items()
     }
+
+
+def _source(params: Mapping[str, Any]) -> str:
+    """Where a step's bytes come from; of several sources all of them."""
+    several = params.get("sources") or [params]
+    return ", ".join(str(one.get("source", "")) for one in several)
 
 
 @dataclass(frozen=True)

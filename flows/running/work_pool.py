@@ -124,7 +124,7 @@ class Dispatcher:
                 "minutes": place.minutes,
                 "one_at_a_time": place.one_at_a_time,
             },
-            job_variables=self.pools.job_variables(order.stage),
+            job_variables=self.pools.job_variables(order.stage, order.params),
         )
         # The server gives back another run's where two begin at once.
         return flow_run, self._tag in flow_run.tags

@@ -97,7 +97,12 @@ class Params(Frozen):
             for name, field in type(self).model_fields.items()
             if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("location")
         }
-        return self.model_dump(mode="json", exclude=hidden)
+        found = self.model_dump(mode="json", exclude=hidden)
+        for name in found:
+            inner = getattr(self, name)
+            if isinstance(inner, list) and any(isinstance(one, Params) for one in inner):
+                found[name] = [one.identity() for one in inner]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +212,7 @@ class Stage(Generic[P]):
         pin: turns a source named in params into the digest of its content, before the work has an identity. Only
             `fetch`, `corpus` and `items` have one.
         executed_on: for a stage whose result is a fact about a machine: the executor for given params and inputs.
+        chosen_image: for a stage some of whose params ask for more than `image`, which holds what all of them need.
         uses: the modules that its params choose by name, which its code does not import: they are in `code`, too.
         admit: (params, role -> what is known of the input before it is made) -> what is known of the output, see
             `stages.admission`: a `Subject`, or a corpus's splits; None for a text of which no more is known than that
@@ -226,3 +232,8 @@ class Stage(Generic[P]):
     uses: Callable[[P], tuple[str, ...]] | None = None
     admit: Callable[[P, Mapping[str, Any]], Any] | None = None
     divided: Divided[P] | None = None
+    chosen_image: Callable[[P], Image] | None = None
+
+    def image_of(self, params: P) -> Image:
+        """The image that a run with these params needs."""
+        return self.chosen_image(params) if self.chosen_image else self.image

@@ -63,7 +63,7 @@ def work_of(stage: Stage[Any], params: Params, inputs: Mapping[str, str]) -> Wor
         code=_code(stage, params),
         params=params.identity(),
         inputs=dict(sorted(inputs.items())),
-        requires=required(stage.image),
+        requires=required(stage.image) | required(stage.image_of(params)),
         executor=stage.executed_on(params) if stage.executed_on else {},
     )
 

@@ -530,3 +530,24 @@ def test_child_asked_for_units_or_a_part_says_so_and_seals_nothing(apart, many, 
     assert apart.manifest(fingerprint(many[1])) is None
     assert "invalid _span value" in told(child("--part", "4:4"))[1]
     parts.drop(apart.objects, fingerprint(many[1]))
+
+
+def test_documents_of_a_mixed_corpus_name_their_slice_and_measures_stand_by_slice(
+    shared_store, dense, topics, tmp_path
+):
+    seal = sealer(shared_store)
+    code = "\n\n".join((ROOT / "stages" / "runtime" / f"{name}.py").read_text() for name in ("artifacts", "stores"))
+    (tmp_path / "code.txt").write_text(code)
+    sources = [{"source": "pydoc://topics", "share": 0.75}, {"source": str(tmp_path / "code.txt"), "share": 0.25}]
+    mixed = seal("corpus", {"sources": sources, "splits": {"test": 0.5, "train": 0.5}}).identity
+    report = report_of(shared_store, seal("validate", SHORT, model=dense, text=mixed))
+    slices = [document["slice"] for document in report["documents"]]
+    assert (slices.count("topics"), slices.count("code")) == (9, 3)
+    for name, measures in report["slices"].items():
+        own = [document for document in report["documents"] if document["slice"] == name]
+        total = sum(document["tokens"] for document in own)
+        key = next(key for key in own[0] if key not in ("id", "tokens", "slice"))
+        assert measures["perplexity"] == pytest.approx(math.exp(sum(one[key] for one in own) / total))
+    assert report["slices"]["code"]["perplexity"] > 2 * report["slices"]["topics"]["perplexity"]
+    alone = report_of(shared_store, seal("validate", SHORT, model=dense, text=topics))
+    assert "slices" not in alone and all("slice" not in document for document in alone["documents"])

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from stages.adapters import texts
 from stages.adapters.connect import pins
-from stages.corpus import CorpusParams, pin
+from stages.corpus.params import CorpusParams
+from stages.corpus.stage import pin
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
@@ -224,7 +225,7 @@ def test_descriptions_of_pinned_libraries_are_a_corpus(seal: Seal, store: Store)
 
 
 def test_forced_run_reproduces_every_byte(seal: Seal, store: Store) -> None:
-    from stages.corpus import CORPUS
+    from stages.corpus.stage import CORPUS
     from stages.runtime.execute import execute, work_of
 
     params = pin(CorpusParams(source="pydoc://topics", splits=SPLITS), pins(store), Silent())
@@ -235,7 +236,7 @@ def test_forced_run_reproduces_every_byte(seal: Seal, store: Store) -> None:
 
 
 def test_text_that_changed_after_it_was_pinned_is_refused(store: Store, tmp_path: Path) -> None:
-    from stages.corpus import CORPUS
+    from stages.corpus.stage import CORPUS
     from stages.runtime.execute import execute, work_of
 
     source = tmp_path / "a.txt"

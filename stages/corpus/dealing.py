@@ -1,0 +1,192 @@
+"""Paragraphs without duplicates, passages of them, and passages dealt to splits by share.
+
+A *paragraph* stands between blank lines; a *passage* is a run of consecutive paragraphs of one document and goes to one
+split whole. A conversation is one passage; what many have in common, as a system's words, may stand in two splits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stages.adapters import texts
+from stages.algorithms.prefix_filter import first_of_each
+from stages.corpus.params import CorpusParams
+from stages.runtime import rows
+from stages.runtime.contract import Progress, StageError
+
+SHORT_WORDS = 8
+"""Shorter paragraphs are duplicates only when equal: three words in common say too little."""
+_SHINGLE_WORDS = 3
+_LONGEST = 4
+"""A paragraph of more than so many passages is taken apart."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was read of one source.
+
+    Attributes:
+        name: of its passages; empty for the only source.
+        share: of the characters of every split.
+        documents: its texts and conversations.
+        digest: the identity of its content.
+        nulls: rows that have nothing where their text should stand.
+        written: what is known of text that a model wrote; empty of any other. Each such text is one passage.
+    """
+
+    name: str
+    share: float
+    documents: Sequence[texts.Document]
+    digest: str
+    nulls: int = 0
+    written: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A run of consecutive paragraphs of one document, or a conversation.
+
+    Attributes:
+        name: unique in the corpus.
+        text: what it says.
+        messages: of a conversation.
+        source: name of its source; empty for the only one.
+        begins: a model reads it from its beginning, since one wrote it from there.
+    """
+
+    name: str
+    text: str
+    messages: tuple[rows.Message, ...] = ()
+    source: str = ""
+    begins: bool = False
+
+    def line(self) -> str:
+        """Its line of a split."""
+        said: dict[str, Any] = {"id": self.name}
+        if self.source:
+            said["source"] = self.source
+        if self.messages:
+            said["messages"] = [asdict(one) for one in self.messages]
+        else:
+            said["text"] = self.text
+        return json.dumps(said | ({"begins": True} if self.begins else {}), ensure_ascii=False)
+
+
+def dealt(sources: Sequence[Source], params: CorpusParams, progress: Progress) -> tuple[dict[str, list[Passage]], int]:
+    """The passages of every split, a source's after another's, and how many duplicates were left out.
+
+    A paragraph that stands in two sources is the first one's. Of several sources as much is taken of each as its share
+    of a mix is that none is too short for.
+
+    Raises:
+        StageError: there is no text, or nothing of a source is left for a split.
+    """
+    kept, removed = _without_duplicates(sources, params)
+    passages = [list(_passages(one, paragraphs, params)) for one, paragraphs in zip(sources, kept, strict=True)]
+    for one, found in zip(sources, passages, strict=True):
+        if not found:
+            what = f"source {one.name} has no text of its own" if one.name else "the corpus is empty"
+            raise StageError(what, measured="0 paragraphs", limit=1, remedy="Give a source with text.")
+    parts, shortest = _taken(sources, passages, progress)
+    splits: dict[str, list[Passage]] = {str(name): [] for name in params.splits}
+    for found, part in zip(passages, parts, strict=True):
+        given = _dealt(found, {str(name): share * part for name, share in params.splits.items()})
+        _check_dealt(given, sources[shortest].name, len(passages[shortest]), params)
+        for name, share in given.items():
+            splits[name] += share
+    return splits, removed
+
+
+def _without_duplicates(
+    sources: Sequence[Source], params: CorpusParams
+) -> tuple[list[dict[str, list[texts.Paragraph]]], int]:
+    """Of each source each document's paragraphs that stand nowhere earlier, and how many were left out."""
+    longest = _LONGEST * params.passage_characters
+    parts = [(n, d.name, p) for n, one in enumerate(sources) for d in one.documents for p in texts.parts(d, longest)]
+    seen: set[tuple[str, ...]] = set()
+    fresh, shingles = [], []
+    for number, name, part in parts:
+        words = tuple(part.compared.lower().split())
+        if words not in seen:
+            seen.add(words)
+            fresh.append((number, name, part))
+            shingles.append(_shingles(words))
+    kept: list[dict[str, list[texts.Paragraph]]] = [{} for _ in sources]
+    keep = first_of_each(shingles, params.near_duplicate)
+    for (number, name, part), alone in zip(fresh, keep, strict=True):
+        if alone:
+            kept[number].setdefault(name, []).append(part)
+    return kept, len(parts) - sum(keep)
+
+
+def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    if len(words) < SHORT_WORDS:
+        return frozenset()
+    return frozenset(words[i : i + _SHINGLE_WORDS] for i in range(len(words) - _SHINGLE_WORDS + 1))
+
+
+def _passages(
+    source: Source, documents: Mapping[str, list[texts.Paragraph]], params: CorpusParams
+) -> Iterator[Passage]:
+    begins = bool(source.written)
+    for document, parts in documents.items():
+        name = f"{source.name}/{document}" if source.name else document
+        if parts[0].messages:
+            yield Passage(f"{name}#0", parts[0].text, parts[0].messages, source.name, begins)
+            continue
+        number, text = 0, ""
+        for part in parts:
+            if text and not begins and len(text) + len(part.text) > params.passage_characters:
+                yield Passage(f"{name}#{number}", text, source=source.name)
+                number, text = number + 1, ""
+            text += (part.glue if text else "") + part.text
+        yield Passage(f"{name}#{number}", text, source=source.name, begins=begins)
+
+
+def _taken(sources: Sequence[Source], passages: Sequence[list[Passage]], progress: Progress) -> tuple[list[float], int]:
+    """The part of each source that its share of the mix is; number of the shortest for its share, which gives all."""
+    lengths = [sum(len(passage.text) for passage in found) for found in passages]
+    whole = [length / one.share for one, length in zip(sources, lengths, strict=True)]
+    mix = min(whole)
+    shortest = whole.index(mix)
+    parts = [mix / other for other in whole]
+    for one, length, part in zip(sources, lengths, parts, strict=True):
+        if part < 0.995:  # a difference of less is a passage's
+            progress.note(
+                f"{(1 - part) * length:,.0f} of the {length:,} characters of source {one.name} are left out: source "
+                f"{sources[shortest].name} is too short for its share of {sources[shortest].share:g}"
+            )
+    return parts, shortest
+
+
+def _dealt(passages: list[Passage], splits: Mapping[str, float]) -> dict[str, list[Passage]]:
+    """Each passage to the split that lags its share of the characters most: every share is met within a passage."""
+    shares = dict(splits)
+    rest = 1 - sum(shares.values())
+    if rest > 1e-9:
+        shares[""] = rest
+    found: dict[str, list[Passage]] = {name: [] for name in shares}
+    got = dict.fromkeys(shares, 0)
+    total = 0
+    for passage in passages:
+        total += len(passage.text)
+        behind = max(shares, key=lambda name: shares[name] * total - got[name])
+        found[behind].append(passage)
+        got[behind] += len(passage.text)
+    found.pop("", None)
+    return found
+
+
+def _check_dealt(given: Mapping[str, list[Passage]], shortest: str, passages: int, params: CorpusParams) -> None:
+    empty = [name for name, share in given.items() if not share]
+    if empty:
+        whose = f"source {shortest}" if shortest else "the corpus"
+        raise StageError(
+            f"{whose} is too small for its splits: nothing is left for {', '.join(empty)}",
+            measured=f"{passages} passages",
+            limit=f"about {round(1 / min(params.splits.values()))} of {params.passage_characters} characters",
+            remedy="Use more text, larger shares or a smaller passage_characters.",
+        )
