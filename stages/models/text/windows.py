@@ -135,8 +135,8 @@ def sliced_windows(
             limit=f"{room} tokens",
             remedy="Give the split a larger share, use more text or shorter windows.",
         )
-    if progress and most is None:
-        for name in sorted(shares.keys() - set(names)):
+    for name in sorted(shares.keys() - set(names)):
+        if progress and next(streams[name], None) is None:
             progress.note(f"source {name} has no window of {tokens} tokens in split {split!r}")
     return Windows(torch.tensor([[*prefix, *ids, *suffix] for ids in found], dtype=torch.int64), tuple(names))
 

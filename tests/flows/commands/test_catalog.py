@@ -41,7 +41,8 @@ def test_stages_shows_values_limits_and_measures(capsys):
     assert params["keep"].allowed == "more than 0, less than 1" and params["keep"].default == "0.95"
     assert params["by"].allowed == "loss, influence" and params["pattern"].type == "string or null"
     assert params["skip"].type == "list of string"
-    assert described("corpus").params[1].type == "mapping of number"
+    splits = next(one for one in described("corpus").params if one.name == "splits")
+    assert splits.type == "mapping of number"
     assert main(["stages"]) == 0
     said = capsys.readouterr().out
     assert [name for name in STAGES if f"│ {name} " not in said] == []

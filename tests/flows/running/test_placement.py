@@ -5,6 +5,7 @@ import pytest
 from flows.running.placement import Pools, load_pools
 from flows.settings import settle
 from stages import STAGES, stage
+from stages.corpus.params import CorpusParams
 from stages.runtime.cgroup_memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
 from stages.runtime.contract import StageError
 
@@ -27,6 +28,18 @@ def test_pools_file_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch
     assert pools.place("recover").minutes == 9
     assert pools.place("share") == Pools().place("share")
     assert pools.devices_of_stages() == {"compile": "NVIDIA L4 x1", "validate": "NVIDIA L4 x1"}
+
+
+def test_corpus_that_a_model_writes_runs_where_torch_is_unless_its_place_names_an_image(tmp_path):
+    params = {
+        source: CorpusParams.model_validate({"source": source, "splits": {"test": 1.0}})
+        for source in ("pydoc://topics", "model://self")
+    }
+    path = tmp_path / "pools.yaml"
+    path.write_text("stages: {corpus: {image: ''}}\n")
+    images = [load_pools(str(path)).job_variables("corpus", one)["image"] for one in params.values()]
+    assert images == ["enginery/base:0.1.0", "enginery/torch:0.1.0"]
+    assert {Pools().image("corpus", one) for one in params.values()} == {"enginery/server:0.1.0"}
 
 
 @pytest.mark.parametrize(

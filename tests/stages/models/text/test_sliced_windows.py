@@ -122,9 +122,13 @@ def test_conversation_that_fits_stands_whole_in_a_window_with_the_template_aroun
 
 def test_source_without_a_window_is_said_and_a_split_without_any_refused(tmp_path: Path, reference: str) -> None:
     tokenizer, heard = byte_level(reference), Heard()
-    folder = corpus(tmp_path, {"a": (0.9, texts("alpha", 20)), "b": (0.1, [{"text": "little"}])})
+    folder = corpus(tmp_path, {"a": (0.9, texts("alpha", 20)), "b": (0.1, [{"text": "a little text"}])})
     found = sliced_windows(folder, "test", tokenizer, 32, progress=heard)
     assert set(found.names) == {"a"}
     assert heard.said == ["source b has no window of 32 tokens in split 'test'"]
+    assert sliced_windows(folder, "test", tokenizer, 32, most=2, progress=heard).names == ("a", "a")
+    assert len(heard.said) == 2, "few are taken, and there would be none of it among more"
+    sliced_windows(folder, "test", tokenizer, 8, most=1, progress=heard)
+    assert len(heard.said) == 2
     with pytest.raises(StageError, match=r"shorter than one window; measured \d+ tokens; limit 5000 tokens"):
         windows(folder, "test", tokenizer, 5000)
