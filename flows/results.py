@@ -54,8 +54,7 @@ class GateResult(Frozen):
         bound: whether the limit is the most or the least that is allowed.
         low: lower end of its interval.
         high: upper end of its interval; the gate looks at the bad end.
-        slice: the slice of the corpus that was looked at, empty for all of it.
-        worst: each slice had to hold; this is the one that does least.
+        slice: the slice of the corpus that was looked at, empty for all; with `worst` the one that holds least of all.
         value: the limit is on what was measured itself, not on the interval's bad end.
         text: the whole in one sentence.
     """

@@ -28,7 +28,7 @@ from flows.registry.journal import Candidate, head
 from flows.registry.model_card import card
 from flows.registry.projection import Registry, reconcile, release
 from flows.reporting.abilities import item_sets, whereabouts
-from flows.reporting.report import curves_of, write_report
+from flows.reporting.report import Drawn, curves_of, write_report
 from flows.results import ModelResult, RunResult
 from flows.running.session import Session, manifest_of
 from stages.runtime.contract import StageError
@@ -145,8 +145,8 @@ def _report(session: Session, judgement: Judgement, result: RunResult) -> None:
     page = _page(session)
     asked = session.recipe.judge
     items = item_sets(judgement.reports, asked.baseline, asked.artifacts, _chain(session, judgement)) if asked else []
-    recipe = session.record.recipe()
-    write_report(result, manifests, judgement.reports, recipe, command, page, curves=curves, items=items)
+    drawn = Drawn(curves, items)
+    write_report(result, manifests, judgement.reports, session.record.recipe(), command, page, drawn=drawn)
 
 
 def _chain(session: Session, judgement: Judgement) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,19 @@ class Row:
     scores: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a report shows beside what every run has.
+
+    Attributes:
+        curves: step name -> metric -> (step, value) points, see `curves_of`.
+        items: what was asked of dense and the rest, see `flows.reporting.abilities`.
+    """
+
+    curves: Curves = field(default_factory=dict)
+    items: Sequence[ItemSet] = ()
+
+
 def write_report(
     result: RunResult,
     manifests: Mapping[str, Manifest],
@@ -51,8 +64,7 @@ def write_report(
     command: Sequence[str],
     path: Path,
     *,
-    curves: Curves | None = None,
-    items: Sequence[ItemSet] = (),
+    drawn: Drawn | None = None,
 ) -> None:
     """Write the report of a run.
 
@@ -63,9 +75,9 @@ def write_report(
         recipe_text: the recipe as it ran.
         command: argv of the run.
         path: the file to write.
-        curves: step name -> metric -> (step, value) points, see `curves_of`.
-        items: what was asked of dense and the rest, see `flows.reporting.abilities`.
+        drawn: what is shown beside.
     """
+    drawn = drawn or Drawn()
     shown = foremost(*(report["measures"] for report in reports.values()))
     corpora = list(dict.fromkeys(corpus for (_, corpus), report in reports.items() if shown in report["measures"]))
     rows = [_row(step, manifests, reports, shown) for step in result.steps if step.kind != "report"]
@@ -76,14 +88,14 @@ def write_report(
         gates=[(gate, _gate_chart(gate)) for gate in result.gates],
         rows=rows,
         corpora=corpora,
-        items=items,
+        items=drawn.items,
         measures={name: title(name) for name in MEASURES},
         measurements=[step for step in result.steps if step.kind == "report"],
         chart=steps_chart([(row.step.name, row.size_bytes, row.scores) for row in charted], corpora, title(shown)),
         shown=title(shown),
         curves={
             step: [curve_chart(name, _thinned(points)) for name, points in drawn.items()]
-            for step, drawn in (curves or {}).items()
+            for step, drawn in drawn.curves.items()
         },
         manifests=manifests,
         versions=_versions(manifests),

@@ -17,7 +17,7 @@ from stages.adapters.sources import Wanted, changed_source, open_source, pin_sou
 from stages.items import reading
 from stages.items.abilities.shipped import shipped
 from stages.measures.items import ITEMS as RECORD
-from stages.measures.items import Item
+from stages.measures.items import Item, ItemSplits
 from stages.measures.items import Kind as Task
 from stages.runtime.contract import (
     PARTIAL,
@@ -201,16 +201,16 @@ def _check_dealt(dealt: Mapping[str, Sequence[Item]], params: ItemsParams) -> No
         )
 
 
-def admit(params: ItemsParams, known: Mapping[str, Any]) -> frozenset[str]:
+def admit(params: ItemsParams, known: Mapping[str, Any]) -> ItemSplits:
     """The splits that the set will have.
 
     Raises:
         StageError: the set that ships has no ability of a name that is asked for.
     """
     if params.source != ABILITIES:
-        return frozenset(params.splits)
+        return ItemSplits(params.splits)
     _check_abilities(params, {item.ability for items in shipped().values() for item in items})
-    return frozenset(get_args(Split))
+    return ItemSplits(get_args(Split))
 
 
 ITEMS = Stage(

@@ -36,6 +36,10 @@ _NUMBERS = ("words_at_most", "words_at_least", "lines")
 _VALUES = {"case": ("upper", "lower"), "language": ("en", "zh")}
 
 
+class ItemSplits(frozenset[str]):
+    """The splits that a set of items will have, where admission looks ahead: no text."""
+
+
 class Check(Frozen):
     """What an answer to an instruction must be.
 

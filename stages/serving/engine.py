@@ -80,12 +80,11 @@ class Answerer:
                 raise StageError("a prompt is empty", remedy="Give each prompt at least one character.")
             self._check(len(ids))
         new = greedy(
-            self.forward,
+            self.steps() if self.steps else self.forward,
             encoded,
             ends=self.ends,
             max_new_tokens=max_new_tokens,
             maximum_tokens=self.maximum_tokens,
-            steps=self.steps() if self.steps else None,
         )
         texts: list[str] = self.tokenizer.decode_batch(new, skip_special_tokens=True)
         return texts

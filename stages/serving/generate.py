@@ -36,7 +36,7 @@ def never(number: int, new: list[int]) -> bool:
 
 
 def greedy(
-    forward: Forward,
+    model: Forward | Steps,
     prompts: Sequence[Sequence[int]],
     *,
     ends: frozenset[int],
@@ -44,19 +44,17 @@ def greedy(
     maximum_tokens: int,
     begun: Sequence[Sequence[int]] = (),
     enough: Enough = never,
-    steps: Steps | None = None,
 ) -> list[list[int]]:
     """The most likely next token, again and again, for several prompts at once.
 
     Args:
-        forward: the model.
+        model: what answers to whole sequences, or keeps what it has read.
         prompts: token ids, at least one each.
         ends: tokens that end a sequence; they stand in the result.
         max_new_tokens: at most this many new tokens a prompt, or of each prompt.
         maximum_tokens: the longest sequence that the model reads; generation stops there.
         begun: the first new tokens of each prompt, where they are known; see `confirmed`.
         enough: ends a sequence.
-        steps: the same model, keeping what it has read; it is asked instead of `forward`.
 
     Returns:
         The new tokens of each prompt, in the prompts' order.
@@ -70,7 +68,7 @@ def greedy(
         return len(said) < most[number] and not (said and (said[-1] in ends or enough(number, said)))
 
     alive = [number for number in range(len(prompts)) if goes_on(number)]
-    follow = _Rereading(forward) if steps is None else _Stepping(steps)
+    follow = _Rereading(model) if callable(model) else _Stepping(model)
     while alive:
         chosen = follow.chosen({one: [*prompts[one], *new[one]] for one in alive})
         for number, token in chosen.items():

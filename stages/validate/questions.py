@@ -130,14 +130,13 @@ class Questions:
             for at, (one, logits_TV) in enumerate(pairs)
         ]
         return greedy(
-            judged.forward,
+            judged.steps() if judged.steps else judged.forward,
             [one.ids for one, _ in pairs],
             ends=judged.ends,
             max_new_tokens=[one.most_new for one, _ in pairs],
             maximum_tokens=judged.maximum_tokens,
             begun=begun,
             enough=enough,
-            steps=judged.steps() if judged.steps else None,
         )
 
     def read(self, data: bytes, span: range, *, paired: bool) -> list[list[Document]] | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.measures.items import holds_items
+from stages.measures.items import ItemSplits, holds_items
 from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Progress, Stage, StageError
 from stages.runtime.parts import FOLDER, gaps, keep, kept
 from stages.validate.params import CUDA, ValidateParams, chosen_code, executed_on
@@ -115,6 +115,7 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
     from stages.models.checkpoint.loading import load_tokenizer
     from stages.models.checkpoint.subject import vocabularies
     from stages.models.text.windows import check_split
+    from stages.validate.questions import check_task
     from stages.validate.text import check_length, mask_of
 
     check_split(known, params.split)
@@ -123,7 +124,10 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
         mask_of(load_tokenizer(model.folder))
     if baseline := known.get("baseline"):
         _check_alike(*vocabularies(model, baseline), model.task, baseline.task)
-    check_length(model.built, min(params.window_tokens, model.reads or params.window_tokens))
+    if isinstance(known.get("text"), ItemSplits):
+        check_task(model.task)
+    else:
+        check_length(model.built, min(params.window_tokens, model.reads or params.window_tokens))
     return model
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from flows.reporting.abilities import item_sets, whereabouts
-from flows.reporting.report import write_report
+from flows.reporting.report import Drawn, write_report
 from tests.flows.made_up import made_up
 
 RIGHT = {
@@ -70,7 +70,7 @@ def test_sentence_names_the_step_and_the_abilities_that_went():
 def test_page_shows_abilities_heat_and_flips_escaped(found, tmp_path):
     result, manifests, reports, _ = made_up()
     lost = result.model_copy(update={"lost": whereabouts(REPORTS, CHAIN)})
-    write_report(lost, manifests, reports, "", (), tmp_path / "report.html", items=[found])
+    write_report(lost, manifests, reports, "", (), tmp_path / "report.html", drawn=Drawn(items=[found]))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
     assert "What it can do: abilities" in text and "Where it was lost" in text

@@ -11,7 +11,7 @@ import pytest
 
 from flows.reporting.charts import Scale, curve_chart, interval_chart, log_ticks, steps_chart, ticks
 from flows.reporting.format import short_number
-from flows.reporting.report import curves_of, reproduce, write_report
+from flows.reporting.report import Drawn, curves_of, reproduce, write_report
 from stages.runtime.contract import FileEntry
 from tests.flows.made_up import STEPS, made_up
 from tests.flows.recorded import sealed
@@ -55,7 +55,7 @@ class Page(HTMLParser):
 def written(tmp_path, recipe="recipe: 1\n", command=("/x/enginery", "run", "a b"), **how):
     result, manifests, reports, curves = made_up(**how)
     path = tmp_path / "runs" / "report.html"
-    write_report(result, manifests, reports, recipe, command, path, curves=curves)
+    write_report(result, manifests, reports, recipe, command, path, drawn=Drawn(curves))
     return path.read_text(encoding="utf-8")
 
 
@@ -151,7 +151,7 @@ def test_report_of_hostile_texts_shows_them_as_text(tmp_path):
     path = tmp_path / "report.html"
     scores = {(EVIL, EVIL): reports["dense", "text"]}
     curves = {EVIL: {EVIL: [(0, 1.0), (1, 2.0)]}}
-    write_report(hostile, {EVIL: evil}, scores, f"name: {EVIL}", ["enginery", EVIL], path, curves=curves)
+    write_report(hostile, {EVIL: evil}, scores, f"name: {EVIL}", ["enginery", EVIL], path, drawn=Drawn(curves))
     source = path.read_text(encoding="utf-8")
     page = Page(source)
     assert "<script" not in source and "script" not in page.tags and "alert" not in page.tags
