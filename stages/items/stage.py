@@ -60,12 +60,12 @@ class ItemsParams(Params):
 
     source: str = Location()
     digest: str = ""
-    columns: dict[reading.Column, str] = Field(default_factory=dict)
+    columns: dict[reading.Column, str] = Field({})
     task: Task = "answers"
     ability: str = ""
     language: Literal["en", "zh"] = "en"
     match: Literal["exact", "contains", "numeric"] = "exact"
-    splits: dict[Split, Share] = Field(default_factory=dict, validate_default=True)
+    splits: dict[Split, Share] = Field({}, validate_default=True)
     abilities: tuple[str, ...] = ()
     exact: str = Location("", pinned=True)
     downloads: str = Location("", pinned=True)

@@ -146,7 +146,8 @@ def countries() -> Iterator[Item]:
             prompt = turn(LANGUAGES, name).format(country=country)
             yield answer(name, prompt, listed(language))
         if currency:
-            yield _currency(country, currency, money)
+            # Dollars are taken in many a country that has money of its own.
+            yield _currency(country, currency, [one for one in money if one != "dollar" or continent == "Europe"])
 
 
 def _capital(country: str, capitals: list[str], *, back: bool) -> Item:

@@ -25,7 +25,7 @@ Every student has a card. Lucy is a student. So Lucy has | a card | a horse / a 
 All squares have four sides. This shape is a square. So this shape has | four sides | three sides / five sides
 All cars need fuel. This is a car. So it needs | fuel | hay / a ticket
 Everyone in the village speaks French. Luc lives in the village. So Luc speaks | French | German / Chinese
-Only members may enter. Ben may not enter. So Ben is not | a member | a person / a man
+Only members may enter the club. Ben may enter the club. So Ben is | a member | a stranger / a child
 All the balls in the bag are red. Tom takes a ball out of the bag. The ball is | red | blue / green
 Every drawer is locked except the third. The drawer that is open is the | third | first / second
 All cats like milk. Mimi is a cat. So Mimi likes | milk | hay / coffee

@@ -33,10 +33,10 @@ door | porte | puerta | Tür | 门
 hand | main | mano | Hand | 手
 eye | œil/oeil | ojo | Auge | 眼睛
 heart | cœur/coeur | corazón | Herz | 心
-red | rouge | rojo | rot | 红色
-white | blanc | blanco | weiß/weiss | 白色
-green | vert | verde | grün | 绿色
-one | un | uno | eins | 一
+red | rouge | rojo/roja | rot | 红色
+white | blanc/blanche | blanco/blanca | weiß/weiss | 白色
+green | vert/verte | verde | grün | 绿色
+one | un/une | uno/un/una | eins | 一
 two | deux | dos | zwei | 二
 three | trois | tres | drei | 三
 seven | sept | siete | sieben | 七

@@ -78,7 +78,7 @@ SYMBOLS = """
 km | kilometer/kilometre
 cm | centimeter/centimetre
 mm | millimeter/millimetre
-kg | kilogram/kilo
+kg | kilogram
 mg | milligram
 ml | milliliter/millilitre
 Hz | hertz

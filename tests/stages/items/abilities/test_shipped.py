@@ -26,6 +26,8 @@ def test_set_has_enough_items_of_enough_abilities():
     assert min(counts.values()) >= 50, "an ability of a few items cannot be gated"
     assert {item.task for item in EVERY} == {"answers", "choices", "instructions"}
     assert {item.language for item in EVERY} == {"en", "zh"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"`abilities://` has {round(len(EVERY), -2):,} items over {len(counts)} abilities" in readme
 
 
 def test_every_third_item_of_each_ability_is_of_the_test():
