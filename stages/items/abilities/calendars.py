@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from stages.items.abilities.making import answer, choice, listed, rows, turn
 from stages.measures.items import Item
@@ -15,29 +15,38 @@ ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth ele
 LENGTHS = (31, None, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 """Days of each month; February has no one number."""
 
-AFTER = ("The month after {0} is", "The month that comes right after {0} is", "{1}, {0},")
-BEFORE = ("The month before {0} is", "The month that comes right before {0} is")
-TOMORROW = (
-    "If today is {0}, then tomorrow is",
-    "The day after {0} is",
-    "Yesterday was {1}, today is {0}, and tomorrow will be",
+AFTER = (
+    "In the calendar, {before} is followed by {this}, and {this} is followed by",
+    "{this} comes right after {before}, and the month right after {this} is",
+    "The months in their order: {before}, {this},",
 )
-YESTERDAY = ("If today is {0}, then yesterday was", "The day before {0} is")
+BEFORE = (
+    "In the calendar, {after} comes right after {this}, and {this} comes right after",
+    "The month right before {after} is {this}, and the month right before {this} is",
+)
+TOMORROW = (
+    "Yesterday was {before}, today is {this}, and tomorrow will be",
+    "The day after {before} is {this}, and the day after {this} is",
+)
+YESTERDAY = (
+    "Tomorrow will be {after}, today is {this}, and yesterday was",
+    "The day before {after} is {this}, and the day before {this} is",
+)
 FEASTS = """
-christmas | Christmas Day is celebrated on the 25th of | December
-halloween | Halloween is celebrated on the 31st of | October
-valentine | Valentine's Day is celebrated on the 14th of | February
-new year | New Year's Day is the first day of | January
-independence | The United States celebrates Independence Day on the 4th of | July
-bastille | France celebrates its national holiday, Bastille Day, on the 14th of | July
-labour | In many countries, Labour Day is celebrated on the 1st of | May
-thanksgiving | In the United States, Thanksgiving is celebrated on the fourth Thursday of | November
-patrick | Saint Patrick's Day is celebrated on the 17th of | March
-fools | All Fools' Day, a day for pranks, is the first day of | April
-women | International Women's Day is celebrated on the 8th of | March
-shortest | The month with the fewest days is | February
+christmas | Christmas Day is celebrated in the month of | December
+halloween | Halloween is celebrated in the month of | October
+valentine | Valentine's Day is celebrated in the month of | February
+new year | New Year's Day is celebrated in the month of | January
+independence | The United States celebrates Independence Day in the month of | July
+bastille | France celebrates its national holiday, Bastille Day, in the month of | July
+labour | In many countries, Labour Day is celebrated on the first day of the month of | May
+thanksgiving | In the United States, Thanksgiving is celebrated in the month of | November
+patrick | Saint Patrick's Day is celebrated in the month of | March
+fools | All Fools' Day, a day for pranks, is the first day of the month of | April
+women | International Women's Day is celebrated in the month of | March
+shortest | The month with the fewest days is the month of | February
 leap | In a leap year, one day is added to the month of | February
-last | The last month of the year is | December
+last | The last month of the year is the month of | December
 """
 CLOCK = """
 hours | A full day lasts 24 | hours | minutes / seconds / weeks
@@ -74,9 +83,9 @@ def calendar_items() -> Iterator[Item]:
 def _months() -> Iterator[Item]:
     for number, month in enumerate(MONTHS):
         name = f"calendar/month after {month}"
-        yield answer(name, turn(AFTER, name).format(month, MONTHS[number - 1]), [MONTHS[(number + 1) % 12]])
+        yield answer(name, _around(turn(AFTER, name), MONTHS, number), [MONTHS[(number + 1) % 12]])
         name = f"calendar/month before {month}"
-        yield answer(name, turn(BEFORE, name).format(month), [MONTHS[number - 1]])
+        yield answer(name, _around(turn(BEFORE, name), MONTHS, number), [MONTHS[number - 1]])
         wrong = [f" {MONTHS[(number + step) % 12]}" for step in (1, 5, 8)]
         prompt = f"The {ORDINALS[number]} month of the year is"
         yield choice(f"calendar/month number {number + 1}", prompt, f" {month}", wrong)
@@ -88,6 +97,12 @@ def _months() -> Iterator[Item]:
 def _days() -> Iterator[Item]:
     for number, day in enumerate(DAYS):
         name = f"calendar/day after {day}"
-        yield answer(name, turn(TOMORROW, name).format(day, DAYS[number - 1]), [DAYS[(number + 1) % 7]])
+        yield answer(name, _around(turn(TOMORROW, name), DAYS, number), [DAYS[(number + 1) % 7]])
         name = f"calendar/day before {day}"
-        yield answer(name, turn(YESTERDAY, name).format(day), [DAYS[number - 1]])
+        yield answer(name, _around(turn(YESTERDAY, name), DAYS, number), [DAYS[number - 1]])
+
+
+def _around(told: str, names: Sequence[str], number: int) -> str:
+    """A wording with a name and its neighbour on the side that is not asked for."""
+    after = names[(number + 1) % len(names)]
+    return told.format(before=names[number - 1], this=names[number], after=after)

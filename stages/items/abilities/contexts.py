@@ -60,7 +60,7 @@ def _patterns() -> Iterator[Item]:
     for number in range(16):
         name = f"copying/pattern {number + 1}"
         words = _drawn(WORDS, 2 + number % 3, name)
-        run = (words * 4)[: 2 * len(words) + 1 + place(name) % len(words)]
+        run = (words * 5)[: 3 * len(words) + 1 + place(name) % len(words)]
         glue = (" ", ", ")[number % 2]
         yield answer(name, glue.join(run) + glue.rstrip(), [words[len(run) % len(words)]])
 
@@ -68,11 +68,11 @@ def _patterns() -> Iterator[Item]:
 def _made_up() -> Iterator[Item]:
     for number in range(12):
         person, town = invented(3 * number + 1), invented(5 * number + 2)
-        prompt = f"{person} was born in {town}. Many years have gone by since {person} was born in"
+        prompt = f"{person} comes from the town of {town}. Years later, {person} goes back to the town of"
         yield answer(f"copying/born {number + 1}", prompt, [town])
     for number in range(10):
         one, two, three = (invented(7 * number + step) for step in (0, 3, 6))
-        codes = [str(place(f"code {number} {step}") % 900 + 100) for step in range(3)]
+        codes = [str(place(f"code {number} {step}") % 90 + 10) for step in range(3)]
         asked = number % 3
         lines = [f"{who}: {code}" for who, code in zip((one, two, three), codes, strict=True)]
         prompt = "\n".join([*lines, f"{(one, two, three)[asked]}:"])
@@ -85,7 +85,10 @@ def _owned(number: int) -> Item:
     mine, theirs = _drawn(COLORS, 2, name)
     thing = THINGS[number % len(THINGS)]
     asked, color = ((one, mine), (other, theirs))[number % 2]
-    prompt = f"{one} has a {mine} {thing}. {other} has a {theirs} {thing}. The color of {asked}'s {thing} is"
+    prompt = (
+        f"{one} has a {mine} {thing}. {other} has a {theirs} {thing}.\n"
+        f"Question: What color is {asked}'s {thing}?\nAnswer: {asked}'s {thing} is"
+    )
     return answer(name, prompt, [color])
 
 
@@ -95,13 +98,13 @@ def _told(number: int) -> Item:
     (pet,), (food,) = (_drawn(pool, 1, name) for pool in (ANIMALS, FOODS))
     story = f"{who} lives in {city} and works as a {job}. {who} has a {pet} and likes to eat {food}."
     asked = (
-        (f"The city that {who} lives in is", city),
-        (f"{who}'s job: {who} works as a", job),
-        (f"The animal that {who} has is a", pet),
-        (f"The food that {who} likes is", food),
+        (f"Question: Where does {who} live?\nAnswer: {who} lives in", city),
+        (f"Question: What is {who}'s job?\nAnswer: {who} works as a", job),
+        (f"Question: What animal does {who} have?\nAnswer: {who} has a", pet),
+        (f"Question: What does {who} like to eat?\nAnswer: {who} likes to eat", food),
     )
     question, right = asked[number % 4]
-    return answer(name, f"{story} {question}", [right])
+    return answer(name, f"{story}\n{question}", [right])
 
 
 def _listed(number: int) -> Item:
@@ -113,7 +116,12 @@ def _listed(number: int) -> Item:
             prices[at] += 1
     asked = number % 3
     menu = "\n".join(f"{what}: {price} dollars" for what, price in zip(goods, prices, strict=True))
-    return answer(name, f"Menu\n{menu}\nThe price of the {goods[asked]} is", [str(prices[asked])], match="numeric")
+    return answer(
+        name,
+        f"Menu\n{menu}\nQuestion: What does the {goods[asked]} cost?\nAnswer: The {goods[asked]} costs",
+        [str(prices[asked])],
+        match="numeric",
+    )
 
 
 def _asked(number: int) -> Item:
@@ -132,12 +140,12 @@ def _secret(number: int) -> Item:
     town = invented(11 * number + 4)
     prompt = (
         (
-            f'The guard at the gate of {town} asks everyone for the password. The password is "{secret}". It was '
-            f'cold that evening. A traveler came, and the guard asked: "What is the password?" The traveler said: "'
+            f"The guard at the gate of {town} asks everyone for the password. The password is {secret}. It was "
+            f'cold that evening. A traveler came, and the guard asked for it. The traveler said: "The password is'
         ),
         (
-            f'Remember the secret word of {town}: it is "{secret}". People there sell fish or wool, and the market '
-            f'is held once a week. The secret word of {town} is "'
+            f"Remember the secret word of {town}: it is {secret}. People there sell fish or wool, and the market "
+            f"is held once a week. I remember: the secret word of {town} is"
         ),
     )[number % 2]
     return answer(name, prompt, [secret])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.items.abilities.making import answer, choice, listed, place, turn
+from stages.items.abilities.making import choice, listed, place, turn
 from stages.measures.items import Item
 
 ELEMENTS = """
@@ -56,9 +56,10 @@ def elements() -> Iterator[Item]:
     """Symbol of a name, name of a symbol, and the numbers of the lighter half."""
     every = table()
     symbols = [symbol for symbol, _ in every.values()]
+    called = [names[0] for _, names in every.values()]
     for number, (symbol, names) in every.items():
         if names[0] not in ("helium", "uranium", "radon"):
-            yield _symbol(symbol, names[0], symbols) if number % 2 else _name(symbol, names)
+            yield _symbol(symbol, names[0], symbols) if number % 2 else _name(symbol, names, called)
         if number <= 36 or number >= 74:
             name = f"elements/number of {names[0]}"
             off = 1 + place(name) % 3
@@ -76,6 +77,10 @@ def _symbol(symbol: str, element: str, symbols: list[str]) -> Item:
     return choice(name, turn(SYMBOLS, name).format(name=element), f" {symbol}", [f" {one}" for one in like[:3]])
 
 
-def _name(symbol: str, names: list[str]) -> Item:
+def _name(symbol: str, names: list[str], every: list[str]) -> Item:
     name = f"elements/name of {symbol}"
-    return answer(name, turn(NAMES, name).format(symbol=symbol), names)
+    like = sorted(
+        (one for one in every if one != names[0]),
+        key=lambda one: (one[0] != names[0][0], place(f"{name} {one}")),
+    )
+    return choice(name, turn(NAMES, name).format(symbol=symbol), f" {names[0]}", [f" {one}" for one in like[:3]])

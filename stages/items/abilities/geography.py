@@ -120,9 +120,9 @@ _BEFORE = (
 )
 CONTINENTS = ("{Country} is a country in", "The continent on which {country} lies is", "{Country} is located in")
 LANGUAGES = (
-    "The language that most people in {country} speak is",
-    "In {country}, most people speak",
     "The main language of {country} is",
+    "The language of most people in {country} is",
+    "Newspapers in {country} are mostly written in",
 )
 CURRENCIES = (
     "The currency of {country} is called the",
@@ -144,7 +144,8 @@ def countries() -> Iterator[Item]:
         if language:
             name = f"languages/{country}"
             prompt = turn(LANGUAGES, name).format(country=country)
-            yield answer(name, prompt, listed(language))
+            spoken = listed(language)
+            yield answer(name, prompt, [*spoken, *(f"the {one} language" for one in spoken)])
         if currency:
             # Dollars are taken in many a country that has money of its own.
             yield _currency(country, currency, [one for one in money if one != "dollar" or continent == "Europe"])

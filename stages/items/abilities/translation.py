@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.items.abilities.making import answer, choice, listed, others, rows, turn
+from stages.items.abilities.making import choice, others, rows, turn
 from stages.measures.items import Item
 
 WORDS = """
@@ -14,7 +14,7 @@ book | livre | libro | Buch | 书
 dog | chien | perro | Hund | 狗
 cat | chat | gato | Katze | 猫
 horse | cheval | caballo | Pferd | 马
-fish | poisson | pez/pescado | Fisch | 鱼
+fish | poisson | pez | Fisch | 鱼
 bread | pain | pan | Brot | 面包
 milk | lait | leche | Milch | 牛奶
 apple | pomme | manzana | Apfel | 苹果
@@ -25,18 +25,18 @@ moon | lune | luna | Mond | 月亮
 mountain | montagne | montaña | Berg | 山
 fire | feu | fuego | Feuer | 火
 night | nuit | noche | Nacht | 夜晚
-friend | ami/amie | amigo/amiga | Freund/Freundin | 朋友
-mother | mère | madre | Mutter | 母亲/妈妈
-father | père | padre | Vater | 父亲/爸爸
+friend | ami | amigo | Freund | 朋友
+mother | mère | madre | Mutter | 母亲
+father | père | padre | Vater | 父亲
 school | école | escuela | Schule | 学校
 door | porte | puerta | Tür | 门
 hand | main | mano | Hand | 手
-eye | œil/oeil | ojo | Auge | 眼睛
-heart | cœur/coeur | corazón | Herz | 心
-red | rouge | rojo/roja | rot | 红色
-white | blanc/blanche | blanco/blanca | weiß/weiss | 白色
-green | vert/verte | verde | grün | 绿色
-one | un/une | uno/un/una | eins | 一
+eye | œil | ojo | Auge | 眼睛
+heart | cœur | corazón | Herz | 心
+red | rouge | rojo | rot | 红色
+white | blanc | blanco | weiß | 白色
+green | vert | verde | grün | 绿色
+one | un | uno | eins | 一
 two | deux | dos | zwei | 二
 three | trois | tres | drei | 三
 seven | sept | siete | sieben | 七
@@ -61,23 +61,18 @@ TOLD = (
 
 
 def translation() -> Iterator[Item]:
-    """Every word goes into two of the four languages: told where Latin letters serve, chosen in German and Chinese."""
+    """Every word goes into two or three of the four languages, beside other words of the table."""
     table = list(rows(WORDS))
     for number, row in enumerate(table):
         for column in ((1, 3), (2, 4))[number % 2] if number % 3 else (1, 2, 4):
-            if row[column]:
-                yield _word(
-                    row[0], listed(row[column]), column, [listed(one[column])[0] for one in table if one[column]]
-                )
+            pool = [one[column] for one in table if one is not row]
+            yield _word(row[0], row[column], column, pool)
 
 
-def _word(word: str, accepted: list[str], column: int, pool: list[str]) -> Item:
+def _word(word: str, right: str, column: int, pool: list[str]) -> Item:
     language = LANGUAGES[column - 1]
     name = f"translation/{word} in {language}"
     told = turn(TOLD, name)
-    prompt = told.format(language, *SHOWN[language], word)
-    if column < 3:
-        return answer(name, prompt, accepted)
     space = "" if told is TOLD[1] else " "
-    wrong = others([one for one in pool if one not in accepted], "", 3, name)
-    return choice(name, prompt, f"{space}{accepted[0]}", [f"{space}{one}" for one in wrong])
+    wrong = [f"{space}{one}" for one in others(pool, right, 3, name)]
+    return choice(name, told.format(language, *SHOWN[language], word), f"{space}{right}", wrong)

@@ -85,10 +85,9 @@ Hz | hertz
 kW | kilowatt
 lb | pound
 oz | ounce
-mph | miles per hour/mile per hour
 GB | gigabyte
 """
-STANDS_FOR = ("The abbreviation {0} stands for", "In measurements, {0} is short for")
+STANDS_FOR = ("As a unit of measure, {0} stands for", "In measurements, {0} is short for")
 PREFIXES = """
 kilo | one thousand
 mega | one million
@@ -112,7 +111,11 @@ def units() -> Iterator[Item]:
             yield choice(f"units/{key}", prompt, f" {right}", [f" {one}" for one in listed(wrong)])
     for symbol, names in rows(SYMBOLS):
         name = f"units/symbol {symbol}"
-        yield answer(name, turn(STANDS_FOR, name).format(symbol), listed(names))
+        yield answer(
+            name,
+            turn(STANDS_FOR, name).format(symbol),
+            [*listed(names), *(f"{one}s" for one in listed(names) if one != "hertz")],
+        )
     meanings = [row[1] for row in rows(PREFIXES)]
     for prefix, meaning in rows(PREFIXES):
         name = f"units/prefix {prefix}"

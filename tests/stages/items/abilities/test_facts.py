@@ -146,6 +146,9 @@ def test_element_items_say_what_the_table_says():
     by_name = {names[0]: (number, symbol) for number, (symbol, names) in elements.table().items()}
     for item in of("elements", "choices"):
         kind, _, name = item.id.removeprefix("elements/").partition("-of-")
+        if kind == "name":
+            assert by_name[right(item)][1].lower() == name and f" {by_name[right(item)][1]}" in item.prompt
+            continue
         assert right(item) == str(by_name[name][("number", "symbol").index(kind)])
         assert name in item.prompt
 
@@ -166,6 +169,8 @@ def test_neighbours_in_the_calendar_are_found_by_counting_days():
             at = [one.lower() for one in names].index(name)
             begin = date(2024, at + 1, 15) if unit == "month" else date(2024, 1, 1) + timedelta(at)
             moved = begin + timedelta((31 if unit == "month" else 1) * (1 if way == "after" else -1))
+            back = begin - timedelta((31 if unit == "month" else 1) * (1 if way == "after" else -1))
+            assert back.strftime("%B" if unit == "month" else "%A") in item.prompt
             assert right(item) == moved.strftime("%B" if unit == "month" else "%A")
             assert names[at] in item.prompt
 
@@ -294,17 +299,17 @@ def test_words_of_months_days_and_numbers_are_those_of_pendulum_and_humanize():
         assert table["January"][column] == said["months"]["wide"][1]
         humanize.i18n.activate(spoken)
         for number, word in ((1, "one"), (2, "two"), (3, "three"), (7, "seven")):
-            assert listed(table[word][column])[0] == humanize.apnumber(number)
+            assert table[word][column] == humanize.apnumber(number)
         humanize.i18n.deactivate()
 
 
 def test_translations_are_whole_and_in_the_letters_of_their_language():
     for word, *four in rows(translation.WORDS):
         assert len(four) == 4 and all(four), word
-        assert all(unicodedata.name(sign).startswith("CJK") for one in listed(four[3]) for sign in one), word
+        assert all(unicodedata.name(sign).startswith("CJK") for sign in four[3]), word
         assert not any(unicodedata.name(sign).startswith("CJK") for one in four[:3] for sign in one), word
         # A noun of German is written with a capital; numbers, colors and words of thanks are not.
-        assert listed(four[2])[0][0].isupper() == (word[0].isupper() or word in NOUNS), word
+        assert four[2][0].isupper() == (word[0].isupper() or word in NOUNS), word
 
 
 NOUNS = (
