@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.items.abilities.making import choice, listed, place, turn
+from stages.items.abilities.making import apart, choice, listed, place, turn
 from stages.measures.items import Item
 
 ELEMENTS = """
@@ -63,7 +63,8 @@ def elements() -> Iterator[Item]:
         if number <= 36 or number >= 74:
             name = f"elements/number of {names[0]}"
             off = 1 + place(name) % 3
-            wrong = [f" {number + off}", f" {max(number - off, 0) or number + 7}", f" {number + 10}"]
+            near = (number + off, number - off, number + 10, number + 4, number + 7)
+            wrong = apart(f" {number}", (f" {one}" for one in near if one > 0), 3)
             yield choice(name, turn(NUMBERS, name).format(name=names[0]), f" {number}", wrong)
 
 
@@ -74,7 +75,12 @@ def _symbol(symbol: str, element: str, symbols: list[str]) -> Item:
         (one for one in symbols if one != symbol),
         key=lambda one: (one[0] != symbol[0], place(f"{name} {one}")),
     )
-    return choice(name, turn(SYMBOLS, name).format(name=element), f" {symbol}", [f" {one}" for one in like[:3]])
+    return choice(
+        name,
+        turn(SYMBOLS, name).format(name=element),
+        f" {symbol}",
+        apart(f" {symbol}", (f" {one}" for one in like), 3),
+    )
 
 
 def _name(symbol: str, names: list[str], every: list[str]) -> Item:
@@ -83,4 +89,9 @@ def _name(symbol: str, names: list[str], every: list[str]) -> Item:
         (one for one in every if one != names[0]),
         key=lambda one: (one[0] != names[0][0], place(f"{name} {one}")),
     )
-    return choice(name, turn(NAMES, name).format(symbol=symbol), f" {names[0]}", [f" {one}" for one in like[:3]])
+    return choice(
+        name,
+        turn(NAMES, name).format(symbol=symbol),
+        f" {names[0]}",
+        apart(f" {names[0]}", (f" {one}" for one in like), 3),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from stages.measures.items import Item
@@ -52,6 +52,18 @@ def others(pool: Sequence[str], right: str, count: int, name: str) -> list[str]:
     """So many different values of a pool that are not the right one, drawn by the item's name."""
     left = sorted({*pool} - {right}, key=lambda one: place(f"{name} {one}"))
     return left[:count]
+
+
+def apart(right: str, candidates: Iterable[str], count: int) -> list[str]:
+    """The first so many candidates of which none begins as another one or as the right one is in whole.
+
+    The beginning of a choice is never less likely than the choice itself, so that such a pair asks nothing.
+    """
+    taken: list[str] = []
+    for one in candidates:
+        if len(taken) < count and not any(one.startswith(had) or had.startswith(one) for had in (right, *taken)):
+            taken.append(one)
+    return taken
 
 
 def rows(table: str) -> Iterator[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.items.abilities.making import answer, choice, listed, others, rows, turn
+from stages.items.abilities.making import answer, apart, choice, listed, others, rows, turn
 from stages.measures.items import Item
 
 PARTS = """
@@ -105,7 +105,7 @@ def units() -> Iterator[Item]:
         name = f"units/{small} in {big}"
         prompt = turn(HOW_MANY, name).replace("{0}s", _PLURALS.get(small, f"{small}s")).format(small, big)
         near = sorted(counts, key=lambda one: (abs(counts.index(one) - counts.index(int(many))), one))
-        yield choice(name, prompt, f" {many}", [f" {one}" for one in near if one != int(many)][:3])
+        yield choice(name, prompt, f" {many}", apart(f" {many}", (f" {one}" for one in near), 3))
     for table in (MEASURES, TOOLS):
         for key, prompt, right, wrong in rows(table):
             yield choice(f"units/{key}", prompt, f" {right}", [f" {one}" for one in listed(wrong)])
@@ -119,5 +119,5 @@ def units() -> Iterator[Item]:
     meanings = [row[1] for row in rows(PREFIXES)]
     for prefix, meaning in rows(PREFIXES):
         name = f"units/prefix {prefix}"
-        false = [f" {one}" for one in others(meanings, meaning, 3, name)]
+        false = apart(f" {meaning}", (f" {one}" for one in others(meanings, meaning, len(meanings), name)), 3)
         yield choice(name, f"In the metric system, the prefix {prefix} means", f" {meaning}", false)
