@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stages.items.abilities.making import answer, choice, listed, rows, turn
+from stages.items.abilities.making import answer, choice, listed, others, rows, turn
 from stages.measures.items import Item
 
 # Written out: `calendar.month_name` speaks the language of the machine.
@@ -75,7 +75,7 @@ def calendar_items() -> Iterator[Item]:
         wrong = [f" {one}" for one in SEASONS if one not in (season, SEASONS[number + 1])]
         yield choice(name, f"The season that comes after {season} is", f" {SEASONS[number + 1]}", wrong)
     for key, prompt, month in rows(FEASTS):
-        yield answer(f"calendar/{key}", prompt, [month])
+        yield _one_of(f"calendar/{key}", prompt, month, MONTHS)
     for key, prompt, right, false in rows(CLOCK):
         yield choice(f"calendar/{key}", prompt, f" {right}", [f" {one}" for one in listed(false)])
 
@@ -85,7 +85,7 @@ def _months() -> Iterator[Item]:
         name = f"calendar/month after {month}"
         yield answer(name, _around(turn(AFTER, name), MONTHS, number), [MONTHS[(number + 1) % 12]])
         name = f"calendar/month before {month}"
-        yield answer(name, _around(turn(BEFORE, name), MONTHS, number), [MONTHS[number - 1]])
+        yield _one_of(name, _around(turn(BEFORE, name), MONTHS, number), MONTHS[number - 1], MONTHS)
         wrong = [f" {MONTHS[(number + step) % 12]}" for step in (1, 5, 8)]
         prompt = f"The {ORDINALS[number]} month of the year is"
         yield choice(f"calendar/month number {number + 1}", prompt, f" {month}", wrong)
@@ -99,7 +99,11 @@ def _days() -> Iterator[Item]:
         name = f"calendar/day after {day}"
         yield answer(name, _around(turn(TOMORROW, name), DAYS, number), [DAYS[(number + 1) % 7]])
         name = f"calendar/day before {day}"
-        yield answer(name, _around(turn(YESTERDAY, name), DAYS, number), [DAYS[number - 1]])
+        yield _one_of(name, _around(turn(YESTERDAY, name), DAYS, number), DAYS[number - 1], DAYS)
+
+
+def _one_of(name: str, prompt: str, right: str, names: Sequence[str]) -> Item:
+    return choice(name, prompt, f" {right}", [f" {one}" for one in others(names, right, 3, name)])
 
 
 def _around(told: str, names: Sequence[str], number: int) -> str:

@@ -121,8 +121,8 @@ _BEFORE = (
 CONTINENTS = ("{Country} is a country in", "The continent on which {country} lies is", "{Country} is located in")
 LANGUAGES = (
     "The main language of {country} is",
-    "The language of most people in {country} is",
-    "Newspapers in {country} are mostly written in",
+    "In Israel most people speak Hebrew, and in {country} most people speak",
+    "Country: Israel, language: Hebrew\nCountry: {country}, language:",
 )
 CURRENCIES = (
     "The currency of {country} is called the",

@@ -162,7 +162,8 @@ def test_months_days_and_lengths_are_those_of_a_calendar(monkeypatch):
 
 
 def test_neighbours_in_the_calendar_are_found_by_counting_days():
-    for item in of("calendar", "answers"):
+    checked = 0
+    for item in [*of("calendar", "answers"), *of("calendar", "choices")]:
         if found := re.fullmatch(r"calendar/(month|day)-(after|before)-(\w+)", item.id):
             unit, way, name = found.groups()
             names = (calendars.MONTHS, calendars.DAYS)[unit == "day"]
@@ -171,8 +172,10 @@ def test_neighbours_in_the_calendar_are_found_by_counting_days():
             moved = begin + timedelta((31 if unit == "month" else 1) * (1 if way == "after" else -1))
             back = begin - timedelta((31 if unit == "month" else 1) * (1 if way == "after" else -1))
             assert back.strftime("%B" if unit == "month" else "%A") in item.prompt
+            checked += 1
             assert right(item) == moved.strftime("%B" if unit == "month" else "%A")
             assert names[at] in item.prompt
+    assert checked == 2 * (12 + 7)
 
 
 UNITS = {
