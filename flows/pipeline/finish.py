@@ -170,11 +170,12 @@ def _promoted(session: Session, judgement: Judgement, candidate: Candidate, resu
     model = result.model
     assert model is not None
     engine = session.store.checkout(candidate.executables[candidate.serves].fingerprint)
-    run, champion = session.record.name, judgement.champion.version
-    words = card(candidate, session.recipe.name, run, result.steps, result.gates, judgement.beside, champion)
+    run, champion = session.record.name, judgement.champion
+    words = card(candidate, session.recipe.name, run, result.steps, result.gates, judgement.beside, champion.version)
     why = f"run {run} {f'was promoted without a gate: {result.unjudged}' if result.unjudged else 'passed its gates'}"
     try:
-        made = release(_registry(session), candidate, engine, model.alias, why=why, card=words)
+        registry = _registry(session)
+        made = release(registry, candidate, engine, model.alias, against=champion.entry, why=why, card=words)
         result = _ended(session, result, made.version)
         return result, made.note
     except BaseException as error:

@@ -26,11 +26,13 @@ class Champion:
 
     Attributes:
         version: its number, empty for none.
+        entry: number of the journal's entry for the alias that was looked at, 0 for none.
         reports: corpus -> report of the engine that it serves.
         size_bytes: of that engine, None where it is not in the store.
     """
 
     version: str = ""
+    entry: int = 0
     reports: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     size_bytes: int | None = None
 
@@ -102,7 +104,7 @@ def _champion(session: Session, ours: Reports) -> Champion:
     register, judged_as = session.recipe.register_as, session.recipe.judge
     entry = head(session.store.objects, register.model, register.alias) if register else None
     if entry is None or judged_as is None:
-        return Champion()
+        return Champion(entry=entry.number if entry else 0)
     served = entry.candidate.executables[entry.candidate.serves].fingerprint
     made = session.store.manifest(served)
     steps = {session.done[name].fingerprint: name for name in judged_as.corpora}
@@ -116,7 +118,7 @@ def _champion(session: Session, ours: Reports) -> Champion:
             corpus = digests.get(report.get("corpus", "")) or steps.get(manifest.work.inputs.get("text", ""))
             if corpus and (corpus not in reports or _ids(report) == documents[corpus]):
                 reports[corpus] = report
-    return Champion(entry.version.number, reports, model_size(made) if made else None)
+    return Champion(entry.version.number, entry.number, reports, model_size(made) if made else None)
 
 
 def _ids(report: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,9 @@ import getpass
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, Literal
 
 from flows.names import checked_alias
@@ -19,6 +20,12 @@ from stages.runtime.fingerprint import canonical, digest_bytes
 from stages.runtime.stores import Objects
 
 JOURNAL = "promotions/"
+_BY_RUN = re.compile(r"run \S+ (passed its gates$|was promoted without a gate)")
+"""Why a run promoted, in entries that do not say against what."""
+
+
+class Overtaken(StageError):
+    """An alias has moved since the verdict that was to move it: it holds against another champion."""
 
 
 class Executable(Frozen):
@@ -53,8 +60,10 @@ class Candidate(Frozen):
 
     @property
     def identity(self) -> str:
-        """Equal for the same engines under the same name, whatever gates they held and whatever steps are called."""
-        return digest_bytes(canonical([self.model, sorted(e.fingerprint for e in self.executables.values())]))
+        """Equal for the same engines of which the same is served, whatever gates they held and steps are called."""
+        served = self.executables.get(self.serves)
+        engines = sorted(one.fingerprint for one in self.executables.values())
+        return digest_bytes(canonical([self.model, served.fingerprint if served else "", engines]))
 
     @property
     def targets(self) -> dict[str, str]:
@@ -88,7 +97,13 @@ class Version(Frozen):
 
 
 class Promotion(Frozen):
-    """One entry: from here on `alias` stands on `version`; `previous` is the number it stood on before."""
+    """One entry: from here on `alias` stands on `version`.
+
+    Attributes:
+        previous: number of the version that it stood on before.
+        against: of a run's entry the number of the alias's entry that it was judged against, 0 for none; None where a
+            person decided, and in entries from before there was the field.
+    """
 
     number: int
     action: Literal["promote", "rollback"]
@@ -98,6 +113,12 @@ class Promotion(Frozen):
     who: str
     why: str
     when: str
+    against: int | None = None
+
+    @property
+    def by_person(self) -> bool:
+        """Whether a person asked for it, and no run."""
+        return self.against is None and not _BY_RUN.match(self.why)
 
     @property
     def candidate(self) -> Candidate:
@@ -121,6 +142,11 @@ def head(objects: Objects, model: str, alias: str) -> Promotion | None:
     return next(reversed(history(objects, model, alias)), None)
 
 
+def last(entries: Sequence[Promotion]) -> int:
+    """The number of the newest of an alias's entries, 0 for none."""
+    return entries[-1].number if entries else 0
+
+
 def models(objects: Objects) -> list[str]:
     """The models that have a journal."""
     return sorted({entry.key.split("/")[1] for entry in objects.list(JOURNAL)})
@@ -140,12 +166,13 @@ def standing(entries: list[Promotion]) -> list[Version]:
 
 
 def rolled_back(entries: list[Promotion]) -> dict[str, Promotion]:
-    """Version numbers that were rolled back since the last promotion, with the entry that did it."""
+    """Identities of what was rolled back, with the entry that did it, until a person promotes the same again."""
     undone: dict[str, Promotion] = {}
-    for entry in reversed(entries):
-        if entry.action != "rollback":
-            break
-        undone[str(entry.previous)] = entry
+    for before, entry in pairwise(entries):
+        if entry.action == "rollback":
+            undone[before.candidate.identity] = entry
+        elif entry.by_person:
+            undone.pop(entry.candidate.identity, None)
     return undone
 
 
@@ -156,6 +183,7 @@ def append(
     action: Literal["promote", "rollback"],
     choose: Callable[[list[Promotion]], Version | None],
     why: str,
+    against: int | None = None,
 ) -> Promotion | None:
     """Append an entry; of several at once exactly one gets each number, the others choose again.
 
@@ -165,9 +193,11 @@ def append(
         alias: it moves.
         action: promote or rollback.
         choose: from the alias's entries so far, the version to stand on, or None to append nothing.
-        why: a person's reason.
+        why: the reason.
+        against: number of the alias's entry that a verdict holds against, 0 for none; None where a person decides.
 
     Raises:
+        Overtaken: the alias has another entry by now than the verdict holds against.
         StageError: MLflow takes no such alias, so that its projection could never follow.
     """
     checked_alias(alias)
@@ -177,6 +207,8 @@ def append(
         version = choose(entries)
         if version is None:
             return None
+        if against is not None and against != last(entries):
+            raise _overtaken(entries[-1])
         entry = Promotion(
             number=everything[-1].number + 1 if everything else 1,
             action=action,
@@ -186,9 +218,18 @@ def append(
             who=_who(),
             why=why,
             when=datetime.now(UTC).isoformat(timespec="seconds"),
+            against=against,
         )
         if objects.put(f"{JOURNAL}{model}/{entry.number:08d}.json", entry.model_dump_json(indent=1).encode()):
             return entry
+
+
+def _overtaken(entry: Promotion) -> Overtaken:
+    return Overtaken(
+        f"{entry.candidate.model}@{entry.alias} has moved since it was judged against",
+        measured=f"{entry.action} to version {entry.version.number} by {entry.who}",
+        remedy="Run again: it is judged against what stands there now.",
+    )
 
 
 def _who() -> str:

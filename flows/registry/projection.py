@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.names import alias_fault
+from flows.names import alias_fault, checked_alias
 from flows.registry.announce import tell
 from flows.registry.journal import Candidate, Promotion, Version, append, head, history, rolled_back, standing
 from flows.registry.model_card import about_model
@@ -68,9 +68,9 @@ class Drift:
 
 
 def release(
-    registry: Registry, candidate: Candidate, engine: Path, alias: str, why: str = "", card: str = ""
+    registry: Registry, candidate: Candidate, engine: Path, alias: str, *, against: int, why: str = "", card: str = ""
 ) -> Release:
-    """Register a candidate, once for the same engines, and enter it in the journal unless a person rolled it back.
+    """Register a candidate, once for the same engines, and enter it in the journal unless it was rolled back.
 
     From the entry on it is promoted: `reconcile` makes MLflow's alias follow, now or whenever it is asked to.
 
@@ -79,16 +79,19 @@ def release(
         candidate: what passed.
         engine: verified folder of the executable it serves.
         alias: to move.
+        against: number of the alias's entry that its verdict holds against, 0 for none.
         why: for the journal.
         card: what people read of the version, in Markdown.
 
     Raises:
+        Overtaken: the alias has moved since; nothing is promoted.
         StageError: it did not pass, or what it serves was not judged; nothing is registered then.
         Unavailable: MLflow does not answer.
     """
+    checked_alias(alias)
     candidate.check()
     version, new = _register(registry, candidate, engine, card)
-    return _entered(registry, version, alias, why, new=new, again=False)
+    return _entered(registry, version, alias, why, new=new, against=against)
 
 
 def promote(registry: Registry, model: str, number: str, alias: str, why: str = "") -> Release:
@@ -102,7 +105,7 @@ def promote(registry: Registry, model: str, number: str, alias: str, why: str = 
     if version is None:
         have = ", ".join(one.number for one in versions(registry, model))
         raise StageError(f"no recipe registered version {number} of {model}", limit=have or "no version")
-    made = _entered(registry, version, alias, why, new=False, again=True)
+    made = _entered(registry, version, alias, why, new=False, against=None)
     reconcile(registry, model)
     return made
 
@@ -185,22 +188,22 @@ def versions(registry: Registry, model: str) -> list[Version]:
     ]
 
 
-def _entered(registry: Registry, version: Version, alias: str, why: str, *, new: bool, again: bool) -> Release:
+def _entered(registry: Registry, version: Version, alias: str, why: str, *, new: bool, against: int | None) -> Release:
     note = ""
 
     def chosen(entries: list[Promotion]) -> Version | None:
         nonlocal note
-        note = _why_not(entries, version, again=again)
+        note = _why_not(entries, version, by_person=against is None)
         return None if note else version
 
-    entry = append(registry.objects, version.candidate.model, alias, "promote", chosen, why)
+    entry = append(registry.objects, version.candidate.model, alias, "promote", chosen, why, against)
     return Release(version.number, version.logged_model, new=new, moved=entry is not None, note=note)
 
 
-def _why_not(entries: list[Promotion], version: Version, *, again: bool) -> str:
+def _why_not(entries: list[Promotion], version: Version, *, by_person: bool) -> str:
     if entries and entries[-1].version.same(version):
         return f"{entries[-1].alias} stands on version {version.number} already"
-    undone = None if again else rolled_back(entries).get(version.number)
+    undone = None if by_person else rolled_back(entries).get(version.candidate.identity)
     if undone is None:
         return ""
     reason = f": {undone.why}" if undone.why else ""

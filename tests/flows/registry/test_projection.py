@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from flows.registry import package, projection
-from flows.registry.journal import Candidate, Executable, append, head, history, models
+from flows.registry.journal import Candidate, Executable, append, head, history, last, models, rolled_back
 from flows.registry.projection import Drift, Registry, drift, promote, reconcile, rollback, versions
 from stages.runtime.contract import StageError
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in
 
 MODEL, ALIAS = "smollm2", "champion"
+PASSED = "run 20261122-011008-2e97 passed its gates"
 
 
 @pytest.fixture
@@ -51,7 +52,8 @@ def candidate(registry, letter, *, passed=True, judged=True, run=None, model=MOD
 
 def release(registry, candidate, engine, alias, why=""):
     """A promotion to its end, as a run does it: version, journal, and MLflow's alias after them."""
-    made = projection.release(registry, candidate, engine, alias, why)
+    against = last(history(registry.objects, candidate.model, alias))
+    made = projection.release(registry, candidate, engine, alias, against=against, why=why)
     reconcile(registry, candidate.model)
     return made
 
@@ -161,6 +163,63 @@ def test_rerun_after_a_rollback_does_not_undo_it_but_a_person_can(registry, engi
     assert promote(registry, MODEL, "3", ALIAS, why="fixed").moved and int(served(registry)) == 3
     assert rollback(registry, MODEL, ALIAS).version == "1"
     assert release(registry, candidate(registry, "d"), engine, ALIAS).moved and int(served(registry)) == 4
+
+
+def test_rolled_back_version_stays_so_after_a_later_promotion_until_a_person_promotes_it(registry, engine):
+    for letter in "ab":
+        release(registry, candidate(registry, letter), engine, ALIAS, why=PASSED)
+    rollback(registry, MODEL, ALIAS, why="slow")
+    release(registry, candidate(registry, "c"), engine, ALIAS, why=PASSED)
+    made = release(registry, candidate(registry, "b"), engine, ALIAS, why=PASSED)  # a cached rerun
+    assert not made.moved and "rolled back by" in made.note and "slow" in made.note and int(served(registry)) == 3
+    assert promote(registry, MODEL, "2", ALIAS).moved and promote(registry, MODEL, "3", ALIAS).moved
+    assert release(registry, candidate(registry, "b"), engine, ALIAS, why=PASSED).moved and int(served(registry)) == 2
+
+
+def test_rolled_back_engines_are_known_under_another_number_of_a_rebuilt_registry(registry, engine, tmp_path):
+    for letter in "ab":
+        release(registry, candidate(registry, letter), engine, ALIAS, why=PASSED)
+    rollback(registry, MODEL, ALIAS)
+    rebuilt = Registry(registry.objects, tracking_in(tmp_path / "new"))
+    assert release(rebuilt, candidate(rebuilt, "c"), engine, ALIAS, why=PASSED).version == "1"
+    made = release(rebuilt, candidate(rebuilt, "b"), engine, ALIAS, why=PASSED)
+    assert (made.version, made.moved) == ("2", False) and int(served(rebuilt)) == 1
+    # Version 2 of the registry that is lost was rolled back; this version 2 is c under a number that b once had.
+    again = Registry(registry.objects, tracking_in(tmp_path / "newer"))
+    release(again, candidate(again, "a"), engine, ALIAS, why=PASSED)
+    assert release(again, candidate(again, "d"), engine, ALIAS, why=PASSED).version == "2" and int(served(again)) == 2
+
+
+def test_entries_of_runs_from_before_they_said_so_are_no_decisions_of_a_person(registry, engine):
+    for letter in "ab":
+        release(registry, candidate(registry, letter), engine, ALIAS, why=PASSED)
+    rollback(registry, MODEL, ALIAS)
+    release(registry, candidate(registry, "c"), engine, ALIAS, why=PASSED)
+    promote(registry, MODEL, "2", ALIAS, why=PASSED.replace("passed", "has passed"))
+    assert [one.against for one in history(registry.objects, MODEL)] == [0, 1, None, 3, None]
+    for entry in history(registry.objects, MODEL):
+        key, data = f"promotions/{MODEL}/{entry.number:08d}.json", entry.model_dump(mode="json")
+        del data["against"]
+        registry.objects.put(key, json.dumps(data).encode(), replace=True)
+    entries = history(registry.objects, MODEL)
+    assert [one.by_person for one in entries] == [False, False, True, False, True]
+    assert rolled_back(entries[:-1]).keys() == {entries[1].candidate.identity} and rolled_back(entries) == {}
+
+
+def test_other_engine_that_is_served_makes_another_version_of_the_same_engines(registry, engine):
+    asked = candidate(registry, "a")
+    both = {**asked.executables, "other": Executable(fingerprint="e" * 64, target="onnxruntime:cpu", judged=True)}
+    first, reordered = (asked.model_copy(update={"executables": both, "serves": one}) for one in ("cpu", "other"))
+    assert first.identity != reordered.identity
+    renamed = {"engine": both["cpu"], "gpu": both["gpu"], "more": both["other"]}
+    assert first.model_copy(update={"executables": renamed, "serves": "engine"}).identity == first.identity
+    release(registry, first, engine, ALIAS)
+    made = release(registry, reordered, engine, ALIAS)
+    assert (made.version, made.moved) == ("2", True) and int(served(registry)) == 2
+    assert head(registry.objects, MODEL, ALIAS).candidate.serves == "other"
+    version = registry.client.get_model_version_by_alias(MODEL, ALIAS)
+    assert version.tags["enginery.fingerprint"] == "e" * 64
+    assert not release(registry, reordered, engine, ALIAS).moved
 
 
 def test_promote_an_unknown_version_names_those_there_are(registry, engine):

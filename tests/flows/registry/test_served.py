@@ -74,7 +74,7 @@ def registered(tmp_path_factory):
         run=run,
     )
     engine = chain(root / "engine")
-    made = release(registry, candidate, engine, "champion")
+    made = release(registry, candidate, engine, "champion", against=0)
     reconcile(registry, candidate.model)
     engine.rename(root / "elsewhere")
     location = registry.client.get_logged_model(made.logged_model).artifact_location
