@@ -62,12 +62,12 @@ def finish(session: Session, judgement: Judgement) -> RunResult:
 
 
 def _candidate(session: Session, judgement: Judgement) -> Candidate | None:
-    """What is to be promoted; None where a gate failed, or nothing is judged or asked to be registered."""
-    register, verdict = session.recipe.register_as, judgement.verdict
-    if register is None or verdict is None or not verdict.passed:
+    """What is to be promoted; None where a gate failed or none was applied, or nothing is asked to be registered."""
+    register = session.recipe.register_as
+    if register is None or judgement.outcome != "passed":
         return None
     gates = [one.model_dump(mode="json") for one in judgement.gates]
-    said = {"passed": verdict.passed, "verdict": judgement.outcome, "gates": gates}
+    said = {"passed": True, "verdict": judgement.outcome, "gates": gates}
     candidate = Candidate(
         model=register.model,
         serves=judgement.serves,
@@ -172,9 +172,8 @@ def _promoted(session: Session, judgement: Judgement, candidate: Candidate, resu
     engine = session.store.checkout(candidate.executables[candidate.serves].fingerprint)
     run, champion = session.record.name, judgement.champion
     words = card(candidate, session.recipe.name, run, result.steps, result.gates, judgement.beside, champion.version)
-    why = f"run {run} {f'was promoted without a gate: {result.unjudged}' if result.unjudged else 'passed its gates'}"
+    registry, why = _registry(session), f"run {run} passed its gates"
     try:
-        registry = _registry(session)
         made = release(registry, candidate, engine, model.alias, against=champion.entry, why=why, card=words)
         result = _ended(session, result, made.version)
         return result, made.note

@@ -51,8 +51,7 @@ def faults(data: dict[str, Any]) -> list[Fault]:
     for faulty in of_params.values():
         found += faulty
     found += _names(seen)
-    if part(left, "register") is not None and judge is None:
-        found.append(Fault(("register",), "only what was judged is promoted; allowed: together with `judge`"))
+    found += _promotion(seen, left)
     if not steps:
         return found  # there is nothing that the rest could speak of
     for step in steps:
@@ -218,6 +217,23 @@ def _measured(seen: Seen) -> Iterator[Fault]:
         return  # which measurements there will be cannot be told
     for name in [step.name for step in expanded(recipe).steps if step.measures and step.name in taken]:
         yield Fault(("judge",), f"a step is called {name!r} as this measurement would be; allowed: another name")
+
+
+def _promotion(seen: Seen, left: Any) -> Iterator[Fault]:
+    """What would promote a model that nothing was held against, be it only the first one; what no champion can hold."""
+    gates, register = part(left, "gates", []), part(left, "register")
+    against = [part(gate, "against") for gate in seen.gates]
+    if register is None:
+        alone = [index for index, one in enumerate(against) if one == CHAMPION]
+        text = "no alias says which model is served; allowed: together with `register`"
+        yield from (Fault(("gates", index, "against"), text) for index in alone)
+    elif seen.judge is None:
+        yield Fault(("register",), "only what was judged is promoted; allowed: together with `judge`")
+    elif gates == []:
+        yield Fault(("register",), "only what holds a gate is promoted; allowed: together with `gates`")
+    elif isinstance(gates, list) and all(one == CHAMPION for one in against):
+        text = "where no champion is yet, none of the gates holds anything; allowed: one more, without `champion`"
+        yield Fault(("gates",), text)
 
 
 def _named(seen: Seen, path: Field, name: Any, kinds: frozenset[Kind]) -> Iterator[Fault]:

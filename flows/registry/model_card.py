@@ -108,8 +108,6 @@ def card(
 
 
 def _gates(gates: Sequence[GateResult]) -> str:
-    if not any(gate.applied for gate in gates):
-        return "None was applied: this version was promoted without a gate."
     return _table(
         ("measure", "artifact", "text", "measured", "interval", "limit", "result"),
         [

@@ -12,7 +12,8 @@ from tests.cases.inputs import llama, plain, saved
 from tests.cases.place import WINDOWS, Place, Result, Said, awaited, checked, held, judge
 from tests.cases.shapes import FIELDS, HEALED
 
-REGISTER = "register: {model: case, alias: champion}"
+GATES = "gates: [{measure: kl_divergence, at_most: 100}]"
+REGISTER = f"register: {{model: case, alias: champion}}\n{GATES}"
 
 
 def short(model: str = "in/model") -> str:
@@ -68,7 +69,7 @@ def two_at_once(place: Place) -> None:
     assert {result.data["model"]["version"] for result in (first, again, other)} == {"1", "2"}
     known = json.loads(place.enginery("runs", "--json").out)["runs"]
     assert {line["run"] for line in known} == {result.data["run"] for result in (first, again, other)}
-    assert {line["state"] for line in known} == {"not judged"}
+    assert {line["state"] for line in known} == {"passed"}
 
 
 def reserved_alias(place: Place) -> None:
@@ -77,7 +78,7 @@ def reserved_alias(place: Place) -> None:
     plain(source / "text.txt")
     saved(llama(), source / "model")
     for alias in ("latest", "v1"):
-        recipe = place.recipe(alias, short(), judge("cpu"), f"register: {{model: case, alias: {alias}}}")
+        recipe = place.recipe(alias, short(), judge("cpu"), f"register: {{model: case, alias: {alias}}}\n{GATES}")
         for command in ("plan", "run"):
             said = place.refused(command, recipe)
             assert f"{alias}.yaml:12: register.alias" in said and repr(alias) in said and "allowed" in said, said
@@ -108,7 +109,7 @@ def killed_and_again(place: Place) -> None:
     for measure in ("perplexity", "kl_divergence"):
         assert again.measured(measure, "cpu") == clean.measured(measure, "cpu")
     known = json.loads(place.enginery("runs", "--json").out)["runs"]
-    assert sorted(line["state"] for line in known) == ["ended", "not judged"]
+    assert sorted(line["state"] for line in known) == ["ended", "passed"]
 
 
 def _prints(result: Result) -> dict[str, str]:

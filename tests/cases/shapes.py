@@ -38,7 +38,8 @@ def vocabulary_padded(place: Place) -> None:
     source = place.folder / "in"
     plain(source / "text.txt")
     saved(llama(vocab_size=TOKENS + 64, tie_word_embeddings=False), source / "model", "bfloat16")
-    result = place.run(place.recipe("r", pipeline(), judge("int8", "cpu"), "register: {model: case, alias: champion}"))
+    held = "gates: [{measure: kl_divergence, at_most: 100}]\nregister: {model: case, alias: champion}"
+    result = place.run(place.recipe("r", pipeline(), judge("int8", "cpu"), held))
     assert result.data["model"]["version"] == "1"
     engine_answers_as_its_checkpoint(result)
     folder = result.folder("int8")

@@ -15,12 +15,13 @@ from mlflow.exceptions import MlflowException
 
 from flows.cli import main
 from flows.pipeline import optimize
+from flows.pipeline.drive import optimize as optimized
 from flows.pipeline.finish import finish
 from flows.pipeline.steps import end, run_steps
 from flows.pipeline.verdict import judged
-from flows.registry.journal import history
+from flows.recipe.expand import expanded
+from flows.recipe.read import load_recipe
 from flows.running.session import run_step
-from stages.adapters.connect import connect
 from stages.runtime.contract import StageError, Unavailable
 from tests.flows.pipeline.tiny_run import RECIPE, place, sealed  # noqa: F401
 
@@ -332,30 +333,53 @@ def test_gate_that_fails_is_reported_and_recorded_and_promotes_nothing(place):
 GATE = "  - {measure: perplexity, against: dense, at_most: 1.25}\n"
 
 
-def test_run_without_gates_is_not_judged_and_promotes_as_every_page_says(place, monkeypatch, capsys):
-    monkeypatch.setattr("tests.flows.pipeline.tiny_run.RECIPE", RECIPE.replace(f"gates:\n{GATE}", ""))
+@pytest.mark.parametrize(
+    ("gates", "said"),
+    [
+        ("", "register: only what holds a gate is promoted; allowed: together with `gates`"),
+        ("gates: []\n", "register: only what holds a gate is promoted"),
+        (
+            "gates:\n  - {measure: size_bytes, artifact: cpu, against: champion, at_most: 1.5}\n",
+            "gates: where no champion is yet, none of the gates holds anything; allowed: one more, without `champion`",
+        ),
+    ],
+)
+def test_recipe_that_registers_what_no_gate_holds_is_refused_and_promotes_nothing(
+    place, monkeypatch, capsys, gates, said
+):
+    monkeypatch.setattr("tests.flows.pipeline.tiny_run.RECIPE", RECIPE.replace(f"gates:\n{GATE}", gates))
+    assert main(["run", str(place.recipe), "--store", str(place.root / "store")]) == 1
+    assert said in capsys.readouterr().err and place.promoted == place.versions == []
+
+
+def test_what_no_gate_was_applied_to_is_not_promoted_whoever_checked_the_recipe(place):
+    asked = load_recipe(place.recipe).model_copy(update={"gates": []})
+    result = optimized(expanded(asked), place.settings, place.terminal)
+    assert (result.verdict, result.passed, result.model) == ("not judged", True, None)
+    assert place.promoted == place.versions == [] and "Not judged" in page_of(result)
+
+
+def test_run_without_gates_that_registers_nothing_is_not_judged_as_every_page_says(place, monkeypatch, capsys):
+    bare = RECIPE.replace(f"gates:\n{GATE}", "").replace("register: {model: MODEL}\n", "")
+    monkeypatch.setattr("tests.flows.pipeline.tiny_run.RECIPE", bare)
     words = ["run", str(place.recipe), "--store", str(place.root / "store")]
     assert main(words) == 0
     result, said = place.record.result, capsys.readouterr().out
     assert (result.verdict, result.passed, place.state) == ("not judged", True, "not judged")
-    assert "not judged (the recipe has no gates)" in said and "promoted without a gate" in said and "passed" not in said
-    assert "Not judged" in page_of(result) and "promoted without a gate" in page_of(result)
+    assert "not judged (the recipe has no gates)" in said and "registered" not in said and "passed" not in said
+    assert "Not judged" in page_of(result) and "Nothing was registered" in page_of(result)
     assert place.followed(result.run).data.tags["enginery.verdict"] == "not judged"
-    assert place.promoted == place.versions == ["1"]
-    (version,) = place.client.search_model_versions(f"name = '{place.model}'")
-    assert "promoted without a gate" in version.description and version.tags["enginery.verdict"] == "not judged"
-    (entry,) = history(connect(str(place.root / "store")).objects, place.model)
-    assert entry.why.endswith("promoted without a gate: the recipe has no gates")
     assert main(["explain", result.run, *words[2:]]) == 0
-    said = capsys.readouterr().out
-    assert ": not judged, started" in said and "as champion, promoted without a gate" in said
+    assert ": not judged, started" in capsys.readouterr().out
 
 
-def test_run_whose_only_gate_wants_a_champion_is_judged_once_there_is_one(place, monkeypatch):
-    champion = "  - {measure: size_bytes, artifact: cpu, against: champion, at_most: 1.5}\n"
-    monkeypatch.setattr("tests.flows.pipeline.tiny_run.RECIPE", RECIPE.replace(GATE, champion))
-    assert (place.run().verdict, place.promoted) == ("not judged", ["1"])
-    assert (place.run().verdict, place.promoted) == ("passed", ["1"])
+def test_gate_against_a_champion_wants_an_alias_that_says_which(place, monkeypatch, capsys):
+    alone = RECIPE.replace("register: {model: MODEL}\n", "").replace("against: dense", "against: champion")
+    monkeypatch.setattr("tests.flows.pipeline.tiny_run.RECIPE", alone)
+    assert main(["plan", str(place.recipe), "--store", str(place.root / "store")]) == 1
+    assert "gates.0.against: no alias says which model is served; allowed: together with `register`" in (
+        capsys.readouterr().err
+    )
 
 
 def test_gate_on_a_size_holds_where_nothing_is_measured(place, monkeypatch):

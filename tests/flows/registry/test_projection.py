@@ -9,7 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from flows.recipe.model import Register
 from flows.registry import package, projection
 from flows.registry.journal import Candidate, Executable, append, head, history, last, models, rolled_back
 from flows.registry.projection import Drift, Registry, drift, promote, reconcile, rollback, versions
@@ -267,6 +269,30 @@ def test_alias_that_mlflow_refuses_enters_no_journal_and_blocks_no_other(registr
     assert promote(registry, MODEL, "1", "challenger").moved
     release(registry, candidate(registry, "b"), engine, ALIAS)
     assert rollback(registry, MODEL, ALIAS).version == "1" and int(served(registry)) == 1
+
+
+@pytest.mark.parametrize("alias", ["latest", "LATEST", "v2", "V2", "a b"])
+def test_alias_that_mlflow_refuses_is_refused_on_every_way_into_the_journal(registry, engine, alias):
+    def stood(_):
+        raise AssertionError("the journal was read")
+
+    asked = candidate(registry, "a")
+    ways = {
+        "a run": lambda: projection.release(registry, asked, engine, alias, against=0),
+        "promote": lambda: promote(registry, MODEL, "1", alias),
+        "rollback": lambda: rollback(registry, MODEL, alias),
+        "journal": lambda: append(registry.objects, MODEL, alias, "promote", stood, "by hand"),
+    }
+    for way, go in ways.items():
+        if way == "promote":
+            release(registry, candidate(registry, "b"), engine, ALIAS)
+        with pytest.raises(StageError, match=r"MLflow (reserves|takes no) "):
+            go()
+        if way == "a run":  # nothing is registered for an alias that cannot come about
+            assert versions(registry, MODEL) == [] and logged(registry) == []
+    with pytest.raises(ValidationError, match=r"MLflow (reserves|takes no) "):
+        Register(model=MODEL, alias=alias)
+    assert {one.alias for one in history(registry.objects, MODEL)} == {ALIAS}
 
 
 def test_aliases_of_one_model_stand_apart(registry, engine):
