@@ -74,6 +74,7 @@ def plan(
     recipe: RecipeArgument, sets: SetOption = None, store: StoreOption = None, as_json: JsonOption = False
 ) -> None:
     """Say what a run would make, why, and what it needs."""
+    from flows.pipeline.look_ahead import plan as look_ahead
     from flows.recipe.expand import expanded
     from flows.recipe.read import load_recipe
     from flows.reporting.terminal import TerminalProgress
@@ -83,9 +84,6 @@ def plan(
     settings = settle(store=store)
     asked = expanded(load_recipe(recipe, sets or ()))
     enter(settings)
-    # The session plans; the flow around it would load Prefect for nothing.
-    from flows.running.session import plan as look_ahead
-
     with TerminalProgress() as terminal:
         lines = look_ahead(asked, settings, terminal)
     if as_json:

@@ -34,6 +34,8 @@ def judge(
     reports: Mapping[tuple[str, str], Report],
     sizes: Mapping[str, int],
     targets: Mapping[str, str | None],
+    *,
+    champion: str = "",
 ) -> Verdict:
     """Apply each gate to each artifact and corpus that it speaks of.
 
@@ -42,15 +44,20 @@ def judge(
         reports: (artifact, corpus) -> content of its `report.json`; also of the artifacts compared against.
         sizes: artifact -> bytes of its model files; also of the artifacts compared against.
         targets: judged artifact -> what it was executed on, None for one that was only compiled.
+        champion: the version that stands, empty for none. A gate against one that stands and of which nothing is
+            known is an error; only where none stands it holds nothing.
 
     Raises:
         StageError: a gate speaks of nothing that was measured, or of documents that cannot be paired.
     """
     executed = {name: target for name, target in targets.items() if target}
+    stands = bool(champion) or _known(CHAMPION, reports, sizes)
     results: list[GateResult] = []
     for gate in gates:
         applied = [
-            r for artifact in _artifacts(gate, sizes, targets) for r in _apply(gate, artifact, reports, sizes, executed)
+            result
+            for artifact in _artifacts(gate, sizes, targets)
+            for result in _apply(gate, artifact, reports, sizes, executed, stands=stands)
         ]
         if not applied:
             raise StageError(f"the gate on {gate.measure} applies to nothing that was executed", remedy=JUDGE_MORE)
@@ -78,10 +85,12 @@ def _apply(
     reports: Mapping[tuple[str, str], Report],
     sizes: Mapping[str, int],
     targets: Mapping[str, str],
+    *,
+    stands: bool,
 ) -> Iterator[GateResult]:
     corpora = [""] if gate.measure == SIZE else _corpora(gate, artifact, reports)
     for corpus in corpora:
-        if gate.against == CHAMPION and not _known(CHAMPION, reports, sizes):
+        if gate.against == CHAMPION and not stands:
             looked_at = [Found(None, why="no champion")]
         elif gate.measure == SIZE:
             looked_at = [Found(of_size(artifact, gate.against, sizes))]

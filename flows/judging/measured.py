@@ -19,6 +19,9 @@ Report = Mapping[str, Any]
 Reports = Mapping[tuple[str, str], Report]
 
 CHAMPION = "champion"
+_LOST = (
+    "Its engine must be in the store: run the recipe that made it again, or promote a version whose engine is there."
+)
 JUDGE_MORE = "Name an executed artifact and its corpora under `judge`, or take the gate out."
 _KNOWS_NOTHING = 0.9
 """Share of the surprise of a guess among all tokens from which on a model is said to know nothing of a language."""
@@ -96,7 +99,8 @@ def found(gate: Gate, artifact: str, corpus: str, reports: Reports) -> list[Foun
     theirs = None
     if gate.against is not None:
         if (gate.against, corpus) not in reports:
-            raise StageError(f"{gate.against} was not measured on {corpus}", remedy=f"Judge {gate.against} there too.")
+            remedy = _LOST if gate.against == CHAMPION else f"Judge {gate.against} there too."
+            raise StageError(f"{gate.against} was not measured on {corpus}", remedy=remedy)
         check_paired(ours, reports[gate.against, corpus], f"{artifact} and {gate.against} on {corpus}")
         theirs = sorted_documents(reports[gate.against, corpus], measure, gate.against)
     elif measure.between:
@@ -169,7 +173,8 @@ def sorted_documents(report: Report, measure: Measure, artifact: str) -> list[Do
 def of_size(artifact: str, against: str | None, sizes: Mapping[str, int]) -> Interval:
     """Bytes of an artifact, or their ratio to those of another."""
     if against is not None and not sizes.get(against):
-        raise StageError(f"the size of {against} is not known, so nothing can be compared with it", remedy=JUDGE_MORE)
+        remedy = _LOST if against == CHAMPION else JUDGE_MORE
+        raise StageError(f"the size of {against} is not known, so nothing can be compared with it", remedy=remedy)
     size = float(sizes[artifact]) / (float(sizes[against]) if against is not None else 1.0)
     return Interval(size, size, size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flows.pipeline.champion import facing
 from flows.pipeline.output_folder import check_room, copied
 from flows.pipeline.steps import end, run_steps
 from flows.prefect_api.events import has_server
@@ -21,7 +22,7 @@ def optimize(asked: Expanded, settings: Settings, terminal: Terminal) -> RunResu
         StageError: a step failed; everything sealed before stays.
         KeyboardInterrupt: stopped by a person; running steps were ended.
     """
-    with opened(asked, settings, terminal) as session:
+    with opened(asked, settings, terminal, facing) as session:
         if settings.output:
             made = {name: session.planned[name].manifest for name in copied(asked.recipe)}
             check_room(settings.output, {name: one.size_bytes for name, one in made.items() if one})

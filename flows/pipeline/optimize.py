@@ -16,6 +16,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from flows.pipeline.champion import facing
 from flows.pipeline.pages import show
 from flows.pipeline.steps import AGAIN_S, STEPS_AT_ONCE, end, keep, raise_first, same, stop
 from flows.prefect_api.flow_run_tag import OURS
@@ -131,7 +132,7 @@ def as_recipe(given: Recipe | str, sets: Sequence[str] = ()) -> Recipe:
 def drive(recipe: Recipe, force: Sequence[str] = (), from_step: str | None = None) -> dict[str, Any] | State[Any]:
     """Run a recipe inside the flow run that goes on; returns its RunResult as JSON values, or the flow run's state."""
     settings = replace(settle(), force=frozenset(force), from_step=from_step)
-    with TerminalProgress() as terminal, opened(expanded(recipe), settings, terminal) as session:
+    with TerminalProgress() as terminal, opened(expanded(recipe), settings, terminal, facing) as session:
         state = _state(_driven(session))
     await_api(str(flow_run.id))
     return state

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from threading import Event
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_chain, wait_fixed
 from tenacity.nap import sleep_using_event
 
+from flows.pipeline.champion import champion_of, measured
 from flows.pipeline.finish import finish
-from flows.pipeline.verdict import judged
+from flows.pipeline.verdict import Judgement, judged
 from flows.prefect_api.retry import AWAY_S, patiently
+from flows.registry.journal import Overtaken
 from flows.results import RunResult
 from flows.running.interruption import unwinding
 from flows.running.session import Session, run_step
@@ -19,6 +22,8 @@ from stages.runtime.contract import Interrupted, Unavailable
 
 STEPS_AT_ONCE = 64
 """Threads, nearly all of which wait: for the steps they read, or for a slot."""
+VERDICTS = 5
+"""So often at most a run is judged that others overtake: each time another has promoted something."""
 AGAIN_S = (2, 10, 30)
 """Pauses before a step whose source, store or tracking was away is tried again."""
 
@@ -66,19 +71,40 @@ def keep(session: Session, name: str, error: BaseException) -> None:
 
 
 def end(session: Session, shown: Callable[[RunResult], None] | None = None) -> RunResult:
-    """Verdict, end, pages. Only the end is tried again: a second verdict might compare a model with itself, promoted.
+    """Verdict, end, pages.
 
     Args:
         session: whose steps are done.
         shown: puts the result where people look; what breaks there is told.
     """
     session.mlflow.opened.result()  # whose error is final
-    judgement = patiently(lambda: judged(session), away_s=AWAY_S, say=session.terminal.line)
-    result = patiently(lambda: finish(session, judgement), away_s=AWAY_S, say=session.terminal.line)
+    result = _concluded(session)
     if shown:
         with session.loose.told("the flow run's page in Prefect", same(session)):
             shown(result)
     return result
+
+
+def _concluded(session: Session) -> RunResult:
+    """The verdict against the champion that stands, and the end; again where another was promoted meanwhile.
+
+    Where a service is away, only the end is tried again: a second verdict might compare a model with itself, promoted.
+    """
+    for left in reversed(range(VERDICTS)):
+        met, judgement = patiently(partial(_judged, session), away_s=AWAY_S, say=session.terminal.line)
+        try:
+            return patiently(partial(finish, met, judgement), away_s=AWAY_S, say=session.terminal.line)
+        except Overtaken as error:
+            if not left:
+                raise
+            session.loose.heard(f"{error.what} ({error.measured}): it is judged against that")
+    raise AssertionError
+
+
+def _judged(session: Session) -> tuple[Session, Judgement]:
+    champion = champion_of(session.recipe, session.store)
+    met = measured(session, champion)
+    return met, judged(met, champion)
 
 
 def same(session: Session) -> str:

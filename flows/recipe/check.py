@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from flows.recipe.expand import expanded, upstream
 from flows.recipe.located_yaml import Fault
 from flows.recipe.located_yaml import Path as Field
-from flows.recipe.model import Recipe, RecipeError
-from flows.recipe.seen import CHAMPION, Seen, SeenStep, Wanted, guessed, steps_of
+from flows.recipe.model import CHAMPION, Recipe, RecipeError
+from flows.recipe.seen import Seen, SeenStep, Wanted, guessed, steps_of
 from flows.recipe.shape import BROKEN, dotted, meant, part, said, shaped, without_echoes
 from stages import STAGES, stage
 from stages.measures.table import MEASURES

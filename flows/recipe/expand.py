@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from flows.recipe.model import Judge, Recipe, Step
+from flows.recipe.model import CHAMPION, Judge, Recipe, Step
 from stages import stage
 from stages.adapters.backends import GRAPHS_BACKEND, backend
 from stages.quantize.params import QuantizeParams, block_of
@@ -26,6 +26,7 @@ class PlannedStep:
         corpus: the corpus it is measured on; with `measures` the identity of a measurement.
         traced: it only draws the curve of the intermediate checkpoints; no gate reads it.
         executable: its artifact can be executed by the runtimes of a machine without a GPU.
+        given: role -> fingerprint of a sealed artifact that no step of the recipe makes.
     """
 
     name: str
@@ -36,6 +37,7 @@ class PlannedStep:
     corpus: str = ""
     traced: bool = False
     executable: bool = True
+    given: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,36 @@ def expanded(recipe: Recipe) -> Expanded:
     ]
     measured = [] if recipe.judge is None else list(_measurements(recipe, recipe.judge))
     return Expanded(recipe, (*own, *_named_apart(measured)))
+
+
+def beside(asked: Expanded, engine: str, target: str) -> Expanded:
+    """The same steps, and the measurements of the champion that gates ask for, on the texts that they name.
+
+    Args:
+        asked: the recipe; what it measures of another champion is left out.
+        engine: fingerprint of the engine that the champion serves, empty for no champion.
+        target: what executes it.
+    """
+    judge, own = asked.recipe.judge, tuple(step for step in asked.steps if step.measures != CHAMPION)
+    if judge is None or not engine:
+        return replace(asked, steps=own)
+    gates = [gate for gate in asked.recipe.gates if gate.against == CHAMPION and gate.measure != "size_bytes"]
+    corpora = [one for one in judge.corpora if any(gate.corpus in (None, one) for gate in gates)]
+    taken, measured = {step.name for step in own}, []
+    for corpus in corpora:
+        name = measurement_name(CHAMPION, corpus)
+        measured.append(
+            PlannedStep(
+                _apart(CHAMPION, corpus) if name in taken else name,
+                "validate",
+                {"text": corpus, "baseline": judge.baseline},
+                _params(judge, target),
+                CHAMPION,
+                corpus,
+                given={"model": engine},
+            )
+        )
+    return replace(asked, steps=(*own, *measured))
 
 
 def _in_blocks(step: Step, recipe: Recipe) -> dict[str, Any]:
@@ -116,7 +148,11 @@ def _named_apart(measured: Iterable[PlannedStep]) -> Iterator[PlannedStep]:
     bearers = Counter(step.name for step in found)
     for step in found:
         alike = bearers[step.name] > 1
-        yield replace(step, name=f"validate-{step.measures}.{step.corpus}") if alike else step
+        yield replace(step, name=_apart(step.measures, step.corpus)) if alike else step
+
+
+def _apart(artifact: str, corpus: str) -> str:
+    return f"validate-{artifact}.{corpus}"
 
 
 def _measurements(recipe: Recipe, judge: Judge) -> Iterator[PlannedStep]:
@@ -148,12 +184,14 @@ def between(recipe: Recipe) -> list[str]:
 
 
 def _measurement(judge: Judge, step: Step, corpus: str, *, against: bool = False, traced: bool = False) -> PlannedStep:
-    artifact = step.name
-    params: dict[str, Any] = {"split": judge.split, "window_tokens": judge.window_tokens, "target": _target(step)}
-    if judge.windows is not None:
-        params["windows"] = judge.windows
+    artifact, params = step.name, _params(judge, _target(step))
     inputs = {"model": artifact, "text": corpus} | ({"baseline": judge.baseline} if against else {})
     return PlannedStep(measurement_name(artifact, corpus), "validate", inputs, params, artifact, corpus, traced)
+
+
+def _params(judge: Judge, target: str) -> dict[str, Any]:
+    params: dict[str, Any] = {"split": judge.split, "window_tokens": judge.window_tokens, "target": target}
+    return params if judge.windows is None else params | {"windows": judge.windows}
 
 
 def _target(step: Step) -> str:

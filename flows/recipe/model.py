@@ -18,6 +18,9 @@ from stages.runtime.contract import Frozen, StageError
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 """Lowercase and without dots, so that it can name a file and a container, and `--set` can address it."""
 
+CHAMPION = "champion"
+"""What a gate calls the version that the alias stands on; no step is called so."""
+
 if TYPE_CHECKING:
     Score = str
     Measure = str

@@ -10,13 +10,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from flows.recipe.model import Judge, Name, Recipe, Step
+from flows.recipe.model import CHAMPION, Judge, Name, Recipe, Step
 from flows.recipe.shape import part
 from stages import STAGES, stage
 from stages.adapters.backends import backend
 from stages.runtime.contract import Kind
-
-CHAMPION = "champion"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,12 +139,31 @@ def history(objects: Objects, model: str, alias: str | None = None) -> list[Prom
 
 def head(objects: Objects, model: str, alias: str) -> Promotion | None:
     """The entry that an alias stands on, None when it was never promoted."""
-    return next(reversed(history(objects, model, alias)), None)
+    return standing_entry(history(objects, model, alias))
+
+
+def standing_entry(entries: Sequence[Promotion]) -> Promotion | None:
+    """The one of an alias's entries that it stands on, None for none."""
+    return entries[-1] if entries else None
 
 
 def last(entries: Sequence[Promotion]) -> int:
     """The number of the newest of an alias's entries, 0 for none."""
     return entries[-1].number if entries else 0
+
+
+def refuse_overtaken(entries: Sequence[Promotion], against: int) -> None:
+    """Raise Overtaken where an alias has other entries than those up to the one that a verdict holds against."""
+    if last(entries) == against:
+        return
+    measured = "the journal has lost its entries"
+    if entries:
+        measured = f"{entries[-1].action} to version {entries[-1].version.number} by {entries[-1].who}"
+    raise Overtaken(
+        "the alias has moved since it was judged against",
+        measured=measured,
+        remedy="Run again: it is judged against what stands there now.",
+    )
 
 
 def models(objects: Objects) -> list[str]:
@@ -207,8 +226,8 @@ def append(
         version = choose(entries)
         if version is None:
             return None
-        if against is not None and against != last(entries):
-            raise _overtaken(entries[-1])
+        if against is not None:
+            refuse_overtaken(entries, against)
         entry = Promotion(
             number=everything[-1].number + 1 if everything else 1,
             action=action,
@@ -222,14 +241,6 @@ def append(
         )
         if objects.put(f"{JOURNAL}{model}/{entry.number:08d}.json", entry.model_dump_json(indent=1).encode()):
             return entry
-
-
-def _overtaken(entry: Promotion) -> Overtaken:
-    return Overtaken(
-        f"{entry.candidate.model}@{entry.alias} has moved since it was judged against",
-        measured=f"{entry.action} to version {entry.version.number} by {entry.who}",
-        remedy="Run again: it is judged against what stands there now.",
-    )
 
 
 def _who() -> str:

@@ -5,25 +5,33 @@ MLflow's aliases are last-writer-wins and can be moved by hand, so they decide n
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.names import alias_fault, checked_alias
 from flows.registry.announce import tell
-from flows.registry.journal import Candidate, Promotion, Version, append, head, history, rolled_back, standing
-from flows.registry.model_card import about_model
+from flows.registry.journal import (
+    Candidate,
+    Overtaken,
+    Promotion,
+    Version,
+    append,
+    head,
+    history,
+    refuse_overtaken,
+    rolled_back,
+    standing,
+)
+from flows.registry.mlflow_versions import CANDIDATE, CARRIER, aliases, create_version
 from flows.registry.package import logged_model
 from flows.tracking.connect import Tracking
-from flows.tracking.errors import MISSING, STANDS, Refused
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Objects
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-IDENTITY, CANDIDATE, CARRIER = "enginery.identity", "enginery.candidate", "enginery.logged_model"
+    from mlflow.entities import LoggedModel
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,19 @@ def release(
     """
     checked_alias(alias)
     candidate.check()
-    version, new = _register(registry, candidate, engine, card)
-    return _entered(registry, version, alias, why, new=new, against=against)
+    if version := _of_identity(registry, candidate):
+        return _entered(registry, version, alias, why, new=False, against=against)
+    served = candidate.executables[candidate.serves]
+    carrier = logged_model(registry.tracking, engine, candidate.model, served.fingerprint, candidate.run)
+    # An engine takes its time to get there, and no version is to stand that lost to another one meanwhile.
+    refuse_overtaken(history(registry.objects, candidate.model, alias), against)
+    version, new = _register(registry, candidate, carrier, card)
+    try:
+        return _entered(registry, version, alias, why, new=new, against=against)
+    except Overtaken:
+        if new:
+            registry.client.delete_model_version(candidate.model, version.number)
+        raise
 
 
 def promote(registry: Registry, model: str, number: str, alias: str, why: str = "") -> Release:
@@ -159,7 +178,7 @@ def drift(registry: Registry, model: str) -> list[Drift]:
     """Aliases of the journal that MLflow has elsewhere: moved by hand, or not moved yet; see `refused` for the rest."""
     entries = [entry for entry in history(registry.objects, model) if not alias_fault(entry.alias)]
     should = {entry.alias: entry.version.number for entry in entries}
-    stands = _aliases(registry.client, model) or {}
+    stands = aliases(registry.client, model) or {}
     return [Drift(model, alias, n, stands.get(alias)) for alias, n in should.items() if stands.get(alias) != n]
 
 
@@ -213,37 +232,17 @@ def _why_not(entries: list[Promotion], version: Version, *, by_person: bool) -> 
     )
 
 
-def _register(registry: Registry, candidate: Candidate, engine: Path, card: str) -> tuple[Version, bool]:
-    """The version of these engines, and whether it was made now.
+def _register(registry: Registry, candidate: Candidate, carrier: LoggedModel, card: str) -> tuple[Version, bool]:
+    """A version of these engines, and whether it was made now.
 
     MLflow has no put-if-absent: of several versions of the same engines the lowest number stays, the rest go.
     """
-    if found := _of_identity(registry, candidate):
-        return found, False
-    client, served = registry.client, candidate.executables[candidate.serves]
-    carrier = logged_model(registry.tracking, engine, candidate.model, served.fingerprint, candidate.run)
-    _create_model(client, candidate.model)
-    made = client.create_model_version(
-        candidate.model,
-        carrier.artifact_location,  # not models:/ID, which MLflow looks up wherever its global URI points
-        run_id=candidate.run,
-        model_id=carrier.model_id,
-        description=card or "; ".join(f"{target}: {status}" for target, status in candidate.targets.items()),
-        tags={
-            IDENTITY: candidate.identity,
-            CANDIDATE: candidate.model_dump_json(),
-            CARRIER: carrier.model_id,
-            "enginery.fingerprint": served.fingerprint,
-            "enginery.target": served.target,
-            "enginery.targets": json.dumps(candidate.targets),
-            "enginery.verdict": str(candidate.verdict.get("verdict", "passed")),
-        },
-    )
+    made = create_version(registry.client, candidate, carrier, card)
     first = _of_identity(registry, candidate)
     assert first is not None
-    new = first.number == str(made.version)
+    new = first.number == made
     if not new:
-        client.delete_model_version(candidate.model, made.version)
+        registry.client.delete_model_version(candidate.model, made)
     return first, new
 
 
@@ -262,25 +261,3 @@ def _check_present(registry: Registry, version: Version) -> None:
             f"MLflow has lost version {version.number} of {version.candidate.model}, which the journal promoted",
             remedy="Run its recipe again: what is sealed is registered anew and promoted.",
         )
-
-
-def _aliases(client: MlflowClient, model: str) -> dict[str, str] | None:
-    """Alias -> version number, None when no model is registered so."""
-    try:
-        return {alias: str(number) for alias, number in client.get_registered_model(model).aliases.items()}
-    except Refused as error:
-        if error.code != MISSING:
-            raise
-        return None
-
-
-def _create_model(client: MlflowClient, model: str) -> None:
-    """The registered model, with a description where it has none; a person's is left alone."""
-    about = about_model(model)
-    try:
-        client.create_registered_model(model, description=about)
-    except Refused as error:
-        if error.code != STANDS:
-            raise
-        if not client.get_registered_model(model).description:
-            client.update_registered_model(model, about)

@@ -42,6 +42,7 @@ class Planned:
         roles: role -> name of the step whose artifact this one reads there.
         measures: the step that a measurement measures, empty for a step of the recipe.
         corpus: the corpus it is measured on.
+        given: it reads a sealed artifact, too, that no step of the recipe makes.
     """
 
     order: Order
@@ -51,6 +52,7 @@ class Planned:
     roles: Mapping[str, str]
     measures: str = ""
     corpus: str = ""
+    given: bool = False
 
     @property
     def name(self) -> str:
@@ -74,6 +76,7 @@ def resolve(
     listener: Callable[[str], Progress],
     forced: frozenset[str] = frozenset(),
     devices: Mapping[str, str] = MappingProxyType({}),
+    known: Mapping[str, Planned] = MappingProxyType({}),
 ) -> dict[str, Planned]:
     """Give each step its identity; sources are pinned to digests, which may download them.
 
@@ -83,23 +86,26 @@ def resolve(
         listener: step name -> who hears of a download.
         forced: names of steps to make again.
         devices: stage -> the device it will run on, where that is not this machine's.
+        known: steps that have an identity already.
 
     Returns:
-        Step name -> Planned, in the order given.
+        Step name -> Planned: those that were known, then the others in the order given.
 
     Raises:
-        StageError: a source that is not there, or kinds that do not fit.
+        StageError: a source that is not there, a given artifact that is gone, or kinds that do not fit.
     """
-    planned: dict[str, Planned] = {}
-    kinds: dict[str, Kind] = {}
+    planned = dict(known)
+    kinds = {name: stage(one.order.stage).output for name, one in known.items()}
     for step in steps:
         definition = stage(step.stage)
         params = definition.params.model_validate(dict(step.params))
         if definition.pin:
             params = _pinned(definition.pin, params, store, listener(step.name))
         roles = step.inputs
-        check_kinds(definition, {role: kinds[source] for role, source in roles.items()})
-        work = work_of(definition, params, {role: planned[source].identity for role, source in roles.items()})
+        given = {role: _sealed(store, step.name, one) for role, one in step.given.items()}
+        check_kinds(definition, {role: kinds[source] for role, source in roles.items()} | given)
+        made = {role: planned[source].identity for role, source in roles.items()}
+        work = work_of(definition, params, made | dict(step.given))
         if work.executor and step.stage in devices:
             work = work.model_copy(update={"executor": {**work.executor, "device": devices[step.stage]}})
         identity = fingerprint(work)
@@ -113,8 +119,15 @@ def resolve(
             roles=roles,
             measures=step.measures,
             corpus=step.corpus,
+            given=bool(given),
         )
     return planned
+
+
+def _sealed(store: Store, name: str, identity: str) -> Kind:
+    if manifest := store.manifest(identity):
+        return manifest.kind
+    raise StageError(f"artifact {identity[:12]}, which {name} reads, is not in {store.uri}", remedy="Run again.")
 
 
 def _reason(store: Store, work: Work, name: str, planned: Mapping[str, Planned], roles: Mapping[str, str]) -> str:

@@ -15,14 +15,14 @@ from typing import Protocol
 from flows.prefect_api.retry import AWAY_S, patiently
 from flows.recipe.expand import Expanded, PlannedStep
 from flows.recipe.model import Recipe
-from flows.results import PlanLine, RunResult, StepResult
+from flows.results import RunResult, StepResult
 from flows.running.admission import refuse_inadmissible
 from flows.running.child_process import Launcher
 from flows.running.interruption import ended_by, unwinding
 from flows.running.loose_ends import LooseEnds
 from flows.running.order import Order
 from flows.running.placement import load_pools
-from flows.running.plan import Planned, check_start, needs, resolve
+from flows.running.plan import Planned, check_start, resolve
 from flows.running.run_records import Record, Recorder, open_run
 from flows.running.step_queue import Slots
 from flows.running.tracked_run import tracked_run
@@ -39,7 +39,7 @@ from stages.runtime.execute import Outcome
 from stages.runtime.fingerprint import fingerprint
 from stages.runtime.parts import drop
 from stages.runtime.patience import BRIEFLY_S
-from stages.runtime.progress import Listeners, Silent
+from stages.runtime.progress import Listeners
 
 
 class Terminal(Protocol):
@@ -91,28 +91,12 @@ class Session:
         return LooseEnds(self.record, self.terminal.line)
 
 
-def plan(asked: Expanded, settings: Settings, terminal: Terminal | None = None) -> list[PlanLine]:
-    """What a run would do, step by step: hit or miss, the first field that differs, what it needs."""
-    enter(settings)
-    store = settings.connect()
-    planned = _planned(asked.steps, settings, store, terminal.for_step if terminal else lambda _: Silent())
-    refuse_inadmissible(planned, asked.recipe, store, terminal.line if terminal else lambda _: None)
-    needed = needs(planned.values(), store, load_pools() if settings.launcher == "pool" else None)
-    return [
-        PlanLine(
-            name=name,
-            stage=one.order.stage,
-            hit=one.hit,
-            why="asked for by --force or --from" if one.order.force else one.why,
-            fingerprint=one.identity,
-            needs=needed[name],
-        )
-        for name, one in planned.items()
-    ]
+Facing = Callable[[Expanded, Store], Expanded]
+"""Adds what only the store can tell: the measurements of the champion."""
 
 
 @contextmanager
-def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[Session]:
+def opened(asked: Expanded, settings: Settings, terminal: Terminal, facing: Facing) -> Iterator[Session]:
     """A session with the embedded lock held, the record and the MLflow run open; closed by how the block ends."""
     recipe, pooled = asked.recipe, settings.launcher == "pool"
     away_s = AWAY_S if pooled else BRIEFLY_S
@@ -124,7 +108,9 @@ def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[
         ended: list[RunResult] = []
         try:
             with ended_by(last=lambda: None if ended else record.failed(KeyboardInterrupt())):
-                yield from _followed(asked, settings, terminal, record, ended, away_s)
+                store = patiently(settings.connect, away_s=away_s)
+                asked = patiently(lambda: facing(asked, store), away_s=away_s)
+                yield from _followed(asked, settings, terminal, store, record, ended, away_s)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 unwinding()
@@ -134,12 +120,17 @@ def opened(asked: Expanded, settings: Settings, terminal: Terminal) -> Iterator[
 
 
 def _followed(
-    asked: Expanded, settings: Settings, terminal: Terminal, record: Record, ended: list[RunResult], away_s: float
+    asked: Expanded,
+    settings: Settings,
+    terminal: Terminal,
+    store: Store,
+    record: Record,
+    ended: list[RunResult],
+    away_s: float,
 ) -> Iterator[Session]:
     """Plan the run, follow it in MLflow, and hold the session while it lasts."""
     scratch = settings.scratch
-    store = patiently(settings.connect, away_s=away_s)
-    planned = patiently(lambda: _planned(asked.steps, settings, store, terminal.for_step), away_s=away_s)
+    planned = patiently(lambda: planned_steps(asked.steps, settings, store, terminal.for_step), away_s=away_s)
     refuse_inadmissible(planned, asked.recipe, store, terminal.line)
     launcher = _launcher(store, settings, record)
     loose, opening = LooseEnds(record, terminal.line), lambda: patiently(lambda: open_tracking(scratch), away_s=away_s)
@@ -220,9 +211,14 @@ def _launcher(store: Store, settings: Settings, record: Record) -> Launcher:
     return launcher
 
 
-def _planned(
+def planned_steps(
     steps: Sequence[PlannedStep], settings: Settings, store: Store, listener: Callable[[str], Progress]
 ) -> dict[str, Planned]:
+    """The steps with their identities, as --force and --from have them.
+
+    Raises:
+        StageError: an option names no step, or as `resolve` has it.
+    """
     names = [step.name for step in steps]
     for name in sorted(settings.force - set(names)):
         raise StageError(f"--force names no step: {name!r}", limit=", ".join(names))

@@ -257,6 +257,18 @@ def test_champion_that_was_not_measured_on_this_corpus_is_an_error_and_no_pass()
         judge([Gate(against="champion", at_most=1.0)], {**REPORTS, ("champion", "text"): report(1)}, SIZES, TARGETS)
 
 
+@pytest.mark.parametrize(
+    ("gate", "text"),
+    [
+        (Gate(against="champion", corpus="text", at_most=1.0), "champion was not measured on text"),
+        (Gate(measure="size_bytes", against="champion", artifact="cpu", at_most=1.0), "size of champion is not known"),
+    ],
+)
+def test_champion_that_stands_and_of_which_nothing_is_known_is_an_error_and_not_no_champion(gate, text):
+    with pytest.raises(StageError, match=f"{text}.*promote a version whose engine is there"):
+        judge([gate], REPORTS, SIZES, TARGETS, champion="3")
+
+
 def test_text_says_gate_measured_interval_limit_and_outcome():
     failed = only(Gate(corpus="other", at_most=1.05)).text
     assert failed.startswith("perplexity of cpu on onnxruntime:cpu against dense on other: measured 1.2")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.pipeline.champion import facing
 from flows.pipeline.drive import optimize
 from flows.recipe.expand import expanded
 from flows.recipe.read import load_recipe
@@ -39,20 +40,29 @@ register: {model: MODEL}
 """
 
 
+class FetchParams(definitions.FetchParams):
+    """A model that is so many nats a token worse than another, and so is all that is made of it."""
+
+    worse: float = 0.0
+
+
 def weights(params, inputs, output, progress):
+    made = b"weights" + (str(params.worse).encode() if getattr(params, "worse", 0) else b"")
     (output / "model.safetensors").write_bytes(b"all weights")
-    (output / "model.onnx").write_bytes(b"weights")
+    (output / "model.onnx").write_bytes((inputs["model"] / "model.onnx").read_bytes() if inputs else made)
     return {}
 
 
 def compiled(params, inputs, output, progress):
-    (output / "model.onnx").write_bytes(b"weights")
+    shutil.copyfile(inputs["graph"] / "model.onnx", output / "model.onnx")
     (output / "engine.json").write_text(json.dumps({"target": "onnxruntime:cpu", "executable": "model.onnx"}))
     return {"size_bytes": 7.0}
 
 
 def validated(params, inputs, output, progress):
-    documents = [{"id": f"d{i}", "tokens": 10, "nll": 20.0 + i % 3} for i in range(8)]
+    worse = float((inputs["model"] / "model.onnx").read_bytes().removeprefix(b"weights") or 0)
+    count = range(params.windows or 8)
+    documents = [{"id": f"d{i}", "tokens": 10, "nll": 20.0 + i % 3 + 10 * worse} for i in count]
     said = {
         "artifact_target": "onnxruntime:cpu",
         "measures": {"perplexity": 8.0},
@@ -63,7 +73,8 @@ def validated(params, inputs, output, progress):
     return {"perplexity": 8.0}
 
 
-FETCH, EXPORT = (replace(one, run=weights) for one in (definitions.FETCH, definitions.EXPORT))
+FETCH = replace(definitions.FETCH, params=FetchParams, run=weights)
+EXPORT = replace(definitions.EXPORT, run=weights)
 COMPILE = replace(definitions.COMPILE, run=compiled)
 VALIDATE = replace(definitions.VALIDATE, run=validated)
 MADE = {name: "tests.flows.definitions" for name in STAGES} | dict.fromkeys(
@@ -120,7 +131,7 @@ class Place:
         return optimize(expanded(load_recipe(self.recipe, sets)), self.settings, self.terminal)
 
     def session(self, *sets: str):
-        return opened(expanded(load_recipe(self.recipe, sets)), self.settings, self.terminal)
+        return opened(expanded(load_recipe(self.recipe, sets)), self.settings, self.terminal, facing)
 
     def seal(self, *sets: str) -> None:
         """Make every step and end nothing."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flows.commands.schema import FOLDER, schemas
 from flows.recipe.check import check_recipe
-from flows.recipe.expand import executable_here, expanded, upstream
+from flows.recipe.expand import beside, executable_here, expanded, upstream
 from flows.recipe.located_yaml import read_yaml, scalar
 from flows.recipe.model import Recipe, RecipeError
 from flows.recipe.read import load_recipe, shipped
@@ -377,6 +377,31 @@ def test_measurements_whose_names_read_alike_are_two(tmp_path):
         assert (step.inputs["model"], step.inputs["text"]) == (artifact, corpus)
         alike = step.name != f"validate-{artifact}-{corpus}"
         assert alike == ((artifact, corpus) in {("cpu", "a-text"), ("cpu-a", "text")})
+
+
+def test_champions_measurement_whose_name_reads_like_another_is_one_more(tmp_path):
+    data = load_recipe(written(tmp_path)).model_dump(by_alias=True)
+    data["steps"][8]["name"] = "champion-a"
+    data["steps"].append({"name": "a-text", "stage": "corpus", "params": {"source": "x://y", "splits": {"test": 1.0}}})
+    data["judge"] |= {"artifacts": ["champion-a"], "corpora": ["text", "a-text"]}
+    data["gates"] = [{"measure": "perplexity", "against": one, "at_most": 2} for one in ("dense", "champion")]
+    recipe = Recipe.model_validate(data)
+    check_recipe(recipe)
+    asked = beside(expanded(recipe), "f" * 64, "onnxruntime:cpu")
+    assert len({step.name for step in asked.steps}) == len(asked.steps)
+    champions = {step.corpus: step for step in asked.steps if step.measures == "champion"}
+    # `champion` on `a-text` would be called as `champion-a` on `text` is.
+    assert [one.name for one in champions.values()] == ["validate-champion-text", "validate-champion.a-text"]
+    assert champions["a-text"].inputs == {"text": "a-text", "baseline": "dense"}
+    assert champions["a-text"].given == {"model": "f" * 64}
+    assert beside(asked, "", "").steps == expanded(recipe).steps
+    (only,) = [step for step in beside(expanded(_on_text(recipe)), "f" * 64, "t").steps if step.measures == "champion"]
+    assert only.corpus == "text"
+
+
+def _on_text(recipe):
+    gates = [one.model_copy(update={"corpus": "text"}) for one in recipe.gates]
+    return recipe.model_copy(update={"gates": gates})
 
 
 def test_step_called_as_a_traced_measurement_is_refused(tmp_path):
