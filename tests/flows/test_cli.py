@@ -95,7 +95,7 @@ def optimized(monkeypatch):
         return [hit, hit.model_copy(update={"name": "int8", "hit": False, "why": "params.scheme: a -> b"})]
 
     monkeypatch.setitem(sys.modules, "flows.pipeline.drive", types.SimpleNamespace(optimize=optimize))
-    monkeypatch.setitem(sys.modules, "flows.running.session", types.SimpleNamespace(plan=plan))
+    monkeypatch.setitem(sys.modules, "flows.pipeline.look_ahead", types.SimpleNamespace(plan=plan))
     return seen
 
 
