@@ -102,12 +102,19 @@ class GateResult(Frozen):
 
 
 class ModelResult(Frozen):
-    """The registered version. `targets` are those it was judged on."""
+    """The registered version.
+
+    Attributes:
+        targets: those it was judged on.
+        undone: where the alias went by itself, as the registered model did not answer like the judged engine; empty
+            where it did.
+    """
 
     name: str
     version: str
     alias: str
     targets: list[str]
+    undone: str = ""
 
 
 class RunResult(Frozen):

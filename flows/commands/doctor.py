@@ -98,7 +98,10 @@ def _aliases(settings: Settings) -> Iterator[Line]:
     except StageError as error:
         yield Line("aliases", False, str(error), "Mend the store or MLflow, then look again.")
         return
-    said = [f"{one.model}@{one.alias} is on {one.found or 'nothing'}, the journal says {one.journal}" for one in moved]
+    said = [
+        f"{one.model}@{one.alias} is on {one.found or 'nothing'}, the journal says {one.journal or 'nothing'}"
+        for one in moved
+    ]
     remedy = "`enginery reconcile` puts them back." if moved else ""
     yield Line("aliases", not moved, "; ".join([*said, *refused]) or "where the promotion journal says", remedy)
 

@@ -110,7 +110,8 @@ def explain(run: RunArgument, store: StoreOption = None) -> None:
         typer.echo(gate.said)
     if result and result.model:
         held = ", promoted without a gate" if result.unjudged else ""
-        typer.echo(f"registered: {result.model.name} version {result.model.version} as {result.model.alias}{held}")
+        stands = f"; {result.model.undone}" if result.model.undone else f" as {result.model.alias}{held}"
+        typer.echo(f"registered: {result.model.name} version {result.model.version}{stands}")
 
 
 def logs(

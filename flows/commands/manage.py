@@ -70,7 +70,9 @@ def reconcile(model: AnyModelArgument = None, store: StoreOption = None) -> None
     names = [model] if model else models(found.objects)
     mended = [drift for name in names for drift in projection.reconcile(found, name)]
     for drift in mended:
-        typer.echo(f"{drift.model}@{drift.alias}: was on {drift.found or 'nothing'}, is on {drift.journal} again")
+        typer.echo(
+            f"{drift.model}@{drift.alias}: was on {drift.found or 'nothing'}, is on {drift.journal or 'nothing'} again"
+        )
     refused = [line for name in names for line in projection.refused(found.objects, name)]
     for line in refused:
         typer.echo(line)

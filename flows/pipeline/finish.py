@@ -2,6 +2,7 @@
 
 Every part can be done again without harm. One that breaks before the promotion ends the run, and nothing is promoted.
 From the journal's entry on nothing ends it: the record says at once what it came to, and what breaks then is told.
+Only a registered model that does not answer as the judged engine makes the run a failed one after all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from flows.pipeline.output_folder import (
     copied,
     copies_into,
 )
+from flows.pipeline.proof import proved
 from flows.pipeline.verdict import Judgement
 from flows.prefect_api.retry import AWAY_S, patiently
 from flows.recipe.expand import between, upstream
@@ -32,6 +34,7 @@ from flows.reporting.report import Drawn, curves_of, write_report
 from flows.results import ModelResult, RunResult
 from flows.running.session import Session, manifest_of
 from stages.runtime.contract import StageError
+from stages.runtime.patience import BRIEFLY_S
 
 
 def finish(session: Session, judgement: Judgement) -> RunResult:
@@ -57,7 +60,9 @@ def finish(session: Session, judgement: Judgement) -> RunResult:
             session.ended.append(result)
             return result
         result, note = _promoted(session, judgement, candidate, result)
-        _completed(session, judgement, result, note, copies)
+        until = time.monotonic() + AWAY_S
+        result = _proved(session, candidate, result, until)
+        _completed(session, judgement, result, note, copies, until)
         return result
 
 
@@ -207,15 +212,37 @@ def _ended(session: Session, result: RunResult, version: str) -> RunResult:
     return result
 
 
-def _completed(session: Session, judgement: Judgement, result: RunResult, note: str, copies: Copies | None) -> None:
-    """Have MLflow, report and record follow a promotion; for all of them together a service may be away AWAY_S."""
+def _proved(session: Session, candidate: Candidate, result: RunResult, until: float) -> RunResult:
+    """The alias follows, and the registered model is asked: from one that answers otherwise it goes back."""
+    model, registry = result.model, _registry(session)
+    assert model is not None
+    unasked = f"{model.name} version {model.version} was not loaded and asked: the same recipe run again asks it."
+    with session.loose.told("MLflow's alias", f"Run `enginery reconcile {model.name}`. {unasked}"):
+        away_s = max(0, round(until - time.monotonic()))
+        patiently(lambda: reconcile(registry, model.name), away_s=away_s, say=session.loose.heard)
+        with session.loose.told("the registered model's answers", unasked):
+            asked = patiently(
+                lambda: proved(session, registry, candidate, result), away_s=BRIEFLY_S, say=session.loose.heard
+            )
+            if asked != result:
+                result = asked
+                session.ended.append(result)
+                session.record.finish(result)
+    return result
+
+
+def _completed(
+    session: Session, judgement: Judgement, result: RunResult, note: str, copies: Copies | None, until: float
+) -> None:
+    """Have MLflow, report and record follow a promotion; a service may be away `until` then, for all together."""
     model = result.model
     assert model is not None
     named = f"{model.name} version {model.version}"
     again = f"`enginery explain {result.run}` names {named}; the same recipe run again writes a whole report."
 
     def tagged() -> None:
-        session.mlflow.summary(tags={"enginery.version": f"{model.name} {model.version}"})
+        stands = {} if model.undone else {"enginery.version": f"{model.name} {model.version}"}
+        session.mlflow.summary(tags={"enginery.verdict": result.verdict, **stands})
         session.mlflow.artifact(_page(session))
 
     def recorded() -> None:
@@ -223,11 +250,6 @@ def _completed(session: Session, judgement: Judgement, result: RunResult, note: 
             session.record.finish(result)
 
     parts: tuple[tuple[str, Callable[[], object], str], ...] = (
-        (
-            "MLflow's alias",
-            lambda: reconcile(_registry(session), model.name),
-            f"Run `enginery reconcile {model.name}`.",
-        ),
         ("the report with the version", lambda: _report(session, judgement, result), again),
         (
             f"the folder {session.settings.output}",
@@ -238,7 +260,6 @@ def _completed(session: Session, judgement: Judgement, result: RunResult, note: 
         ("the record of the result", recorded, f"The report holds the same: {result.report}"),
         ("the word on the version", lambda: session.terminal.line(note) if note else None, note),
     )
-    until = time.monotonic() + AWAY_S
     for what, part, remedy in parts:
         with session.loose.told(what, remedy):
             patiently(part, away_s=max(0, round(until - time.monotonic())), say=session.loose.heard)

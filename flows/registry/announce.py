@@ -7,7 +7,7 @@ from uuid import UUID, uuid5
 
 from flows.names import alias_fault
 from flows.prefect_api.events import MODEL_PROMOTED, MODEL_ROLLED_BACK, Announcement, deliver, has_server
-from flows.registry.journal import JOURNAL, Promotion, head, history
+from flows.registry.journal import JOURNAL, Promotion, history
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Objects
 
@@ -32,7 +32,7 @@ def promotion(model: str, entry: Promotion) -> Announcement:
         payload={
             "model": model,
             "alias": entry.alias,
-            "version": entry.version.number,
+            "version": None if entry.action == "withdraw" else entry.version.number,
             "previous": entry.previous,
             "fingerprint": served.fingerprint if served else "",
             "targets": candidate.targets,
@@ -50,9 +50,8 @@ def tell(objects: Objects, model: str) -> None:
     """
     if not has_server():
         return
-    for alias in sorted({entry.alias for entry in history(objects, model) if not alias_fault(entry.alias)}):
-        entry = head(objects, model, alias)
-        assert entry is not None
+    newest = {entry.alias: entry for entry in history(objects, model) if not alias_fault(entry.alias)}
+    for alias, entry in sorted(newest.items()):
         told = f"{JOURNAL}{model}/{entry.number:08d}.told.json"
         if objects.stat(told):
             continue

@@ -20,6 +20,7 @@ from stages.runtime.fingerprint import canonical, digest_bytes
 from stages.runtime.stores import Objects
 
 JOURNAL = "promotions/"
+Action = Literal["promote", "rollback", "withdraw"]
 _BY_RUN = re.compile(r"run \S+ (passed its gates$|was promoted without a gate)")
 """Why a run promoted, in entries that do not say against what."""
 
@@ -97,7 +98,7 @@ class Version(Frozen):
 
 
 class Promotion(Frozen):
-    """One entry: from here on `alias` stands on `version`.
+    """One entry: from here on `alias` stands on `version`; after `withdraw` on nothing, for nothing stood before it.
 
     Attributes:
         previous: number of the version that it stood on before.
@@ -106,7 +107,7 @@ class Promotion(Frozen):
     """
 
     number: int
-    action: Literal["promote", "rollback"]
+    action: Action
     alias: str
     version: Version
     previous: str | None
@@ -144,7 +145,7 @@ def head(objects: Objects, model: str, alias: str) -> Promotion | None:
 
 def standing_entry(entries: Sequence[Promotion]) -> Promotion | None:
     """The one of an alias's entries that it stands on, None for none."""
-    return entries[-1] if entries else None
+    return entries[-1] if entries and entries[-1].action != "withdraw" else None
 
 
 def last(entries: Sequence[Promotion]) -> int:
@@ -175,7 +176,7 @@ def standing(entries: list[Promotion]) -> list[Version]:
     """The versions an alias stands on and would roll back to, last first served: promote pushes, rollback pops."""
     stack: list[Version] = []
     for entry in entries:
-        if entry.action == "rollback":
+        if entry.action != "promote":
             stack.pop()
             continue
         if stack and stack[-1].candidate.identity == entry.version.candidate.identity:
@@ -188,7 +189,7 @@ def rolled_back(entries: list[Promotion]) -> dict[str, Promotion]:
     """Identities of what was rolled back, with the entry that did it, until a person promotes the same again."""
     undone: dict[str, Promotion] = {}
     for before, entry in pairwise(entries):
-        if entry.action == "rollback":
+        if entry.action != "promote":
             undone[before.candidate.identity] = entry
         elif entry.by_person:
             undone.pop(entry.candidate.identity, None)
@@ -199,7 +200,7 @@ def append(
     objects: Objects,
     model: str,
     alias: str,
-    action: Literal["promote", "rollback"],
+    action: Action,
     choose: Callable[[list[Promotion]], Version | None],
     why: str,
     against: int | None = None,
@@ -210,7 +211,7 @@ def append(
         objects: the store's.
         model: registered name.
         alias: it moves.
-        action: promote or rollback.
+        action: what is done.
         choose: from the alias's entries so far, the version to stand on, or None to append nothing.
         why: the reason.
         against: number of the alias's entry that a verdict holds against, 0 for none; None where a person decides.
@@ -223,6 +224,7 @@ def append(
     while True:
         everything = history(objects, model)
         entries = [one for one in everything if one.alias == alias]
+        stood = standing_entry(entries)
         version = choose(entries)
         if version is None:
             return None
@@ -233,7 +235,7 @@ def append(
             action=action,
             alias=alias,
             version=version,
-            previous=entries[-1].version.number if entries else None,
+            previous=stood.version.number if stood else None,
             who=_who(),
             why=why,
             when=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -110,7 +110,7 @@ def _lines(
         _of(seen, entry.version).when = entry.when
     for version in known:
         _of(seen, version).mlflow = sorted(alias for alias, number in stands.items() if number == version.number)
-    for entry in heads.values():
+    for entry in [one for one in heads.values() if one.action != "withdraw"]:
         _of(seen, entry.version).aliases.append(entry.alias)
     seen.sort(key=lambda one: (int(one.version.number), one.when))
     return [_line(name, one, stands, sizes, asked=asked) for one in seen]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from flows.names import alias_fault, checked_alias
 from flows.registry.announce import tell
 from flows.registry.journal import (
+    Action,
     Candidate,
     Overtaken,
     Promotion,
@@ -22,6 +23,7 @@ from flows.registry.journal import (
     refuse_overtaken,
     rolled_back,
     standing,
+    standing_entry,
 )
 from flows.registry.mlflow_versions import CANDIDATE, CARRIER, aliases, create_version
 from flows.registry.package import logged_model
@@ -67,11 +69,11 @@ class Release:
 
 @dataclass(frozen=True)
 class Drift:
-    """An alias in MLflow that is not what the journal says. `found` is None where MLflow has no such alias."""
+    """An alias in MLflow that is not what the journal says. None: it stands on nothing there."""
 
     model: str
     alias: str
-    journal: str
+    journal: str | None
     found: str | None
 
 
@@ -155,6 +157,29 @@ def rollback(registry: Registry, model: str, alias: str, why: str = "") -> Relea
     return Release(entry.version.number, entry.version.logged_model, new=False, moved=True, note="")
 
 
+def undo(registry: Registry, entry: Promotion, why: str) -> str | None:
+    """Take a run's own promotion back: the alias stands where it stood before, or nowhere if it never did.
+
+    Returns:
+        The number that it stands on then, empty for none; None where it has moved on since.
+
+    Raises:
+        Unavailable: MLflow does not answer.
+    """
+    model, alias = entry.candidate.model, entry.alias
+    stack = standing(history(registry.objects, model, alias))
+    known = versions(registry, model)
+    before = [one for one in stack[:-1][-1:] if any(two.same(one) for two in known)]
+    action: Action = "rollback" if before else "withdraw"
+    stands = before[0] if before else entry.version
+    try:
+        append(registry.objects, model, alias, action, lambda _: stands, why, entry.number)
+    except Overtaken:
+        return None
+    reconcile(registry, model)
+    return stands.number if before else ""
+
+
 def reconcile(registry: Registry, model: str) -> list[Drift]:
     """Make MLflow's aliases equal the journal and tell subscribers of it; returns what was put right.
 
@@ -166,7 +191,9 @@ def reconcile(registry: Registry, model: str) -> list[Drift]:
     while wrong := drift(registry, model):
         for one in wrong:
             entry = head(registry.objects, model, one.alias)
-            assert entry is not None
+            if entry is None:
+                registry.client.delete_registered_model_alias(model, one.alias)
+                continue
             _check_present(registry, entry.version)
             registry.client.set_registered_model_alias(model, one.alias, entry.version.number)
         mended += wrong  # and look again: another process may have appended meanwhile
@@ -177,7 +204,7 @@ def reconcile(registry: Registry, model: str) -> list[Drift]:
 def drift(registry: Registry, model: str) -> list[Drift]:
     """Aliases of the journal that MLflow has elsewhere: moved by hand, or not moved yet; see `refused` for the rest."""
     entries = [entry for entry in history(registry.objects, model) if not alias_fault(entry.alias)]
-    should = {entry.alias: entry.version.number for entry in entries}
+    should = {one.alias: None if one.action == "withdraw" else one.version.number for one in entries}
     stands = aliases(registry.client, model) or {}
     return [Drift(model, alias, n, stands.get(alias)) for alias, n in should.items() if stands.get(alias) != n]
 
@@ -220,8 +247,9 @@ def _entered(registry: Registry, version: Version, alias: str, why: str, *, new:
 
 
 def _why_not(entries: list[Promotion], version: Version, *, by_person: bool) -> str:
-    if entries and entries[-1].version.same(version):
-        return f"{entries[-1].alias} stands on version {version.number} already"
+    stands = standing_entry(entries)
+    if stands and stands.version.same(version):
+        return f"{stands.alias} stands on version {version.number} already"
     undone = None if by_person else rolled_back(entries).get(version.candidate.identity)
     if undone is None:
         return ""

@@ -27,7 +27,8 @@ def show_result(result: RunResult, console: Console) -> None:
         model = result.model
         serves = f", serves {', '.join(model.targets)}" if model.targets else ""
         held = ", promoted without a gate" if result.unjudged else ""
-        console.print(Text(f"registered: {model.name} version {model.version} as {model.alias}{serves}{held}"))
+        stands = f"; {model.undone}" if model.undone else f" as {model.alias}{serves}{held}"
+        console.print(Text(f"registered: {model.name} version {model.version}{stands}"))
     for what, where in {"report.html": result.report, **result.outputs, "store": result.store}.items():
         if where:
             console.print(Text(f"{what.partition('.')[0]}: {where}"))

@@ -28,7 +28,8 @@ def described(result: RunResult) -> str:
         parts.append("The recipe asks for no gate.")
     if result.model and result.model.version:
         on = f" ({', '.join(result.model.targets)})" if result.model.targets else ""
-        parts.append(f"`{result.model.name}` version {result.model.version} as `{result.model.alias}`{on}.")
+        stands = f": {_escaped(result.model.undone)}" if result.model.undone else f" as `{result.model.alias}`{on}"
+        parts.append(f"`{result.model.name}` version {result.model.version}{stands}.")
     elif not result.passed:
         parts.append("No version was registered and no alias moved; the artifacts are kept.")
     return "\n\n".join(parts)
