@@ -7,11 +7,11 @@ before is taken only where it is of the same work.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flows.recipe.expand import Expanded, beside
+from flows.recipe.expand import Expanded, PlannedStep
 from flows.recipe.model import CHAMPION, Recipe
 from flows.registry.journal import Executable, Promotion, history, last, standing_entry
 from flows.running.placement import load_pools
@@ -53,7 +53,12 @@ def champion_of(recipe: Recipe, store: Store) -> Champion:
     return Champion(last(entries), standing_entry(entries))
 
 
-def facing(asked: Expanded, store: Store) -> Expanded:
+@dataclass(frozen=True)
+class MeasuredChampion(PlannedStep):
+    """A measurement of the champion, whose engine is known by now."""
+
+
+def facing(asked: Expanded, store: Store) -> Sequence[PlannedStep]:
     """A recipe's steps and the measurements of the champion that its gates ask for.
 
     Raises:
@@ -68,8 +73,8 @@ def measured(session: Session, champion: Champion) -> Session:
     Raises:
         StageError: its engine is gone, or cannot be measured.
     """
-    steps = _facing(Expanded(session.recipe, tuple(session.steps)), session.store, champion).steps
-    if steps == tuple(session.steps):
+    steps = _facing(session.asked, session.store, champion)
+    if [(one.name, dict(one.given)) for one in steps] == [(one.name, dict(one.given)) for one in session.steps]:
         return session
     own = {name: one for name, one in session.planned.items() if one.measures != CHAMPION}
     theirs = [step for step in steps if step.measures == CHAMPION]
@@ -110,10 +115,10 @@ def reports_of(session: Session, champion: Champion, serves: str) -> dict[str, d
     return found
 
 
-def _facing(asked: Expanded, store: Store, champion: Champion) -> Expanded:
+def _facing(asked: Expanded, store: Store, champion: Champion) -> Sequence[PlannedStep]:
     served, register = champion.served, asked.recipe.register_as
     if served is None or register is None:
-        return beside(asked, "", "")
+        return asked.steps
     compares = any(gate.against == CHAMPION for gate in asked.recipe.gates)
     if compares and store.manifest(served.fingerprint) is None:
         raise StageError(
@@ -123,7 +128,19 @@ def _facing(asked: Expanded, store: Store, champion: Champion) -> Expanded:
             remedy=f"Run the recipe that made it again, move the alias by `enginery promote {register.model} VERSION` "
             "to a version whose engine is there, or take the gates against champion out.",
         )
-    return beside(asked, served.fingerprint, served.target)
+    theirs = [
+        MeasuredChampion(
+            name=one.name,
+            stage=one.stage,
+            inputs=one.inputs,
+            params={**one.params, "target": served.target},
+            measures=one.measures,
+            corpus=one.corpus,
+            given={"model": served.fingerprint},
+        )
+        for one in asked.champion
+    ]
+    return (*asked.steps, *theirs)
 
 
 def _report(store: Store, identity: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def plan(asked: Expanded, settings: Settings, terminal: Terminal) -> list[PlanLi
     """What a run would do, step by step: hit or miss, the first field that differs, what it needs."""
     enter(settings)
     store = settings.connect()
-    planned = planned_steps(facing(asked, store).steps, settings, store, terminal.for_step)
+    planned = planned_steps(facing(asked, store), settings, store, terminal.for_step)
     refuse_inadmissible(planned, asked.recipe, store, terminal.line)
     needed = needs(planned.values(), store, load_pools() if settings.launcher == "pool" else None)
     return [

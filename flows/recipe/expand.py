@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -42,10 +42,16 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Expanded:
-    """A recipe, checked, and the steps that run for it, in an order in which none reads a later one."""
+    """A recipe, checked, and the steps that run for it, in an order in which none reads a later one.
+
+    Attributes:
+        champion: the measurements of the champion that gates ask for; its engine, the role `model`, and what executes
+            it are known when the recipe runs.
+    """
 
     recipe: Recipe
     steps: tuple[PlannedStep, ...]
+    champion: tuple[PlannedStep, ...] = ()
 
 
 def expanded(recipe: Recipe) -> Expanded:
@@ -55,37 +61,18 @@ def expanded(recipe: Recipe) -> Expanded:
         for s in recipe.steps
     ]
     measured = [] if recipe.judge is None else list(_measurements(recipe, recipe.judge))
-    return Expanded(recipe, (*own, *_named_apart(measured)))
+    steps = (*own, *_named_apart(measured))
+    taken = {step.name for step in steps}
+    return Expanded(recipe, steps, () if recipe.judge is None else tuple(_champions(recipe, recipe.judge, taken)))
 
 
-def beside(asked: Expanded, engine: str, target: str) -> Expanded:
-    """The same steps, and the measurements of the champion that gates ask for, on the texts that they name.
-
-    Args:
-        asked: the recipe; what it measures of another champion is left out.
-        engine: fingerprint of the engine that the champion serves, empty for no champion.
-        target: what executes it.
-    """
-    judge, own = asked.recipe.judge, tuple(step for step in asked.steps if step.measures != CHAMPION)
-    if judge is None or not engine:
-        return replace(asked, steps=own)
-    gates = [gate for gate in asked.recipe.gates if gate.against == CHAMPION and gate.measure != "size_bytes"]
-    corpora = [one for one in judge.corpora if any(gate.corpus in (None, one) for gate in gates)]
-    taken, measured = {step.name for step in own}, []
-    for corpus in corpora:
-        name = measurement_name(CHAMPION, corpus)
-        measured.append(
-            PlannedStep(
-                _apart(CHAMPION, corpus) if name in taken else name,
-                "validate",
-                {"text": corpus, "baseline": judge.baseline},
-                _params(judge, target),
-                CHAMPION,
-                corpus,
-                given={"model": engine},
-            )
-        )
-    return replace(asked, steps=(*own, *measured))
+def _champions(recipe: Recipe, judge: Judge, taken: Collection[str]) -> Iterator[PlannedStep]:
+    gates = [gate for gate in recipe.gates if gate.against == CHAMPION and gate.measure != "size_bytes"]
+    for corpus in judge.corpora:
+        if any(gate.corpus in (None, corpus) for gate in gates):
+            named, inputs = measurement_name(CHAMPION, corpus), {"text": corpus, "baseline": judge.baseline}
+            name = _apart(CHAMPION, corpus) if named in taken else named
+            yield PlannedStep(name, "validate", inputs, _params(judge, ""), CHAMPION, corpus)
 
 
 def _in_blocks(step: Step, recipe: Recipe) -> dict[str, Any]:

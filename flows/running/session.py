@@ -69,7 +69,7 @@ class Session:
         ended: the result once nothing undoes it, empty before: what breaks from then on makes no failure of the run.
     """
 
-    recipe: Recipe
+    asked: Expanded
     steps: Sequence[PlannedStep]
     settings: Settings
     store: Store
@@ -86,13 +86,18 @@ class Session:
     ended: list[RunResult] = field(default_factory=list)
 
     @property
+    def recipe(self) -> Recipe:
+        """What is run."""
+        return self.asked.recipe
+
+    @property
     def loose(self) -> LooseEnds:
         """Who is told of what breaks after the run has ended."""
         return LooseEnds(self.record, self.terminal.line)
 
 
-Facing = Callable[[Expanded, Store], Expanded]
-"""Adds what only the store can tell: the measurements of the champion."""
+Facing = Callable[[Expanded, Store], Sequence[PlannedStep]]
+"""A recipe's steps, and what only the store can tell: the measurements of the champion."""
 
 
 @contextmanager
@@ -109,8 +114,8 @@ def opened(asked: Expanded, settings: Settings, terminal: Terminal, facing: Faci
         try:
             with ended_by(last=lambda: None if ended else record.failed(KeyboardInterrupt())):
                 store = patiently(settings.connect, away_s=away_s)
-                asked = patiently(lambda: facing(asked, store), away_s=away_s)
-                yield from _followed(asked, settings, terminal, store, record, ended, away_s)
+                steps = patiently(lambda: facing(asked, store), away_s=away_s)
+                yield from _followed(asked, steps, settings, terminal, store, record, ended)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 unwinding()
@@ -121,16 +126,16 @@ def opened(asked: Expanded, settings: Settings, terminal: Terminal, facing: Faci
 
 def _followed(
     asked: Expanded,
+    steps: Sequence[PlannedStep],
     settings: Settings,
     terminal: Terminal,
     store: Store,
     record: Record,
     ended: list[RunResult],
-    away_s: float,
 ) -> Iterator[Session]:
     """Plan the run, follow it in MLflow, and hold the session while it lasts."""
-    scratch = settings.scratch
-    planned = patiently(lambda: planned_steps(asked.steps, settings, store, terminal.for_step), away_s=away_s)
+    scratch, away_s = settings.scratch, AWAY_S if settings.launcher == "pool" else BRIEFLY_S
+    planned = patiently(lambda: planned_steps(steps, settings, store, terminal.for_step), away_s=away_s)
     refuse_inadmissible(planned, asked.recipe, store, terminal.line)
     launcher = _launcher(store, settings, record)
     loose, opening = LooseEnds(record, terminal.line), lambda: patiently(lambda: open_tracking(scratch), away_s=away_s)
@@ -139,8 +144,8 @@ def _followed(
         ended_by(hurry=lambda: launcher.stop(now=True)),
     ):
         yield Session(
-            recipe=asked.recipe,
-            steps=asked.steps,
+            asked=asked,
+            steps=steps,
             settings=settings,
             store=store,
             terminal=terminal,
@@ -214,11 +219,7 @@ def _launcher(store: Store, settings: Settings, record: Record) -> Launcher:
 def planned_steps(
     steps: Sequence[PlannedStep], settings: Settings, store: Store, listener: Callable[[str], Progress]
 ) -> dict[str, Planned]:
-    """The steps with their identities, as --force and --from have them.
-
-    Raises:
-        StageError: an option names no step, or as `resolve` has it.
-    """
+    """The steps with their identities, as --force and --from have them; each of the two must name a step."""
     names = [step.name for step in steps]
     for name in sorted(settings.force - set(names)):
         raise StageError(f"--force names no step: {name!r}", limit=", ".join(names))

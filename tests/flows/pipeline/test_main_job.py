@@ -80,8 +80,8 @@ def test_run_enters_each_room_once_on_its_way_and_the_recipe_only_before_the_pip
         "reporting",  # and the terminal is opened
         "running",
         "prefect_api",
+        "registry",  # the champion is looked up before it is planned to be measured
         "tracking",
-        "registry",  # the champion is looked up before it is judged against
         "judging",
     ]
     assert walked["late"] == []
