@@ -294,14 +294,3 @@ class VerifyResult(Frozen):
     uri: str
     files: dict[str, str]
     size_bytes: int
-
-
-SCHEMAS: dict[str, type[Frozen]] = {
-    "run": RunResult,
-    "plan": PlanResult,
-    "inspect": Inspection,
-    "ls": ListResult,
-    "runs": RunsResult,
-    "verify": VerifyResult,
-}
-"""Name of the schema file -> what it describes."""

@@ -9,23 +9,29 @@ from flows.recipe.model import Recipe
 from flows.registry.overview import ModelsResult
 from flows.reporting.compare import CompareResult
 from flows.reporting.stage_docs import StagesResult
-from flows.results import SCHEMAS, CheckResult
+from flows.results import CheckResult, Inspection, ListResult, PlanResult, RunResult, RunsResult, VerifyResult
 from stages.runtime.contract import Frozen
 
-LISTS: dict[str, type[Frozen]] = {
+SCHEMAS: dict[str, type[Frozen]] = {
+    "recipe": Recipe,
+    "run": RunResult,
+    "plan": PlanResult,
+    "inspect": Inspection,
+    "ls": ListResult,
+    "runs": RunsResult,
+    "verify": VerifyResult,
     "models": ModelsResult,
     "stages": StagesResult,
     "compare": CompareResult,
     "check": CheckResult,
 }
-"""What is printed with --json and kept nowhere."""
+"""Name of the schema file -> what it describes."""
 FOLDER = Path(__file__).parent / "schemas"
 
 
 def schemas() -> dict[str, str]:
     """File name -> text, generated from the models and every stage's params."""
-    models: dict[str, type[Frozen]] = {"recipe": Recipe, **SCHEMAS, **LISTS}
-    return {f"{name}.json": _text(name, model.model_json_schema()) for name, model in models.items()}
+    return {f"{name}.json": _text(name, model.model_json_schema()) for name, model in SCHEMAS.items()}
 
 
 def _text(name: str, schema: dict[str, object]) -> str:

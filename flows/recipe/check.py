@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flows.recipe.check_gates import RUNS, gate_faults, named
 from flows.recipe.expand import expanded, upstream
 from flows.recipe.located_yaml import Fault
 from flows.recipe.located_yaml import Path as Field
@@ -22,9 +23,6 @@ from flows.recipe.shape import BROKEN, dotted, meant, part, said, shaped, withou
 from stages import STAGES, stage
 from stages.measures.table import MEASURES
 from stages.runtime.contract import Kind, StageError
-
-_RUNS = frozenset({Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE})
-"""Kinds that answer, so that they can be judged."""
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -63,7 +61,7 @@ def faults(data: dict[str, Any]) -> list[Fault]:
         found += _measured(seen)
     for index, gate in enumerate(seen.gates):
         if isinstance(gate, dict):
-            found += _gate(seen, ("gates", index), gate, wrong)
+            found += gate_faults(seen, ("gates", index), gate, wrong)
     return found
 
 
@@ -90,11 +88,11 @@ def _params(step: SeenStep, left: Any) -> list[Fault]:
 
 def _wanted(seen: Seen) -> list[Wanted]:
     """Every step that is spoken of: by steps, by `judge` and by gates."""
-    spoken = [(name, _RUNS) for name in seen.named("artifacts")]
+    spoken = [(name, RUNS) for name in seen.named("artifacts")]
     spoken += [(name, frozenset({Kind.CORPUS})) for name in seen.named("corpora")]
     spoken.append((part(seen.judge, "baseline"), frozenset({Kind.CHECKPOINT})))
     for gate in seen.gates:
-        spoken += [(part(gate, field), _RUNS) for field in ("artifact", "against")]
+        spoken += [(part(gate, field), RUNS) for field in ("artifact", "against")]
         spoken.append((part(gate, "corpus"), frozenset({Kind.CORPUS})))
     wanted = [one for step in seen.steps for one in step.reads()]
     return wanted + [Wanted(name, None, kinds) for name, kinds in spoken if isinstance(name, str)]
@@ -186,11 +184,11 @@ def _judge(seen: Seen) -> Iterator[Fault]:
     if not isinstance(seen.judge, dict):
         return
     for index, name in enumerate(_listed(seen, "artifacts")):
-        yield from _named(seen, ("judge", "artifacts", index), name, _RUNS)
-    yield from _named(seen, ("judge", "baseline"), part(seen.judge, "baseline"), frozenset({Kind.CHECKPOINT}))
+        yield from named(seen, ("judge", "artifacts", index), name, RUNS)
+    yield from named(seen, ("judge", "baseline"), part(seen.judge, "baseline"), frozenset({Kind.CHECKPOINT}))
     split = part(seen.judge, "split", "test")
     for index, name in enumerate(_listed(seen, "corpora")):
-        yield from _named(seen, ("judge", "corpora", index), name, frozenset({Kind.CORPUS}))
+        yield from named(seen, ("judge", "corpora", index), name, frozenset({Kind.CORPUS}))
         corpus = seen.find(name) if isinstance(name, str) else None
         if corpus is None or split is BROKEN or corpus.index in seen.unsound:
             continue
@@ -234,79 +232,3 @@ def _promotion(seen: Seen, left: Any) -> Iterator[Fault]:
     elif isinstance(gates, list) and all(one == CHAMPION for one in against):
         text = "where no champion is yet, none of the gates holds anything; allowed: one more, without `champion`"
         yield Fault(("gates",), text)
-
-
-def _named(seen: Seen, path: Field, name: Any, kinds: frozenset[Kind]) -> Iterator[Fault]:
-    if not isinstance(name, str):
-        return
-    fitting = [step.name for step in seen.steps if step.output in kinds]
-    known = seen.find(name)
-    if known is None or (known.output is not None and known.output not in kinds):
-        text = f"{name!r} is no {' or '.join(sorted(kinds))}" if known else f"there is no step {name!r}"
-        yield Fault(path, f"{text}; allowed: {', '.join(fitting) or 'none in this recipe'}")
-
-
-def _gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) -> Iterator[Fault]:
-    measure = part(gate, "measure")
-    if measure == "size_bytes":
-        yield from _size_gate(seen, here, gate)
-    elif seen.judge is None and isinstance(measure, str):
-        yield Fault((*here, "measure"), f"{measure} needs `judge`; allowed: size_bytes")
-    elif seen.judge is not None:
-        yield from _score_gate(seen, here, gate, wrong)
-
-
-def _size_gate(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:
-    if part(gate, "corpus") not in (None, BROKEN):
-        yield Fault((*here, "corpus"), "a size has no corpus; allowed: leave it out")
-    if part(gate, "artifact") is not None:
-        yield from _named(seen, (*here, "artifact"), part(gate, "artifact"), _RUNS)
-    elif seen.judge is None:
-        yield Fault((*here, "artifact"), "required, since nothing is judged; allowed: the name of a step")
-    if part(gate, "against") != CHAMPION:
-        yield from _named(seen, (*here, "against"), part(gate, "against"), _RUNS)
-
-
-def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) -> Iterator[Fault]:
-    """What a gate says of what `judge` has; `wrong` are the fields of `judge` that cannot be relied on."""
-    measure, baseline = part(gate, "measure"), part(seen.judge, "baseline")
-    yield from _kinds_of_corpora(seen, here, gate)
-    paired = isinstance(measure, str) and MEASURES[measure].paired
-    executed, corpora = seen.executed(), seen.named("corpora")
-    against = [CHAMPION, *executed, *([baseline] if isinstance(baseline, str) and not paired else [])]
-    measures = part(seen.judge, "measures", list(MEASURES))
-    for field, allowed, why, of in (
-        ("measure", measures, "is not measured", {"measures"}),
-        ("artifact", executed, "is not judged by execution here", {"artifacts"}),
-        ("corpus", corpora, "is not judged", {"corpora"}),
-        ("against", against, "has no such measure", {"artifacts", "baseline"}),
-    ):
-        value = part(gate, field)
-        if not isinstance(value, str) or allowed is BROKEN or value in allowed:
-            continue
-        strange = field != "measure" and seen.find(value) is None
-        # Where the list itself is wrong, the name may be what was meant to stand there; an unknown one is wrong anyway.
-        if strange or (isinstance(seen.judge, dict) and not of & wrong and measure is not BROKEN):
-            text = f"there is no step {value!r}" if strange else f"{value!r} {why}"
-            yield Fault((*here, field), f"{text}; allowed: {', '.join(allowed) or 'none in this recipe'}")
-
-
-def _kinds_of_corpora(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:
-    """A measure of items needs a set of items, and one that is seen between two needs both."""
-    measure = MEASURES.get(str(part(gate, "measure")))
-    if measure is None:
-        return
-    if measure.between and part(gate, "against") is None:
-        yield Fault(
-            (*here, "against"), f"{part(gate, 'measure')} is counted between two; allowed: the baseline, a step"
-        )
-    sets = [name for name in seen.named("corpora") if (one := seen.find(name)) and one.stage == "items"]
-    corpus = part(gate, "corpus")
-    if measure.of_items and corpus is None and not sets:
-        text = f"{part(gate, 'measure')} is measured on a set of items, and `judge` has none"
-        yield Fault((*here, "measure"), f"{text}; allowed: with a step of the stage items among its corpora")
-    if measure.of_items and isinstance(corpus, str) and corpus in seen.named("corpora") and corpus not in sets:
-        allowed = ", ".join(sets) or "a step of the stage items"
-        yield Fault(
-            (*here, "corpus"), f"{corpus!r} is text, and {part(gate, 'measure')} is of items; allowed: {allowed}"
-        )

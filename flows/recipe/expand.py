@@ -72,7 +72,7 @@ def _champions(recipe: Recipe, judge: Judge, taken: Collection[str]) -> Iterator
         if any(gate.corpus in (None, corpus) for gate in gates):
             named, inputs = measurement_name(CHAMPION, corpus), {"text": corpus, "baseline": judge.baseline}
             name = _apart(CHAMPION, corpus) if named in taken else named
-            yield PlannedStep(name, "validate", inputs, _params(judge, ""), CHAMPION, corpus)
+            yield PlannedStep(name, "validate", inputs, _params(recipe, judge, "", corpus), CHAMPION, corpus)
 
 
 def _in_blocks(step: Step, recipe: Recipe) -> dict[str, Any]:
@@ -146,14 +146,18 @@ def _measurements(recipe: Recipe, judge: Judge) -> Iterator[PlannedStep]:
     executed = [name for name in judge.artifacts if executable_here(recipe.step(name))]
     for artifact in dict.fromkeys([judge.baseline, *executed]):
         for corpus in judge.corpora:
-            yield _measurement(judge, recipe.step(artifact), corpus, against=artifact != judge.baseline)
+            yield _measurement(recipe, judge, recipe.step(artifact), corpus)
     if not judge.trace:
         return
-    sets = [name for name in judge.corpora[1:] if {one.name: one.stage for one in recipe.steps}.get(name) == "items"]
+    sets = [name for name in judge.corpora[1:] if _is_set(recipe, name)]
     for step in recipe.steps:
         if step.name in between(recipe) and step.name not in judge.artifacts:
             for corpus in (judge.corpora[0], *sets):
-                yield _measurement(judge, step, corpus, traced=True)
+                yield _measurement(recipe, judge, step, corpus, traced=True)
+
+
+def _is_set(recipe: Recipe, corpus: str) -> bool:
+    return any(step.name == corpus and step.stage == "items" for step in recipe.steps)
 
 
 def between(recipe: Recipe) -> list[str]:
@@ -170,15 +174,20 @@ def between(recipe: Recipe) -> list[str]:
     ]
 
 
-def _measurement(judge: Judge, step: Step, corpus: str, *, against: bool = False, traced: bool = False) -> PlannedStep:
-    artifact, params = step.name, _params(judge, _target(step))
-    inputs = {"model": artifact, "text": corpus} | ({"baseline": judge.baseline} if against else {})
+def _measurement(recipe: Recipe, judge: Judge, step: Step, corpus: str, *, traced: bool = False) -> PlannedStep:
+    artifact, params = step.name, _params(recipe, judge, _target(step), corpus)
+    inputs = {"model": artifact, "text": corpus}
+    if traced and _is_set(recipe, corpus):
+        params["items"] = min(judge.trace_items, judge.items or judge.trace_items)
+    elif not traced and artifact != judge.baseline:
+        inputs["baseline"] = judge.baseline
     return PlannedStep(measurement_name(artifact, corpus), "validate", inputs, params, artifact, corpus, traced)
 
 
-def _params(judge: Judge, target: str) -> dict[str, Any]:
+def _params(recipe: Recipe, judge: Judge, target: str, corpus: str) -> dict[str, Any]:
     params: dict[str, Any] = {"split": judge.split, "window_tokens": judge.window_tokens, "target": target}
-    return params if judge.windows is None else params | {"windows": judge.windows}
+    most = ("items", judge.items) if _is_set(recipe, corpus) else ("windows", judge.windows)
+    return params if most[1] is None else params | dict([most])
 
 
 def _target(step: Step) -> str:

@@ -67,7 +67,10 @@ class Judge(Frozen):
 
     Attributes:
         windows: at most this many windows of a corpus; all by default.
-        trace: also measure each checkpoint between the baseline and the artifacts, on the first corpus.
+        items: at most this many items of a set; all by default.
+        trace: also measure each checkpoint between the baseline and the artifacts, on the first corpus and every set.
+        trace_items: at most this many items of a set for such a checkpoint, so that it is not said for long where
+            right answers went.
     """
 
     artifacts: list[Name] = Field(min_length=1)
@@ -77,7 +80,9 @@ class Judge(Frozen):
     split: Literal["calibrate", "train", "validate", "test"] = "test"
     window_tokens: int = Field(default=512, ge=2)
     windows: int | None = Field(default=None, ge=1)
+    items: int | None = Field(default=None, ge=1)
     trace: bool = True
+    trace_items: int = Field(default=200, ge=1)
 
 
 class Gate(Frozen):

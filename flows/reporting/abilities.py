@@ -59,7 +59,7 @@ class ItemSet:
         baseline: the dense model's step.
         judged: the artifacts with a column.
         abilities: rows, the whole first.
-        heat: step -> ability -> right answers less dense's, as a share of the items.
+        heat: step -> ability -> right answers less dense's, as a share of the items that the step was asked.
         flips: the first ones; `flipped` of each artifact, (lost, won).
     """
 
@@ -92,12 +92,11 @@ def item_sets(reports: Reports, baseline: str, judged: Sequence[str], chain: Seq
 
 
 def paired(reports: Reports, artifact: str, baseline: str, corpus: str) -> list[tuple[Document, Document]]:
-    """Each item's document of the artifact beside the baseline's, in the set's order; empty where one is missing."""
+    """Documents of the items that both were asked, the artifact's beside the baseline's, in the set's order."""
     if (artifact, corpus) not in reports or (baseline, corpus) not in reports:
         return []
     theirs = {one["id"]: one for one in reports[baseline, corpus]["documents"]}
-    ours = reports[artifact, corpus]["documents"]
-    return [(one, theirs[one["id"]]) for one in ours] if {one["id"] for one in ours} == theirs.keys() else []
+    return [(one, theirs[one["id"]]) for one in reports[artifact, corpus]["documents"] if one["id"] in theirs]
 
 
 def _set(
@@ -109,14 +108,10 @@ def _set(
 ) -> ItemSet:
     shown = [one for one in judged if asked.get(one)]
     order = [one for one in (*chain, *judged) if asked.get(one)]
-    dense = [theirs for _, theirs in next(pairs for pairs in asked.values() if pairs)]
-    places = {"all": list(range(len(dense)))} | slices(dense)
-    rows = [
-        _ability(name, [dense[at] for at in where], {one: [asked[one][at] for at in where] for one in shown})
-        for name, where in places.items()
-    ]
+    names = ["all", *slices([theirs for _, theirs in max(asked.values(), key=len)])]
+    rows = [_ability(name, {one: _of(asked[one], name) for one in shown}) for name in names] if shown else []
     heat = {
-        step: {name: _change([asked[step][at] for at in where]) for name, where in places.items()}
+        step: {name: _change(pairs) for name in names if (pairs := _of(asked[step], name))}
         for step in dict.fromkeys(order)
     }
     flips = [
@@ -129,7 +124,12 @@ def _set(
     return ItemSet(corpus, baseline, shown, rows, heat, flips[:MOST_FLIPS], flipped)
 
 
-def _ability(name: str, dense: Sequence[Document], cells: Mapping[str, Sequence[tuple[Document, Document]]]) -> Ability:
+def _of(pairs: Sequence[tuple[Document, Document]], name: str) -> list[tuple[Document, Document]]:
+    return [one for one in pairs if name in ("all", one[0]["slice"])]
+
+
+def _ability(name: str, cells: Mapping[str, Sequence[tuple[Document, Document]]]) -> Ability:
+    dense = [theirs for _, theirs in max(cells.values(), key=len)]
     known = above_chance(dense)
     return Ability(
         name=name,
@@ -140,7 +140,7 @@ def _ability(name: str, dense: Sequence[Document], cells: Mapping[str, Sequence[
         cells={
             one: Cell(
                 sum(ours["right"] for ours, _ in pairs),
-                of_documents(MEASURES["accuracy"], [ours for ours, _ in pairs], dense) if known else None,
+                of_documents(MEASURES["accuracy"], *map(list, zip(*pairs, strict=True))) if known else None,
             )
             for one, pairs in cells.items()
         },
@@ -175,15 +175,18 @@ def whereabouts(reports: Reports, chain: Sequence[str]) -> list[str]:
         asked = [one for one in chain if (one, corpus) in reports]
         if len(asked) < 2 or asked[0] != chain[0]:
             continue
-        right = [sum(one["right"] for one in reports[name, corpus]["documents"]) for name in asked]
-        steps = [(before, after, *_lost(reports, before, after, corpus)) for before, after in pairwise(asked)]
-        _, worst, net, abilities = max(steps, key=lambda one: one[2])
+        right, dense = (
+            sum(one[side]["right"] for one in paired(reports, asked[-1], asked[0], corpus)) for side in (0, 1)
+        )
+        steps = [(after, *_lost(reports, before, after, corpus)) for before, after in pairwise(asked)]
+        worst, net, abilities = max(steps, key=lambda one: one[1])
         if net <= 0:
             continue
         named = ", ".join(f"{ability} {count}" for ability, count in abilities[:_MOST_NAMED])
+        of = len(paired(reports, worst, asked[asked.index(worst) - 1], corpus))
         said.append(
-            f"{corpus}: {asked[-1]} answers {right[-1]} right where {asked[0]} answers {right[0]}; "
-            f"most were lost by {worst}, {net} in all ({named})"
+            f"{corpus}: {asked[-1]} answers {right} right where {asked[0]} answers {dense}; "
+            f"most were lost by {worst}, {net} of {of} items ({named})"
         )
     return said
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from stages.adapters.backends import Forward
 
+ROWS = 8
+"""Sequences that are read side by side: the batch that a TensorRT plan takes unless it was told otherwise."""
 Enough = Callable[[int, list[int]], bool]
 """(number of the prompt, its new tokens) -> whether no more of it is wanted."""
 
@@ -82,11 +84,12 @@ class _Rereading:
         self.forward = forward
 
     def chosen(self, rows: dict[int, list[int]]) -> dict[int, int]:
-        logits_NTV = self.forward(*padded([*rows.values()]))
-        return {
-            number: int(logits_TV[len(row) - 1].argmax())
-            for (number, row), logits_TV in zip(rows.items(), logits_NTV, strict=True)
-        }
+        found: dict[int, int] = {}
+        numbers = [*rows]
+        for some in (numbers[start : start + ROWS] for start in range(0, len(numbers), ROWS)):
+            logits_NTV = self.forward(*padded([rows[one] for one in some]))
+            found |= {one: int(at[len(rows[one]) - 1].argmax()) for one, at in zip(some, logits_NTV, strict=True)}
+        return found
 
 
 class _Stepping:

@@ -32,12 +32,14 @@ class ValidateParams(Params):
         split: the split that is scored, of the corpus or of the set of items.
         window_tokens: length of a window of text, at most what the model reads; one window is one document.
         windows: at most this many windows, the first ones; None for all.
+        items: at most this many items of a set, the first ones; None for all.
         target: what the model is executed on; it must be the artifact's own.
     """
 
     split: Literal["calibrate", "train", "validate", "test"] = "test"
     window_tokens: int = Field(512, ge=2)
     windows: int | None = Field(None, ge=1)
+    items: int | None = Field(None, ge=1)
     target: Target = "torch:cpu"
 
 

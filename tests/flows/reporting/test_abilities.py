@@ -61,10 +61,19 @@ def test_flips_stand_side_by_side(found):
 
 def test_sentence_names_the_step_and_the_abilities_that_went():
     assert whereabouts(REPORTS, CHAIN) == [
-        "abilities: cpu answers 4 right where dense answers 7; most were lost by pruned, 4 in all (capitals 4)"
+        "abilities: cpu answers 4 right where dense answers 7; most were lost by pruned, 4 of 14 items (capitals 4)"
     ]
     assert whereabouts(REPORTS, ["dense", "dense"]) == []
     assert whereabouts({("cpu", "abilities"): report("cpu")}, CHAIN) == []
+
+
+def test_step_that_was_asked_some_of_the_items_is_compared_on_these():
+    some = {name: dict(one, documents=list(one.get("documents", []))) for name, one in REPORTS.items()}
+    some["pruned", "abilities"]["documents"] = some["pruned", "abilities"]["documents"][1:8]
+    (found,) = item_sets(some, "dense", ["cpu"], CHAIN)
+    assert found.heat["pruned"] == {"all": -4 / 7, "capitals": -4 / 5, "sums": 0}
+    assert found.heat["cpu"]["noise"] == 0
+    assert whereabouts(some, CHAIN)[0].endswith("most were lost by pruned, 4 of 7 items (capitals 4)")
 
 
 def test_page_shows_abilities_heat_and_flips_escaped(found, tmp_path):
@@ -74,7 +83,7 @@ def test_page_shows_abilities_heat_and_flips_escaped(found, tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
     assert "What it can do: abilities" in text and "Where it was lost" in text
-    assert "most were lost by pruned, 4 in all (capitals 4)" in text
+    assert "most were lost by pruned, 4 of 14 items (capitals 4)" in text
     assert "cpu: 4 right answers lost, 1 won" in text
     assert "capitals &lt;2&gt; is" in page and "x &amp; y" in page
     assert "0.4 (" in text and "dense guesses" in text

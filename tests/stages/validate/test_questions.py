@@ -135,12 +135,13 @@ def test_divergence_is_of_each_position_of_the_prompts(tiny, theirs, items, tmp_
 
 
 def test_report_has_the_same_bytes_in_parts_and_after_a_kill(tiny, items, tmp_path):
-    inputs = {"model": tiny, "text": folder_of(items, tmp_path / "items")}
+    many = [one.model_copy(update={"id": f"{one.id}.{again}"}) for again in range(4) for one in items]
+    inputs = {"model": tiny, "text": folder_of(many, tmp_path / "items")}
     params, whole = ValidateParams(), tmp_path / "whole"
     whole.mkdir()
     VALIDATE.run(params, inputs, whole, Silent())
     count = VALIDATE.divided.count(params, inputs)
-    assert count == 2, "thirteen items, eight side by side"
+    assert count == 2, "52 items, 32 side by side"
     from stages.runtime.parts import FOLDER, keep
 
     for left in range(count):
@@ -156,6 +157,15 @@ def test_report_has_the_same_bytes_in_parts_and_after_a_kill(tiny, items, tmp_pa
     keep(spoiled / FOLDER, range(0, 1), VALIDATE.divided.part(params, inputs, range(1, 2), Silent()))
     VALIDATE.run(params, inputs, spoiled, Silent())
     assert (spoiled / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+
+
+def test_first_items_are_asked_where_no_more_are_wanted(tiny, items, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    inputs = {"model": tiny, "text": folder_of(items, tmp_path / "items")}
+    VALIDATE.run(ValidateParams(items=3), inputs, output, Silent())
+    documents = json.loads((output / "report.json").read_text())["documents"]
+    assert [one["id"].rpartition("-")[0] for one in documents] == [one.id for one in items[:3]]
 
 
 def test_other_question_has_another_document(tiny, items, tmp_path):

@@ -1,0 +1,94 @@
+"""Whether a gate speaks of what the recipe judges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flows.recipe.located_yaml import Fault
+from flows.recipe.located_yaml import Path as Field
+from flows.recipe.seen import CHAMPION, Seen
+from flows.recipe.shape import BROKEN, part
+from stages.measures.table import MEASURES
+from stages.runtime.contract import Kind
+
+RUNS = frozenset({Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE})
+"""Kinds that answer, so that they can be judged."""
+
+
+def named(seen: Seen, path: Field, name: Any, kinds: frozenset[Kind]) -> Iterator[Fault]:
+    """That a name is of no step, or of one that makes something else."""
+    if not isinstance(name, str):
+        return
+    fitting = [step.name for step in seen.steps if step.output in kinds]
+    known = seen.find(name)
+    if known is None or (known.output is not None and known.output not in kinds):
+        text = f"{name!r} is no {' or '.join(sorted(kinds))}" if known else f"there is no step {name!r}"
+        yield Fault(path, f"{text}; allowed: {', '.join(fitting) or 'none in this recipe'}")
+
+
+def gate_faults(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) -> Iterator[Fault]:
+    """What is wrong with one gate; `wrong` are the fields of `judge` that cannot be relied on."""
+    measure = part(gate, "measure")
+    if measure == "size_bytes":
+        yield from _size_gate(seen, here, gate)
+    elif seen.judge is None and isinstance(measure, str):
+        yield Fault((*here, "measure"), f"{measure} needs `judge`; allowed: size_bytes")
+    elif seen.judge is not None:
+        yield from _score_gate(seen, here, gate, wrong)
+
+
+def _size_gate(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:
+    if part(gate, "corpus") not in (None, BROKEN):
+        yield Fault((*here, "corpus"), "a size has no corpus; allowed: leave it out")
+    if part(gate, "artifact") is not None:
+        yield from named(seen, (*here, "artifact"), part(gate, "artifact"), RUNS)
+    elif seen.judge is None:
+        yield Fault((*here, "artifact"), "required, since nothing is judged; allowed: the name of a step")
+    if part(gate, "against") != CHAMPION:
+        yield from named(seen, (*here, "against"), part(gate, "against"), RUNS)
+
+
+def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) -> Iterator[Fault]:
+    """What a gate says of what `judge` has; `wrong` are the fields of `judge` that cannot be relied on."""
+    measure, baseline = part(gate, "measure"), part(seen.judge, "baseline")
+    yield from _kinds_of_corpora(seen, here, gate)
+    paired = isinstance(measure, str) and MEASURES[measure].paired
+    executed, corpora = seen.executed(), seen.named("corpora")
+    against = [CHAMPION, *executed, *([baseline] if isinstance(baseline, str) and not paired else [])]
+    measures = part(seen.judge, "measures", list(MEASURES))
+    for field, allowed, why, of in (
+        ("measure", measures, "is not measured", {"measures"}),
+        ("artifact", executed, "is not judged by execution here", {"artifacts"}),
+        ("corpus", corpora, "is not judged", {"corpora"}),
+        ("against", against, "has no such measure", {"artifacts", "baseline"}),
+    ):
+        value = part(gate, field)
+        if not isinstance(value, str) or allowed is BROKEN or value in allowed:
+            continue
+        strange = field != "measure" and seen.find(value) is None
+        # Where the list itself is wrong, the name may be what was meant to stand there; an unknown one is wrong anyway.
+        if strange or (isinstance(seen.judge, dict) and not of & wrong and measure is not BROKEN):
+            text = f"there is no step {value!r}" if strange else f"{value!r} {why}"
+            yield Fault((*here, field), f"{text}; allowed: {', '.join(allowed) or 'none in this recipe'}")
+
+
+def _kinds_of_corpora(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:
+    """A measure of items needs a set of items, and one that is seen between two needs both."""
+    measure = MEASURES.get(str(part(gate, "measure")))
+    if measure is None:
+        return
+    if measure.between and part(gate, "against") is None:
+        yield Fault(
+            (*here, "against"), f"{part(gate, 'measure')} is counted between two; allowed: the baseline, a step"
+        )
+    sets = [name for name in seen.named("corpora") if (one := seen.find(name)) and one.stage == "items"]
+    corpus = part(gate, "corpus")
+    if measure.of_items and corpus is None and not sets:
+        text = f"{part(gate, 'measure')} is measured on a set of items, and `judge` has none"
+        yield Fault((*here, "measure"), f"{text}; allowed: with a step of the stage items among its corpora")
+    if measure.of_items and isinstance(corpus, str) and corpus in seen.named("corpora") and corpus not in sets:
+        allowed = ", ".join(sets) or "a step of the stage items"
+        yield Fault(
+            (*here, "corpus"), f"{corpus!r} is text, and {part(gate, 'measure')} is of items; allowed: {allowed}"
+        )
