@@ -132,6 +132,8 @@ def test_no_param_speaks_of_devices_paths_minutes_credentials_or_workers(definit
 
 def test_work_has_code_of_its_own_and_pinned_libraries(definition):
     made = example(definition)
+    if definition.name == "validate":
+        made = made.model_copy(update={"target": "onnxruntime:cpu"})  # torch's own code is imported anyway
     work = work_of(definition, made, {})
     used = definition.uses(made) if definition.uses else ()
     assert work.code == code_digest(module_of(definition.name), *used)

@@ -21,7 +21,6 @@ from flows.recipe.model import CHAMPION, Recipe, RecipeError
 from flows.recipe.seen import Seen, SeenStep, Wanted, guessed, steps_of
 from flows.recipe.shape import BROKEN, dotted, meant, part, said, shaped, without_echoes
 from stages import STAGES, stage
-from stages.measures.table import MEASURES
 from stages.runtime.contract import Kind, StageError
 
 

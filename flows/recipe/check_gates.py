@@ -7,7 +7,8 @@ from typing import Any
 
 from flows.recipe.located_yaml import Fault
 from flows.recipe.located_yaml import Path as Field
-from flows.recipe.seen import CHAMPION, Seen
+from flows.recipe.model import CHAMPION
+from flows.recipe.seen import Seen
 from flows.recipe.shape import BROKEN, part
 from stages.measures.table import MEASURES
 from stages.runtime.contract import Kind
