@@ -5,6 +5,8 @@ Shapes: F channels (the map's inputs), O outputs, K kept channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,17 @@ def least_important(w_OF: Tensor, moment_FF: Tensor, count: int, *, size: int = 
 
     Source: Hassibi and Stork, Optimal Brain Surgeon (1993), for columns; Kurtic et al., ZipLM (2023), section 3.1.
     """
+    rounds_of = [gone for gone, _ in removals(w_OF, moment_FF, count, size=size, rounds=rounds)]
+    return rounds_of[-1] if rounds_of else torch.empty(0, dtype=torch.int64)
+
+
+def removals(
+    w_OF: Tensor, moment_FF: Tensor, count: int, *, size: int = 1, rounds: int = ROUNDS
+) -> Iterator[tuple[Tensor, float]]:
+    """What goes, round by round: all that is gone so far, and the error E||W a - W' a_K||^2 with the rest fitted.
+
+    Arguments and errors are those of `least_important`.
+    """
     channels = w_OF.shape[1]
     if not 0 <= count < channels or count % size or channels % size:
         raise ValueError(f"{count} of {channels} channels cannot go in groups of {size}")
@@ -40,20 +53,23 @@ def least_important(w_OF: Tensor, moment_FF: Tensor, count: int, *, size: int = 
         raise ValueError("the channels' moment is not finite")
     w, inverse = w_OF.double().clone(), torch.linalg.inv(damped(moment_FF))
     groups = torch.arange(channels).view(-1, size)
-    left, removed = list(range(len(groups))), list[int]()
+    left, removed, error = list(range(len(groups))), list[int](), 0.0
     at_once = -(-count // size // rounds) if count else 1
     while len(removed) * size < count:
         cost = _costs(w, inverse, groups[left])
         cheapest = cost.argsort(stable=True)[: min(at_once, count // size - len(removed))].tolist()
         chosen = [left[place] for place in cheapest]
         now = groups[chosen].flatten()
-        step_kF = torch.linalg.solve(inverse[now][:, now], inverse[now])
+        corner_kk = inverse[now][:, now]
+        # Of all that go in a round together the exact rise, as `_costs` has it of each alone.
+        error += float((torch.linalg.solve(corner_kk, w[:, now].T) * w[:, now].T).sum())
+        step_kF = torch.linalg.solve(corner_kk, inverse[now])
         # In place: of wide maps the inverse is the most that a pass holds.
         w.addmm_(w[:, now], step_kF, alpha=-1)
         inverse.addmm_(inverse[:, now], step_kF, alpha=-1)
         removed += chosen
         left = [one for one in left if one not in set(chosen)]
-    return groups[removed].flatten().to(torch.int64)
+        yield groups[removed].flatten().to(torch.int64), error
 
 
 def _costs(w_OF: Tensor, inverse_FF: Tensor, groups_gs: Tensor) -> Tensor:

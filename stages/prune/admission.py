@@ -49,7 +49,8 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
         anatomy.head(given.model)  # what it predicts says what may go
         if given.loose:
             raise width.not_dense(ON_A_BASIS)
-    asked = Asked(int(params.keep * anatomy.block_parameters(given.model)), params.multiple, params.by, Path())
+    limit = int(params.keep * anatomy.block_parameters(given.model))
+    asked = Asked(limit, params.multiple, params.by, Path(), uneven=params.widths == "uneven")
     # A copy: other steps read the model as it is.
     cut = replace(given, model=deepcopy(given.model), masked=False)
     if params.method in (CHANNELS, HEADS):
@@ -67,7 +68,8 @@ def _narrow(given: Subject, what: str, asked: Asked) -> int:
     made = plan(given.model, what, asked)
     sizes = []
     for block in anatomy.blocks(given.model):
-        for units, count in zip(surgery.of(block, what), made.kept[block.index], strict=True):
+        for units, kept in zip(surgery.of(block, what), made.kept[block.index], strict=True):
+            count = _like_any(kept, asked.multiple) if asked.uneven and what == CHANNELS else kept
             weight_OI: Tensor = surgery.reading(block.module.get_submodule(units.reader)).weight  # type: ignore[assignment]
             # The first ones stand for those that the work will choose.
             columns_K = units.columns_GS[:count].flatten()
@@ -75,6 +77,12 @@ def _narrow(given: Subject, what: str, asked: Asked) -> int:
             sizes.append(units.columns_GS.shape[1] if what == HEADS else asked.multiple)
     said(given.model, made)
     return gcd(*sizes)
+
+
+def _like_any(count: int, multiple: int) -> int:
+    """A width that is a multiple of no more than any of a block's could be: what divides it divides all of them."""
+    times = max(1, count // multiple)
+    return multiple * next((one for one in range(times, 1, -1) if all(one % d for d in range(2, one))), 1)
 
 
 def _width(given: Subject, asked: Asked) -> int:

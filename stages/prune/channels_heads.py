@@ -7,23 +7,30 @@ its inputs, O its outputs, R those of its basis.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.channels import least_important, output_error, reconstructed
+from stages.algorithms.allocation import Option, allocate
+from stages.algorithms.channels import least_important, output_error, reconstructed, removals
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.compress import compress
+from stages.models.blockwise.map_statistics import statistics_of
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights, mended, put
+from stages.models.layers.low_rank_linear import SharedLinear
 from stages.prune import units as surgery
 from stages.prune.cut_proof import proven
 from stages.prune.target import Asked, Rows, cannot
 from stages.prune.units import CHANNELS, Units
 from stages.runtime.contract import Progress
+from stages.runtime.progress import Pass
+
+_STEPS, _MOST = 32, 0.75
+"""How finely a block's units are taken away while it is measured what that costs, and the most that may go."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +41,27 @@ class Plan:
         what: CHANNELS or HEADS.
         kept: how many of each of a block's units, block by block.
         fields: of the configuration that say so; none where `structure.json` has to.
+        importance: path of a map that reads the units -> what its outputs' squared errors cost, [O]; where there is
+            none they all cost the same.
     """
 
     what: str
     kept: Sequence[Sequence[int]]
     fields: Mapping[str, int]
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def narrow(model: PreTrainedModel, ids_NT: Tensor, what: str, asked: Asked, progress: Progress) -> Rows:
-    """Take the same share of channels or groups of heads out of every block; what reads them is fitted again.
+    """Take channels or groups of heads out, the same share of every block or where it costs least; readers are fitted.
 
     Raises:
         StageError: see `plan`, or an activation is not finite.
     """
-    made = plan(model, what, asked)
-    rows = compress(model, ids_NT, OnWeights(Narrow(made)), asked.partial, progress)
+    made, heard = plan(model, what, asked), progress
+    if asked.uneven:
+        heard = Pass(progress, 1, 2)
+        made = uneven(model, ids_NT, made, asked, Pass(progress, 0, 2))
+    rows = compress(model, ids_NT, OnWeights(Narrow(made)), asked.partial, heard)
     said(model, made)
     return rows
 
@@ -77,8 +90,68 @@ def plan(model: PreTrainedModel, what: str, asked: Asked) -> Plan:
             for one, stay, size in zip(found, counts, sizes, strict=True)
         )
         if total - gone <= asked.limit:
-            return Plan(what, kept, proven(model, what, kept))
+            return Plan(what, kept, proven(model, what, kept, said=not asked.uneven))
     raise cannot(what, total - gone, total, asked)
+
+
+def uneven(model: PreTrainedModel, ids_NT: Tensor, even: Plan, asked: Asked, progress: Progress) -> Plan:
+    """How many units of each block stay, so that as many parameters go as by the even plan and least is lost.
+
+    What the text loses without some units, the rest fitted, is the error of what reads them, each output's square times
+    its curvature (the diagonal of the Fisher information), as for ranks in `stages.models.low_rank.planning`.
+
+    Args:
+        model: in memory.
+        ids_NT: calibration windows.
+        even: proven to be possible.
+        asked: parameters that may stay, and for channels what their number is a multiple of.
+        progress: told of the passes.
+
+    Raises:
+        StageError: an activation is not finite.
+    """
+    multiple = asked.multiple if even.what == CHANNELS else 1
+    importance: dict[str, Tensor] = {}
+    options: dict[int, list[list[Option]]] = {}
+    for block, seen in statistics_of(model, ids_NT, asked.partial / "statistics", progress.advanced):
+        options[block.index] = []
+        for units in surgery.of(block, even.what):
+            name = f"{block.name}.{units.reader}"
+            on_basis = isinstance(block.module.get_submodule(units.reader), SharedLinear)
+            importance[name] = seen.gradients[f"{units.reader}.coefficient" if on_basis else units.reader]
+            moment_FF = seen.moments[seen.first[f"{units.reader}.basis" if on_basis else units.reader]]
+            options[block.index].append(_options(block, units, moment_FF, importance[name], multiple))
+    flat = [one for index in sorted(options) for one in options[index]]
+    total = anatomy.block_parameters(model)
+    try:
+        chosen = iter(allocate(flat, total - asked.limit))
+    except ValueError as error:
+        best = sum(max((option.saved for option in one), default=0) for one in flat)
+        raise cannot(even.what, total - best, total, asked) from error
+    kept = [
+        [units.count - next(chosen).rank for units in surgery.of(block, even.what)] for block in anatomy.blocks(model)
+    ]
+    return Plan(even.what, kept, {}, importance)
+
+
+def _options(block: Block, units: Units, moment_FF: Tensor, worth_O: Tensor, multiple: int) -> list[Option]:
+    """What it saves and loses that so many units of a block go."""
+    reader = block.module.get_submodule(units.reader)
+    w_OF = surgery.reading(reader).weight.detach().float()  # type: ignore[operator]
+    if isinstance(reader, SharedLinear):
+        w_OF = _coefficient(block, units.reader).float() @ w_OF
+    size, each = units.columns_GS.shape[1], surgery.parameters(block, units)
+    # Units of one block that are not laid out one behind the other are put so.
+    columns = units.columns_GS.flatten()
+    weighed_OF = w_OF[:, columns] * worth_O.sqrt()[:, None]
+    step = max(multiple, units.count // _STEPS // multiple * multiple)
+    most = int(units.count * _MOST) // step * step
+    found = removals(weighed_OF, moment_FF[columns][:, columns], most * size, size=size, rounds=most // step or 1)
+    return [
+        Option(len(gone) // size * each, damage / 2, len(gone) // size)
+        for gone, damage in found
+        if len(gone) // size % multiple == 0
+    ]
 
 
 def _kept(units: Units, left: int, widest: int, multiple: int) -> int:
@@ -108,7 +181,8 @@ class Narrow:
         targets = {path: seen.target(path, maps[path].weight.detach()) for path in of}
         seen.fitted()
         for path, reader in of.items():
-            made[path] = _fewer(block, readers[reader], counts[reader], path, targets.pop(path), seen.moment_II)
+            worth_O = self.plan.importance.get(f"{block.name}.{reader}")
+            made[path] = _fewer(block, readers[reader], counts[reader], targets.pop(path), seen.moment_II, worth_O)
         return made
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
@@ -122,16 +196,20 @@ class Narrow:
         surgery.cut(block, units, tensors["stay"], tensors["weight"], self.plan.fields)
 
 
-def _fewer(block: Block, units: Units, count: int, path: str, w_RF: Tensor, moment_FF: Tensor) -> Compressed:
-    w_OF = w_RF if path == units.reader else _coefficient(block, units.reader).float() @ w_RF
+def _fewer(
+    block: Block, units: Units, count: int, w_RF: Tensor, moment_FF: Tensor, worth_O: Tensor | None
+) -> Compressed:
+    on_basis = isinstance(block.module.get_submodule(units.reader), SharedLinear)
+    w_OF = _coefficient(block, units.reader).float() @ w_RF if on_basis else w_RF
     inputs, size = units.columns_GS.shape[0] * units.columns_GS.shape[1], units.columns_GS.shape[1]
-    gone = least_important(w_OF, moment_FF, inputs - count * size, size=size)
+    weighed_OF = w_OF if worth_O is None else w_OF * worth_O.sqrt()[:, None]
+    gone = least_important(weighed_OF, moment_FF, inputs - count * size, size=size)
     stay_G = torch.ones(units.count, dtype=torch.bool)
     stay_G[gone // size] = False
     stay_P = stay_G.nonzero().flatten()
     kept_K = units.columns_GS[stay_P].flatten()
     w_RK = reconstructed(w_RF, moment_FF, kept_K)
-    w_OK = w_RK if path == units.reader else _coefficient(block, units.reader).double() @ w_RK
+    w_OK = _coefficient(block, units.reader).double() @ w_RK if on_basis else w_RK
     return Compressed(
         {"weight": w_RK.float().contiguous(), "stay": stay_P},
         {

@@ -37,13 +37,14 @@ _ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, Ass
 
 
 @torch.no_grad()
-def proven(model: PreTrainedModel, what: str, kept: Sequence[Sequence[int]]) -> dict[str, int]:
+def proven(model: PreTrainedModel, what: str, kept: Sequence[Sequence[int]], *, said: bool = True) -> dict[str, int]:
     """Prove on a copy that so many units of every block can stay.
 
     Args:
         model: in memory or on the meta device; it is not touched.
         what: CHANNELS or HEADS.
         kept: how many stay of each of a block's `units.of`, block by block.
+        said: whether the configuration may say so; where blocks are to differ, it cannot.
 
     Returns:
         The fields of the configuration that say so, none where its architecture has none that can.
@@ -61,7 +62,7 @@ def proven(model: PreTrainedModel, what: str, kept: Sequence[Sequence[int]]) -> 
             _take(whole, block, units, count)
             touched = (*units.writers, units.reader, units.owner)
             owners |= {f"{block.name}.{path}".rstrip("."): block.module.get_submodule(path) for path in touched}
-    fields = _fields(cut, owners.keys(), _candidates(dense, what, changes))
+    fields = _fields(cut, owners.keys(), _candidates(dense, what, changes)) if said else {}
     for owner in owners.values():
         surgery.configure(owner, fields)
     try:

@@ -24,6 +24,9 @@ class PruneParams(Params):
             as many zeros as the measured loss allows.
         by: blocks: chosen by the measured loss without them, or by how little they change what passes through; an
             encoder's always by the latter.
+        widths: channels, heads: the same share of every block's, so that the configuration can say it; or of each block
+            as many as cost least, measured on the text: `structure.json` says so, which plain transformers does not
+            read.
         multiple: channels, width: what is left is a multiple of this; a recipe that says nothing of it has multiples of
             the blocks in which a later `quantize` rounds.
         layers: zeros: paths of the maps that get them, with `*` for anything; every map of the blocks by default.
@@ -36,6 +39,7 @@ class PruneParams(Params):
     keep: float = Field(default=0.95, gt=0, lt=1)
     pattern: Literal["2:4", "4:8"] | None = None
     by: Literal["loss", "influence"] = "loss"
+    widths: Literal["even", "uneven"] = "even"
     multiple: int = Field(default=8, ge=1)
     layers: tuple[str, ...] = Field(default=("*",), min_length=1)
     skip: tuple[str, ...] = ()
@@ -46,6 +50,8 @@ class PruneParams(Params):
     def _pattern_of_zeros(self) -> PruneParams:
         if self.pattern and self.method not in WEIGHTS:
             raise ValueError(f"{self.method} leaves no pattern of zeros; `pattern` goes with {', '.join(WEIGHTS)}")
+        if self.widths == "uneven" and self.method not in ("channels", "heads"):
+            raise ValueError(f"{self.method} has no widths that could be uneven; they go with channels, heads")
         if (self.skip or self.layers != ("*",)) and self.method not in WEIGHTS:
             raise ValueError(
                 f"{self.method} takes from all blocks alike; `layers` and `skip` go with {', '.join(WEIGHTS)}"

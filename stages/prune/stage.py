@@ -63,7 +63,7 @@ def _structure(
 
     before = block_parameters(model)
     limit = int(params.keep * before)
-    asked = Asked(limit, params.multiple, params.by, output / PARTIAL)
+    asked = Asked(limit, params.multiple, params.by, output / PARTIAL, uneven=params.widths == "uneven")
     if params.method in ("channels", "heads"):
         rows = narrow(model, ids_NT, params.method, asked, progress)
     else:

@@ -14,12 +14,16 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Asked:
-    """How little may stay: parameters in blocks, what widths are multiples of, what blocks are chosen by, state."""
+    """How little may stay: parameters in blocks, what widths are multiples of, what blocks are chosen by, state.
+
+    `uneven`: each block loses as much as costs least.
+    """
 
     limit: int
     multiple: int
     by: str
     partial: Path
+    uneven: bool = False
 
 
 def cannot(what: str, best: int, total: int, asked: Asked) -> StageError:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.algorithms.basis import damped
-from stages.algorithms.channels import least_important, output_error, reconstructed
+from stages.algorithms.channels import least_important, output_error, reconstructed, removals
 
 
 def problem(outputs, channels, seed, tokens=200):
@@ -117,3 +117,15 @@ def test_least_important_groups_that_do_not_divide_are_refused():
     w, _, moment = problem(3, 8, 0)
     with pytest.raises(ValueError, match="3 of 8 channels cannot go in groups of 2"):
         least_important(w, moment, 3, size=2)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_removals_tell_the_error_of_all_that_is_gone_with_the_rest_fitted(size):
+    w, _, moment = problem(4, 12, 5)
+    found = list(removals(w, moment, 9, size=size, rounds=3))
+    assert [len(gone) for gone, _ in found] == [3, 6, 9]
+    whole = float(((w @ damped(moment)) * w).sum())
+    for gone, error in found:
+        kept = kept_after(12, gone.tolist())
+        assert error / whole == pytest.approx(fitted_error(w, moment, kept), rel=1e-6)
+    assert found[-1][0].tolist() == least_important(w, moment, 9, size=size, rounds=3).tolist()

@@ -1,8 +1,10 @@
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from stages.algorithms.channels import reconstructed
 from stages.models.anatomy import blocks as anatomy
@@ -121,3 +123,46 @@ def test_units_of_a_family_that_are_cut_out_leave_what_transformers_answers_wher
     if made.fields:
         assert not (tmp_path / "out" / "structure.json").exists()
         assert torch.allclose(answers(library(name, tmp_path / "out")), answers(theirs), atol=2e-5)
+
+
+def lost(model, dense, ids):
+    """KL from the dense model, nats a token."""
+    with torch.no_grad():
+        p, q = (torch.log_softmax(one(input_ids=ids).logits.double(), -1) for one in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("what", "keep"), [(CHANNELS, 0.85), (HEADS, 0.96)])
+def test_uneven_widths_lose_less_than_even_ones_at_as_many_parameters(what, keep, tiny, reference, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = torch.tensor(tokenizer(reference)["input_ids"][: 40 * 64]).view(40, 64)
+    dense = load_model(tiny)
+    total, made = anatomy.block_parameters(dense), {}
+    for widths in ("even", "uneven"):
+        made[widths] = load_model(tiny)
+        asked = Asked(int(keep * total), 8, "loss", tmp_path / widths, uneven=widths == "uneven")
+        narrow(made[widths], ids[:24], what, asked, Silent())
+        assert anatomy.block_parameters(made[widths]) <= asked.limit
+    counts = [sum(one.count for one in surgery.of(block, what)) for block in anatomy.blocks(made["uneven"])]
+    assert len(set(counts)) > 1 and all(one % 8 == 0 for one in counts if what == CHANNELS)
+    even, uneven = (anatomy.block_parameters(one) / total for one in made.values())
+    assert uneven >= even - 0.02
+    assert lost(made["uneven"], dense, ids[24:]) < lost(made["even"], dense, ids[24:])
+    (tmp_path / "out").mkdir()
+    written = save_model(made["uneven"], tmp_path / "out", like=tiny, progress=Silent())
+    assert torch.equal(written(input_ids=ids[:2]).logits, made["uneven"](input_ids=ids[:2]).logits)
+    sizes = json.loads((tmp_path / "out" / "structure.json").read_text())["sizes"]
+    assert sizes and all(path.startswith("model.layers.") for path in sizes)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert_masked", "t5", "falcon", "phi3", "bloom", "gemma2", "opt"])
+def test_uneven_channels_of_every_family_are_written_and_read(name, root, tmp_path):
+    folder = family(name, root)
+    model = load_model(folder)
+    ids = torch.randint(5, 60, (6, 24), generator=torch.Generator().manual_seed(2))
+    asked = Asked(int(0.9 * anatomy.block_parameters(model)), 2, "loss", tmp_path, uneven=True)
+    narrow(model, ids, CHANNELS, asked, Silent())
+    assert anatomy.block_parameters(model) <= asked.limit
+    (tmp_path / "out").mkdir()
+    save_model(model, tmp_path / "out", like=folder, progress=Silent())  # it compares both models' answers
+    assert anatomy.block_parameters(load_model(tmp_path / "out")) == anatomy.block_parameters(model)
