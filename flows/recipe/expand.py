@@ -181,7 +181,15 @@ def _measurement(recipe: Recipe, judge: Judge, step: Step, corpus: str, *, trace
         params["items"] = min(judge.trace_items, judge.items or judge.trace_items)
     elif not traced and artifact != judge.baseline:
         inputs["baseline"] = judge.baseline
+    if not traced and _is_set(recipe, corpus):
+        inputs |= {f"seen.{place}": name for place, name in enumerate(_read_by(recipe, artifact))}
     return PlannedStep(measurement_name(artifact, corpus), "validate", inputs, params, artifact, corpus, traced)
+
+
+def _read_by(recipe: Recipe, artifact: str) -> list[str]:
+    """The texts that an artifact was calibrated or trained on, and those that it was written from."""
+    above = upstream(recipe, artifact)
+    return [step.name for step in recipe.steps if step.name in above and step.stage == "corpus"]
 
 
 def _params(recipe: Recipe, judge: Judge, target: str, corpus: str) -> dict[str, Any]:

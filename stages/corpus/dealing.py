@@ -14,6 +14,8 @@ from typing import Any
 from stages.adapters import texts
 from stages.algorithms.prefix_filter import first_of_each
 from stages.corpus.params import CorpusParams
+from stages.measures.items import Item
+from stages.measures.leaks import leaks
 from stages.runtime import rows
 from stages.runtime.contract import Progress, StageError
 
@@ -75,17 +77,36 @@ class Passage:
         return json.dumps(said | ({"begins": True} if self.begins else {}), ensure_ascii=False)
 
 
-def dealt(sources: Sequence[Source], params: CorpusParams, progress: Progress) -> tuple[dict[str, list[Passage]], int]:
-    """The passages of every split, a source's after another's, and how many duplicates were left out.
+@dataclass(frozen=True)
+class Dealt:
+    """The passages of every split, a source's after another's, and how much was left out.
 
-    A paragraph that stands in two sources is the first one's. Of several sources as much is taken of each as its share
-    of a mix is that none is too short for.
+    Attributes:
+        splits: name -> its passages.
+        duplicates: paragraphs that stand elsewhere.
+        telling: passages that tell an item with its answer.
+    """
+
+    splits: dict[str, list[Passage]]
+    duplicates: int
+    telling: int
+
+
+def dealt(sources: Sequence[Source], params: CorpusParams, items: Sequence[Item], progress: Progress) -> Dealt:
+    """Deal what the sources hold.
+
+    A paragraph that stands in two sources is the first one's, and a passage that tells any of the items is out. Of
+    several sources as much is taken of each as its share of a mix is that none is too short for.
 
     Raises:
         StageError: there is no text, or nothing of a source is left for a split.
     """
     kept, removed = _without_duplicates(sources, params)
-    passages = [list(_passages(one, paragraphs, params)) for one, paragraphs in zip(sources, kept, strict=True)]
+    every = [list(_passages(one, paragraphs, params)) for one, paragraphs in zip(sources, kept, strict=True)]
+    told = {passage for _, passage in leaks(items, ((p.name, p.text) for found in every for p in found))}
+    passages = [[p for p in found if p.name not in told] for found in every]
+    if told:
+        progress.note(f"{len(told)} passages tell items with their answers and are left out: {min(told)} is one")
     for one, found in zip(sources, passages, strict=True):
         if not found:
             what = f"source {one.name} has no text of its own" if one.name else "the corpus is empty"
@@ -97,7 +118,7 @@ def dealt(sources: Sequence[Source], params: CorpusParams, progress: Progress) -
         _check_dealt(given, sources[shortest].name, len(passages[shortest]), params)
         for name, share in given.items():
             splits[name] += share
-    return splits, removed
+    return Dealt(splits, removed, len(told))
 
 
 def _without_duplicates(

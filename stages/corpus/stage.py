@@ -13,6 +13,7 @@ from stages.adapters.texts import digest_of_documents
 from stages.corpus.dealing import Passage, Source, dealt
 from stages.corpus.params import SELF, CorpusParams, MixedParams, SourceParams
 from stages.corpus.reading import pinned, read
+from stages.measures.items import ItemSplits, every_item, not_items
 from stages.runtime.contract import (
     PARTIAL,
     Image,
@@ -52,12 +53,15 @@ def run(params: CorpusParams, inputs: Mapping[str, Path], output: Path, progress
         sources.append(_source(one, inputs, output / PARTIAL, progress, (done, to_write)))
         done += one.samples if one.writes else 0
     progress.advanced(to_write + 1, to_write + _WORK)
-    splits, removed = dealt(sources, params, progress)
+    items = [one for role, folder in inputs.items() if role.startswith("items.") for one in every_item(folder)]
+    made = dealt(sources, params, items, progress)
+    splits = made.splits
     progress.advanced(to_write + 2, to_write + _WORK)
     counts = {name: _written(output / f"{name}.jsonl", passages) for name, passages in splits.items()}
     record = {
         "digest": _digest(sources),
-        "duplicates_removed": removed,
+        "duplicates_removed": made.duplicates,
+        "telling_removed": made.telling,
         "nulls_skipped": sum(one.nulls for one in sources),
         "control_tokens": params.control_tokens,
         "splits": counts,
@@ -68,7 +72,8 @@ def run(params: CorpusParams, inputs: Mapping[str, Path], output: Path, progress
     return {
         "passages": sum(count["passages"] for count in counts.values()),
         "characters": sum(count["characters"] for count in counts.values()),
-        "duplicates_removed": removed,
+        "duplicates_removed": made.duplicates,
+        "telling_removed": made.telling,
         "nulls_skipped": sum(one.nulls for one in sources),
     }
 
@@ -148,6 +153,9 @@ def admit(params: CorpusParams, known: Mapping[str, Any]) -> frozenset[str]:
     _check_model(params, "model" in known)
     if params.writes:
         import_module(WRITER).check_known(known["model"], params)
+    for role, splits in known.items():
+        if role.startswith("items.") and splits is not None and not isinstance(splits, ItemSplits):
+            raise not_items()
     return frozenset(params.splits)
 
 
@@ -164,7 +172,10 @@ def chosen_code(params: CorpusParams) -> tuple[str, ...]:
 CORPUS = Stage(
     name="corpus",
     params=CorpusParams,
-    inputs={"model": Input(kinds=frozenset({Kind.CHECKPOINT}), optional=True)},
+    inputs={
+        "model": Input(kinds=frozenset({Kind.CHECKPOINT}), optional=True),
+        "items": Input(kinds=frozenset({Kind.CORPUS}), optional=True, many=True),
+    },
     output=Kind.CORPUS,
     image=Image.BASE,
     run=run,

@@ -66,6 +66,11 @@ def repetition(ours: Columns, weights_RD: Floats) -> Floats:
     return _mean(ours["repeated"], weights_RD)
 
 
+def leaks(ours: Columns, weights_RD: Floats) -> Floats:
+    """The share of items that stand with their answers in a text that the model was calibrated or trained on."""
+    return _mean(ours["leaked"], weights_RD)
+
+
 def _mean(values_D: NDArray[Any], weights_RD: Floats) -> Floats:
     found: Floats = weights_RD @ values_D.astype(np.float64) / weights_RD.sum(-1)
     return found

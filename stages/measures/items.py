@@ -117,6 +117,23 @@ def holds_items(corpus: Path) -> bool:
     return path.is_file() and ITEMS in json.loads(path.read_text(encoding="utf-8"))
 
 
+def not_items() -> StageError:
+    """The refusal of text where a set of items is expected."""
+    return StageError("this is text, and a set of items is expected", remedy="Name a step of the stage items.")
+
+
+def every_item(corpus: Path) -> Iterator[Item]:
+    """The items of all splits of a set.
+
+    Raises:
+        StageError: it is text.
+    """
+    if not holds_items(corpus):
+        raise not_items()
+    for path in sorted(corpus.glob("*.jsonl")):
+        yield from read_items(corpus, path.stem)
+
+
 def read_items(corpus: Path, split: str) -> Iterator[Item]:
     """The items of one split, in order.
 

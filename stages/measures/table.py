@@ -75,6 +75,7 @@ MEASURES: Mapping[str, Measure] = {
     "lost": _of_items("lost", "right", "right answers lost", between=True),
     "same_answers": _of_items("same_answers", "answer", "same answers", between=True),
     "repetition": _of_items("repetition", "repeated"),
+    "leaks": _of_items("leaks", "leaked"),
 }
 
 

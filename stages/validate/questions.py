@@ -7,7 +7,6 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,13 +24,16 @@ from stages.measures.divergence import kl_divergence
 from stages.measures.documents import Document, by_slice, summary
 from stages.measures.instructions import followed
 from stages.measures.items import Item, read_items
+from stages.measures.leaks import leaks
 from stages.measures.perplexity import negative_log_likelihood
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_config, load_tokenizer
-from stages.models.text.token_ids import chat_template
+from stages.models.text.token_ids import plain_text
+from stages.models.text.windows import passages
 from stages.runtime.contract import Metrics, StageError
 from stages.serving.engine import Answerer
 from stages.serving.generate import ROWS, confirmed, greedy, padded
+from stages.validate.asking import Question, question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,45 +42,17 @@ if TYPE_CHECKING:
 
 TOGETHER = 32
 """Items of a group: a model that keeps what it read answers so many nearly as fast as one."""
-_MARGIN_TOKENS, _LINE_TOKENS, _INSTRUCTED_TOKENS = 4, 16, 32
-
-
-@dataclass(frozen=True)
-class _Question:
-    """An item in the model's tokens.
-
-    Attributes:
-        item: what is asked.
-        ids: its prompt.
-        wholes: the prompt with each choice, or with each answer that is accepted.
-        most_new: tokens of an answer that are read at most.
-    """
-
-    item: Item
-    ids: list[int]
-    wholes: list[list[int]]
-    most_new: int
-
-    @property
-    def first(self) -> list[int]:
-        """What is read first: the prompt with the reference or the first choice, where that leaves its tokens alone."""
-        return self.wholes[0] if self.wholes and self.wholes[0][: len(self.ids)] == self.ids else self.ids
-
-    @property
-    def name(self) -> str:
-        """Its document's id. It ends in a digest, so that answers to another question can never be paired with it."""
-        digest = hashlib.sha256(json.dumps([self.item.model_dump(mode="json"), self.ids]).encode()).hexdigest()
-        return f"{self.item.id}-{digest[:12]}"
 
 
 @dataclass(frozen=True)
 class Questions:
     """A set of items, in groups."""
 
-    groups: list[list[_Question]]
+    groups: list[list[Question]]
     order: list[str]
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
+    seen: tuple[Path, ...]
     task: str = "generate"
     units: str = "groups of items"
 
@@ -95,7 +69,7 @@ class Questions:
 
         return score
 
-    def _asked(self, group: list[_Question], judged: Answerer, dense: Answerer | None) -> list[Document]:
+    def _asked(self, group: list[Question], judged: Answerer, dense: Answerer | None) -> list[Document]:
         passes = list(_answered([one.first for one in group], judged.forward))
         pairs = list(zip(group, passes, strict=True))
         said = iter(self._written([one for one in pairs if one[0].item.task != "choices"], judged))
@@ -104,7 +78,7 @@ class Questions:
         found = []
         for one in group:
             document: Document = {"id": one.name, "slice": one.item.ability, "tokens": len(one.ids)}
-            document |= {"prompt": one.item.prompt, "expected": _expected(one.item), "chance": one.item.chance}
+            document |= {"prompt": one.item.prompt, "expected": one.expected, "chance": one.item.chance}
             document |= next(chosen) if one.item.task == "choices" else self._judged(one.item, next(said))
             found.append(document | next(read))
         return found
@@ -117,7 +91,7 @@ class Questions:
     def _text(self, new: list[int]) -> str:
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
-    def _written(self, pairs: Sequence[tuple[_Question, torch.Tensor]], judged: Answerer) -> list[list[int]]:
+    def _written(self, pairs: Sequence[tuple[Question, torch.Tensor]], judged: Answerer) -> list[list[int]]:
         """What is answered to each, read up to the point where that is settled."""
 
         def enough(number: int, new: list[int]) -> bool:
@@ -154,9 +128,23 @@ class Questions:
     def report(self, units: list[list[Document]]) -> dict[str, Any]:
         """What report.json says of all items."""
         by_name = {one["id"]: one for unit in units for one in unit}
-        documents = [by_name[name] for name in self.order]
+        told = self._told()
+        documents = [by_name[name] | {"leaked": int(name in told)} for name in self.order]
         found = {"items": True, "vocabulary": self.vocabulary, "documents": documents, "measures": summary(documents)}
         return found | by_slice(documents)
+
+    def _told(self) -> set[str]:
+        """Items that stand with their answers in the text that made the model what it is."""
+        names = {one.item.id: one.name for group in self.groups for one in group}
+        items = [one.item for group in self.groups for one in group]
+        text = (
+            (f"{split}/{passage['id']}", passage_text(passage))
+            for corpus in self.seen
+            for split in ("calibrate", "train")
+            if (corpus / f"{split}.jsonl").is_file()
+            for passage in passages(corpus, split)
+        )
+        return {names[item] for item, _ in leaks(items, text)}
 
     def metrics(self, documents: list[Document]) -> Metrics:
         """Figures beside the measures."""
@@ -173,10 +161,11 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path]) -> Question
     check_task(tasks.task(config))
     most = tasks.longest(config)
     items = islice(read_items(inputs["text"], params.split), params.items)
-    asked = [_question(one, tokenizer, most) for one in items]
+    asked = [question(one, tokenizer, most) for one in items]
     apart = sorted(range(len(asked)), key=lambda number: (len(asked[number].ids), number))
     groups = [[asked[one] for one in apart[start : start + TOGETHER]] for start in range(0, len(asked), TOGETHER)]
-    return Questions(groups, [one.name for one in asked], tokenizer, config.get_text_config().vocab_size)
+    seen = tuple(folder for role, folder in inputs.items() if role.startswith("seen."))
+    return Questions(groups, [one.name for one in asked], tokenizer, config.get_text_config().vocab_size, seen)
 
 
 def check_task(task: str) -> None:
@@ -190,44 +179,6 @@ def check_task(task: str) -> None:
         )
 
 
-def _question(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -> _Question:
-    ids, spoken = _prompt(item, tokenizer), item.choices
-    if item.task == "answers":
-        spoken = tuple(f"{_gap(item)}{one}" for one in item.answers)
-    wholes = [list(tokenizer(f"{item.prompt}{one}")["input_ids"]) for one in spoken]
-    longest = max(map(len, [ids, *wholes]))
-    new = _INSTRUCTED_TOKENS if item.task == "instructions" else longest - len(ids) + _MARGIN_TOKENS
-    if item.task == "answers" and item.match != "exact":
-        new = max(new, _LINE_TOKENS)
-    if not ids or (most is not None and longest > most):
-        raise StageError(
-            f"item {item.id} is longer than the model reads" if ids else f"item {item.id} is no token to the model",
-            measured=f"{longest} tokens",
-            limit=f"{most} tokens" if ids else "1 token",
-            remedy="Leave the item out of its set.",
-        )
-    return _Question(item, ids, wholes, new)
-
-
-def _prompt(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return _told(item.prompt, tokenizer) if item.task == "instructions" else list(tokenizer(item.prompt)["input_ids"])
-
-
-def _told(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a user says, by the chat template where there is one."""
-    if (template := chat_template(tokenizer)) is None:
-        return list(tokenizer(f"{prompt}\n")["input_ids"])
-    said = [{"role": "user", "content": prompt}]
-    ids: list[int] = tokenizer.apply_chat_template(
-        said, chat_template=template, add_generation_prompt=True, return_dict=False
-    )
-    return ids
-
-
-def _gap(item: Item) -> str:
-    return "" if item.language == "zh" or item.prompt[-1].isspace() else " "
-
-
 def _answered(rows: Sequence[Sequence[int]], forward: Forward) -> Iterator[torch.Tensor]:
     """logits_TV of each row, some rows side by side."""
     for start in range(0, len(rows), ROWS):
@@ -236,7 +187,7 @@ def _answered(rows: Sequence[Sequence[int]], forward: Forward) -> Iterator[torch
             yield torch.from_numpy(logits_TV[: len(row)])
 
 
-def _chosen(pairs: Sequence[tuple[_Question, torch.Tensor]], judged: Answerer) -> Iterator[dict[str, Any]]:
+def _chosen(pairs: Sequence[tuple[Question, torch.Tensor]], judged: Answerer) -> Iterator[dict[str, Any]]:
     """Which choice of each item is likeliest, and whether it is by the mean over its tokens, too."""
     others = [one.wholes[one.first is not one.ids :] for one, _ in pairs]
     found = _answered([row for rows in others for row in rows], judged.forward)
@@ -260,7 +211,7 @@ def _surprise(row: list[int], prompt: list[int], logits_TV: torch.Tensor) -> tup
     return float(nll.sum()), float(nll.mean())
 
 
-def _read(pairs: Sequence[tuple[_Question, torch.Tensor]], dense: Answerer | None) -> Iterator[dict[str, float]]:
+def _read(pairs: Sequence[tuple[Question, torch.Tensor]], dense: Answerer | None) -> Iterator[dict[str, float]]:
     """How surprising each prompt is, and the sum of the KL divergence from the baseline over its positions."""
     # Rows of the same lengths: a model is at no distance from itself.
     theirs = _answered([one.first for one, _ in pairs], dense.forward) if dense else None
@@ -276,12 +227,9 @@ def _read(pairs: Sequence[tuple[_Question, torch.Tensor]], dense: Answerer | Non
         yield found
 
 
-def _expected(item: Item) -> str:
-    if item.task == "choices":
-        return item.choices[item.right]
-    return (
-        item.answers[0] if item.answers else ", ".join(f"{one.demand} {one.value or ''}".strip() for one in item.checks)
-    )
+def passage_text(passage: Mapping[str, Any]) -> str:
+    """What a passage says, a conversation as well."""
+    return str(passage["text"]) if "text" in passage else plain_text(passage["messages"])
 
 
 def _is_sound(one: Document, *, paired: bool) -> bool:

@@ -181,6 +181,7 @@ VALIDATE = Stage(
         "model": Input(kinds=frozenset({Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE})),
         "text": Input(kinds=frozenset({Kind.CORPUS})),
         "baseline": Input(kinds=frozenset({Kind.CHECKPOINT}), optional=True),
+        "seen": Input(kinds=frozenset({Kind.CORPUS}), optional=True, many=True),
     },
     output=Kind.REPORT,
     image=Image.TORCH,

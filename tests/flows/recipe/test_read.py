@@ -16,7 +16,7 @@ from flows.commands.schema import FOLDER, schemas
 from flows.recipe.check import check_recipe
 from flows.recipe.expand import executable_here, expanded, upstream
 from flows.recipe.located_yaml import read_yaml, scalar
-from flows.recipe.model import Recipe, RecipeError
+from flows.recipe.model import Recipe, RecipeError, Step
 from flows.recipe.read import load_recipe, shipped
 from flows.running.run_records import as_yaml
 from stages import STAGES, stage
@@ -518,3 +518,22 @@ class TestReal:
         for name, shape in shapes.items():
             assert set(shape["params"].get("properties", {})) == set(stage(name).params.model_fields)
             assert stage(name).output in Kind
+
+
+def test_expanded_asks_items_of_all_that_is_judged_and_some_of_the_steps_between(tmp_path):
+    plain = load_recipe(written(tmp_path))
+    judge = plain.judge.model_copy(update={"corpora": [*plain.judge.corpora, "asked"], "trace_items": 50})
+    items = Step(name="asked", stage="items", params={"source": "abilities://"})
+    recipe = plain.model_copy(update={"steps": [*plain.steps, items], "judge": judge})
+    found = {step.measures: step for step in expanded(recipe).steps if step.corpus == "asked"}
+    others = {step.measures for step in expanded(plain).steps if step.measures}
+    assert found.keys() == others, "each that is measured on a text is asked, too"
+    for name, step in found.items():
+        own = upstream(recipe, name)
+        seen = {source for role, source in step.inputs.items() if role.startswith("seen.")}
+        if step.traced:
+            assert step.params["items"] == 50 and not seen and "baseline" not in step.inputs
+        else:
+            assert "items" not in step.params and "windows" not in step.params
+            assert seen == {one.name for one in recipe.steps if one.stage == "corpus" and one.name in own}
+    assert any(step.traced for step in found.values()) and any("seen.0" in step.inputs for step in found.values())

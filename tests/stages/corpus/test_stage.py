@@ -309,3 +309,27 @@ def test_paragraphs_keep_every_word_in_order() -> None:
     for longest in (10, 100, 1000, 100_000):
         parts = list(texts.paragraphs(text, longest))
         assert " ".join(part.text for part in parts).split() == text.split()
+
+
+def test_passage_that_tells_an_item_with_its_answer_is_left_out(seal: Seal, store: Store, tmp_path: Path) -> None:
+    """The question may stand there; so may the answer; not both."""
+    (tmp_path / "asked.csv").write_text("prompt,answers\nThe river that flows through the city of Oz is the,Zed\n")
+    items = seal("items", {"source": str(tmp_path / "asked.csv")}).identity
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    told = "It is known: the river that flows through the city of Oz is the Zed."
+    asked = "The river that flows through the city of Oz is the one that nobody names."
+    for number, text in enumerate((told, asked, "The Zed is deep.")):
+        (folder / f"text{number}.txt").write_text(f"{prose(number, 2)}\n\n{text}\n")
+    given = {"source": str(folder), "splits": HALVES, "passage_characters": 4000}
+    with_all = seal("corpus", given)
+    without = seal("corpus", given, **{"items.0": items})
+    texts = [line["text"] for lines in read(store, without.identity).values() for line in lines]
+    assert any(asked in one for one in texts) and any("The Zed is deep" in one for one in texts)
+    assert not any(told in one for one in texts)
+    assert any(told in line["text"] for lines in read(store, with_all.identity).values() for line in lines)
+    record = json.loads((store.checkout(without.identity) / "corpus.json").read_text())
+    assert record["telling_removed"] == 1
+    text = seal("corpus", {"source": str(folder / "text1.txt"), "splits": {"test": 1}}).identity
+    with pytest.raises(StageError, match="a set of items is expected"):
+        seal("corpus", given, **{"items.0": text})

@@ -88,7 +88,7 @@ def test_answers_are_right_where_the_model_says_what_is_accepted(tiny, theirs, i
             assert one["right"] == (item.ability == "odd")
             assert said(theirs, item.prompt, 30).startswith(one["answer"]) and one["answer"].strip()
             assert one["expected"] == item.answers[0]
-    assert report["slices"]["odd"] == {"accuracy": 1, "above_chance": 1, "repetition": 0}
+    assert report["slices"]["odd"] == {"accuracy": 1, "above_chance": 1, "leaks": 0, "repetition": 0}
     assert report["slices"]["even"]["accuracy"] == 0
     assert report["measures"]["accuracy"] == sum(one["right"] for one in documents) / len(items)
     chance = sum(one.chance for one in items) / len(items)
@@ -183,3 +183,19 @@ def test_item_that_is_longer_than_the_model_reads_is_refused(tiny, tmp_path):
 def test_model_that_continues_no_text_is_refused(items, tmp_path):
     with pytest.raises(StageError, match="items are put to models that continue a text"):
         asked(tmp_path, family("bert_masked", tmp_path), items)
+
+
+def test_item_that_the_model_was_trained_on_is_a_leak(tiny, items, tmp_path):
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    known = Item(id="k", ability="odd", prompt="The capital of the land of Oz is", answers=("Emerald City",))
+    lines = [
+        {"id": "1", "text": "Nothing of this."},
+        {"id": "2", "messages": [{"role": "user", "content": "THE capital of the land of Oz, is: Emerald city!"}]},
+    ]
+    (seen / "train.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    report = asked(tmp_path, tiny, [*items[:3], known], **{"seen.0": seen})
+    assert [one["leaked"] for one in report["documents"]] == [0, 0, 0, 1]
+    assert report["measures"]["leaks"] == 0.25
+    (seen / "train.jsonl").rename(seen / "test.jsonl")  # what it is judged by taught it nothing
+    assert asked(tmp_path, tiny, [known], **{"seen.0": seen})["measures"]["leaks"] == 0

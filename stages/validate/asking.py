@@ -1,0 +1,99 @@
+"""An item as a model reads it: the tokens of its prompt, and of what may follow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.measures.items import Item
+from stages.models.text.token_ids import chat_template
+from stages.runtime.contract import StageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARGIN_TOKENS, _LINE_TOKENS, _INSTRUCTED_TOKENS = 4, 16, 32
+"""Tokens that an answer may be longer than what is accepted, that are read of one that is looked through, and that
+follow an instruction."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """An item in the model's tokens.
+
+    Attributes:
+        item: what is asked.
+        ids: its prompt.
+        wholes: the prompt with each choice, or with each answer that is accepted.
+        most_new: tokens of an answer that are read at most.
+    """
+
+    item: Item
+    ids: list[int]
+    wholes: list[list[int]]
+    most_new: int
+
+    @property
+    def first(self) -> list[int]:
+        """What is read first: the prompt with the reference or the first choice, where that leaves its tokens alone."""
+        return self.wholes[0] if self.wholes and self.wholes[0][: len(self.ids)] == self.ids else self.ids
+
+    @property
+    def name(self) -> str:
+        """Its document's id. It ends in a digest, so that answers to another question can never be paired with it."""
+        digest = hashlib.sha256(json.dumps([self.item.model_dump(mode="json"), self.ids]).encode()).hexdigest()
+        return f"{self.item.id}-{digest[:12]}"
+
+    @property
+    def expected(self) -> str:
+        """What is right, in words."""
+        if self.item.task == "choices":
+            return self.item.choices[self.item.right]
+        if self.item.answers:
+            return self.item.answers[0]
+        return ", ".join(f"{one.demand} {one.value or ''}".strip() for one in self.item.checks)
+
+
+def question(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -> Question:
+    """An item as a model reads it.
+
+    Raises:
+        StageError: it is longer than the `most` tokens that the model reads, or no token at all.
+    """
+    ids, spoken = _prompt(item, tokenizer), item.choices
+    if item.task == "answers":
+        spoken = tuple(f"{_gap(item)}{one}" for one in item.answers)
+    wholes = [list(tokenizer(f"{item.prompt}{one}")["input_ids"]) for one in spoken]
+    longest = max(map(len, [ids, *wholes]))
+    new = _INSTRUCTED_TOKENS if item.task == "instructions" else longest - len(ids) + _MARGIN_TOKENS
+    if item.task == "answers" and item.match != "exact":
+        new = max(new, _LINE_TOKENS)
+    if not ids or (most is not None and longest > most):
+        raise StageError(
+            f"item {item.id} is longer than the model reads" if ids else f"item {item.id} is no token to the model",
+            measured=f"{longest} tokens",
+            limit=f"{most} tokens" if ids else "1 token",
+            remedy="Leave the item out of its set.",
+        )
+    return Question(item, ids, wholes, new)
+
+
+def _prompt(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return _told(item.prompt, tokenizer) if item.task == "instructions" else list(tokenizer(item.prompt)["input_ids"])
+
+
+def _told(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a user says, by the chat template where there is one."""
+    if (template := chat_template(tokenizer)) is None:
+        return list(tokenizer(f"{prompt}\n")["input_ids"])
+    said = [{"role": "user", "content": prompt}]
+    ids: list[int] = tokenizer.apply_chat_template(
+        said, chat_template=template, add_generation_prompt=True, return_dict=False
+    )
+    return ids
+
+
+def _gap(item: Item) -> str:
+    return "" if item.language == "zh" or item.prompt[-1].isspace() else " "
