@@ -59,7 +59,7 @@ class ItemSet:
         baseline: the dense model's step.
         judged: the artifacts with a column.
         abilities: rows, the whole first.
-        heat: step -> ability -> right answers less dense's, as a share of the items that the step was asked.
+        heat: step -> ability -> right answers less dense's, and how many items of it the step was asked.
         flips: the first ones; `flipped` of each artifact, (lost, won).
     """
 
@@ -67,7 +67,7 @@ class ItemSet:
     baseline: str
     judged: Sequence[str]
     abilities: Sequence[Ability]
-    heat: Mapping[str, Mapping[str, float]]
+    heat: Mapping[str, Mapping[str, tuple[int, int]]]
     flips: Sequence[Flip]
     flipped: Mapping[str, tuple[int, int]]
 
@@ -147,8 +147,8 @@ def _ability(name: str, cells: Mapping[str, Sequence[tuple[Document, Document]]]
     )
 
 
-def _change(pairs: Sequence[tuple[Document, Document]]) -> float:
-    return sum(ours["right"] - theirs["right"] for ours, theirs in pairs) / len(pairs)
+def _change(pairs: Sequence[tuple[Document, Document]]) -> tuple[int, int]:
+    return sum(ours["right"] - theirs["right"] for ours, theirs in pairs), len(pairs)
 
 
 def _flip(artifact: str, ours: Document, theirs: Document) -> Flip:
@@ -180,7 +180,7 @@ def whereabouts(reports: Reports, chain: Sequence[str]) -> list[str]:
         )
         steps = [(after, *_lost(reports, before, after, corpus)) for before, after in pairwise(asked)]
         worst, net, abilities = max(steps, key=lambda one: one[1])
-        if net <= 0:
+        if net <= 0 or right >= dense:
             continue
         named = ", ".join(f"{ability} {count}" for ability, count in abilities[:_MOST_NAMED])
         of = len(paired(reports, worst, asked[asked.index(worst) - 1], corpus))

@@ -47,8 +47,8 @@ def test_rows_hold_right_answers_and_their_share_of_denses(found):
 
 def test_heat_is_the_change_from_dense_after_each_step(found):
     assert [*found.heat] == ["pruned", "int8", "cpu"]
-    assert found.heat["pruned"] == {"all": -4 / 14, "capitals": -4 / 6, "sums": 0, "noise": 0}
-    assert found.heat["int8"]["sums"] == 0, "one lost, one won"
+    assert found.heat["pruned"] == {"all": (-4, 14), "capitals": (-4, 6), "sums": (0, 4), "noise": (0, 4)}
+    assert found.heat["int8"]["sums"] == (0, 4), "one lost, one won"
 
 
 def test_flips_stand_side_by_side(found):
@@ -65,14 +65,15 @@ def test_sentence_names_the_step_and_the_abilities_that_went():
     ]
     assert whereabouts(REPORTS, ["dense", "dense"]) == []
     assert whereabouts({("cpu", "abilities"): report("cpu")}, CHAIN) == []
+    assert whereabouts(REPORTS | {("cpu", "abilities"): report("dense")}, CHAIN) == [], "all came back"
 
 
 def test_step_that_was_asked_some_of_the_items_is_compared_on_these():
     some = {name: dict(one, documents=list(one.get("documents", []))) for name, one in REPORTS.items()}
     some["pruned", "abilities"]["documents"] = some["pruned", "abilities"]["documents"][1:8]
     (found,) = item_sets(some, "dense", ["cpu"], CHAIN)
-    assert found.heat["pruned"] == {"all": -4 / 7, "capitals": -4 / 5, "sums": 0}
-    assert found.heat["cpu"]["noise"] == 0
+    assert found.heat["pruned"] == {"all": (-4, 7), "capitals": (-4, 5), "sums": (0, 2)}
+    assert found.heat["cpu"]["noise"] == (0, 4)
     assert whereabouts(some, CHAIN)[0].endswith("most were lost by pruned, 4 of 7 items (capitals 4)")
 
 
