@@ -136,7 +136,7 @@ def run(params: ItemsParams, inputs: Mapping[str, Path], output: Path, progress:
     for split, items in taken.items():
         text = "".join(f"{item.model_dump_json()}\n" for item in items)
         (output / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-    record = _record(taken, digest)
+    record = _record(taken, digest) | ({"shipped": True} if params.source == ABILITIES else {})
     (output / "corpus.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     progress.advanced(2, 2)
     return {"items": float(sum(map(len, taken.values()))), "abilities": float(len(record["abilities"]))}

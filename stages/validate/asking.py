@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from stages.measures.items import Item
 from stages.models.text.token_ids import chat_template
-from stages.runtime.contract import StageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,12 +55,8 @@ class Question:
         return ", ".join(f"{one.demand} {one.value or ''}".strip() for one in self.item.checks)
 
 
-def question(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -> Question:
-    """An item as a model reads it.
-
-    Raises:
-        StageError: it is longer than the `most` tokens that the model reads, or no token at all.
-    """
+def question(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -> Question | None:
+    """An item as a model reads it; None where it is longer than the `most` tokens that it reads, or no token at all."""
     ids, spoken = _prompt(item, tokenizer), item.choices
     if item.task == "answers":
         spoken = tuple(f"{_gap(item)}{one}" for one in item.answers)
@@ -70,14 +65,7 @@ def question(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -
     new = _INSTRUCTED_TOKENS if item.task == "instructions" else longest - len(ids) + _MARGIN_TOKENS
     if item.task == "answers" and item.match != "exact":
         new = max(new, _LINE_TOKENS)
-    if not ids or (most is not None and longest > most):
-        raise StageError(
-            f"item {item.id} is longer than the model reads" if ids else f"item {item.id} is no token to the model",
-            measured=f"{longest} tokens",
-            limit=f"{most} tokens" if ids else "1 token",
-            remedy="Leave the item out of its set.",
-        )
-    return Question(item, ids, wholes, new)
+    return Question(item, ids, wholes, new) if ids and (most is None or longest <= most) else None
 
 
 def _prompt(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[int]:

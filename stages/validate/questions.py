@@ -30,10 +30,11 @@ from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_config, load_tokenizer
 from stages.models.text.token_ids import plain_text
 from stages.models.text.windows import passages
-from stages.runtime.contract import Metrics, StageError
+from stages.runtime.contract import Metrics, Progress, StageError
 from stages.serving.engine import Answerer
 from stages.serving.generate import ROWS, confirmed, greedy, padded
 from stages.validate.asking import Question, question
+from stages.validate.text import of_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,7 @@ class Questions:
     groups: list[list[Question]]
     order: list[str]
     tokenizer: PreTrainedTokenizerBase
-    vocabulary: int
+    about: Mapping[str, Any]
     seen: tuple[Path, ...]
     task: str = "generate"
     units: str = "groups of items"
@@ -130,7 +131,7 @@ class Questions:
         by_name = {one["id"]: one for unit in units for one in unit}
         told = self._told()
         documents = [by_name[name] | {"leaked": int(name in told)} for name in self.order]
-        found = {"items": True, "vocabulary": self.vocabulary, "documents": documents, "measures": summary(documents)}
+        found = {"items": True, **self.about, "documents": documents, "measures": summary(documents)}
         return found | by_slice(documents)
 
     def _told(self) -> set[str]:
@@ -151,21 +152,32 @@ class Questions:
         return {"items": float(len(documents))}
 
 
-def questions_of(params: ValidateParams, inputs: Mapping[str, Path]) -> Questions:
-    """The items of a set, as the model reads them.
+def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress | None = None) -> Questions:
+    """The items of a set, as the model reads them; those that it cannot read in whole are left out, and said.
 
     Raises:
-        StageError: the model continues no text, or reads less than an item.
+        StageError: the model continues no text, or reads none of the items.
     """
     config, tokenizer = load_config(inputs["model"]), load_tokenizer(inputs["model"])
     check_task(tasks.task(config))
-    most = tasks.longest(config)
-    items = islice(read_items(inputs["text"], params.split), params.items)
-    asked = [question(one, tokenizer, most) for one in items]
+    reads = [one for one in (tasks.longest(config), of_engine(inputs["model"])) if one is not None]
+    items = list(islice(read_items(inputs["text"], params.split), params.items))
+    found = [question(one, tokenizer, min(reads, default=None)) for one in items]
+    asked = [one for one in found if one is not None]
+    if missing := [item.id for item, one in zip(items, found, strict=True) if one is None]:
+        what = f"{len(missing)} of {len(items)} items are more than the {min(reads, default=0)} tokens that it reads"
+        if not asked:
+            raise StageError("the model can read none of the items", measured=what, remedy="Take shorter ones.")
+        if progress:
+            progress.note(f"{what}, and are left out: {missing[0]} is the first")
     apart = sorted(range(len(asked)), key=lambda number: (len(asked[number].ids), number))
     groups = [[asked[one] for one in apart[start : start + TOGETHER]] for start in range(0, len(asked), TOGETHER)]
     seen = tuple(folder for role, folder in inputs.items() if role.startswith("seen."))
-    return Questions(groups, [one.name for one in asked], tokenizer, config.get_text_config().vocab_size, seen)
+    record = json.loads((inputs["text"] / "corpus.json").read_text(encoding="utf-8"))
+    about = {"vocabulary": config.get_text_config().vocab_size, "shipped": bool(record.get("shipped"))}
+    if missing:
+        about["left_out"] = missing
+    return Questions(groups, [one.name for one in asked], tokenizer, about, seen)
 
 
 def check_task(task: str) -> None:

@@ -102,7 +102,7 @@ def _asked(params: ValidateParams, inputs: Mapping[str, Path], progress: Progres
         ours, theirs = (load_tokenizer(one).get_vocab() for one in (inputs["model"], baseline))
         _check_alike(ours, theirs, *(tasks.task(load_config(one)) for one in (inputs["model"], baseline)))
     if holds_items(inputs["text"]):
-        return questions_of(params, inputs)
+        return questions_of(params, inputs, progress)
     return text_of(params, inputs, progress)
 
 

@@ -114,6 +114,9 @@ def test_shuffled_labels_fail_though_dense_is_at_chance():
     )
     assert (found.passed, found.state) == (False, "failed")
     assert "look for wrong answers in the set" in found.text
+    # A set whose answers are known to be right is too hard for the model then.
+    shipped = reports(shuffled, shuffled, dict.fromkeys(ABILITIES, 0.3), shipped=True)
+    assert only(Gate(measure="accuracy", value_at_least=0.9), shipped).state == "not applicable"
 
 
 def test_flips_count_both_ways_and_lost_only_one():

@@ -174,9 +174,12 @@ def test_other_question_has_another_document(tiny, items, tmp_path):
     assert asked(tmp_path, tiny, [changed])["documents"][0]["id"] != first
 
 
-def test_item_that_is_longer_than_the_model_reads_is_refused(tiny, tmp_path):
+def test_item_that_is_longer_than_the_model_reads_is_left_out_and_said(tiny, items, tmp_path):
     long = Item(id="long", ability="a", prompt="word " * 5000, answers=("x",))
-    with pytest.raises(StageError, match="item long is longer than the model reads"):
+    report = asked(tmp_path, tiny, [items[0], long, items[1]])
+    assert [one["id"].rpartition("-")[0] for one in report["documents"]] == [items[0].id, items[1].id]
+    assert report["left_out"] == ["long"]
+    with pytest.raises(StageError, match="can read none of the items"):
         asked(tmp_path, tiny, [long])
 
 
