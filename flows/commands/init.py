@@ -83,7 +83,7 @@ def _steps(source: str) -> dict[str, Any]:
     if not source.startswith("file://"):
         typer.echo("what the checkpoint is cannot be seen from here: `enginery plan` downloads it and says so")
         cuts = {name: name != "zeros" for name, _, _ in _CUTS}
-        return _told("generate", cuts, recovers=True, scheme=_SCHEMES[0], exported=True)
+        return _told("generate", cuts, recovers=True, scheme=_SCHEMES[0], exported=True) | {"asked": True}
     from flows.running.admission import ask, refusal
     from stages.admission import Asked
     from stages.runtime.contract import StageError
@@ -94,6 +94,8 @@ def _steps(source: str) -> dict[str, Any]:
     teacher = _READS | {"teacher": "dense"}
     asked += [Asked(name="recovers", stage="recover", params={"tokens": 100_000}, inputs=teacher)]
     asked += [Asked(name="exported", stage="export", params={}, inputs={"model": "dense"})]
+    written = {"source": "model://self", "splits": {"calibrate": 1.0}}
+    asked += [Asked(name="writes", stage="corpus", params=written, inputs={"model": "dense"})]
     answers = {one.step: one for one in ask(asked)}
     if unknown := answers["dense"].unknown:
         raise StageError(
@@ -105,7 +107,9 @@ def _steps(source: str) -> dict[str, Any]:
     cuts["zeros"] = cuts["zeros"] and not cuts["channels"] and not cuts["bases"]
     scheme = next((one for one in _SCHEMES if _takes(answers[one])), "")
     recovers, exported = (_takes(answers[name]) for name in ("recovers", "exported"))
-    return _told(answers["dense"].task, cuts, recovers=recovers, scheme=scheme, exported=exported)
+    task = answers["dense"].task
+    made = _told(task, cuts, recovers=recovers, scheme=scheme, exported=exported)
+    return made | {"asked": task == "generate" and _takes(answers["writes"])}
 
 
 def _takes(answer: Answer) -> bool:
