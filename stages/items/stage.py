@@ -210,7 +210,9 @@ def admit(params: ItemsParams, known: Mapping[str, Any]) -> ItemSplits:
     if params.source != ABILITIES:
         return ItemSplits(params.splits)
     _check_abilities(params, {item.ability for items in shipped().values() for item in items})
-    return ItemSplits(get_args(Split))
+    found = ItemSplits(get_args(Split))
+    found.tasks = frozenset(item.task for items in shipped().values() for item in items)
+    return found
 
 
 ITEMS = Stage(

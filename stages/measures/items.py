@@ -18,7 +18,7 @@ from stages.runtime.contract import Frozen, StageError
 ITEMS = "items"
 """The key of corpus.json that says so: its tasks."""
 
-Kind = Literal["answers", "choices", "instructions"]
+Kind = Literal["answers", "choices", "instructions", "classify"]
 Demand = Literal[
     "words_at_most",
     "words_at_least",
@@ -37,7 +37,12 @@ _VALUES = {"case": ("upper", "lower"), "language": ("en", "zh")}
 
 
 class ItemSplits(frozenset[str]):
-    """The splits that a set of items will have, where admission looks ahead: no text."""
+    """The splits that a set of items will have, where admission looks ahead: no text.
+
+    `tasks` are those of its items, empty where that is not known yet.
+    """
+
+    tasks: frozenset[str] = frozenset()
 
 
 class Check(Frozen):
@@ -76,7 +81,7 @@ class Item(Frozen):
         language: of what is asked.
         task: how it is asked and judged.
         prompt: what the model reads, as it stands; for `instructions` what a user says to it.
-        answers: of `answers`: what is accepted; the first is the reference.
+        answers: of `answers`: what is accepted; the first is the reference. Of `classify`: the text's class.
         match: of `answers`: the beginning of the answer must be one of them, it must stand anywhere in the answer's
             first line, or the first number there must equal one of them.
         choices: of `choices`: what may follow the prompt, with whatever space must stand between.
@@ -99,6 +104,8 @@ class Item(Frozen):
     def _whole(self) -> Item:
         if self.task == "answers" and not all(one.strip() for one in self.answers or ("",)):
             raise ValueError(f"item {self.id} accepts no answer, or an empty one")
+        if self.task == "classify" and len(self.answers) != 1:
+            raise ValueError(f"item {self.id} must have one class in `answers`")
         if self.task == "choices" and (len({*self.choices}) < 2 or self.right >= len(self.choices)):
             raise ValueError(f"item {self.id} needs two different choices, and the number of one of them in `right`")
         if self.task == "instructions" and not self.checks:

@@ -17,9 +17,6 @@ from stages.measures.table import MEASURES, Measure
 
 Document = Mapping[str, Any]
 
-_BESIDE = ("chance",)
-"""What measures of items read beside their score."""
-
 
 def of_documents(measure: Measure, ours: Sequence[Document], theirs: Sequence[Document] | None) -> Interval:
     """A measure of documents, its ratio to another's on the same ones, or what it counts between the two.
@@ -52,7 +49,7 @@ def of_documents(measure: Measure, ours: Sequence[Document], theirs: Sequence[Do
 
 def _alike(measure: Measure, ours: Sequence[Document], theirs: Sequence[Document] | None) -> tuple[list[int], Floats]:
     """The first of each kind of documents that a measure cannot tell apart, and how many there are."""
-    keys = (measure.score, *_BESIDE)
+    keys = (measure.score, *measure.reads)
     pairs = zip(ours, theirs if theirs is not None else ours, strict=True)
     kinds = [tuple(one.get(key) for one in pair for key in keys) for pair in pairs]
     counts = Counter(kinds)

@@ -29,6 +29,7 @@ class Measure:
         of_items: it is measured on a set of items: the function is one of the items' documents, which all have the
             score, and of how often each is drawn; see `stages.measures.item_scores`.
         between: it is seen in two reports only, item by item.
+        reads: keys of the items' documents that it reads beside its score.
     """
 
     function: str
@@ -40,16 +41,24 @@ class Measure:
     exponential: bool = False
     of_items: bool = False
     between: bool = False
+    reads: tuple[str, ...] = ()
 
 
 _CHOICES = TOKENS | {"fill", "classify", "tag", "answer"}
 _VECTORS = frozenset({"classify", "tag", "answer", "embed"})
-_ASKED = frozenset({"generate"})
+_CLASSES = ("expected", "answer")
+_ASKED = frozenset({"generate", "classify"})
 """Tasks of models that are asked items."""
 
 
-def _of_items(name: str, score: str, title: str = "", *, between: bool = False) -> Measure:
-    return Measure(f"stages.measures.item_scores:{name}", score, _ASKED, title, of_items=True, between=between)
+def _of_items(name: str, score: str, title: str = "", reads: tuple[str, ...] = (), *, between: bool = False) -> Measure:
+    function = f"stages.measures.item_scores:{name}"
+    return Measure(function, score, _ASKED, title, of_items=True, between=between, reads=reads)
+
+
+def _of_classes(name: str, score: str, title: str, reads: tuple[str, ...]) -> Measure:
+    function = f"stages.measures.classification:{name}"
+    return Measure(function, score, frozenset({"classify"}), title, of_items=True, reads=reads)
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -70,12 +79,16 @@ MEASURES: Mapping[str, Measure] = {
         "stages.measures.divergence:relative_error", "error", _VECTORS | {"score"}, "relative error", paired=True
     ),
     "accuracy": _of_items("accuracy", "right", "right answers"),
-    "above_chance": _of_items("above_chance", "right", "right above chance"),
+    "above_chance": _of_items("above_chance", "right", "right above chance", ("chance",)),
     "flips": _of_items("flips", "right", between=True),
     "lost": _of_items("lost", "right", "right answers lost", between=True),
     "same_answers": _of_items("same_answers", "answer", "same answers", between=True),
     "repetition": _of_items("repetition", "repeated"),
     "leaks": _of_items("leaks", "leaked"),
+    "precision": _of_classes("precision", "confidence", "precision", _CLASSES),
+    "recall": _of_classes("recall", "confidence", "recall", _CLASSES),
+    "f1": _of_classes("f1", "confidence", "F1", _CLASSES),
+    "calibration_error": _of_classes("calibration_error", "confidence", "calibration error", ("right",)),
 }
 
 

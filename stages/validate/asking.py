@@ -60,6 +60,10 @@ def question(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -
     ids, spoken = _prompt(item, tokenizer), item.choices
     if item.task == "answers":
         spoken = tuple(f"{_gap(item)}{one}" for one in item.answers)
+    if item.task == "classify":
+        # A class is found from the beginning of a text that is too long.
+        ids = list(tokenizer(item.prompt, truncation=most is not None, max_length=most)["input_ids"])
+        return Question(item, ids, [], 0) if ids else None
     wholes = [list(tokenizer(f"{item.prompt}{one}")["input_ids"]) for one in spoken]
     longest = max(map(len, [ids, *wholes]))
     new = _INSTRUCTED_TOKENS if item.task == "instructions" else longest - len(ids) + _MARGIN_TOKENS

@@ -124,8 +124,8 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
         mask_of(load_tokenizer(model.folder))
     if baseline := known.get("baseline"):
         _check_alike(*vocabularies(model, baseline), model.task, baseline.task)
-    if isinstance(known.get("text"), ItemSplits):
-        check_task(model.task)
+    if isinstance(text := known.get("text"), ItemSplits):
+        check_task(model.task, text.tasks)
     else:
         check_length(model.built, min(params.window_tokens, model.reads or params.window_tokens))
     return model

@@ -184,7 +184,7 @@ def test_item_that_is_longer_than_the_model_reads_is_left_out_and_said(tiny, ite
 
 
 def test_model_that_continues_no_text_is_refused(items, tmp_path):
-    with pytest.raises(StageError, match="items are put to models that continue a text"):
+    with pytest.raises(StageError, match="no items can be put to such a model"):
         asked(tmp_path, family("bert_masked", tmp_path), items)
 
 

@@ -1,0 +1,74 @@
+"""What a classifier says of items: the likeliest class, and how sure it is.
+
+Shapes: C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from stages.measures.divergence import kl_divergence
+from stages.measures.documents import Document
+from stages.runtime.contract import StageError
+from stages.serving.engine import Answerer
+from stages.validate.asking import Question
+
+
+def labels(config: PreTrainedConfig) -> list[str]:
+    """The names of a classifier's classes, in order."""
+    return [str(config.id2label[place]) for place in range(config.num_labels)]
+
+
+def check_labels(config: PreTrainedConfig, asked: Sequence[Question]) -> None:
+    """Raise StageError where an item names a class that the model has not, by its name or by its number."""
+    known = labels(config)
+    for one in asked:
+        if _place(one.item.answers[0], known) is None:
+            raise StageError(
+                f"item {one.item.id} is of a class that the model does not know",
+                measured=repr(one.item.answers[0]),
+                limit=", ".join(known),
+                remedy="Write the labels as `id2label` of config.json does, or as numbers from 0.",
+            )
+
+
+def classified(
+    config: PreTrainedConfig, group: list[Question], judged: Answerer, dense: Answerer | None
+) -> list[Document]:
+    """The classes that a model finds for a group of items."""
+    known = labels(config)
+    ours, theirs = _answers(group, judged), _answers(group, dense) if dense else None
+    found = []
+    for place, one in enumerate(group):
+        shares_C = torch.softmax(ours[place].double(), -1)
+        best, right = int(shares_C.argmax()), _place(one.item.answers[0], known)
+        document: Document = {"id": one.name, "slice": one.item.ability, "tokens": len(one.ids)}
+        document |= {"prompt": one.item.prompt, "expected": known[right or 0], "chance": 1 / len(known)}
+        document |= {"answer": known[best], "right": int(best == right), "repeated": 0}
+        document["confidence"] = float(shares_C[best])
+        if theirs is not None:
+            document["kl"] = float(kl_divergence(theirs[place][None], ours[place][None]).sum()) * len(one.ids)
+        found.append(document)
+    return found
+
+
+def _place(label: str, known: Sequence[str]) -> int | None:
+    if label in known:
+        return known.index(label)
+    return int(label) if label.isdecimal() and int(label) < len(known) else None
+
+
+def _answers(group: Sequence[Question], model: Answerer) -> list[torch.Tensor]:
+    """logits_C of each item. Only rows of one length stand side by side: some classifiers look for the last token."""
+    found: dict[int, torch.Tensor] = {}
+    places = sorted(range(len(group)), key=lambda place: len(group[place].ids))
+    for _, alike in groupby(places, key=lambda place: len(group[place].ids)):
+        some = list(alike)
+        logits_NC = torch.from_numpy(model.logits(np.array([group[place].ids for place in some], dtype=np.int64)))
+        found |= dict(zip(some, logits_NC, strict=True))
+    return [found[place] for place in range(len(group))]
