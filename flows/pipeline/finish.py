@@ -25,7 +25,6 @@ from flows.pipeline.output_folder import (
 from flows.pipeline.proof import proved
 from flows.pipeline.verdict import Judgement
 from flows.prefect_api.retry import AWAY_S, patiently
-from flows.recipe.expand import between, upstream
 from flows.registry.journal import Candidate, head
 from flows.registry.model_card import card
 from flows.registry.projection import Registry, reconcile, release
@@ -159,9 +158,7 @@ def _chain(session: Session, judgement: Judgement) -> list[str]:
     asked = session.recipe.judge
     if asked is None:
         return []
-    last = judgement.serves or asked.artifacts[0]
-    above = upstream(session.recipe, last)
-    return [asked.baseline, *(one for one in between(session.recipe) if one in above), last]
+    return list(session.asked.chains[judgement.serves or asked.artifacts[0]])
 
 
 def _measured(session: Session, judgement: Judgement, result: RunResult) -> None:

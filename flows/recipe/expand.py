@@ -47,11 +47,13 @@ class Expanded:
     Attributes:
         champion: the measurements of the champion that gates ask for; its engine, the role `model`, and what executes
             it are known when the recipe runs.
+        chains: of each judged artifact the checkpoints from the baseline to it, in order, and itself.
     """
 
     recipe: Recipe
     steps: tuple[PlannedStep, ...]
     champion: tuple[PlannedStep, ...] = ()
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def expanded(recipe: Recipe) -> Expanded:
@@ -63,7 +65,15 @@ def expanded(recipe: Recipe) -> Expanded:
     measured = [] if recipe.judge is None else list(_measurements(recipe, recipe.judge))
     steps = (*own, *_named_apart(measured))
     taken = {step.name for step in steps}
-    return Expanded(recipe, steps, () if recipe.judge is None else tuple(_champions(recipe, recipe.judge, taken)))
+    if recipe.judge is None:
+        return Expanded(recipe, steps)
+    chains = {name: _chain(recipe, recipe.judge, name) for name in recipe.judge.artifacts}
+    return Expanded(recipe, steps, tuple(_champions(recipe, recipe.judge, taken)), chains)
+
+
+def _chain(recipe: Recipe, judge: Judge, artifact: str) -> tuple[str, ...]:
+    above = upstream(recipe, artifact)
+    return tuple(dict.fromkeys([judge.baseline, *(one for one in between(recipe) if one in above), artifact]))
 
 
 def _champions(recipe: Recipe, judge: Judge, taken: Collection[str]) -> Iterator[PlannedStep]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
@@ -537,3 +538,7 @@ def test_expanded_asks_items_of_all_that_is_judged_and_some_of_the_steps_between
             assert "items" not in step.params and "windows" not in step.params
             assert seen == {one.name for one in recipe.steps if one.stage == "corpus" and one.name in own}
     assert any(step.traced for step in found.values()) and any("seen.0" in step.inputs for step in found.values())
+    chain = expanded(recipe).chains["cpu"]
+    assert (chain[0], chain[-1]) == (judge.baseline, "cpu")
+    assert [name for name in chain[1:-1] if name not in others] == [], "each between is measured"
+    assert all(before == judge.baseline or before in upstream(recipe, after) for before, after in pairwise(chain))
