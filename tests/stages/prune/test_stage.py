@@ -303,10 +303,18 @@ def test_prune_whose_zeros_were_not_written_is_caught(shared_store, dense, topic
         PRUNE.run(how, given, tmp_path, Notes())
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "channels", "width"])
-def test_prune_cut_off_goes_on_and_ends_in_the_same_bytes(shared_store, dense, topics, tmp_path, monkeypatch, method):
+CUTS = {
+    "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
+    "channels": {"method": "channels"},
+    "uneven": {"method": "channels", "widths": "uneven"},
+    "width": {"method": "width"},
+}
+
+
+@pytest.mark.parametrize("cut_by", CUTS)
+def test_prune_cut_off_goes_on_and_ends_in_the_same_bytes(shared_store, dense, topics, tmp_path, monkeypatch, cut_by):
     given = {"model": shared_store.checkout(dense), "text": shared_store.checkout(topics)}
-    how = PruneParams(method=method, pattern="2:4" if method == "sparsegpt" else None, keep=0.8, **ZEROS)
+    how = PruneParams(**CUTS[cut_by], keep=0.8, **ZEROS)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
     PRUNE.run(how, given, whole, Notes())
