@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stages.models.low_rank.kinds import TOGETHER, Projection
 from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 
 if TYPE_CHECKING:
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
     from stages.models.checkpoint.subject import Subject
 
-Projection = Literal[
-    "q+k", "q+k+v", "q", "k", "v", "qkv", "o", "gate+up", "gate", "up", "gate_up", "down",
-    "cross_q", "cross_k+cross_v", "cross_k", "cross_v", "cross_qkv", "cross_o",
-]  # fmt: skip
 Method = Literal["basis", "recursive", "tie"]
 
 
@@ -45,10 +42,7 @@ class ShareParams(Params):
     tables: Literal["equal", "mean"] = "equal"
     keep: float = Field(default=0.95, gt=0, lt=1)
     group: int = Field(default=2, ge=2)
-    projections: tuple[Projection, ...] = Field(
-        default=("q+k", "v", "qkv", "o", "gate+up", "gate_up", "down", "cross_q", "cross_k+cross_v", "cross_o"),
-        min_length=1,
-    )
+    projections: tuple[Projection, ...] = Field(default=TOGETHER, min_length=1)
     windows: int = Field(default=16, ge=1)
     window_tokens: int = Field(default=512, ge=8)
 

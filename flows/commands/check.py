@@ -18,6 +18,7 @@ _VERBS: tuple[tuple[str, str, dict[str, str], dict[str, Any]], ...] = (
     ("judge", "validate", _TEXT, {}),
     ("share: equal tensors once", "share", {"model": "it"}, {"method": "tie"}),
     ("share: low-rank bases", "share", _TEXT, {"method": "basis"}),
+    ("prune: what costs least", "prune", _TEXT, {"method": "auto"}),
     ("prune: channels", "prune", _TEXT, {"method": "channels"}),
     ("prune: heads", "prune", _TEXT, {"method": "heads"}),
     ("prune: hidden width", "prune", _TEXT, {"method": "width"}),

@@ -91,7 +91,7 @@ def _in_blocks(step: Step, recipe: Recipe) -> dict[str, Any]:
     Only where the recipe says nothing of it.
     """
     params = dict(step.params)
-    if step.stage != "prune" or "multiple" in params or params.get("method", "channels") not in ("channels", "width"):
+    if step.stage != "prune" or "multiple" in params or params.get("method", "channels") not in _READERS:
         return params
     later = [one for one in recipe.steps if one.stage == "quantize" and step.name in upstream(recipe, one.name)]
     readers = _READERS[params.get("method", "channels")]
@@ -100,7 +100,7 @@ def _in_blocks(step: Step, recipe: Recipe) -> dict[str, Any]:
     return params | ({"multiple": math.lcm(default, *blocks)} if blocks else {})
 
 
-_READERS = {"channels": ("mlp.down_proj",), "width": ("self_attn.q_proj", "mlp.gate_proj")}
+_READERS = {"auto": ("mlp.down_proj",), "channels": ("mlp.down_proj",), "width": ("self_attn.q_proj", "mlp.gate_proj")}
 """What reads the width that a method cuts, as maps are called where these methods take a model."""
 
 

@@ -79,7 +79,8 @@ def _costs(w_OF: Tensor, inverse_FF: Tensor, groups_gs: Tensor) -> Tensor:
         return w_OF.square().sum(0)[one_g] / inverse_FF.diagonal()[one_g].clamp_min(tiny)
     corners_gss = inverse_FF[groups_gs[:, :, None], groups_gs[:, None, :]]
     w_gsO = w_OF.T[groups_gs]
-    return (torch.linalg.solve(corners_gss, w_gsO) * w_gsO).sum((1, 2))
+    # Corners are positive definite; torch's LU of several matrices at once fails with some numbers of threads.
+    return (torch.cholesky_solve(w_gsO, torch.linalg.cholesky(corners_gss)) * w_gsO).sum((1, 2))
 
 
 def reconstructed(w_OF: Tensor, moment_FF: Tensor, kept_K: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.editing import matching
 from stages.models.checkpoint.subject import Subject, reshape
+from stages.models.low_rank.planning import RANK_STEP, dense
 from stages.models.text.windows import check_split
 from stages.prune import units as surgery
 from stages.prune import width, zeros
@@ -49,6 +50,10 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
         anatomy.head(given.model)  # what it predicts says what may go
         if given.loose:
             raise width.not_dense(ON_A_BASIS)
+    if params.method == "auto":
+        dense(given.model)
+        # What goes of what is found when it is priced, so that only what all sizes are multiples of is known.
+        return replace(given, loose=gcd(given.loose, RANK_STEP, params.multiple), masked=False)
     limit = int(params.keep * anatomy.block_parameters(given.model))
     asked = Asked(limit, params.multiple, params.by, Path(), uneven=params.widths == "uneven")
     # A copy: other steps read the model as it is.

@@ -18,7 +18,7 @@ from stages.algorithms.channels import least_important, output_error, reconstruc
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.compress import compress
-from stages.models.blockwise.map_statistics import statistics_of
+from stages.models.blockwise.map_statistics import MapStatistics, statistics_of
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights, mended, put
 from stages.models.layers.low_rank_linear import SharedLinear
@@ -116,11 +116,9 @@ def uneven(model: PreTrainedModel, ids_NT: Tensor, even: Plan, asked: Asked, pro
     for block, seen in statistics_of(model, ids_NT, asked.partial / "statistics", progress.advanced):
         options[block.index] = []
         for units in surgery.of(block, even.what):
-            name = f"{block.name}.{units.reader}"
-            on_basis = isinstance(block.module.get_submodule(units.reader), SharedLinear)
-            importance[name] = seen.gradients[f"{units.reader}.coefficient" if on_basis else units.reader]
-            moment_FF = seen.moments[seen.first[f"{units.reader}.basis" if on_basis else units.reader]]
-            options[block.index].append(_options(block, units, moment_FF, importance[name], multiple))
+            found, worth_O = priced(block, units, seen, multiple)
+            importance[f"{block.name}.{units.reader}"] = worth_O
+            options[block.index].append(found)
     flat = [one for index in sorted(options) for one in options[index]]
     total = anatomy.block_parameters(model)
     try:
@@ -134,9 +132,22 @@ def uneven(model: PreTrainedModel, ids_NT: Tensor, even: Plan, asked: Asked, pro
     return Plan(even.what, kept, {}, importance)
 
 
-def _options(block: Block, units: Units, moment_FF: Tensor, worth_O: Tensor, multiple: int) -> list[Option]:
-    """What it saves and loses that so many units of a block go."""
+def priced(block: Block, units: Units, seen: MapStatistics, multiple: int) -> tuple[list[Option], Tensor]:
+    """What it saves and loses, in nats a token to second order, that so many units of a block go.
+
+    Args:
+        block: of the model.
+        units: of the block.
+        seen: what calibration saw of its maps.
+        multiple: of which the numbers that go are multiples.
+
+    Returns:
+        The options, and the weight of each squared error at the outputs of the map that reads the units, [O].
+    """
     reader = block.module.get_submodule(units.reader)
+    on_basis = isinstance(reader, SharedLinear)
+    worth_O = seen.gradients[f"{units.reader}.coefficient" if on_basis else units.reader]
+    moment_FF = seen.moments[seen.first[f"{units.reader}.basis" if on_basis else units.reader]]
     w_OF = surgery.reading(reader).weight.detach().float()  # type: ignore[operator]
     if isinstance(reader, SharedLinear):
         w_OF = _coefficient(block, units.reader).float() @ w_OF
@@ -147,11 +158,12 @@ def _options(block: Block, units: Units, moment_FF: Tensor, worth_O: Tensor, mul
     step = max(multiple, units.count // _STEPS // multiple * multiple)
     most = int(units.count * _MOST) // step * step
     found = removals(weighed_OF, moment_FF[columns][:, columns], most * size, size=size, rounds=most // step or 1)
-    return [
+    options = [
         Option(len(gone) // size * each, damage / 2, len(gone) // size)
         for gone, damage in found
         if len(gone) // size % multiple == 0
     ]
+    return options, worth_O
 
 
 def _kept(units: Units, left: int, widest: int, multiple: int) -> int:

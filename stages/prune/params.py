@@ -15,7 +15,8 @@ class PruneParams(Params):
     """What goes.
 
     Attributes:
-        method: `channels` narrows every block's feed-forward part to one width, `heads` takes key-value groups of
+        method: `auto` spends one budget over channels, heads and ranks of maps of all blocks, where each costs least on
+            the text; `channels` narrows every block's feed-forward part to one width, `heads` takes key-value groups of
             attention heads out of every block, `width` takes dimensions out of the residual stream that passes
             through all of them, `blocks` takes whole blocks out; `magnitude`, `wanda`, `gradient` and `sparsegpt` put
             zeros into the blocks' maps, the last one mending the other weights.
@@ -35,7 +36,9 @@ class PruneParams(Params):
         window_tokens: their length.
     """
 
-    method: Literal["channels", "heads", "width", "blocks", "magnitude", "wanda", "gradient", "sparsegpt"] = "channels"
+    method: Literal["auto", "channels", "heads", "width", "blocks", "magnitude", "wanda", "gradient", "sparsegpt"] = (
+        "channels"
+    )
     keep: float = Field(default=0.95, gt=0, lt=1)
     pattern: Literal["2:4", "4:8"] | None = None
     by: Literal["loss", "influence"] = "loss"

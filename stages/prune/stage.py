@@ -56,6 +56,7 @@ def _structure(
     from stages.models.anatomy.blocks import block_parameters, blocks
     from stages.models.checkpoint import editing
     from stages.models.checkpoint.loading import save_model
+    from stages.prune.automatic import automatic
     from stages.prune.channels_heads import narrow
     from stages.prune.gaps import blocks as without_blocks
     from stages.prune.target import Asked
@@ -67,7 +68,9 @@ def _structure(
     if params.method in ("channels", "heads"):
         rows = narrow(model, ids_NT, params.method, asked, progress)
     else:
-        rows = {"blocks": without_blocks, "width": width}[params.method](model, ids_NT, asked, progress)
+        rows = {"auto": automatic, "blocks": without_blocks, "width": width}[params.method](
+            model, ids_NT, asked, progress
+        )
     editing.write_table(output, rows, method=params.method)
     written = save_model(model, output, like=like, progress=progress)
     return {

@@ -26,6 +26,8 @@ from stages.models.memory.spill import Shelf
 
 RANK_STEP = 8
 """Ranks are multiples of this: kernels of every target like inner sizes that 8 divides."""
+BESIDE = "beside"
+"""Begins the kind of parts that go in another way: a map that they name may stand on a basis, too."""
 Kinds = Sequence[tuple[str, ...]]
 """Roles that may share a basis."""
 Ways = dict[Span, list[tuple["Part", ...]]]
@@ -68,6 +70,10 @@ class Plan:
     basis: nn.Linear | None
 
 
+def _nothing(_block: Block, _statistics: MapStatistics) -> tuple[Part, ...]:
+    return ()
+
+
 class Measured:
     """What one pass over the calibration windows says of every way to cut the maps."""
 
@@ -77,16 +83,31 @@ class Measured:
         self._ways: dict[tuple[str, ...], Ways] = {}
         self.idle: list[str] = []
 
-    def measure(self, ids_NT: Tensor, folder: Path, advanced: Callable[[float, float], None]) -> None:
+    def measure(
+        self,
+        ids_NT: Tensor,
+        folder: Path,
+        advanced: Callable[[float, float], None],
+        beside: Callable[[Block, MapStatistics], Iterable[Part]] = _nothing,
+    ) -> None:
         """Take the statistics of every block and price every part, from the last block to the first.
 
         Moments wait in `folder`; what was asked and does not run is `idle` then.
+
+        Args:
+            ids_NT: calibration windows.
+            folder: for state.
+            advanced: told (done, total).
+            beside: of a block and its statistics the parts that could go in another way, each priced.
 
         Raises:
             StageError: an activation is not finite.
         """
         blocks, self._moments = anatomy.blocks(self._model), Shelf(folder)
         for block, statistics in statistics_of(self._model, ids_NT, folder, advanced):
+            for part in beside(block, statistics):
+                ways = self._ways.setdefault((BESIDE, *part.maps), {})
+                ways[block.index, block.index + 1] = [(part,)]
             self._moments.put(block.index, statistics.moments)
             statistics.moments = {}
             self._statistics[block.index] = statistics
@@ -118,8 +139,8 @@ class Measured:
         """What all parts could save together."""
         return most(self._priced(self._ways.values()))
 
-    def plan(self, saved: int) -> dict[str, Plan]:
-        """Path -> plan of the maps to change, so that at least `saved` parameters go at the least expected loss.
+    def chosen(self, saved: int) -> list[tuple[Part, Option]]:
+        """What goes, so that it is at least `saved` parameters at the least expected loss.
 
         Raises:
             ValueError: so much cannot be saved.
@@ -131,6 +152,10 @@ class Measured:
         # The price at which groups are cut leaves a gap to the target; a plan without any group may fill it better.
         if most(self._priced(alone)) >= saved:
             chosen = min(chosen, self._allocated(alone, saved), key=lambda pairs: sum(one.damage for _, one in pairs))
+        return chosen
+
+    def plan(self, chosen: Iterable[tuple[Part, Option]]) -> dict[str, Plan]:
+        """Path -> plan of the maps that go on bases."""
         plans: dict[str, Plan] = {}
         for part, option in chosen:
             shared = self._basis(part, option.rank) if len(part.paths) > 1 else None

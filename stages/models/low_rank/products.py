@@ -37,6 +37,19 @@ class Done:
     predicted: float
 
 
+class TooMuch(StageError):
+    """So much cannot be saved; of `total` parameters of the blocks `best` would be left at least."""
+
+    def __init__(self, best: int, total: int, asked: Asked) -> None:
+        super().__init__(
+            f"bases in groups of up to {asked.group} blocks cannot save so much",
+            measured=f"keep {best / total:.4f} at best",
+            limit=f"keep {asked.keep}",
+            remedy="Raise `keep`, or allow more maps.",
+        )
+        self.best = best
+
+
 @dataclass(frozen=True)
 class Asked:
     """What is to be put on bases, and how much goes.
@@ -69,35 +82,29 @@ def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Pa
         progress: told of both passes.
 
     Raises:
-        StageError: so much cannot be saved, or an activation is not finite.
+        TooMuch: so much cannot be saved.
+        StageError: an activation is not finite.
     """
-    group, keep = asked.group, asked.keep
     kinds = None if asked.kinds is None else [tuple(kind.split("+")) for kind in asked.kinds]
     names = [name for name in asked.names or dense(model) if plain(model.get_submodule(name))]
-    measured = Measured(model, kinds, group, names)
+    measured = Measured(model, kinds, asked.group, names)
     measured.measure(ids_NT, partial, Pass(progress, 0, 2).advanced)
     left = sorted({*(asked.names or []), *measured.idle} - ({*names} - {*measured.idle}))
     if left:
         progress.note(f"{len(left)} maps stay as they are, since they are not called as maps: {left[0]} ...")
     total = anatomy.block_parameters(model)
-    wanted = total - int(keep * total)
+    wanted = total - int(asked.keep * total)
     if measured.most < wanted:
-        raise StageError(
-            f"bases in groups of up to {group} blocks cannot save so much",
-            measured=f"keep {1 - measured.most / total:.4f} at best",
-            limit=f"keep {keep}",
-            remedy="Raise `keep`, or allow more maps.",
-        )
-    plans = measured.plan(wanted)
+        raise TooMuch(total - measured.most, total, asked)
+    plans = measured.plan(measured.chosen(wanted))
     del measured  # its moments are the larger part of what is held
-    rows = compress(
-        model,
-        ids_NT,
-        OnWeights(LowRank(plans, asked.sparse), idle=True),
-        partial,
-        Pass(progress, 1, 2),
-    )
-    return Done(rows, sum(plan.option.damage / len(plan.part.paths) for plan in plans.values()))
+    return fitted(model, ids_NT, LowRank(plans, asked.sparse), partial, Pass(progress, 1, 2))
+
+
+def fitted(model: PreTrainedModel, ids_NT: Tensor, how: LowRank, partial: Path, progress: Progress) -> Done:
+    """Put the planned maps on their bases; arguments and errors are those of `compressed`."""
+    rows = compress(model, ids_NT, OnWeights(how, idle=True), partial, progress)
+    return Done(rows, sum(plan.option.damage / len(plan.part.paths) for plan in how.plans.values()))
 
 
 @dataclass(frozen=True)

@@ -307,6 +307,7 @@ CUTS = {
     "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
     "channels": {"method": "channels"},
     "uneven": {"method": "channels", "widths": "uneven"},
+    "auto": {"method": "auto"},
     "width": {"method": "width"},
 }
 
