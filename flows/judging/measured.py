@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from stages.measures.interval import Interval
@@ -115,8 +115,20 @@ def found(gate: Gate, artifact: str, corpus: str, reports: Reports) -> list[Foun
             )
         places = {gate.slice: places[gate.slice]} if gate.slice else places
     if theirs is None or not measure.of_items or measure.between:
-        return [Found(of_documents(measure, *_at(mine, theirs, at)), name) for name, at in places.items()]
-    return _of_answers(gate, measure, (mine, theirs), places, reports[str(gate.against), corpus])
+        return _there(
+            [Found(of_documents(measure, *_at(mine, theirs, at)), name) for name, at in places.items()], measure
+        )
+    return _there(_of_answers(gate, measure, (mine, theirs), places, reports[str(gate.against), corpus]), measure)
+
+
+def _there(looked_at: list[Found], measure: Measure) -> list[Found]:
+    """Without the slices in which no item can be typed otherwise, or none of those is right; not where all are so."""
+    empty = [one.slice for one in looked_at if one.interval and math.isnan(one.interval.point)]
+    if "varied" not in measure.reads or not empty or len(empty) == len(looked_at):
+        return looked_at
+    why = f"left out, since nothing can be kept there when it is typed otherwise: {', '.join(sorted(empty))}"
+    kept = [one for one in looked_at if one.slice not in empty]
+    return [replace(one, why="; ".join(filter(None, (one.why, why)))) for one in kept]
 
 
 def _at(
@@ -182,6 +194,8 @@ def of_size(artifact: str, against: str | None, sizes: Mapping[str, int]) -> Int
 
 def _measurable(report: Report, score: str) -> str:
     fitting = {name: one for name, one in MEASURES.items() if report.get("task", "generate") in one.tasks}
+    if score.startswith("varied"):
+        return "It needs `judge: {variants: [typos, case, space]}`, and items that can be typed otherwise."
     if any(one.score == score for one in fitting.values()):
         return "It needs `judge: {baseline: ...}`."
     return f"Gate on what a model of its task, {report['task']}, is measured by: {', '.join(fitting)}."

@@ -83,6 +83,9 @@ def _kinds_of_corpora(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator
         yield Fault(
             (*here, "against"), f"{part(gate, 'measure')} is counted between two; allowed: the baseline, a step"
         )
+    if measure.score.startswith("varied") and part(seen.judge, "variants", []) == []:
+        text = f"{part(gate, 'measure')} is of items that are typed otherwise, and `judge` asks for none"
+        yield Fault((*here, "measure"), f"{text}; allowed: with `variants` of `judge`")
     sets = [name for name in seen.named("corpora") if (one := seen.find(name)) and one.stage == "items"]
     corpus = part(gate, "corpus")
     if measure.of_items and corpus is None and not sets:

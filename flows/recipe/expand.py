@@ -189,6 +189,7 @@ def _measurement(recipe: Recipe, judge: Judge, step: Step, corpus: str, *, trace
     inputs = {"model": artifact, "text": corpus}
     if traced and _is_set(recipe, corpus):
         params["items"] = min(judge.trace_items, judge.items or judge.trace_items)
+        params.pop("variants", None)
     elif not traced and artifact != judge.baseline:
         inputs["baseline"] = judge.baseline
     if not traced and _is_set(recipe, corpus):
@@ -204,8 +205,10 @@ def _read_by(recipe: Recipe, artifact: str) -> list[str]:
 
 def _params(recipe: Recipe, judge: Judge, target: str, corpus: str) -> dict[str, Any]:
     params: dict[str, Any] = {"split": judge.split, "window_tokens": judge.window_tokens, "target": target}
-    most = ("items", judge.items) if _is_set(recipe, corpus) else ("windows", judge.windows)
-    return params if most[1] is None else params | dict([most])
+    if not _is_set(recipe, corpus):
+        return params if judge.windows is None else params | {"windows": judge.windows}
+    asked = {"items": judge.items, "variants": judge.variants}
+    return params | {name: value for name, value in asked.items() if value}
 
 
 def _target(step: Step) -> str:

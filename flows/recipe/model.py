@@ -14,6 +14,7 @@ from flows.names import Alias, Title
 from stages import STAGES, stage
 from stages.measures.table import MEASURES
 from stages.runtime.contract import Frozen, StageError
+from stages.validate.params import Variant
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 """Lowercase and without dots, so that it can name a file and a container, and `--set` can address it."""
@@ -68,6 +69,7 @@ class Judge(Frozen):
     Attributes:
         windows: at most this many windows of a corpus; all by default.
         items: at most this many items of a set; all by default.
+        variants: how items are typed otherwise and asked once more: gates on `robustness` and `variant_flips` need it.
         trace: also measure each checkpoint between the baseline and the artifacts, on the first corpus and every set.
         trace_items: at most this many items of a set for such a checkpoint, so that it is not said for long where
             right answers went.
@@ -81,6 +83,7 @@ class Judge(Frozen):
     window_tokens: int = Field(default=512, ge=2)
     windows: int | None = Field(default=None, ge=1)
     items: int | None = Field(default=None, ge=1)
+    variants: list[Variant] = Field(default_factory=list)
     trace: bool = True
     trace_items: int = Field(default=200, ge=1)
 

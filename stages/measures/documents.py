@@ -132,7 +132,9 @@ def summary(documents: Sequence[Document]) -> Metrics:
         if one.between or not all(one.score in document for document in documents):
             continue
         if one.of_items:
-            measures[name] = float(function_of(one)(columns(documents), np.ones((1, len(documents))))[0])
+            value = float(function_of(one)(columns(documents), np.ones((1, len(documents))))[0])
+            # A NaN says that there is nothing to measure it by.
+            measures |= {} if math.isnan(value) else {name: value}
             continue
         sums = [document[one.score] for document in documents]
         measures[name] = perplexity(sums, tokens) if one.exponential else math.fsum(sums) / sum(tokens)

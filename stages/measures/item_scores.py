@@ -71,6 +71,25 @@ def leaks(ours: Columns, weights_RD: Floats) -> Floats:
     return _mean(ours["leaked"], weights_RD)
 
 
+def robustness(ours: Columns, weights_RD: Floats) -> Floats:
+    """Right answers to items that are typed otherwise, over those to the same items as they are written.
+
+    NaN where nothing that can be typed otherwise is answered right: there is nothing to keep.
+    """
+    return _over(ours["varied_right"], ours["varied"] * ours["right"], weights_RD)
+
+
+def variant_flips(ours: Columns, weights_RD: Floats) -> Floats:
+    """The share of items typed otherwise that are answered right and as they are written wrong, or the reverse."""
+    return _over(ours["varied_flipped"], ours["varied"], weights_RD)
+
+
+def _over(part_D: NDArray[Any], whole_D: NDArray[Any], weights_RD: Floats) -> Floats:
+    part_R, whole_R = (weights_RD @ one.astype(np.float64) for one in (part_D, whole_D))
+    found: Floats = np.divide(part_R, whole_R, out=np.full_like(part_R, np.nan), where=whole_R > 0)
+    return found
+
+
 def _mean(values_D: NDArray[Any], weights_RD: Floats) -> Floats:
     found: Floats = weights_RD @ values_D.astype(np.float64) / weights_RD.sum(-1)
     return found

@@ -85,6 +85,8 @@ MEASURES: Mapping[str, Measure] = {
     "same_answers": _of_items("same_answers", "answer", "same answers", between=True),
     "repetition": _of_items("repetition", "repeated"),
     "leaks": _of_items("leaks", "leaked"),
+    "robustness": _of_items("robustness", "varied_right", "right answers under variants", ("right", "varied")),
+    "variant_flips": _of_items("variant_flips", "varied_flipped", "flips by variants", ("varied",)),
     "precision": _of_classes("precision", "confidence", "precision", _CLASSES),
     "recall": _of_classes("recall", "confidence", "recall", _CLASSES),
     "f1": _of_classes("f1", "confidence", "F1", _CLASSES),

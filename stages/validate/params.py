@@ -6,9 +6,9 @@ import importlib.metadata
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.adapters.backends import backend, module_of, processor_targets
 from stages.measures.table import MEASURES
@@ -25,6 +25,9 @@ else:
     Target = Literal[(*TORCH, *processor_targets())]
 
 
+Variant = Literal["typos", "case", "space"]
+
+
 class ValidateParams(Params):
     """What is measured, and where.
 
@@ -33,6 +36,8 @@ class ValidateParams(Params):
         window_tokens: length of a window of text, at most what the model reads; one window is one document.
         windows: at most this many windows, the first ones; None for all.
         items: at most this many items of a set, the first ones; None for all.
+        variants: how the items of a set are typed otherwise and asked once more, see `stages.validate.variants`; each
+            takes as long as the set itself.
         target: what the model is executed on; it must be the artifact's own.
     """
 
@@ -40,7 +45,13 @@ class ValidateParams(Params):
     window_tokens: int = Field(512, ge=2)
     windows: int | None = Field(None, ge=1)
     items: int | None = Field(None, ge=1)
+    variants: tuple[Variant, ...] = ()
     target: Target = "torch:cpu"
+
+    @field_validator("variants")
+    @classmethod
+    def _ordered(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        return tuple(one for one in get_args(Variant) if one in variants)
 
 
 def executed_on(params: ValidateParams) -> dict[str, str]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ from stages.validate.asking import Question, question
 from stages.validate.classifying import check_labels, classified
 from stages.validate.continuing import continued
 from stages.validate.text import of_engine
+from stages.validate.typed_otherwise import by_variant, with_variants
+from stages.validate.variants import variant
 
 if TYPE_CHECKING:
     from stages.validate.params import ValidateParams
@@ -41,7 +43,12 @@ TAKEN = {"generate": frozenset({"answers", "choices", "instructions"}), "classif
 
 @dataclass(frozen=True)
 class Questions:
-    """A set of items, in groups."""
+    """A set of items, in groups.
+
+    Attributes:
+        order: the names of the items as they are written, whose documents the report has.
+        varied: variant -> name of an item -> name of what it is asked as; its groups come last.
+    """
 
     groups: list[list[Question]]
     order: list[str]
@@ -49,6 +56,7 @@ class Questions:
     about: Mapping[str, Any]
     seen: tuple[Path, ...]
     task: str
+    varied: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     units: str = "groups of items"
 
     def __len__(self) -> int:
@@ -60,7 +68,7 @@ class Questions:
 
         def score(span: range) -> Iterator[list[Document]]:
             for group in self.groups[span.start : span.stop]:
-                yield self.ask(group, judged, dense)
+                yield self.ask(group, judged, dense if self._written(group) else None)
 
         return score
 
@@ -69,7 +77,10 @@ class Questions:
         try:
             found: list[list[Document]] = json.loads(data)
             names = [[str(one["id"]) for one in unit] for unit in found]
-            sound = all(_is_sound(one, paired=paired) for unit in found for one in unit)
+            written = [self._written(group) for group in self.groups[span.start : span.stop]]
+            sound = all(
+                _is_sound(one, paired=paired and own) for unit, own in zip(found, written, strict=True) for one in unit
+            )
         except (ValueError, TypeError, KeyError):
             return None
         expected = [[one.name for one in group] for group in self.groups[span.start : span.stop]]
@@ -80,13 +91,22 @@ class Questions:
         by_name = {one["id"]: one for unit in units for one in unit}
         told = self._told()
         documents = [by_name[name] | {"leaked": int(name in told)} for name in self.order]
+        documents = with_variants(documents, self.varied, by_name)
         found = {"items": True, **self.about, "documents": documents, "measures": summary(documents)}
-        return found | by_slice(documents)
+        return found | by_slice(documents) | by_variant(documents, [*self.varied])
+
+    def _written(self, group: list[Question]) -> bool:
+        """Whether a group is asked as it is written: what is typed otherwise is not held against a baseline."""
+        return group[0].name in self._names
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.order)
 
     def _told(self) -> set[str]:
         """Items that stand with their answers in the text that made the model what it is."""
-        names = {one.item.id: one.name for group in self.groups for one in group}
-        items = [one.item for group in self.groups for one in group]
+        written = [one for group in self.groups if self._written(group) for one in group]
+        names, items = {one.item.id: one.name for one in written}, [one.item for one in written]
         text = (
             (f"{split}/{passage['id']}", passage_text(passage))
             for corpus in self.seen
@@ -112,7 +132,8 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     reads = [one for one in (tasks.longest(config), of_engine(inputs["model"])) if one is not None]
     items = list(islice(read_items(inputs["text"], params.split), params.items))
     check_task(task, {one.task for one in items})
-    found = [question(one, tokenizer, min(reads, default=None)) for one in items]
+    most = min(reads, default=None)
+    found = [question(one, tokenizer, most) for one in items]
     asked = [one for one in found if one is not None]
     if missing := [item.id for item, one in zip(items, found, strict=True) if one is None]:
         what = f"{len(missing)} of {len(items)} items are more than the {min(reads, default=0)} tokens that it reads"
@@ -120,8 +141,13 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
             raise StageError("the model can read none of the items", measured=what, remedy="Take shorter ones.")
         if progress:
             progress.note(f"{what}, and are left out: {missing[0]} is the first")
-    apart = sorted(range(len(asked)), key=lambda number: (len(asked[number].ids), number))
-    groups = [[asked[one] for one in apart[start : start + TOGETHER]] for start in range(0, len(asked), TOGETHER)]
+    groups, varied = _grouped(asked), dict[str, dict[str, str]]()
+    for kind in params.variants:
+        typed = [(one, variant(one.item, kind)) for one in asked]
+        read = [(one, question(other, tokenizer, most)) for one, other in typed if other]
+        others = [(one, other) for one, other in read if other]
+        varied[kind] = {one.name: other.name for one, other in others}
+        groups += _grouped([other for _, other in others])
     seen = tuple(folder for role, folder in inputs.items() if role.startswith("seen."))
     record = json.loads((inputs["text"] / "corpus.json").read_text(encoding="utf-8"))
     about: dict[str, Any] = {"vocabulary": config.get_text_config().vocab_size}
@@ -131,7 +157,13 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     if task == "classify":
         check_labels(config, asked)
     ask = partial(classified, config) if task == "classify" else partial(continued, tokenizer)
-    return Questions(groups, [one.name for one in asked], ask, about, seen, task)
+    return Questions(groups, [one.name for one in asked], ask, about, seen, task, varied)
+
+
+def _grouped(asked: list[Question]) -> list[list[Question]]:
+    """Questions of like lengths side by side."""
+    apart = sorted(range(len(asked)), key=lambda number: (len(asked[number].ids), number))
+    return [[asked[one] for one in apart[start : start + TOGETHER]] for start in range(0, len(asked), TOGETHER)]
 
 
 def check_task(task: str, asked: Collection[str]) -> None:

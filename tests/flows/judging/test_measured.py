@@ -176,3 +176,41 @@ def test_interval_of_a_ratio_of_answers_covers_the_truth_as_often_as_it_says():
 @pytest.mark.fault
 def test_interval_of_a_ratio_of_answers_covers_the_truth_in_a_thousand_trials():
     assert 0.93 <= ratio_trials(1000, 400, 5) <= 0.97
+
+
+def typed_otherwise(rights):
+    """Documents of items: {ability: [(right as written, right of each variant)]}."""
+    made = documents({ability: [right for right, _ in each] for ability, each in rights.items()})
+    variants = [others for each in rights.values() for _, others in each]
+    return [
+        one
+        | {
+            "varied": len(others),
+            "varied_right": sum(others),
+            "varied_flipped": sum(other != one["right"] for other in others),
+        }
+        for one, others in zip(made, variants, strict=True)
+    ]
+
+
+def test_gate_holds_robustness_of_the_worst_ability_and_says_where_nothing_can_be_kept():
+    rights = {
+        "facts": [(1, (1, 0))] * 30 + [(0, (0, 0))] * 10,
+        "sums": [(1, (1, 1))] * 20,
+        "logic": [(1, ())] * 20,
+    }
+    made = {("cpu", "abilities"): {"items": True, "corpus": "c", "documents": typed_otherwise(rights)}}
+    whole = only(Gate(measure="robustness", against=None, value_at_least=0.7), made)
+    assert (whole.measured, whole.passed) == (pytest.approx(70 / 100), True)
+    worst = only(Gate(measure="robustness", against=None, worst=True, value_at_least=0.6), made)
+    assert (worst.slice, worst.measured, worst.passed) == ("facts", pytest.approx(0.5), False)
+    assert "logic" in worst.text and "typed otherwise" in worst.text
+    flips = only(Gate(measure="variant_flips", against=None, value_at_most=0.25), made)
+    assert flips.measured == pytest.approx(30 / 120) and flips.passed
+    nothing = {("cpu", "abilities"): {"items": True, "corpus": "c", "documents": typed_otherwise({"a": [(0, (0,))]})}}
+    assert not only(Gate(measure="robustness", against=None, worst=True, value_at_least=0.1), nothing).passed
+
+
+def test_gate_on_robustness_without_variants_says_what_is_missing():
+    with pytest.raises(StageError, match="variants: "):
+        only(Gate(measure="robustness", value_at_least=0.9), MADE)

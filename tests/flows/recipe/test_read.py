@@ -523,7 +523,9 @@ class TestReal:
 
 def test_expanded_asks_items_of_all_that_is_judged_and_some_of_the_steps_between(tmp_path):
     plain = load_recipe(written(tmp_path))
-    judge = plain.judge.model_copy(update={"corpora": [*plain.judge.corpora, "asked"], "trace_items": 50})
+    judge = plain.judge.model_copy(
+        update={"corpora": [*plain.judge.corpora, "asked"], "trace_items": 50, "variants": ["typos"]}
+    )
     items = Step(name="asked", stage="items", params={"source": "abilities://"})
     recipe = plain.model_copy(update={"steps": [*plain.steps, items], "judge": judge})
     found = {step.measures: step for step in expanded(recipe).steps if step.corpus == "asked"}
@@ -534,9 +536,13 @@ def test_expanded_asks_items_of_all_that_is_judged_and_some_of_the_steps_between
         seen = {source for role, source in step.inputs.items() if role.startswith("seen.")}
         if step.traced:
             assert step.params["items"] == 50 and not seen and "baseline" not in step.inputs
+            assert "variants" not in step.params, "they take their time"
         else:
             assert "items" not in step.params and "windows" not in step.params
+            assert step.params["variants"] == ["typos"]
             assert seen == {one.name for one in recipe.steps if one.stage == "corpus" and one.name in own}
+    texts = [step for step in expanded(recipe).steps if step.measures and step.corpus != "asked"]
+    assert texts and not any("variants" in step.params for step in texts)
     assert any(step.traced for step in found.values()) and any("seen.0" in step.inputs for step in found.values())
     chain = expanded(recipe).chains["cpu"]
     assert (chain[0], chain[-1]) == (judge.baseline, "cpu")

@@ -70,11 +70,11 @@ def folder_of(items, folder, split="test"):
     return folder
 
 
-def asked(tmp_path, model, items, **given):
+def asked(tmp_path, model, items, params=None, **given):
     output = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
     output.mkdir()
     inputs = {"model": model, "text": folder_of(items, tmp_path / "items")} | given
-    VALIDATE.run(ValidateParams(), inputs, output, Silent())
+    VALIDATE.run(params or ValidateParams(), inputs, output, Silent())
     return json.loads((output / "report.json").read_text())
 
 
@@ -134,14 +134,15 @@ def test_divergence_is_of_each_position_of_the_prompts(tiny, theirs, items, tmp_
     assert asked(tmp_path, tiny, items[:4], baseline=tiny)["measures"]["kl_divergence"] == 0
 
 
-def test_report_has_the_same_bytes_in_parts_and_after_a_kill(tiny, items, tmp_path):
+@pytest.mark.parametrize("variants", [(), ("case",)])
+def test_report_has_the_same_bytes_in_parts_and_after_a_kill(tiny, items, tmp_path, variants):
     many = [one.model_copy(update={"id": f"{one.id}.{again}"}) for again in range(4) for one in items]
-    inputs = {"model": tiny, "text": folder_of(many, tmp_path / "items")}
-    params, whole = ValidateParams(), tmp_path / "whole"
+    inputs = {"model": tiny, "baseline": tiny, "text": folder_of(many, tmp_path / "items")}
+    params, whole = ValidateParams(variants=variants), tmp_path / "whole"
     whole.mkdir()
     VALIDATE.run(params, inputs, whole, Silent())
     count = VALIDATE.divided.count(params, inputs)
-    assert count == 2, "52 items, 32 side by side"
+    assert count == (4 if variants else 2), "52 items, 32 side by side"
     from stages.runtime.parts import FOLDER, keep
 
     for left in range(count):
