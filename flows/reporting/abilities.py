@@ -83,12 +83,17 @@ def item_sets(reports: Reports, baseline: str, judged: Sequence[str], chain: Seq
     """
     found = []
     for (name, corpus), report in reports.items():
-        if name != baseline or not report.get("items"):
+        if name != baseline or not answered(report):
             continue
         asked = {one: paired(reports, one, baseline, corpus) for one, of in reports if of == corpus and one != baseline}
         if any(asked.values()):
             found.append(_set(corpus, baseline, asked, judged, chain))
     return found
+
+
+def answered(report: Mapping[str, Any]) -> bool:
+    """Whether a report is of items that are answered right or wrong; pairs of texts are only near or far."""
+    return bool(report.get("items")) and all("right" in one for one in report["documents"])
 
 
 def paired(reports: Reports, artifact: str, baseline: str, corpus: str) -> list[tuple[Document, Document]]:
@@ -171,7 +176,7 @@ def whereabouts(reports: Reports, chain: Sequence[str]) -> list[str]:
         chain: from the baseline to an artifact, in the order in which they read each other.
     """
     said = []
-    for corpus in dict.fromkeys(corpus for (_, corpus), report in reports.items() if report.get("items")):
+    for corpus in dict.fromkeys(corpus for (_, corpus), report in reports.items() if answered(report)):
         asked = [one for one in chain if (one, corpus) in reports]
         if len(asked) < 2 or asked[0] != chain[0]:
             continue

@@ -21,7 +21,9 @@ from stages.runtime.encodings import PACKED
 from stages.runtime.fingerprint import canonical, digest_bytes, digest_file
 from stages.runtime.rows import reached
 
-Column = Literal["id", "ability", "language", "task", "prompt", "answers", "match", "choices", "right", "checks"]
+Column = Literal[
+    "id", "ability", "language", "task", "prompt", "answers", "match", "choices", "right", "checks", "other", "score"
+]
 READERS = {".jsonl": row_files.json_rows, ".csv": row_files.csv_rows, ".parquet": row_files.parquet_rows}
 PATTERNS = tuple(f"*{suffix}{packed}" for suffix in READERS for packed in ("", PACKED))
 REMEDY = "Give a .jsonl, .csv or .parquet file, any of them with .gz, or a folder of them."

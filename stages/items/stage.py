@@ -47,8 +47,9 @@ class ItemsParams(Params):
         source: abilities://, the set that ships, or a .jsonl, .csv or .parquet file, any of them with .gz, or a folder
             of them: a path, hf://, s3:// or pypi://.
         digest: what its content must be; by default what it is when the run is planned.
-        columns: a field of an item (id, ability, language, task, prompt, answers, match, choices, right, checks) -> the
-            column where it stands; `a.b` is a path, and an empty name is no column. By default one of the field's name.
+        columns: a field of an item (id, ability, language, task, prompt, answers, match, choices, right, checks,
+            other, score) -> the column where it stands; `a.b` is a path, and an empty name is no column. By default one
+            of the field's name.
         task: of rows that name none.
         ability: of rows that name none; by default the source's name.
         language: of rows that name none.

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from stages.runtime.contract import Frozen, StageError
 
 ITEMS = "items"
 """The key of corpus.json that says so: its tasks."""
 
-Kind = Literal["answers", "choices", "instructions", "classify"]
+Kind = Literal["answers", "choices", "instructions", "classify", "similarity", "retrieval"]
 Demand = Literal[
     "words_at_most",
     "words_at_least",
@@ -87,6 +87,8 @@ class Item(Frozen):
         choices: of `choices`: what may follow the prompt, with whatever space must stand between.
         right: of `choices`: the number of the right one.
         checks: of `instructions`: all must hold.
+        other: of `similarity`: the text that the prompt is compared with; of `retrieval`: the document that it seeks.
+        score: of `similarity`: how near people found both, in any unit.
     """
 
     id: str = Field(min_length=1)
@@ -99,6 +101,8 @@ class Item(Frozen):
     choices: tuple[str, ...] = ()
     right: int = Field(0, ge=0)
     checks: tuple[Check, ...] = ()
+    other: str = ""
+    score: FiniteFloat | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Item:
@@ -110,6 +114,10 @@ class Item(Frozen):
             raise ValueError(f"item {self.id} needs two different choices, and the number of one of them in `right`")
         if self.task == "instructions" and not self.checks:
             raise ValueError(f"item {self.id} has nothing to check")
+        if self.task in ("similarity", "retrieval") and not self.other.strip():
+            raise ValueError(f"item {self.id} has no `other` text")
+        if self.task == "similarity" and self.score is None:
+            raise ValueError(f"item {self.id} has no `score`")
         return self
 
     @property

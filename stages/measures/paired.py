@@ -61,7 +61,12 @@ def _numbers(documents: Sequence[Document], key: str) -> Floats:
 
 
 def above_chance(documents: Sequence[Document]) -> bool:
-    """Whether items are answered better than a guess would, at the low end of the interval."""
+    """Whether items are answered better than a guess would, at the low end of the interval.
+
+    Of pairs of texts no answer is right: there it is whether those are nearer which people find nearer.
+    """
+    if all("right" not in one for one in documents):
+        return of_documents(MEASURES["spearman"], documents, None).low > 0
     return of_documents(MEASURES["above_chance"], documents, None).low > 0
 
 

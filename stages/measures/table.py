@@ -47,13 +47,17 @@ class Measure:
 _CHOICES = TOKENS | {"fill", "classify", "tag", "answer"}
 _VECTORS = frozenset({"classify", "tag", "answer", "embed"})
 _CLASSES = ("expected", "answer")
-_ASKED = frozenset({"generate", "classify"})
+_ASKED = frozenset({"generate", "classify", "embed"})
 """Tasks of models that are asked items."""
 
 
 def _of_items(name: str, score: str, title: str = "", reads: tuple[str, ...] = (), *, between: bool = False) -> Measure:
     function = f"stages.measures.item_scores:{name}"
     return Measure(function, score, _ASKED, title, of_items=True, between=between, reads=reads)
+
+
+def _of_vectors(name: str, score: str, title: str, reads: tuple[str, ...] = ()) -> Measure:
+    return Measure(f"stages.measures.ranking:{name}", score, frozenset({"embed"}), title, of_items=True, reads=reads)
 
 
 def _of_classes(name: str, score: str, title: str, reads: tuple[str, ...]) -> Measure:
@@ -91,6 +95,8 @@ MEASURES: Mapping[str, Measure] = {
     "recall": _of_classes("recall", "confidence", "recall", _CLASSES),
     "f1": _of_classes("f1", "confidence", "F1", _CLASSES),
     "calibration_error": _of_classes("calibration_error", "confidence", "calibration error", ("right",)),
+    "spearman": _of_vectors("spearman", "similarity", "Spearman's rank correlation", ("gold",)),
+    **{f"recall_at_{most}": _of_vectors(f"recall_at_{most}", "rank", f"recall at {most}") for most in (1, 5, 10)},
 }
 
 

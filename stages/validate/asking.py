@@ -25,7 +25,7 @@ class Question:
     Attributes:
         item: what is asked.
         ids: its prompt.
-        wholes: the prompt with each choice, or with each answer that is accepted.
+        wholes: the prompt with each choice, or with each answer that is accepted; the other text of a pair.
         most_new: tokens of an answer that are read at most.
     """
 
@@ -64,6 +64,10 @@ def question(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -
         # A class is found from the beginning of a text that is too long.
         ids = list(tokenizer(item.prompt, truncation=most is not None, max_length=most)["input_ids"])
         return Question(item, ids, [], 0) if ids else None
+    if item.task in ("similarity", "retrieval"):
+        pair = [tokenizer(one, truncation=most is not None, max_length=most) for one in (item.prompt, item.other)]
+        ids, other = (list(one["input_ids"]) for one in pair)
+        return Question(item, ids, [other], 0) if ids and other else None
     wholes = [list(tokenizer(f"{item.prompt}{one}")["input_ids"]) for one in spoken]
     longest = max(map(len, [ids, *wholes]))
     new = _INSTRUCTED_TOKENS if item.task == "instructions" else longest - len(ids) + _MARGIN_TOKENS

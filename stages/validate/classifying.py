@@ -6,9 +6,7 @@ Shapes: C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
-import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
@@ -17,6 +15,7 @@ from stages.measures.documents import Document
 from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
 from stages.validate.asking import Question
+from stages.validate.by_length import by_length
 
 
 def labels(config: PreTrainedConfig) -> list[str]:
@@ -42,7 +41,8 @@ def classified(
 ) -> list[Document]:
     """The classes that a model finds for a group of items."""
     known = labels(config)
-    ours, theirs = _answers(group, judged), _answers(group, dense) if dense else None
+    rows = [one.ids for one in group]
+    ours, theirs = by_length(rows, judged), by_length(rows, dense) if dense else None
     found = []
     for place, one in enumerate(group):
         shares_C = torch.softmax(ours[place].double(), -1)
@@ -61,14 +61,3 @@ def _place(label: str, known: Sequence[str]) -> int | None:
     if label in known:
         return known.index(label)
     return int(label) if label.isdecimal() and int(label) < len(known) else None
-
-
-def _answers(group: Sequence[Question], model: Answerer) -> list[torch.Tensor]:
-    """logits_C of each item. Only rows of one length stand side by side: some classifiers look for the last token."""
-    found: dict[int, torch.Tensor] = {}
-    places = sorted(range(len(group)), key=lambda place: len(group[place].ids))
-    for _, alike in groupby(places, key=lambda place: len(group[place].ids)):
-        some = list(alike)
-        logits_NC = torch.from_numpy(model.logits(np.array([group[place].ids for place in some], dtype=np.int64)))
-        found |= dict(zip(some, logits_NC, strict=True))
-    return [found[place] for place in range(len(group))]

@@ -21,6 +21,7 @@ from stages.measures.items import read_items
 from stages.measures.leaks import leaks
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_config, load_tokenizer
+from stages.models.checkpoint.pooling import Pooling, pooling
 from stages.models.text.token_ids import plain_text
 from stages.models.text.windows import passages
 from stages.runtime.contract import Metrics, Progress, StageError
@@ -28,6 +29,7 @@ from stages.serving.engine import Answerer
 from stages.validate.asking import Question, question
 from stages.validate.classifying import check_labels, classified
 from stages.validate.continuing import continued
+from stages.validate.embedding import VECTORS, check_pairs, compared, embedded, sound
 from stages.validate.text import of_engine
 from stages.validate.typed_otherwise import by_variant, with_variants
 from stages.validate.variants import variant
@@ -37,7 +39,11 @@ if TYPE_CHECKING:
 
 TOGETHER = 32
 """Items of a group: a model that keeps what it read answers so many nearly as fast as one."""
-TAKEN = {"generate": frozenset({"answers", "choices", "instructions"}), "classify": frozenset({"classify"})}
+TAKEN = {
+    "generate": frozenset({"answers", "choices", "instructions"}),
+    "classify": frozenset({"classify"}),
+    "embed": frozenset({"similarity", "retrieval"}),
+}
 """What a model is for -> the items that can be put to it."""
 
 
@@ -89,6 +95,8 @@ class Questions:
     def report(self, units: list[list[Document]]) -> dict[str, Any]:
         """What report.json says of all items."""
         by_name = {one["id"]: one for unit in units for one in unit}
+        if self.task == "embed":
+            by_name = compared(by_name, self.order)
         told = self._told()
         documents = [by_name[name] | {"leaked": int(name in told)} for name in self.order]
         documents = with_variants(documents, self.varied, by_name)
@@ -129,7 +137,12 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     """
     config, tokenizer = load_config(inputs["model"]), load_tokenizer(inputs["model"])
     task = tasks.task(config)
-    reads = [one for one in (tasks.longest(config), of_engine(inputs["model"])) if one is not None]
+    pooled = (
+        pooling(inputs["model"], *([inputs["baseline"]] if "baseline" in inputs else []))
+        if task == "embed"
+        else Pooling()
+    )
+    reads = [one for one in (tasks.longest(config), of_engine(inputs["model"]), pooled.most) if one is not None]
     items = list(islice(read_items(inputs["text"], params.split), params.items))
     check_task(task, {one.task for one in items})
     most = min(reads, default=None)
@@ -154,9 +167,13 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     about["shipped"] = bool(record.get("shipped"))
     if missing:
         about["left_out"] = missing
+    ask: Callable[[list[Question], Answerer, Answerer | None], list[Document]] = partial(continued, tokenizer)
     if task == "classify":
         check_labels(config, asked)
-    ask = partial(classified, config) if task == "classify" else partial(continued, tokenizer)
+        ask = partial(classified, config)
+    elif task == "embed":
+        check_pairs(asked)
+        ask = partial(embedded, pooled)
     return Questions(groups, [one.name for one in asked], ask, about, seen, task, varied)
 
 
@@ -185,6 +202,8 @@ def passage_text(passage: Mapping[str, Any]) -> str:
 
 
 def _is_sound(one: Document, *, paired: bool) -> bool:
+    if VECTORS in one:
+        return sound(one) and (not paired or math.isfinite(one["cosine"]))
     keys = ("right", "chance", "repeated", "tokens", *(key for key in ("prompt_nll", "confidence") if key in one))
     numbers = [one[key] for key in (*keys, *(["kl"] if paired else []))]
     return all(math.isfinite(number) for number in numbers) and isinstance(one["answer"], str)

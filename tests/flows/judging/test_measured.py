@@ -214,3 +214,24 @@ def test_gate_holds_robustness_of_the_worst_ability_and_says_where_nothing_can_b
 def test_gate_on_robustness_without_variants_says_what_is_missing():
     with pytest.raises(StageError, match="variants: "):
         only(Gate(measure="robustness", value_at_least=0.9), MADE)
+
+
+def pairs(noise):
+    """Documents of pairs of texts, as near as people find them, give or take."""
+    rng = np.random.default_rng(3)
+    return [
+        {"id": f"p{n:03d}", "slice": "near", "tokens": 4, "gold": float(n % 6), "similarity": n % 6 + noise * draw}
+        for n, draw in enumerate(rng.normal(0, 1, 120))
+    ]
+
+
+def test_gate_holds_a_rank_correlation_against_dense_unless_dense_finds_nothing_near():
+    about = {"items": True, "corpus": "c"}
+    made = {(name, "pairs"): about | {"documents": pairs(noise)} for name, noise in (("dense", 0.5), ("cpu", 1.0))}
+    found = only(Gate(measure="spearman", value_at_least=0.8), made)
+    gate = Gate(measure="spearman", against=None, at_least=0)
+    alone = {name: only(gate, {("cpu", "pairs"): made[name, "pairs"]}) for name in ("dense", "cpu")}
+    assert found.measured == pytest.approx(alone["cpu"].measured / alone["dense"].measured)
+    assert 0.8 < found.measured < 1 and found.low < found.measured < found.high
+    lost = made | {("dense", "pairs"): about | {"documents": pairs(1e4)}}
+    assert not only(Gate(measure="spearman", value_at_least=0.8), lost).passed

@@ -88,3 +88,13 @@ def test_page_shows_abilities_heat_and_flips_escaped(found, tmp_path):
     assert "cpu: 4 right answers lost, 1 won" in text
     assert "capitals &lt;2&gt; is" in page and "x &amp; y" in page
     assert "0.4 (" in text and "dense guesses" in text
+
+
+def test_pairs_of_texts_are_neither_right_nor_wrong_and_stand_in_no_table_of_abilities():
+    documents = [
+        {"id": f"p{n}", "slice": "near", "tokens": 3, "prompt": "a", "similarity": 0.1 * n, "gold": float(n)}
+        for n in range(5)
+    ]
+    pairs = {(name, "pairs"): {"items": True, "documents": documents, "measures": {"spearman": 1.0}} for name in RIGHT}
+    assert item_sets(REPORTS | pairs, "dense", ["cpu"], CHAIN) == item_sets(REPORTS, "dense", ["cpu"], CHAIN)
+    assert whereabouts(REPORTS | pairs, CHAIN) == whereabouts(REPORTS, CHAIN)

@@ -331,3 +331,39 @@ def test_split_that_is_not_there_is_named(seal, store):
 def test_check_with_a_value_that_it_cannot_use_is_refused(demand, value):
     with pytest.raises(ValidationError, match="for its value"):
         Check(demand=demand, value=value)
+
+
+PAIRS = [
+    {"id": "s", "ability": "near", "task": "similarity", "prompt": "a cat", "other": "一只猫", "score": 4.5},
+    {"id": "t", "ability": "near", "task": "similarity", "prompt": "a cat", "other": "a, b", "score": 0},
+    {"id": "r", "ability": "found", "task": "retrieval", "prompt": "what purrs", "other": "The cat\npurrs."},
+]
+
+
+def test_pairs_of_texts_are_the_same_from_every_kind_of_file(seal, store, tmp_path):
+    sources = [
+        jsonl(tmp_path / "own.jsonl", PAIRS),
+        table(tmp_path / "own.csv", PAIRS),
+        parquet(tmp_path / "own.parquet", PAIRS),
+    ]
+    for source in sources:
+        found = made(store, seal("items", {"source": str(source)}).identity)["test"]
+        assert found == [Item.model_validate(row) for row in PAIRS], source.name
+        assert [one.score for one in found] == [4.5, 0, None]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"task": "similarity", "other": "b"}, "has no `score`"),
+        ({"task": "similarity", "other": "b", "score": None}, "has no `score`"),
+        ({"task": "similarity", "other": "b", "score": "many"}, "score: Input should be a valid number"),
+        ({"task": "similarity", "other": "b", "score": "inf"}, "score: Input should be a finite number"),
+        ({"task": "similarity", "score": 1}, "has no `other` text"),
+        ({"task": "retrieval", "other": " "}, "has no `other` text"),
+    ],
+)
+def test_pair_that_lacks_something_is_refused_by_its_line(seal, store, tmp_path, row, said):
+    path = jsonl(tmp_path / "own.jsonl", [PAIRS[0], {"prompt": "a"} | row])
+    error = refused(seal, store, path)
+    assert f"{path} line 2" in error.what and said in error.what

@@ -1,0 +1,25 @@
+"""Rows of tokens put to a model such that only those of one length stand side by side, without padding.
+
+Some classifiers look for the last token, and the mean over a text's tokens is over no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from stages.serving.engine import Answerer
+
+
+def by_length(rows: Sequence[Sequence[int]], model: Answerer) -> list[torch.Tensor]:
+    """What a model answers to each row."""
+    found: dict[int, torch.Tensor] = {}
+    places = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    for _, alike in groupby(places, key=lambda place: len(rows[place])):
+        some = list(alike)
+        answers = torch.from_numpy(model.logits(np.array([rows[place] for place in some], dtype=np.int64)))
+        found |= dict(zip(some, answers, strict=True))
+    return [found[place] for place in range(len(rows))]
