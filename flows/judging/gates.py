@@ -14,7 +14,7 @@ from flows.judging.measured import CHAMPION, JUDGE_MORE, Found, Gate, Report, fo
 from flows.reporting.format import number
 from flows.results import Bound, GateResult
 from stages.measures.interval import Interval
-from stages.measures.table import MEASURES
+from stages.measures.table import MEASURES, known, measure_of
 from stages.runtime.contract import StageError
 
 SIZE = "size_bytes"
@@ -66,7 +66,7 @@ def judge(
 
 
 def _artifacts(gate: Gate, sizes: Mapping[str, int], targets: Mapping[str, str | None]) -> list[str]:
-    if gate.measure != SIZE and gate.measure not in MEASURES:
+    if gate.measure != SIZE and known(gate.measure) is None:
         raise StageError(f"no gate can measure {gate.measure!r}", limit=", ".join((*MEASURES, SIZE)))
     if gate.artifact is None:
         return [name for name, target in targets.items() if target or gate.measure == SIZE]
@@ -106,7 +106,7 @@ def _known(name: str, reports: Mapping[tuple[str, str], Report], sizes: Mapping[
 def _corpora(gate: Gate, artifact: str, reports: Mapping[tuple[str, str], Report]) -> list[str]:
     have = [corpus for name, corpus in reports if name == artifact]
     if gate.corpus is None:
-        of_items = MEASURES[gate.measure].of_items
+        of_items = measure_of(gate.measure).of_items
         return [one for one in have if bool(reports[artifact, one].get("items")) == of_items]
     if gate.corpus not in have:
         raise StageError(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from stages.measures.interval import Interval
 from stages.measures.paired import Document, above_chance, of_documents, slices
-from stages.measures.table import MEASURES, Measure
+from stages.measures.table import MEASURES, OWN, Measure, measure_of
 from stages.runtime.contract import StageError
 
 Report = Mapping[str, Any]
@@ -49,7 +49,7 @@ class Gate(Protocol):
 
     @property
     def measure(self) -> str:
-        """A key of MEASURES, or `size_bytes`."""
+        """A key of MEASURES, `own.` with the name of one's own, or `size_bytes`."""
 
     @property
     def against(self) -> str | None:
@@ -94,7 +94,7 @@ def found(gate: Gate, artifact: str, corpus: str, reports: Reports) -> list[Foun
     Raises:
         StageError: it was not measured, or the documents cannot be paired, or there is no such slice.
     """
-    measure, ours = MEASURES[gate.measure], reports[artifact, corpus]
+    measure, ours = measure_of(gate.measure), reports[artifact, corpus]
     mine = sorted_documents(ours, measure, artifact)
     theirs = None
     if gate.against is not None:
@@ -114,7 +114,7 @@ def found(gate: Gate, artifact: str, corpus: str, reports: Reports) -> list[Foun
                 f"{corpus} has no slice {gate.slice}" if gate.slice else f"{corpus} has no slices", limit=have
             )
         places = {gate.slice: places[gate.slice]} if gate.slice else places
-    if theirs is None or not measure.of_items or measure.between:
+    if theirs is None or not measure.of_items or measure.between or gate.measure.startswith(OWN):
         return _there(
             [Found(of_documents(measure, *_at(mine, theirs, at)), name) for name, at in places.items()], measure
         )
@@ -194,6 +194,8 @@ def of_size(artifact: str, against: str | None, sizes: Mapping[str, int]) -> Int
 
 def _measurable(report: Report, score: str) -> str:
     fitting = {name: one for name, one in MEASURES.items() if report.get("task", "generate") in one.tasks}
+    if score.startswith(OWN):
+        return f"It needs `judge: {{own: [{score.removeprefix(OWN)}]}}`."
     if score.startswith("varied"):
         return "It needs `judge: {variants: [typos, case, space]}`, and items that can be typed otherwise."
     if any(one.score == score for one in fitting.values()):

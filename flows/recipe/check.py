@@ -21,6 +21,7 @@ from flows.recipe.model import CHAMPION, Recipe, RecipeError
 from flows.recipe.seen import Seen, SeenStep, Wanted, guessed, steps_of
 from flows.recipe.shape import BROKEN, dotted, meant, part, said, shaped, without_echoes
 from stages import STAGES, stage
+from stages.measures.own import GROUP, installed
 from stages.runtime.contract import Kind, StageError
 
 
@@ -185,6 +186,10 @@ def _judge(seen: Seen) -> Iterator[Fault]:
     for index, name in enumerate(_listed(seen, "artifacts")):
         yield from named(seen, ("judge", "artifacts", index), name, RUNS)
     yield from named(seen, ("judge", "baseline"), part(seen.judge, "baseline"), frozenset({Kind.CHECKPOINT}))
+    for index, name in enumerate(_listed(seen, "own")):
+        if isinstance(name, str) and name not in installed():
+            text = f"no package that is installed registers a measure {name!r} under `{GROUP}`"
+            yield Fault(("judge", "own", index), f"{text}; allowed: {', '.join(installed()) or 'none'}")
     split = part(seen.judge, "split", "test")
     for index, name in enumerate(_listed(seen, "corpora")):
         yield from named(seen, ("judge", "corpora", index), name, frozenset({Kind.CORPUS}))

@@ -10,7 +10,7 @@ from flows.recipe.located_yaml import Path as Field
 from flows.recipe.model import CHAMPION
 from flows.recipe.seen import Seen
 from flows.recipe.shape import BROKEN, part
-from stages.measures.table import MEASURES
+from stages.measures.table import MEASURES, OWN, known, measure_of
 from stages.runtime.contract import Kind
 
 RUNS = frozenset({Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE})
@@ -54,10 +54,12 @@ def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) 
     """What a gate says of what `judge` has; `wrong` are the fields of `judge` that cannot be relied on."""
     measure, baseline = part(gate, "measure"), part(seen.judge, "baseline")
     yield from _kinds_of_corpora(seen, here, gate)
-    paired = isinstance(measure, str) and MEASURES[measure].paired
+    paired = isinstance(measure, str) and measure_of(measure).paired
     executed, corpora = seen.executed(), seen.named("corpora")
     against = [CHAMPION, *executed, *([baseline] if isinstance(baseline, str) and not paired else [])]
-    measures = part(seen.judge, "measures", list(MEASURES))
+    measures, own = (part(seen.judge, key, default) for key, default in (("measures", list(MEASURES)), ("own", [])))
+    if BROKEN not in (measures, own):
+        measures = [*measures, *(f"{OWN}{name}" for name in own)]
     for field, allowed, why, of in (
         ("measure", measures, "is not measured", {"measures"}),
         ("artifact", executed, "is not judged by execution here", {"artifacts"}),
@@ -76,7 +78,7 @@ def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) 
 
 def _kinds_of_corpora(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:
     """A measure of items needs a set of items, and one that is seen between two needs both."""
-    measure = MEASURES.get(str(part(gate, "measure")))
+    measure = known(str(part(gate, "measure")))
     if measure is None:
         return
     if measure.between and part(gate, "against") is None:

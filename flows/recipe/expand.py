@@ -189,7 +189,7 @@ def _measurement(recipe: Recipe, judge: Judge, step: Step, corpus: str, *, trace
     inputs = {"model": artifact, "text": corpus}
     if traced and _is_set(recipe, corpus):
         params["items"] = min(judge.trace_items, judge.items or judge.trace_items)
-        params.pop("variants", None)
+        params = {name: value for name, value in params.items() if name not in ("variants", "own")}
     elif not traced and artifact != judge.baseline:
         inputs["baseline"] = judge.baseline
     if not traced and _is_set(recipe, corpus):
@@ -207,7 +207,7 @@ def _params(recipe: Recipe, judge: Judge, target: str, corpus: str) -> dict[str,
     params: dict[str, Any] = {"split": judge.split, "window_tokens": judge.window_tokens, "target": target}
     if not _is_set(recipe, corpus):
         return params if judge.windows is None else params | {"windows": judge.windows}
-    asked = {"items": judge.items, "variants": judge.variants}
+    asked = {"items": judge.items, "variants": judge.variants, "own": judge.own}
     return params | {name: value for name, value in asked.items() if value}
 
 

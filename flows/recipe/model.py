@@ -5,16 +5,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, FiniteFloat, GetJsonSchemaHandler, model_validator
-from pydantic_core import core_schema
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, core_schema
 
 from flows.names import Alias, Title
 from stages import STAGES, stage
-from stages.measures.table import MEASURES
+from stages.measures.table import MEASURES, OWN
 from stages.runtime.contract import Frozen, StageError
-from stages.validate.params import Variant
+from stages.validate.params import Own, Variant
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 """Lowercase and without dots, so that it can name a file and a container, and `--set` can address it."""
@@ -22,14 +31,30 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 CHAMPION = "champion"
 """What a gate calls the version that the alias stands on; no step is called so."""
 
+_NAMED = (*MEASURES, "size_bytes")
+_MEASURES = {"anyOf": [{"enum": [*_NAMED], "type": "string"}, {"pattern": r"^own\.[A-Za-z0-9_-]+$", "type": "string"}]}
+
+
+def _is_measure(name: str) -> str:
+    """In the table's order: errors and the JSON Schema list them."""
+    if name not in _NAMED and not name.startswith(OWN):
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": _either(_NAMED)})
+    return name
+
+
+def _either(names: Sequence[str]) -> str:
+    quoted = [f"'{name}'" for name in names]
+    return f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
 if TYPE_CHECKING:
     Score = str
     Measure = str
 else:
     # In the table's order: pydantic's errors and the JSON Schema list them.
     Score = Literal[tuple(MEASURES)]
-    Measure = Literal[(*MEASURES, "size_bytes")]
-"""`validate` measures a score on text; `size_bytes` is a fact about the files."""
+    Measure = Annotated[str, AfterValidator(_is_measure), WithJsonSchema(_MEASURES)]
+"""`validate` measures a score; `size_bytes` is a fact about the files."""
 
 
 class RecipeError(StageError):
@@ -69,6 +94,7 @@ class Judge(Frozen):
     Attributes:
         windows: at most this many windows of a corpus; all by default.
         items: at most this many items of a set; all by default.
+        own: measures that packages bring by the entry point `enginery.measures`; a gate names one as `own.NAME`.
         variants: how items are typed otherwise and asked once more: gates on `robustness` and `variant_flips` need it.
         trace: also measure each checkpoint between the baseline and the artifacts, on the first corpus and every set.
         trace_items: at most this many items of a set for such a checkpoint, so that it is not said for long where
@@ -84,6 +110,7 @@ class Judge(Frozen):
     windows: int | None = Field(default=None, ge=1)
     items: int | None = Field(default=None, ge=1)
     variants: list[Variant] = Field(default_factory=list)
+    own: list[Own] = Field(default_factory=list)
     trace: bool = True
     trace_items: int = Field(default=200, ge=1)
 

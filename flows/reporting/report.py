@@ -18,7 +18,7 @@ from flows.reporting.abilities import ItemSet
 from flows.reporting.charts import curve_chart, interval_chart, steps_chart
 from flows.reporting.format import duration, short_number, short_size
 from flows.results import GateResult, RunResult, StepResult
-from stages.measures.table import MEASURES, foremost, title
+from stages.measures.table import MEASURES, OWN, foremost, title
 from stages.runtime.artifacts import BLOBS, Store
 from stages.runtime.contract import Manifest
 
@@ -80,6 +80,7 @@ def write_report(
     drawn = drawn or Drawn()
     shown = foremost(*(report["measures"] for report in reports.values()))
     corpora = list(dict.fromkeys(corpus for (_, corpus), report in reports.items() if shown in report["measures"]))
+    own = dict.fromkeys(key for report in reports.values() for key in report["measures"] if key.startswith(OWN))
     rows = [_row(step, manifests, reports, shown) for step in result.steps if step.kind != "report"]
     charted = [row for row in rows if row.step.kind != "corpus"]
     page = _template().render(
@@ -89,7 +90,7 @@ def write_report(
         rows=rows,
         corpora=corpora,
         items=drawn.items,
-        measures={name: title(name) for name in MEASURES},
+        measures={name: title(name) for name in (*MEASURES, *own)},
         measurements=[step for step in result.steps if step.kind == "report"],
         chart=steps_chart([(row.step.name, row.size_bytes, row.scores) for row in charted], corpora, title(shown)),
         shown=title(shown),

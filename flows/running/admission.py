@@ -16,7 +16,7 @@ from flows.running.child_environment import child_environment
 from flows.running.plan import Planned
 from stages import stage
 from stages.admission import Answer, Asked
-from stages.measures.table import MEASURES
+from stages.measures.table import MEASURES, known
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Kind, StageError
 from stages.runtime.fingerprint import canonical, digest_bytes
@@ -139,7 +139,7 @@ def _gates(planned: Mapping[str, Planned], recipe: Recipe, answers: Mapping[str,
     """The gates on a measure that says nothing of the model that is judged."""
     judged = recipe.judge.artifacts if recipe.judge else []
     for gate in recipe.gates:
-        measure = MEASURES.get(gate.measure)
+        measure = known(gate.measure)
         for name, one in planned.items():
             task = answers[name].task
             if measure is None or not one.measures or not task or task in measure.tasks:

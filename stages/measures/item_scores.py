@@ -7,13 +7,14 @@ weights_RD of R resamples and D items. It gives the measure of each resample, va
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.measures.table import Measure
+from stages.measures.table import OWN, Measure
 
 Floats = NDArray[np.float64]
 Columns = Mapping[str, NDArray[Any]]
@@ -30,7 +31,7 @@ def function_of(measure: Measure) -> Callable[..., Floats]:
     """The function of a measure of items."""
     module, _, name = measure.function.partition(":")
     found: Callable[..., Floats] = getattr(import_module(module), name)
-    return found
+    return partial(found, measure.score) if measure.score.startswith(OWN) else found
 
 
 def accuracy(ours: Columns, weights_RD: Floats) -> Floats:
@@ -82,6 +83,11 @@ def robustness(ours: Columns, weights_RD: Floats) -> Floats:
 def variant_flips(ours: Columns, weights_RD: Floats) -> Floats:
     """The share of items typed otherwise that are answered right and as they are written wrong, or the reverse."""
     return _over(ours["varied_flipped"], ours["varied"], weights_RD)
+
+
+def own(score: str, ours: Columns, weights_RD: Floats) -> Floats:
+    """The mean of what a measure of one's own says of each item."""
+    return _mean(ours[score], weights_RD)
 
 
 def _over(part_D: NDArray[Any], whole_D: NDArray[Any], weights_RD: Floats) -> Floats:

@@ -100,6 +100,24 @@ MEASURES: Mapping[str, Measure] = {
 }
 
 
+OWN = "own."
+"""Begins the names of measures that other packages bring, see `stages.measures.own`."""
+
+
+def known(measure: str) -> Measure | None:
+    """A measure of the table, or one's own: the mean of what it says of each item."""
+    if measure.startswith(OWN):
+        return Measure("stages.measures.item_scores:own", measure, _ASKED, of_items=True)
+    return MEASURES.get(measure)
+
+
+def measure_of(name: str) -> Measure:
+    """A measure that is known."""
+    found = known(name)
+    assert found is not None, name
+    return found
+
+
 def measured(task: str, *, paired: bool) -> dict[str, Measure]:
     """The measures on text of a model of this task, in the table's order: those with a baseline, or those without."""
     fitting = {name: one for name, one in MEASURES.items() if task in one.tasks and not one.of_items}
@@ -117,4 +135,5 @@ def foremost(*metrics: Iterable[str]) -> str:
 
 def title(measure: str) -> str:
     """A measure's heading."""
-    return MEASURES[measure].title or measure
+    found = known(measure)
+    return (found.title if found else "") or measure

@@ -6,13 +6,14 @@ import importlib.metadata
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from stages.adapters.backends import backend, module_of, processor_targets
-from stages.measures.table import MEASURES
-from stages.runtime.contract import Params
+from stages.measures.own import identity
+from stages.measures.table import MEASURES, OWN
+from stages.runtime.contract import Params, StageError
 from stages.runtime.cuda_driver import gpu_name
 from stages.runtime.execute import device_name
 
@@ -26,6 +27,8 @@ else:
 
 
 Variant = Literal["typos", "case", "space"]
+Own = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+"""The name of a measure that a package brings."""
 
 
 class ValidateParams(Params):
@@ -38,6 +41,7 @@ class ValidateParams(Params):
         items: at most this many items of a set, the first ones; None for all.
         variants: how the items of a set are typed otherwise and asked once more, see `stages.validate.variants`; each
             takes as long as the set itself.
+        own: measures of items that other packages bring by the entry point `enginery.measures`.
         target: what the model is executed on; it must be the artifact's own.
     """
 
@@ -46,6 +50,7 @@ class ValidateParams(Params):
     windows: int | None = Field(None, ge=1)
     items: int | None = Field(None, ge=1)
     variants: tuple[Variant, ...] = ()
+    own: tuple[Own, ...] = ()
     target: Target = "torch:cpu"
 
     @field_validator("variants")
@@ -53,9 +58,28 @@ class ValidateParams(Params):
     def _ordered(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
         return tuple(one for one in get_args(Variant) if one in variants)
 
+    @field_validator("own")
+    @classmethod
+    def _sorted(cls, own: tuple[Own, ...]) -> tuple[Own, ...]:
+        return tuple(sorted({*own}))
+
+
+def check_asked_of_text(params: ValidateParams) -> None:
+    """Raise StageError where text is to be measured as only items are."""
+    if asked := [name for name in ("variants", "own") if getattr(params, name)]:
+        raise StageError(
+            "this is text, and what is asked for is measured of items",
+            measured=", ".join(asked),
+            remedy=f"Leave out {' and '.join(asked)}, or name a step of the stage items.",
+        )
+
 
 def executed_on(params: ValidateParams) -> dict[str, str]:
-    """The machine and library that the scores are a fact about."""
+    """The machine, the library and the packages of one's own measures that the scores are a fact about.
+
+    Raises:
+        StageError: a measure is not installed.
+    """
     name = params.target.partition(":")[0]
     library = name if params.target in TORCH else backend(name).library
     on_gpu = params.target == CUDA
@@ -63,6 +87,7 @@ def executed_on(params: ValidateParams) -> dict[str, str]:
         "target": params.target,
         "device": (gpu_name() or "no GPU") if on_gpu else device_name(),
         "runtime": f"{library} {importlib.metadata.version(library)}" + (f" CUDA {_cuda_version()}" if on_gpu else ""),
+        **{f"{OWN}{one}": identity(one) for one in params.own},
     }
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stages.measures.documents import Document, by_slice, summary
 from stages.measures.items import read_items
 from stages.measures.leaks import leaks
+from stages.measures.own import scored
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_config, load_tokenizer
 from stages.models.checkpoint.pooling import Pooling, pooling
@@ -53,6 +54,7 @@ class Questions:
 
     Attributes:
         order: the names of the items as they are written, whose documents the report has.
+        own: measures that other packages bring.
         varied: variant -> name of an item -> name of what it is asked as; its groups come last.
     """
 
@@ -63,6 +65,7 @@ class Questions:
     seen: tuple[Path, ...]
     task: str
     varied: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
     units: str = "groups of items"
 
     def __len__(self) -> int:
@@ -100,6 +103,8 @@ class Questions:
         told = self._told()
         documents = [by_name[name] | {"leaked": int(name in told)} for name in self.order]
         documents = with_variants(documents, self.varied, by_name)
+        asked = {one.name: one.item for group in self.groups for one in group}
+        documents = [one | scored(self.own, one["answer"], asked[one["id"]]) for one in documents]
         found = {"items": True, **self.about, "documents": documents, "measures": summary(documents)}
         return found | by_slice(documents) | by_variant(documents, [*self.varied])
 
@@ -174,7 +179,7 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     elif task == "embed":
         check_pairs(asked)
         ask = partial(embedded, pooled)
-    return Questions(groups, [one.name for one in asked], ask, about, seen, task, varied)
+    return Questions(groups, [one.name for one in asked], ask, about, seen, task, varied, params.own)
 
 
 def _grouped(asked: list[Question]) -> list[list[Question]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stages.measures.items import ItemSplits, holds_items
 from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Progress, Stage, StageError
 from stages.runtime.parts import FOLDER, gaps, keep, kept
-from stages.validate.params import CUDA, ValidateParams, chosen_code, executed_on
+from stages.validate.params import CUDA, ValidateParams, check_asked_of_text, chosen_code, executed_on
 
 if TYPE_CHECKING:
     from stages.measures.documents import Document
@@ -103,6 +103,7 @@ def _asked(params: ValidateParams, inputs: Mapping[str, Path], progress: Progres
         _check_alike(ours, theirs, *(tasks.task(load_config(one)) for one in (inputs["model"], baseline)))
     if holds_items(inputs["text"]):
         return questions_of(params, inputs, progress)
+    check_asked_of_text(params)
     return text_of(params, inputs, progress)
 
 
@@ -127,6 +128,7 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
     if isinstance(text := known.get("text"), ItemSplits):
         check_task(model.task, text.tasks)
     else:
+        check_asked_of_text(params)
         check_length(model.built, min(params.window_tokens, model.reads or params.window_tokens))
     return model
 
