@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from stages.measures.interval import Interval
 from stages.measures.paired import Document, above_chance, of_documents, slices
-from stages.measures.table import MEASURES, OWN, Measure, measure_of
+from stages.measures.table import BROUGHT, MEASURES, OWN, Measure, measure_of
 from stages.runtime.contract import StageError
 
 Report = Mapping[str, Any]
@@ -114,7 +114,7 @@ def found(gate: Gate, artifact: str, corpus: str, reports: Reports) -> list[Foun
                 f"{corpus} has no slice {gate.slice}" if gate.slice else f"{corpus} has no slices", limit=have
             )
         places = {gate.slice: places[gate.slice]} if gate.slice else places
-    if theirs is None or not measure.of_items or measure.between or gate.measure.startswith(OWN):
+    if theirs is None or not measure.of_items or measure.between or gate.measure.startswith(BROUGHT):
         return _there(
             [Found(of_documents(measure, *_at(mine, theirs, at)), name) for name, at in places.items()], measure
         )

@@ -10,7 +10,7 @@ from flows.recipe.located_yaml import Path as Field
 from flows.recipe.model import CHAMPION
 from flows.recipe.seen import Seen
 from flows.recipe.shape import BROKEN, part
-from stages.measures.table import MEASURES, OWN, known, measure_of
+from stages.measures.table import HARNESS_MEASURES, MEASURES, OWN, known, measure_of
 from stages.runtime.contract import Kind
 
 RUNS = frozenset({Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE})
@@ -67,7 +67,7 @@ def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) 
         ("against", against, "has no such measure", {"artifacts", "baseline"}),
     ):
         value = part(gate, field)
-        if not isinstance(value, str) or allowed is BROKEN or value in allowed:
+        if not isinstance(value, str) or allowed is BROKEN or value in allowed or value.startswith(HARNESS_MEASURES):
             continue
         strange = field != "measure" and seen.find(value) is None
         # Where the list itself is wrong, the name may be what was meant to stand there; an unknown one is wrong anyway.

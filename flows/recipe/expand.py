@@ -207,6 +207,8 @@ def _params(recipe: Recipe, judge: Judge, target: str, corpus: str) -> dict[str,
     params: dict[str, Any] = {"split": judge.split, "window_tokens": judge.window_tokens, "target": target}
     if not _is_set(recipe, corpus):
         return params if judge.windows is None else params | {"windows": judge.windows}
+    if recipe.step(corpus).params.get("harness"):
+        return params | {"harness": True} | ({"items": judge.items} if judge.items else {})
     asked = {"items": judge.items, "variants": judge.variants, "own": judge.own}
     return params | {name: value for name, value in asked.items() if value}
 

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from flows.names import Alias, Title
 from stages import STAGES, stage
-from stages.measures.table import MEASURES, OWN
+from stages.measures.table import BROUGHT, MEASURES
 from stages.runtime.contract import Frozen, StageError
 from stages.validate.params import Own, Variant
 
@@ -32,12 +32,14 @@ CHAMPION = "champion"
 """What a gate calls the version that the alias stands on; no step is called so."""
 
 _NAMED = (*MEASURES, "size_bytes")
-_MEASURES = {"anyOf": [{"enum": [*_NAMED], "type": "string"}, {"pattern": r"^own\.[A-Za-z0-9_-]+$", "type": "string"}]}
+_MEASURES = {
+    "anyOf": [{"enum": [*_NAMED], "type": "string"}, {"pattern": r"^(own|harness)\.[A-Za-z0-9_-]+$", "type": "string"}]
+}
 
 
 def _is_measure(name: str) -> str:
     """In the table's order: errors and the JSON Schema list them."""
-    if name not in _NAMED and not name.startswith(OWN):
+    if name not in _NAMED and not name.startswith(BROUGHT):
         raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": _either(_NAMED)})
     return name
 

@@ -18,7 +18,7 @@ from flows.reporting.abilities import ItemSet
 from flows.reporting.charts import curve_chart, interval_chart, steps_chart
 from flows.reporting.format import duration, short_number, short_size
 from flows.results import GateResult, RunResult, StepResult
-from stages.measures.table import MEASURES, OWN, foremost, title
+from stages.measures.table import BROUGHT, MEASURES, foremost, title
 from stages.runtime.artifacts import BLOBS, Store
 from stages.runtime.contract import Manifest
 
@@ -80,7 +80,7 @@ def write_report(
     drawn = drawn or Drawn()
     shown = foremost(*(report["measures"] for report in reports.values()))
     corpora = list(dict.fromkeys(corpus for (_, corpus), report in reports.items() if shown in report["measures"]))
-    own = dict.fromkeys(key for report in reports.values() for key in report["measures"] if key.startswith(OWN))
+    own = dict.fromkeys(key for report in reports.values() for key in report["measures"] if key.startswith(BROUGHT))
     rows = [_row(step, manifests, reports, shown) for step in result.steps if step.kind != "report"]
     charted = [row for row in rows if row.step.kind != "corpus"]
     page = _template().render(

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from stages.adapters import harness_folder
 from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
 from stages.items import reading
 from stages.items.abilities.shipped import shipped
+from stages.measures.items import HARNESS, Item, ItemSplits
 from stages.measures.items import ITEMS as RECORD
-from stages.measures.items import Item, ItemSplits
 from stages.measures.items import Kind as Task
 from stages.runtime.contract import (
     PARTIAL,
@@ -47,6 +48,8 @@ class ItemsParams(Params):
         source: abilities://, the set that ships, or a .jsonl, .csv or .parquet file, any of them with .gz, or a folder
             of them: a path, hf://, s3:// or pypi://.
         digest: what its content must be; by default what it is when the run is planned.
+        harness: the name of a task of lm-evaluation-harness, which lies as NAME.yaml with its data in the folder that
+            `source` is; of the fields below it has none.
         columns: a field of an item (id, ability, language, task, prompt, answers, match, choices, right, checks,
             other, score) -> the column where it stands; `a.b` is a path, and an empty name is no column. By default one
             of the field's name.
@@ -61,6 +64,7 @@ class ItemsParams(Params):
 
     source: str = Location()
     digest: str = ""
+    harness: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$")
     columns: dict[reading.Column, str] = Field({})
     task: Task = "answers"
     ability: str = ""
@@ -88,6 +92,10 @@ class ItemsParams(Params):
     def _whole(self) -> ItemsParams:
         if self.source == ABILITIES and (self.splits or self.columns or self.ability):
             raise ValueError(f"{ABILITIES} has splits, columns and abilities of its own: leave them out")
+        if self.harness and (self.source == ABILITIES or self.columns or self.ability or self.abilities):
+            raise ValueError("a task of lm-evaluation-harness has columns and abilities of its own: leave them out")
+        if self.harness and self.splits != {"test": 1.0}:
+            raise ValueError("a task of lm-evaluation-harness is all of the split test: leave `splits` out")
         if sum(self.splits.values()) > 1 + 1e-9:
             raise ValueError(f"the shares in `splits` add up to {sum(self.splits.values()):g}, more than 1")
         return self
@@ -101,6 +109,9 @@ def pin(params: ItemsParams, pins: Pins, progress: Progress) -> ItemsParams:
     """
     if params.source == ABILITIES:
         digest, exact, downloads, ability = _digest_of(shipped()), params.source, "", ""
+    elif params.harness:
+        found = pin_source(params.source, harness_folder.WANTED, harness_folder.digest_of_task, pins, progress)
+        digest, exact, downloads, ability = found.digest, found.exact, found.downloads, ""
     else:
         found = pin_source(params.source, WANTED, reading.digest_of_files, pins, progress)
         digest, exact, downloads = found.digest, found.exact, found.downloads
@@ -122,7 +133,9 @@ def _name_of(source: str) -> str:
 
 
 def run(params: ItemsParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
-    """Write one `<split>.jsonl` a split and corpus.json."""
+    """Write one `<split>.jsonl` a split and corpus.json; of a task of lm-evaluation-harness its files."""
+    if params.harness:
+        return _task(params, output, progress)
     dealt, digest = _dealt(params, output, progress)
     if params.digest and digest != params.digest:
         raise changed_source(params.source, digest, params.digest)
@@ -141,6 +154,21 @@ def run(params: ItemsParams, inputs: Mapping[str, Path], output: Path, progress:
     (output / "corpus.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     progress.advanced(2, 2)
     return {"items": float(sum(map(len, taken.values()))), "abilities": float(len(record["abilities"]))}
+
+
+def _task(params: ItemsParams, output: Path, progress: Progress) -> Metrics:
+    wanted = harness_folder.WANTED
+    path = open_source(params.exact or params.source, wanted, params.downloads, output / PARTIAL, progress)
+    digest = harness_folder.digest_of_task(path)
+    if params.digest and digest != params.digest:
+        raise changed_source(params.source, digest, params.digest)
+    said = harness_folder.copied_task(path, params.harness, output / HARNESS)
+    record = {"digest": digest, RECORD: {HARNESS: 1}, HARNESS: said, "abilities": {}, "splits": {"test": {}}}
+    (output / "corpus.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    # Its items are the harness's: whoever looks for ours finds none.
+    (output / "test.jsonl").write_text("")
+    progress.advanced(2, 2)
+    return {"files": float(sum(one.is_file() for one in (output / HARNESS).rglob("*")))}
 
 
 def _dealt(params: ItemsParams, output: Path, progress: Progress) -> tuple[dict[str, list[Item]], str]:
@@ -209,7 +237,9 @@ def admit(params: ItemsParams, known: Mapping[str, Any]) -> ItemSplits:
         StageError: the set that ships has no ability of a name that is asked for.
     """
     if params.source != ABILITIES:
-        return ItemSplits(params.splits)
+        found = ItemSplits(params.splits)
+        found.tasks = frozenset({HARNESS} if params.harness else ())
+        return found
     _check_abilities(params, {item.ability for items in shipped().values() for item in items})
     found = ItemSplits(get_args(Split))
     found.tasks = frozenset(item.task for items in shipped().values() for item in items)

@@ -18,7 +18,7 @@ from torch import Tensor
 from stages.measures.item_scores import columns, function_of
 from stages.measures.perplexity import perplexity
 from stages.measures.predictions import Answer, Asking
-from stages.measures.table import MEASURES, OWN, Measure, measure_of, measured
+from stages.measures.table import BROUGHT, MEASURES, Measure, measure_of, measured
 from stages.runtime.contract import Metrics, StageError
 
 Document = dict[str, Any]
@@ -128,7 +128,7 @@ def summary(documents: Sequence[Document]) -> Metrics:
     """
     tokens = [document["tokens"] for document in documents]
     measures: Metrics = {}
-    own = [key for key in (documents[0] if documents else ()) if key.startswith(OWN)]
+    own = [key for key in (documents[0] if documents else ()) if key.startswith(BROUGHT)]
     for name, one in ((name, measure_of(name)) for name in (*MEASURES, *own)):
         if one.between or not all(one.score in document for document in documents):
             continue

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.measures.table import OWN, Measure
+from stages.measures.table import BROUGHT, Measure
 
 Floats = NDArray[np.float64]
 Columns = Mapping[str, NDArray[Any]]
@@ -31,7 +31,7 @@ def function_of(measure: Measure) -> Callable[..., Floats]:
     """The function of a measure of items."""
     module, _, name = measure.function.partition(":")
     found: Callable[..., Floats] = getattr(import_module(module), name)
-    return partial(found, measure.score) if measure.score.startswith(OWN) else found
+    return partial(found, measure.score) if measure.score.startswith(BROUGHT) else found
 
 
 def accuracy(ours: Columns, weights_RD: Floats) -> Floats:

@@ -17,6 +17,8 @@ from stages.runtime.contract import Frozen, StageError
 
 ITEMS = "items"
 """The key of corpus.json that says so: its tasks."""
+HARNESS = "harness"
+"""The key of corpus.json that holds a task of lm-evaluation-harness, and the folder of its files."""
 
 Kind = Literal["answers", "choices", "instructions", "classify", "similarity", "retrieval"]
 Demand = Literal[
@@ -130,6 +132,11 @@ def holds_items(corpus: Path) -> bool:
     """Whether a corpus is a set of items."""
     path = corpus / "corpus.json"
     return path.is_file() and ITEMS in json.loads(path.read_text(encoding="utf-8"))
+
+
+def holds_harness(corpus: Path) -> bool:
+    """Whether a corpus is a task of lm-evaluation-harness."""
+    return holds_items(corpus) and HARNESS in json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))
 
 
 def not_items() -> StageError:

@@ -104,9 +104,14 @@ OWN = "own."
 """Begins the names of measures that other packages bring, see `stages.measures.own`."""
 
 
+HARNESS_MEASURES = "harness."
+"""Begins the names of what lm-evaluation-harness measures of each item."""
+BROUGHT = (OWN, HARNESS_MEASURES)
+
+
 def known(measure: str) -> Measure | None:
-    """A measure of the table, or one's own: the mean of what it says of each item."""
-    if measure.startswith(OWN):
+    """A measure of the table, or one that others bring: the mean of what it says of each item."""
+    if measure.startswith(BROUGHT):
         return Measure("stages.measures.item_scores:own", measure, _ASKED, of_items=True)
     return MEASURES.get(measure)
 

@@ -42,6 +42,7 @@ class ValidateParams(Params):
         variants: how the items of a set are typed otherwise and asked once more, see `stages.validate.variants`; each
             takes as long as the set itself.
         own: measures of items that other packages bring by the entry point `enginery.measures`.
+        harness: the set is a task of lm-evaluation-harness, which must be installed.
         target: what the model is executed on; it must be the artifact's own.
     """
 
@@ -51,6 +52,7 @@ class ValidateParams(Params):
     items: int | None = Field(None, ge=1)
     variants: tuple[Variant, ...] = ()
     own: tuple[Own, ...] = ()
+    harness: bool = False
     target: Target = "torch:cpu"
 
     @field_validator("variants")
@@ -74,6 +76,17 @@ def check_asked_of_text(params: ValidateParams) -> None:
         )
 
 
+def check_harness(params: ValidateParams, there: bool) -> None:
+    """Raise StageError where a set is a task of lm-evaluation-harness and is not asked for as one, or the reverse."""
+    if there != params.harness or (there and (params.variants or params.own)):
+        raise StageError(
+            "the set is a task of lm-evaluation-harness" if there else "the set is no task of lm-evaluation-harness",
+            measured=f"harness: {str(params.harness).lower()}"
+            + ("" if there != params.harness else ", variants or own"),
+            remedy=f"Set the step's parameter `harness` to {str(there).lower()}, and ask for nothing else of a task.",
+        )
+
+
 def executed_on(params: ValidateParams) -> dict[str, str]:
     """The machine, the library and the packages of one's own measures that the scores are a fact about.
 
@@ -88,7 +101,23 @@ def executed_on(params: ValidateParams) -> dict[str, str]:
         "device": (gpu_name() or "no GPU") if on_gpu else device_name(),
         "runtime": f"{library} {importlib.metadata.version(library)}" + (f" CUDA {_cuda_version()}" if on_gpu else ""),
         **{f"{OWN}{one}": identity(one) for one in params.own},
+        **({"harness": version()} if params.harness else {}),
     }
+
+
+def version() -> str:
+    """The lm-evaluation-harness that is installed.
+
+    Raises:
+        StageError: none is.
+    """
+    try:
+        return f"lm_eval {importlib.metadata.version('lm_eval')}"
+    except importlib.metadata.PackageNotFoundError as error:
+        raise StageError(
+            "the set is a task of lm-evaluation-harness, which is not installed",
+            remedy="Install it where steps run: pip install 'enginery[harness]'.",
+        ) from error
 
 
 def _cuda_version() -> str:

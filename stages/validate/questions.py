@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.measures.documents import Document, by_slice, summary
-from stages.measures.items import read_items
+from stages.measures.items import HARNESS, read_items
 from stages.measures.leaks import leaks
 from stages.measures.own import scored
 from stages.models.anatomy import tasks
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 TOGETHER = 32
 """Items of a group: a model that keeps what it read answers so many nearly as fast as one."""
 TAKEN = {
-    "generate": frozenset({"answers", "choices", "instructions"}),
+    "generate": frozenset({"answers", "choices", "instructions", HARNESS}),
     "classify": frozenset({"classify"}),
     "embed": frozenset({"similarity", "retrieval"}),
 }

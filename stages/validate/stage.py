@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.measures.items import ItemSplits, holds_items
+from stages.measures.items import HARNESS, ItemSplits, holds_harness, holds_items
 from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Progress, Stage, StageError
 from stages.runtime.parts import FOLDER, gaps, keep, kept
-from stages.validate.params import CUDA, ValidateParams, check_asked_of_text, chosen_code, executed_on
+from stages.validate.params import CUDA, ValidateParams, check_asked_of_text, check_harness, chosen_code, executed_on
 
 if TYPE_CHECKING:
     from stages.measures.documents import Document
     from stages.models.checkpoint.subject import Subject
+    from stages.validate.harness import HarnessTask
     from stages.validate.questions import Questions
     from stages.validate.text import Text
+
+    Asked = Text | Questions | HarnessTask
 
 KEPT_UNITS = 8
 """A run that was killed computes at most so many windows, or groups of items, again."""
@@ -61,7 +64,7 @@ def score_part(params: ValidateParams, inputs: Mapping[str, Path], span: range, 
 
 
 def _all_scores(
-    params: ValidateParams, inputs: Mapping[str, Path], asked: Text | Questions, folder: Path, progress: Progress
+    params: ValidateParams, inputs: Mapping[str, Path], asked: Asked, folder: Path, progress: Progress
 ) -> list[list[Document]]:
     """Every unit's scores: those of the parts in `folder`, and the others computed and kept there as they come."""
     scored = _kept_scores(asked, folder, "baseline" in inputs, progress)
@@ -79,7 +82,7 @@ def _all_scores(
     return [scored[index] for index in range(len(asked))]
 
 
-def _kept_scores(asked: Text | Questions, folder: Path, paired: bool, progress: Progress) -> dict[int, list[Document]]:
+def _kept_scores(asked: Asked, folder: Path, paired: bool, progress: Progress) -> dict[int, list[Document]]:
     scored: dict[int, list[Document]] = {}
     for span, data in kept(folder):
         units = asked.read(data, span, paired=paired)
@@ -92,7 +95,7 @@ def _kept_scores(asked: Text | Questions, folder: Path, paired: bool, progress: 
     return scored
 
 
-def _asked(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress | None = None) -> Text | Questions:
+def _asked(params: ValidateParams, inputs: Mapping[str, Path], progress: Progress | None = None) -> Asked:
     from stages.models.anatomy import tasks
     from stages.models.checkpoint.loading import load_config, load_tokenizer
     from stages.validate.questions import questions_of
@@ -101,6 +104,11 @@ def _asked(params: ValidateParams, inputs: Mapping[str, Path], progress: Progres
     if baseline := inputs.get("baseline"):
         ours, theirs = (load_tokenizer(one).get_vocab() for one in (inputs["model"], baseline))
         _check_alike(ours, theirs, *(tasks.task(load_config(one)) for one in (inputs["model"], baseline)))
+    check_harness(params, holds_harness(inputs["text"]))
+    if params.harness:
+        from stages.validate.harness import harness_of
+
+        return harness_of(params, inputs)
     if holds_items(inputs["text"]):
         return questions_of(params, inputs, progress)
     check_asked_of_text(params)
@@ -127,6 +135,7 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
         _check_alike(*vocabularies(model, baseline), model.task, baseline.task)
     if isinstance(text := known.get("text"), ItemSplits):
         check_task(model.task, text.tasks)
+        check_harness(params, HARNESS in text.tasks)
     else:
         check_asked_of_text(params)
         check_length(model.built, min(params.window_tokens, model.reads or params.window_tokens))
@@ -134,7 +143,7 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
 
 
 def _scorer(
-    params: ValidateParams, inputs: Mapping[str, Path], asked: Text | Questions
+    params: ValidateParams, inputs: Mapping[str, Path], asked: Asked
 ) -> Callable[[range], Iterator[list[Document]]]:
     """Load the model and its baseline; returns a range of units -> their scores."""
     from stages.serving.engine import open_engine
