@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flows.judging.measured import CHAMPION, JUDGE_MORE, Found, Gate, Report, found, of_size
+from flows.judging.measured import CHAMPION, JUDGE_MORE, Found, Gate, Report, found, has_any, of_size, on_request
 from flows.reporting.format import number
 from flows.results import Bound, GateResult
 from stages.measures.interval import Interval
@@ -107,7 +107,10 @@ def _corpora(gate: Gate, artifact: str, reports: Mapping[tuple[str, str], Report
     have = [corpus for name, corpus in reports if name == artifact]
     if gate.corpus is None:
         of_items = measure_of(gate.measure).of_items
-        return [one for one in have if bool(reports[artifact, one].get("items")) == of_items]
+        alike = [one for one in have if bool(reports[artifact, one].get("items")) == of_items]
+        having = [one for one in alike if not of_items or has_any(reports[artifact, one], gate.measure)]
+        # What only is measured where it is asked for is missed where it is not: what to say is told there.
+        return having or (alike if on_request(gate.measure) else [])
     if gate.corpus not in have:
         raise StageError(
             f"{artifact} was not measured on {gate.corpus}", measured=", ".join(have) or "no corpus", remedy=JUDGE_MORE

@@ -95,30 +95,25 @@ def found(gate: Gate, artifact: str, corpus: str, reports: Reports) -> list[Foun
         StageError: it was not measured, or the documents cannot be paired, or there is no such slice.
     """
     measure, ours = measure_of(gate.measure), reports[artifact, corpus]
-    mine = sorted_documents(ours, measure, artifact)
-    theirs = None
+    mine, theirs = _sorted(ours), None
     if gate.against is not None:
         if (gate.against, corpus) not in reports:
             remedy = _LOST if gate.against == CHAMPION else f"Judge {gate.against} there too."
             raise StageError(f"{gate.against} was not measured on {corpus}", remedy=remedy)
         check_paired(ours, reports[gate.against, corpus], f"{artifact} and {gate.against} on {corpus}")
-        theirs = sorted_documents(reports[gate.against, corpus], measure, gate.against)
+        theirs = _sorted(reports[gate.against, corpus])
     elif measure.between:
         raise StageError(f"{gate.measure} is counted between two", remedy="Say `against` which in the gate.")
-    places = {"": list(range(len(mine)))}
-    if gate.slice or gate.worst:
-        places = slices(mine)
-        if not places or (gate.slice and gate.slice not in places):
-            have = ", ".join(sorted(places)) or "no slice"
-            raise StageError(
-                f"{corpus} has no slice {gate.slice}" if gate.slice else f"{corpus} has no slices", limit=have
-            )
-        places = {gate.slice: places[gate.slice]} if gate.slice else places
+    places = _places(gate, measure, corpus, mine)
+    looked_at = [at for where in places.values() for at in where]
+    _check_measured(measure, artifact, ours, [mine[at] for at in looked_at])
+    if theirs is not None and gate.against is not None:
+        _check_measured(measure, gate.against, reports[gate.against, corpus], [theirs[at] for at in looked_at])
     if theirs is None or not measure.of_items or measure.between or gate.measure.startswith(BROUGHT):
-        return _there(
-            [Found(of_documents(measure, *_at(mine, theirs, at)), name) for name, at in places.items()], measure
-        )
-    return _there(_of_answers(gate, measure, (mine, theirs), places, reports[str(gate.against), corpus]), measure)
+        values = [Found(of_documents(measure, *_at(mine, theirs, at)), name) for name, at in places.items()]
+    else:
+        values = _of_answers(gate, measure, (mine, theirs), places, reports[str(gate.against), corpus])
+    return _there(values, measure)
 
 
 def _there(looked_at: list[Found], measure: Measure) -> list[Found]:
@@ -129,6 +124,23 @@ def _there(looked_at: list[Found], measure: Measure) -> list[Found]:
     why = f"left out, since nothing can be kept there when it is typed otherwise: {', '.join(sorted(empty))}"
     kept = [one for one in looked_at if one.slice not in empty]
     return [replace(one, why="; ".join(filter(None, (one.why, why)))) for one in kept]
+
+
+def _places(gate: Gate, measure: Measure, corpus: str, mine: Sequence[Document]) -> dict[str, list[int]]:
+    """Slice, empty for all, -> the places of the documents that a gate looks at.
+
+    Of the worst slice those count that are measured so: items of another task belong to others.
+    """
+    if not gate.slice and not gate.worst:
+        return {"": list(range(len(mine)))}
+    places = slices(mine)
+    if not places or (gate.slice and gate.slice not in places):
+        have = ", ".join(sorted(places)) or "no slice"
+        raise StageError(f"{corpus} has no slice {gate.slice}" if gate.slice else f"{corpus} has no slices", limit=have)
+    if gate.slice:
+        return {gate.slice: places[gate.slice]}
+    having = {name: at for name, at in places.items() if all(measure.score in mine[one] for one in at)}
+    return having if measure.of_items and having else places
 
 
 def _at(
@@ -145,16 +157,20 @@ def _of_answers(
     report: Report,
 ) -> list[Found]:
     """Ratios to another's right answers, where it has more of them than a guess has."""
-    knows = {name: above_chance([pair[1][at] for at in where]) for name, where in places.items()}
+    knows = {name: above_chance([pair[1][at] for at in where], measure) for name, where in places.items()}
     if not any(knows.values()):
         # Of the set that ships the answers are known to be right: a model may be too small for it.
         untrained = bool(report.get("shipped")) or knows_nothing(report)
-        why = f"{gate.against} answers no better than chance"
+        nothing = f"has no {gate.measure} that is surely above 0" if measure.graded else "answers no better than chance"
+        why = f"{gate.against} {nothing}"
         if not untrained:
-            why += ", though it can predict their words: look for wrong answers in the set, or take the gate out"
+            reads = any("prompt_nll" in one for one in report["documents"])
+            why += ", though it can predict their words" if reads else ""
+            why += ": look for wrong answers in the set, or take the gate out"
         return [Found(None, gate.slice or "", why, failed=not untrained)]
     left_out = sorted(name for name, better in knows.items() if not better)
-    why = f"left out, since {gate.against} is no better than chance there: {', '.join(left_out)}" if left_out else ""
+    guesses = f"has no {gate.measure}" if measure.graded else "is no better than chance"
+    why = f"left out, since {gate.against} {guesses} there: {', '.join(left_out)}" if left_out else ""
     return [
         Found(of_documents(measure, *_at(*pair, where)), name, why) for name, where in places.items() if knows[name]
     ]
@@ -169,18 +185,39 @@ def knows_nothing(report: Report) -> bool:
     return sum(one["prompt_nll"] for one in documents) >= _KNOWS_NOTHING * guessed
 
 
-def sorted_documents(report: Report, measure: Measure, artifact: str) -> list[Document]:
-    """A report's documents by their ids.
+def has_any(report: Report, measure: str) -> bool:
+    """Whether a set holds items that are measured so."""
+    return any(measure_of(measure).score in one for one in report["documents"])
 
-    Raises:
-        StageError: the measure was not measured.
-    """
-    documents: list[Document] = sorted(report["documents"], key=lambda document: document["id"])
-    if any(measure.score not in document for document in documents):
-        old = "It was measured before this was: gate against the baseline until a version that has it is promoted."
-        remedy = old if artifact == CHAMPION else _measurable(report, measure.score)
-        raise StageError(f"the report of {artifact} has no {measure.score!r}", remedy=remedy)
-    return documents
+
+def on_request(measure: str) -> bool:
+    """Whether `judge` has to ask for it."""
+    return measure_of(measure).score.startswith((OWN, "varied"))
+
+
+def _sorted(report: Report) -> list[Document]:
+    return sorted(report["documents"], key=lambda document: document["id"])
+
+
+def _check_measured(measure: Measure, artifact: str, report: Report, documents: Sequence[Document]) -> None:
+    """Raise StageError where not all of some documents were measured so."""
+    lacking = [one for one in documents if measure.score not in one]
+    if not lacking:
+        return
+    remedy = "It was measured before this was: gate against the baseline until a version that has it is promoted."
+    if measure.score.startswith((OWN, "varied")):
+        remedy = _measurable(report, measure.score)
+    elif measure.of_items and report.get("items"):
+        keys = {key for one in lacking for key in one}
+        fitting = [name for name, one in MEASURES.items() if one.of_items and {one.score, *one.reads} <= keys]
+        remedy = f"Gate on what such items are measured by: {', '.join(fitting)}; or name a slice that has it."
+    elif artifact != CHAMPION:
+        remedy = _measurable(report, measure.score)
+    raise StageError(
+        f"the report of {artifact} has no {measure.score!r}",
+        measured=f"{len(lacking)} of {len(documents)} documents lack it",
+        remedy=remedy,
+    )
 
 
 def of_size(artifact: str, against: str | None, sizes: Mapping[str, int]) -> Interval:

@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from stages.measures.interval import Interval
-from stages.measures.paired import Document, above_chance, of_documents, slices
-from stages.measures.table import MEASURES
+from stages.measures.paired import Document, above_chance, of_documents, slices, value_of
+from stages.measures.table import MEASURES, title
 
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]
 MOST_FLIPS = 60
@@ -51,6 +51,20 @@ class Flip:
 
 
 @dataclass(frozen=True)
+class Grade:
+    """A row of a measure by which items are not right or wrong: dense's value, each step's, and of what is judged the
+    ratio to dense's, None where that has none.
+    """
+
+    ability: str
+    measure: str
+    items: int
+    dense: float
+    values: Mapping[str, float]
+    ratios: Mapping[str, Interval | None]
+
+
+@dataclass(frozen=True)
 class ItemSet:
     """A set of items, as a report shows it.
 
@@ -58,9 +72,10 @@ class ItemSet:
         corpus: its step.
         baseline: the dense model's step.
         judged: the artifacts with a column.
-        abilities: rows, the whole first.
+        abilities: rows of items that are answered right or wrong, the whole first; none where a set has none of these.
         heat: step -> ability -> right answers less dense's, and how many items of it the step was asked.
         flips: the first ones; `flipped` of each artifact, (lost, won).
+        grades: rows of other measures, the whole first.
     """
 
     corpus: str
@@ -70,6 +85,7 @@ class ItemSet:
     heat: Mapping[str, Mapping[str, tuple[int, int]]]
     flips: Sequence[Flip]
     flipped: Mapping[str, tuple[int, int]]
+    grades: Sequence[Grade] = ()
 
 
 def item_sets(reports: Reports, baseline: str, judged: Sequence[str], chain: Sequence[str]) -> list[ItemSet]:
@@ -92,8 +108,8 @@ def item_sets(reports: Reports, baseline: str, judged: Sequence[str], chain: Seq
 
 
 def answered(report: Mapping[str, Any]) -> bool:
-    """Whether a report is of items that are answered right or wrong; pairs of texts are only near or far."""
-    return bool(report.get("items")) and all("right" in one for one in report["documents"])
+    """Whether a report is of items that are answered; pairs of texts are only near or far."""
+    return bool(report.get("items")) and not any("similarity" in one for one in report["documents"])
 
 
 def paired(reports: Reports, artifact: str, baseline: str, corpus: str) -> list[tuple[Document, Document]]:
@@ -107,10 +123,14 @@ def paired(reports: Reports, artifact: str, baseline: str, corpus: str) -> list[
 def _set(
     corpus: str,
     baseline: str,
-    asked: Mapping[str, list[tuple[Document, Document]]],
+    every: Mapping[str, list[tuple[Document, Document]]],
     judged: Sequence[str],
     chain: Sequence[str],
 ) -> ItemSet:
+    grades = _grades({one: every[one] for one in dict.fromkeys((*chain, *judged)) if every.get(one)}, judged)
+    asked = {one: _answered(pairs) for one, pairs in every.items()}
+    if not any(asked.values()):
+        return ItemSet(corpus, baseline, [one for one in judged if every.get(one)], [], {}, [], {}, grades)
     shown = [one for one in judged if asked.get(one)]
     order = [one for one in (*chain, *judged) if asked.get(one)]
     names = ["all", *slices([theirs for _, theirs in max(asked.values(), key=len)])]
@@ -126,7 +146,39 @@ def _set(
         one: (sum(f.lost for f in flips if f.artifact == one), sum(not f.lost for f in flips if f.artifact == one))
         for one in shown
     }
-    return ItemSet(corpus, baseline, shown, rows, heat, flips[:MOST_FLIPS], flipped)
+    return ItemSet(corpus, baseline, shown, rows, heat, flips[:MOST_FLIPS], flipped, grades)
+
+
+def _answered(pairs: Sequence[tuple[Document, Document]]) -> list[tuple[Document, Document]]:
+    """Those of items that are right or wrong; a translation is neither."""
+    return [pair for pair in pairs if all("right" in one for one in pair)]
+
+
+def _grades(asked: Mapping[str, list[tuple[Document, Document]]], judged: Sequence[str]) -> list[Grade]:
+    most = max(asked.values(), key=len, default=[])
+    found = []
+    for name in ["all", *slices([theirs for _, theirs in most])]:
+        for measure, one in MEASURES.items():
+            inside = {step: _of(pairs, name) for step, pairs in asked.items()}
+            if one.graded and all(one.score in document for pair in _of(most, name) for document in pair):
+                found.append(_grade(name, measure, {step: pairs for step, pairs in inside.items() if pairs}, judged))
+    return found
+
+
+def _grade(
+    name: str, measure: str, asked: Mapping[str, Sequence[tuple[Document, Document]]], judged: Sequence[str]
+) -> Grade:
+    one = MEASURES[measure]
+    sides = {step: [list(side) for side in zip(*pairs, strict=True)] for step, pairs in asked.items()}
+    dense = value_of(one, max((theirs for _, theirs in sides.values()), key=len))
+    return Grade(
+        ability=name,
+        measure=title(measure),
+        items=max(map(len, asked.values())),
+        dense=dense,
+        values={step: value_of(one, ours) for step, (ours, _) in sides.items()},
+        ratios={step: of_documents(one, *sides[step]) if dense > 0 else None for step in judged if step in sides},
+    )
 
 
 def _of(pairs: Sequence[tuple[Document, Document]], name: str) -> list[tuple[Document, Document]]:
@@ -181,7 +233,8 @@ def whereabouts(reports: Reports, chain: Sequence[str]) -> list[str]:
         if len(asked) < 2 or asked[0] != chain[0]:
             continue
         right, dense = (
-            sum(one[side]["right"] for one in paired(reports, asked[-1], asked[0], corpus)) for side in (0, 1)
+            sum(one[side]["right"] for one in _answered(paired(reports, asked[-1], asked[0], corpus)))
+            for side in (0, 1)
         )
         steps = [(after, *_lost(reports, before, after, corpus)) for before, after in pairwise(asked)]
         worst, net, abilities = max(steps, key=lambda one: one[1])
@@ -199,6 +252,6 @@ def whereabouts(reports: Reports, chain: Sequence[str]) -> list[str]:
 def _lost(reports: Reports, before: str, after: str, corpus: str) -> tuple[int, list[tuple[str, int]]]:
     """Right answers that a step cost, less those that it won; and by ability, the most first."""
     net: dict[str, int] = {}
-    for ours, theirs in paired(reports, after, before, corpus):
+    for ours, theirs in _answered(paired(reports, after, before, corpus)):
         net[ours["slice"]] = net.get(ours["slice"], 0) + theirs["right"] - ours["right"]
     return sum(net.values()), sorted(((name, count) for name, count in net.items() if count > 0), key=lambda o: -o[1])

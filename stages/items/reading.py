@@ -1,7 +1,7 @@
 """Rows of a person's own files as items: .jsonl, .csv, .parquet, with the columns that they have.
 
-In a .csv an empty cell is nothing, and `|` stands between several answers or choices; elsewhere null is nothing. That
-is right where a default serves, and refused where an item needs something.
+In a .csv an empty cell is nothing, and `|` stands between several answers, choices, words or labels; elsewhere null is
+nothing. That is right where a default serves, and refused where an item needs something.
 """
 
 from __future__ import annotations
@@ -22,8 +22,23 @@ from stages.runtime.fingerprint import canonical, digest_bytes, digest_file
 from stages.runtime.rows import reached
 
 Column = Literal[
-    "id", "ability", "language", "task", "prompt", "answers", "match", "choices", "right", "checks", "other", "score"
+    "id",
+    "ability",
+    "language",
+    "task",
+    "prompt",
+    "answers",
+    "match",
+    "choices",
+    "right",
+    "checks",
+    "context",
+    "words",
+    "labels",
+    "other",
+    "score",
 ]
+LISTS = ("answers", "choices", "words", "labels")
 READERS = {".jsonl": row_files.json_rows, ".csv": row_files.csv_rows, ".parquet": row_files.parquet_rows}
 PATTERNS = tuple(f"*{suffix}{packed}" for suffix in READERS for packed in ("", PACKED))
 REMEDY = "Give a .jsonl, .csv or .parquet file, any of them with .gz, or a folder of them."
@@ -73,9 +88,10 @@ def items_of(path: Path, columns: Mapping[Column, str], defaults: Mapping[str, s
         kind = _format(file)
         for number, where, row in READERS[kind](file):
             seen.update(field for field in columns if reached(row, columns[field])[0])
-            given = _given(row, columns, where, table=kind == ".csv")
+            given = {**defaults, **_given(row, columns, where, table=kind == ".csv")}
+            _check_needed(row, columns, given, where, table=kind == ".csv")
             given.setdefault("id", f"{name}:{number}" if name else str(number))
-            item = _item({**defaults, **given}, where)
+            item = _item(given, where)
             if item.id in met:
                 raise _wrong(
                     f"{where} has the id {item.id!r}, which {met[item.id]} has, too", "Give each item its own."
@@ -100,7 +116,23 @@ def _given(row: Mapping[str, Any], columns: Mapping[Column, str], where: str, *,
         present, value = reached(row, column) if column else (False, None)
         if present and not _is_nothing(value, table):
             found[field] = value
-    if not str(found.get("prompt", "")).strip():
+    for field in LISTS:
+        if field in found:
+            found[field] = list(_texts(found[field], where, field, table=table))
+    if isinstance(found.get("checks"), str):
+        found["checks"] = _of_json(found["checks"], where)
+    if isinstance(found.get("id"), int):
+        found["id"] = str(found["id"])
+    return found
+
+
+def _check_needed(
+    row: Mapping[str, Any], columns: Mapping[Column, str], given: dict[str, Any], where: str, *, table: bool
+) -> None:
+    """Raise StageError where a row has no prompt, or a question that nobody says is answered or not."""
+    if given["task"] == "tag" and given.get("words") and not given.get("prompt"):
+        given["prompt"] = ("" if given.get("language") == "zh" else " ").join(given["words"])
+    if not str(given.get("prompt", "")).strip():
         column = columns.get("prompt", "prompt")
         raise _wrong(
             f"{where} has nothing in {column!r}"
@@ -109,14 +141,15 @@ def _given(row: Mapping[str, Any], columns: Mapping[Column, str], where: str, *,
             "Say in the step's parameter `columns` where the prompt stands, or give the row one.",
             measured=f"it has {', '.join(row) or 'none'}",
         )
-    for field in ("answers", "choices"):
-        if field in found:
-            found[field] = list(_texts(found[field], where, field, table=table))
-    if isinstance(found.get("checks"), str):
-        found["checks"] = _of_json(found["checks"], where)
-    if isinstance(found.get("id"), int):
-        found["id"] = str(found["id"])
-    return found
+    if given["task"] == "question" and "answers" not in given:
+        # A cell can say that there are none only by being empty.
+        if not (table and reached(row, columns.get("answers", "answers"))[0]):
+            raise _wrong(
+                f"{where} does not say in {columns.get('answers', 'answers')!r} what is accepted",
+                "Give it, or an empty list where the context does not answer the question.",
+                measured=f"it has {', '.join(row) or 'none'}",
+            )
+        given["answers"] = []
 
 
 def _is_nothing(value: Any, table: bool) -> bool:

@@ -51,8 +51,8 @@ class ItemsParams(Params):
         harness: the name of a task of lm-evaluation-harness, which lies as NAME.yaml with its data in the folder that
             `source` is; of the fields below it has none.
         columns: a field of an item (id, ability, language, task, prompt, answers, match, choices, right, checks,
-            other, score) -> the column where it stands; `a.b` is a path, and an empty name is no column. By default one
-            of the field's name.
+            context, words, labels, other, score) -> the column where it stands; `a.b` is a path, and an empty name is
+            no column. By default one of the field's name.
         task: of rows that name none.
         ability: of rows that name none; by default the source's name.
         language: of rows that name none.

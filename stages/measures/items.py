@@ -20,7 +20,20 @@ ITEMS = "items"
 HARNESS = "harness"
 """The key of corpus.json that holds a task of lm-evaluation-harness, and the folder of its files."""
 
-Kind = Literal["answers", "choices", "instructions", "classify", "similarity", "retrieval"]
+Kind = Literal[
+    "answers",
+    "choices",
+    "instructions",
+    "classify",
+    "tag",
+    "question",
+    "translate",
+    "summarize",
+    "similarity",
+    "retrieval",
+]
+WRITTEN = ("translate", "summarize")
+"""Tasks of items that are neither right nor wrong: what is written is held against references."""
 Demand = Literal[
     "words_at_most",
     "words_at_least",
@@ -82,13 +95,19 @@ class Item(Frozen):
         ability: the slice it belongs to.
         language: of what is asked.
         task: how it is asked and judged.
-        prompt: what the model reads, as it stands; for `instructions` what a user says to it.
-        answers: of `answers`: what is accepted; the first is the reference. Of `classify`: the text's class.
+        prompt: what the model reads, as it stands; for `instructions`, `translate` and `summarize` what a user says to
+            it.
+        answers: of `answers`: what is accepted; the first is the reference. Of `classify`: the text's class. Of
+            `question`: what is accepted, none where the context does not answer it. Of `translate` and `summarize`: the
+            references, whose language `language` is.
         match: of `answers`: the beginning of the answer must be one of them, it must stand anywhere in the answer's
             first line, or the first number there must equal one of them.
         choices: of `choices`: what may follow the prompt, with whatever space must stand between.
         right: of `choices`: the number of the right one.
         checks: of `instructions`: all must hold.
+        context: of `question`: the text that it is about.
+        words: of `tag`: what is labelled; by default the words of the prompt, and of Chinese its characters.
+        labels: of `tag`: one of each word.
         other: of `similarity`: the text that the prompt is compared with; of `retrieval`: the document that it seeks.
         score: of `similarity`: how near people found both, in any unit.
     """
@@ -103,6 +122,9 @@ class Item(Frozen):
     choices: tuple[str, ...] = ()
     right: int = Field(0, ge=0)
     checks: tuple[Check, ...] = ()
+    context: str = ""
+    words: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
     other: str = ""
     score: FiniteFloat | None = None
 
@@ -116,11 +138,22 @@ class Item(Frozen):
             raise ValueError(f"item {self.id} needs two different choices, and the number of one of them in `right`")
         if self.task == "instructions" and not self.checks:
             raise ValueError(f"item {self.id} has nothing to check")
+        if self.task == "tag" and (not self.tagged or len(self.tagged) != len(self.labels)):
+            raise ValueError(f"item {self.id} has {len(self.tagged)} words and {len(self.labels)} labels")
+        if self.task in WRITTEN and not (self.answers and all(one.strip() for one in self.answers)):
+            raise ValueError(f"item {self.id} has no reference in `answers`, or an empty one")
         if self.task in ("similarity", "retrieval") and not self.other.strip():
             raise ValueError(f"item {self.id} has no `other` text")
         if self.task == "similarity" and self.score is None:
             raise ValueError(f"item {self.id} has no `score`")
         return self
+
+    @property
+    def tagged(self) -> tuple[str, ...]:
+        """Of `tag`: what each label is of."""
+        if self.words:
+            return self.words
+        return tuple("".join(self.prompt.split()) if self.language == "zh" else self.prompt.split())
 
     @property
     def chance(self) -> float:

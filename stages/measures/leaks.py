@@ -79,7 +79,7 @@ def _by_ending(items: Iterable[Item]) -> dict[Words, list[_Sought]]:
 def _told(item: Item) -> list[str]:
     """What an item says with each of its right answers; an instruction is itself what must not be met."""
     match item.task:
-        case "answers":
+        case "answers" | "question" | "translate" | "summarize":
             return [f"{item.prompt} {one}" for one in item.answers]
         case "choices":
             return [item.prompt + item.choices[item.right]]

@@ -30,6 +30,7 @@ class Measure:
             score, and of how often each is drawn; see `stages.measures.item_scores`.
         between: it is seen in two reports only, item by item.
         reads: keys of the items' documents that it reads beside its score.
+        graded: an item is not right or wrong by it but so far: a model that has none of it knows nothing.
     """
 
     function: str
@@ -42,12 +43,13 @@ class Measure:
     of_items: bool = False
     between: bool = False
     reads: tuple[str, ...] = ()
+    graded: bool = False
 
 
 _CHOICES = TOKENS | {"fill", "classify", "tag", "answer"}
 _VECTORS = frozenset({"classify", "tag", "answer", "embed"})
 _CLASSES = ("expected", "answer")
-_ASKED = frozenset({"generate", "classify", "embed"})
+_ASKED = frozenset({"generate", "translate", "classify", "tag", "answer", "embed"})
 """Tasks of models that are asked items."""
 
 
@@ -63,6 +65,10 @@ def _of_vectors(name: str, score: str, title: str, reads: tuple[str, ...] = ()) 
 def _of_classes(name: str, score: str, title: str, reads: tuple[str, ...]) -> Measure:
     function = f"stages.measures.classification:{name}"
     return Measure(function, score, frozenset({"classify"}), title, of_items=True, reads=reads)
+
+
+def _graded(function: str, score: str, tasks: set[str], title: str) -> Measure:
+    return Measure(f"stages.measures.{function}", score, frozenset(tasks), title, of_items=True, graded=True)
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -84,6 +90,17 @@ MEASURES: Mapping[str, Measure] = {
     ),
     "accuracy": _of_items("accuracy", "right", "right answers"),
     "above_chance": _of_items("above_chance", "right", "right above chance", ("chance",)),
+    "exact_match": _graded("spans:exact_match", "exact", {"generate", "answer"}, "exact match"),
+    "answer_f1": _graded("spans:answer_f1", "overlap", {"generate", "answer"}, "answer F1"),
+    "entity_f1": _graded("entities:entity_f1", "entities", {"tag"}, "entity F1"),
+    "entity_precision": _graded("entities:entity_precision", "entities", {"tag"}, "entity precision"),
+    "entity_recall": _graded("entities:entity_recall", "entities", {"tag"}, "entity recall"),
+    "tag_accuracy": _graded("entities:tag_accuracy", "tags", {"tag"}, "right tags"),
+    "bleu": _graded("texts:bleu", "bleu", {"generate", "translate"}, "BLEU"),
+    "chrf": _graded("texts:chrf", "chrf", {"generate", "translate"}, "chrF"),
+    "rouge1": _graded("texts:rouge1", "rouge1", {"generate", "translate"}, "ROUGE-1"),
+    "rouge2": _graded("texts:rouge2", "rouge2", {"generate", "translate"}, "ROUGE-2"),
+    "rougel": _graded("texts:rougel", "rougeL", {"generate", "translate"}, "ROUGE-L"),
     "flips": _of_items("flips", "right", between=True),
     "lost": _of_items("lost", "right", "right answers lost", between=True),
     "same_answers": _of_items("same_answers", "answer", "same answers", between=True),

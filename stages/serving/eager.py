@@ -25,6 +25,7 @@ from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.runtime.contract import StageError
 from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
 from stages.serving.generate import Steps
+from stages.serving.translating import Translating, first_token
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,11 @@ def eager(folder: Path, device: str = CPU) -> Eager:
         return found
 
     def steps() -> Steps:
+        if task == "translate":
+            return Translating(model, device=device, computing=computing)
         return _Steps(model, placed=placed, device=device, computing=computing)
 
-    keeps = task == "generate" and "past_key_values" in inspect.signature(model.forward).parameters
+    keeps = task in ("generate", "translate") and "past_key_values" in inspect.signature(model.forward).parameters
     return Eager(forward, task, tasks.longest(model.config), steps if keeps else None)
 
 
@@ -158,11 +161,4 @@ def _shifted(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         own: Tensor = model.prepare_decoder_input_ids_from_labels(labels=ids_NT)
         return own
-    first = getattr(model.config, "decoder_start_token_id", None)
-    if first is None:
-        raise StageError(
-            f"{type(model).__name__} does not say how an answer begins",
-            measured="no decoder_start_token_id",
-            remedy="Set decoder_start_token_id in config.json.",
-        )
-    return torch.cat([torch.full_like(ids_NT[:, :1], first), ids_NT[:, :-1]], dim=1)
+    return torch.cat([torch.full_like(ids_NT[:, :1], first_token(model)), ids_NT[:, :-1]], dim=1)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from stages.serving.engine import Answerer
+from stages.serving.generate import ROWS
 
 
 def by_length(rows: Sequence[Sequence[int]], model: Answerer) -> list[torch.Tensor]:
@@ -19,7 +20,8 @@ def by_length(rows: Sequence[Sequence[int]], model: Answerer) -> list[torch.Tens
     found: dict[int, torch.Tensor] = {}
     places = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     for _, alike in groupby(places, key=lambda place: len(rows[place])):
-        some = list(alike)
-        answers = torch.from_numpy(model.logits(np.array([rows[place] for place in some], dtype=np.int64)))
-        found |= dict(zip(some, answers, strict=True))
+        same = list(alike)
+        for some in (same[start : start + ROWS] for start in range(0, len(same), ROWS)):
+            answers = torch.from_numpy(model.logits(np.array([rows[place] for place in some], dtype=np.int64)))
+            found |= dict(zip(some, answers, strict=True))
     return [found[place] for place in range(len(rows))]

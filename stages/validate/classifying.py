@@ -27,7 +27,7 @@ def check_labels(config: PreTrainedConfig, asked: Sequence[Question]) -> None:
     """Raise StageError where an item names a class that the model has not, by its name or by its number."""
     known = labels(config)
     for one in asked:
-        if _place(one.item.answers[0], known) is None:
+        if place_of(one.item.answers[0], known) is None:
             raise StageError(
                 f"item {one.item.id} is of a class that the model does not know",
                 measured=repr(one.item.answers[0]),
@@ -46,7 +46,7 @@ def classified(
     found = []
     for place, one in enumerate(group):
         shares_C = torch.softmax(ours[place].double(), -1)
-        best, right = int(shares_C.argmax()), _place(one.item.answers[0], known)
+        best, right = int(shares_C.argmax()), place_of(one.item.answers[0], known)
         document: Document = {"id": one.name, "slice": one.item.ability, "tokens": len(one.ids)}
         document |= {"prompt": one.item.prompt, "expected": known[right or 0], "chance": 1 / len(known)}
         document |= {"answer": known[best], "right": int(best == right), "repeated": 0}
@@ -57,7 +57,8 @@ def classified(
     return found
 
 
-def _place(label: str, known: Sequence[str]) -> int | None:
+def place_of(label: str, known: Sequence[str]) -> int | None:
+    """The number of a label that is given by its name or as that number."""
     if label in known:
         return known.index(label)
     return int(label) if label.isdecimal() and int(label) < len(known) else None

@@ -16,13 +16,13 @@ from stages.adapters.backends import Forward
 from stages.measures import answers
 from stages.measures.divergence import kl_divergence
 from stages.measures.documents import Document
-from stages.measures.instructions import followed
 from stages.measures.items import Item
 from stages.measures.perplexity import negative_log_likelihood
 from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
 from stages.serving.generate import ROWS, confirmed, greedy, padded
 from stages.validate.asking import Question
+from stages.validate.written import judged_text, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,16 +40,14 @@ def continued(
     found = []
     for one in group:
         document: Document = {"id": one.name, "slice": one.item.ability, "tokens": len(one.ids)}
-        document |= {"prompt": one.item.prompt, "expected": one.expected, "chance": one.item.chance}
+        document |= {"prompt": one.item.prompt, "expected": one.expected}
         document |= next(chosen) if one.item.task == "choices" else _judged(tokenizer, one.item, next(said))
         found.append(document | next(read))
     return found
 
 
 def _judged(tokenizer: PreTrainedTokenizerBase, item: Item, new: list[int]) -> dict[str, Any]:
-    text = _text(tokenizer, new)
-    right = followed(item, text) if item.task == "instructions" else answers.right(item, text, ended=True)
-    return {"right": int(bool(right)), "answer": text, "repeated": int(answers.repeats(new))}
+    return judged_text(item, _text(tokenizer, new)) | {"repeated": int(answers.repeats(new))}
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, new: list[int]) -> str:
@@ -62,8 +60,7 @@ def _written(
     """What is answered to each, read up to the point where that is settled."""
 
     def enough(number: int, new: list[int]) -> bool:
-        item = pairs[number][0].item
-        return item.task == "answers" and answers.right(item, _text(tokenizer, new), ended=False) is not None
+        return settled(pairs[number][0].item, _text(tokenizer, new))
 
     begun = [
         confirmed(logits_TV[len(one.ids) - 1 :].numpy(), one.first[len(one.ids) :], judged.ends, partial(enough, at))
@@ -99,6 +96,7 @@ def _chosen(pairs: Sequence[tuple[Question, torch.Tensor]], judged: Answerer) ->
         yield {
             "right": int(best == one.item.right),
             "right_by_length": int(by_length == one.item.right),
+            "chance": one.item.chance,
             "answer": one.item.choices[best],
             "repeated": 0,
         }

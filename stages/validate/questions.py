@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -31,18 +31,27 @@ from stages.validate.asking import Question, question
 from stages.validate.classifying import check_labels, classified
 from stages.validate.continuing import continued
 from stages.validate.embedding import VECTORS, check_pairs, compared, embedded, sound
+from stages.validate.spanning import check_contexts, spans_of
+from stages.validate.tagging import check_tags, tags_of
 from stages.validate.text import of_engine
 from stages.validate.typed_otherwise import by_variant, with_variants
 from stages.validate.variants import variant
+from stages.validate.written import translated
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
     from stages.validate.params import ValidateParams
 
+_Ask = Callable[[list[Question], Answerer, Answerer | None], list[Document]]
 TOGETHER = 32
 """Items of a group: a model that keeps what it read answers so many nearly as fast as one."""
 TAKEN = {
-    "generate": frozenset({"answers", "choices", "instructions", HARNESS}),
+    "generate": frozenset({"answers", "choices", "instructions", "question", "translate", "summarize", HARNESS}),
+    "translate": frozenset({"translate", "summarize"}),
     "classify": frozenset({"classify"}),
+    "tag": frozenset({"tag"}),
+    "answer": frozenset({"question"}),
     "embed": frozenset({"similarity", "retrieval"}),
 }
 """What a model is for -> the items that can be put to it."""
@@ -60,7 +69,7 @@ class Questions:
 
     groups: list[list[Question]]
     order: list[str]
-    ask: Callable[[list[Question], Answerer, Answerer | None], list[Document]]
+    ask: _Ask
     about: Mapping[str, Any]
     seen: tuple[Path, ...]
     task: str
@@ -150,8 +159,12 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     reads = [one for one in (tasks.longest(config), of_engine(inputs["model"]), pooled.most) if one is not None]
     items = list(islice(read_items(inputs["text"], params.split), params.items))
     check_task(task, {one.task for one in items})
+    if task == "answer":
+        check_contexts(items)
+        if progress and getattr(config, "type_vocab_size", 1) > 1 and "token_type_ids" in tokenizer.model_input_names:
+            progress.note("question and context are not told apart by segment ids, which engines are not given either")
     most = min(reads, default=None)
-    found = [question(one, tokenizer, most) for one in items]
+    found = [question(one, tokenizer, most, task) for one in items]
     asked = [one for one in found if one is not None]
     if missing := [item.id for item, one in zip(items, found, strict=True) if one is None]:
         what = f"{len(missing)} of {len(items)} items are more than the {min(reads, default=0)} tokens that it reads"
@@ -172,13 +185,14 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     about["shipped"] = bool(record.get("shipped"))
     if missing:
         about["left_out"] = missing
-    ask: Callable[[list[Question], Answerer, Answerer | None], list[Document]] = partial(continued, tokenizer)
-    if task == "classify":
-        check_labels(config, asked)
-        ask = partial(classified, config)
-    elif task == "embed":
+    # Of a set in which all is answered a model need not know how to say that something is not. All of it counts: a step
+    # that is asked some of the items is asked them alike.
+    silent = any(one.task == "question" and not one.answers for one in read_items(inputs["text"], params.split))
+    if task == "embed":
         check_pairs(asked)
-        ask = partial(embedded, pooled)
+        ask: _Ask = partial(embedded, pooled)
+    else:
+        ask = _asking(task, config, tokenizer, asked, partial(spans_of, tokenizer, most, silent))
     return Questions(groups, [one.name for one in asked], ask, about, seen, task, varied, params.own)
 
 
@@ -186,6 +200,29 @@ def _grouped(asked: list[Question]) -> list[list[Question]]:
     """Questions of like lengths side by side."""
     apart = sorted(range(len(asked)), key=lambda number: (len(asked[number].ids), number))
     return [[asked[one] for one in apart[start : start + TOGETHER]] for start in range(0, len(asked), TOGETHER)]
+
+
+def _asking(
+    task: str,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    spans: _Ask,
+) -> _Ask:
+    """How a model of a task is put some items, once these are seen to fit it; `spans` is how one of `answer` is."""
+    match task:
+        case "classify":
+            check_labels(config, asked)
+            return partial(classified, config)
+        case "tag":
+            check_tags(config, asked)
+            return partial(tags_of, config, tokenizer)
+        case "answer":
+            return spans
+        case "translate":
+            return partial(translated, tokenizer)
+        case _:
+            return partial(continued, tokenizer)
 
 
 def check_task(task: str, asked: Collection[str]) -> None:
@@ -209,6 +246,6 @@ def passage_text(passage: Mapping[str, Any]) -> str:
 def _is_sound(one: Document, *, paired: bool) -> bool:
     if VECTORS in one:
         return sound(one) and (not paired or math.isfinite(one["cosine"]))
-    keys = ("right", "chance", "repeated", "tokens", *(key for key in ("prompt_nll", "confidence") if key in one))
-    numbers = [one[key] for key in (*keys, *(["kl"] if paired else []))]
-    return all(math.isfinite(number) for number in numbers) and isinstance(one["answer"], str)
+    sums = [one[key] for key in ("repeated", "tokens", *(["kl"] if paired else []))]
+    numbers = [value for value in one.values() if isinstance(value, int | float)]
+    return all(math.isfinite(number) for number in [*sums, *numbers]) and isinstance(one["answer"], str)

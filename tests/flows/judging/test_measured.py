@@ -235,3 +235,85 @@ def test_gate_holds_a_rank_correlation_against_dense_unless_dense_finds_nothing_
     assert 0.8 < found.measured < 1 and found.low < found.measured < found.high
     lost = made | {("dense", "pairs"): about | {"documents": pairs(1e4)}}
     assert not only(Gate(measure="spearman", value_at_least=0.8), lost).passed
+
+
+def graded(matches, slice_name="news"):
+    """Documents of translations: matches of one to four words of eight."""
+    return [
+        {"id": f"{slice_name}-{n:03d}", "slice": slice_name, "tokens": 9, "answer": f"{match}", "repeated": 0,
+         "bleu": [8, 8, match, max(match - 1, 0), max(match - 2, 0), max(match - 3, 0), 8, 7, 6, 5]}
+        for n, match in enumerate(matches)
+    ]  # fmt: skip
+
+
+def both(dense, cpu):
+    about = {"corpus": "c", "items": True, "task": "translate", "measures": {}}
+    return {("dense", "wmt"): about | {"documents": dense}, ("cpu", "wmt"): about | {"documents": cpu}}
+
+
+def test_bleu_against_dense_is_the_ratio_of_corpora_with_its_interval():
+    made = both(graded([8, 7, 6, 8] * 20), graded([7, 6, 6, 8] * 20))
+    found = only(Gate(measure="bleu", value_at_least=0.7), made)
+
+    def corpus(matches):
+        precisions = [sum(m - k for m in matches) / (len(matches) * (8 - k)) for k in range(4)]
+        return math.prod(precisions) ** 0.25
+
+    assert found.measured == pytest.approx(corpus([7, 6, 6, 8]) / corpus([8, 7, 6, 8]))
+    assert found.passed and found.low < found.measured < found.high < 1
+    alone = only(Gate(measure="bleu", against=None, value_at_least=50), made)
+    assert alone.measured == pytest.approx(100 * corpus([7, 6, 6, 8]))
+
+
+def test_interval_of_bleu_is_that_of_drawn_documents():
+    matches, drawn = [8, 7, 4, 5, 6, 8, 3, 7, 5, 6], np.random.default_rng(0)
+    found = only(Gate(measure="bleu", against=None, value_at_least=1), both(graded(matches), graded(matches)))
+    values = []
+    for _ in range(4000):
+        some = drawn.choice(matches, len(matches))
+        values.append(100 * math.prod(sum(max(m - k, 0) for m in some) / (10 * (8 - k)) for k in range(4)) ** 0.25)
+    low, high = np.quantile(values, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=6) and found.high == pytest.approx(high, abs=6)
+    assert found.low < low and found.high > high, "few documents, wide tails"
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "flips", "lost", "above_chance"])
+def test_gate_on_right_answers_of_translations_says_what_they_are_measured_by(measure):
+    made = both(graded([8, 7]), graded([8, 7]))
+    with pytest.raises(StageError, match="no 'right'") as caught:
+        judge([Gate(measure=measure, corpus="wmt", at_most=1)], made, {}, TARGETS)
+    assert "bleu" in str(caught.value) and "2 of 2" in str(caught.value)
+    with pytest.raises(StageError, match="applies to nothing"):
+        judge([Gate(measure=measure, at_most=1)], made, {}, TARGETS)
+
+
+def test_gate_without_a_corpus_is_on_the_sets_that_have_its_measure():
+    made = MADE | both(graded([8, 7]), graded([8, 7]))
+    assert [one.corpus for one in judge([Gate(measure="bleu", at_least=0.5)], made, {}, TARGETS).results] == ["wmt"]
+    (one,) = judge([Gate(measure="accuracy", value_at_least=0.5)], made, {}, TARGETS).results
+    assert one.corpus == "abilities"
+
+
+def test_worst_slice_is_one_of_those_that_have_the_measure():
+    mixed = both([*graded([8, 8]), *documents(DENSE)], [*graded([8, 8]), *documents(CPU)])
+    assert only(Gate(measure="accuracy", worst=True, value_at_least=0.1), mixed).slice == "facts"
+    assert only(Gate(measure="bleu", worst=True, value_at_least=0.1), mixed).slice == "news"
+    assert only(Gate(measure="bleu", slice="news", value_at_least=0.1), mixed).measured == pytest.approx(1)
+    with pytest.raises(StageError, match=r"no 'bleu'.*200 of 202"):
+        only(Gate(measure="bleu", value_at_least=0.1), mixed)
+    with pytest.raises(StageError, match="no 'bleu'"):
+        only(Gate(measure="bleu", slice="facts", value_at_least=0.1), mixed)
+
+
+def test_dense_without_a_match_is_told_and_fails_on_a_set_of_ones_own():
+    found = only(Gate(measure="bleu", value_at_least=0.9), both(graded([0, 0]), graded([8, 8])))
+    assert not found.passed and "dense has no bleu that is surely above 0: look for wrong answers" in found.text
+
+
+def test_tagger_with_no_whole_sentence_right_has_an_f1_that_is_compared():
+    made = {}
+    for name, right in (("dense", 3), ("cpu", 2)):
+        tags = [{"id": f"{n}", "slice": "x", "tokens": 4, "right": 0, "chance": 0.0, "answer": "O", "repeated": 0,
+                 "entities": [right, 4, 4], "tags": [5, 6]} for n in range(30)]  # fmt: skip
+        made[name, "conll"] = {"corpus": "c", "items": True, "task": "tag", "documents": tags}
+    assert only(Gate(measure="entity_f1", value_at_least=0.5), made).measured == pytest.approx(2 / 3)

@@ -108,7 +108,7 @@ def test_recipe_written_again_reads_the_same(tmp_path):
         ("corpora: [text, other]", "corpora: [text, cpu]", 13, "judge.corpora.1", "text, other"),
         ("corpora: [text, other]", "corpora: [text], split: train", 0, "", ""),
         ("corpora: [text, other]", "corpora: [text, other], split: train", 13, "judge.split", "test"),
-        ("corpora: [text, other]", "corpora: [text], measures: [bleu]", 13, "judge.measures.0", "perplexity"),
+        ("corpora: [text, other]", "corpora: [text], measures: [meteor]", 13, "judge.measures.0", "perplexity"),
         ("at_most: 1.25", "at_mots: 1.25", 15, "gates.0.at_mots", "at_most, at_least"),
         (", at_most: 1.25", "", 15, "gates.0", "at_most, at_least"),
         ("at_most: 1.25", "at_most: 1e400", 15, "gates.0.at_most", "finite"),

@@ -1,5 +1,6 @@
 """What a report says of items: by ability, by step, flips, and where right answers went."""
 
+import math
 import re
 
 import pytest
@@ -98,3 +99,55 @@ def test_pairs_of_texts_are_neither_right_nor_wrong_and_stand_in_no_table_of_abi
     pairs = {(name, "pairs"): {"items": True, "documents": documents, "measures": {"spearman": 1.0}} for name in RIGHT}
     assert item_sets(REPORTS | pairs, "dense", ["cpu"], CHAIN) == item_sets(REPORTS, "dense", ["cpu"], CHAIN)
     assert whereabouts(REPORTS | pairs, CHAIN) == whereabouts(REPORTS, CHAIN)
+
+
+def translations(matches):
+    return {
+        "items": True,
+        "measures": {},
+        "documents": [
+            {"id": f"{n}", "slice": "news" if n % 2 else "talk", "tokens": 4, "prompt": "p", "expected": "e",
+             "answer": "a", "bleu": [8, 8, match, match - 1, match - 2, match - 3, 8, 7, 6, 5]}
+            for n, match in enumerate(matches)
+        ],
+    }  # fmt: skip
+
+
+def test_translations_are_shown_by_their_measure_and_nothing_is_said_of_right_answers(tmp_path):
+    reports = {("dense", "wmt"): translations([8, 8, 7, 6]), ("int8", "wmt"): translations([8, 6])}
+    reports |= {("cpu", "wmt"): translations([6, 6, 5, 4])}
+    (found,) = item_sets(reports, "dense", ["cpu"], CHAIN)
+    assert (list(found.abilities), dict(found.heat), list(found.flips)) == ([], {}, [])
+    assert [(one.ability, one.measure, one.items) for one in found.grades] == [
+        ("all", "BLEU", 4), ("talk", "BLEU", 2), ("news", "BLEU", 2)
+    ]  # fmt: skip
+    whole = found.grades[0]
+    wanted = [100 * math.prod((sum(m - k for m in of) / (len(of) * (8 - k))) for k in range(4)) ** 0.25
+              for of in ([8, 8, 7, 6], [8, 6], [6, 6, 5, 4])]  # fmt: skip
+    assert [whole.dense, whole.values["int8"], whole.values["cpu"]] == pytest.approx(wanted)
+    assert whole.ratios["cpu"].point == pytest.approx(wanted[2] / wanted[0])
+    assert whole.ratios["cpu"].low <= whole.ratios["cpu"].point <= whole.ratios["cpu"].high < 1
+    assert whereabouts(reports, CHAIN) == []
+    result, manifests, others, _ = made_up()
+    write_report(result, manifests, others, "", (), tmp_path / "report.html", drawn=Drawn(items=[found]))
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", (tmp_path / "report.html").read_text(encoding="utf-8")))
+    assert "What it can do: wmt" in text and "BLEU" in text and f"{wanted[2]:.4g}" in text
+    assert "Right answers" not in text and "Where it was lost" not in text
+
+
+def test_set_of_which_some_items_are_right_or_wrong_has_both_tables():
+    mixed = {}
+    for name in ("dense", "cpu"):
+        documents = [*report(name)["documents"], *translations([8, 7, 6, 6])["documents"]]
+        mixed[name, "abilities"] = {"items": True, "documents": documents, "measures": {}}
+    (found,) = item_sets(mixed, "dense", ["cpu"], CHAIN)
+    assert [one.name for one in found.abilities] == ["all", "capitals", "sums", "noise"]
+    assert found.abilities[0].items == 14
+    assert [(one.ability, one.ratios["cpu"].point) for one in found.grades] == [("talk", 1), ("news", 1)]
+
+
+def test_dense_that_has_nothing_of_a_measure_has_no_ratio():
+    nothing = translations([3])
+    nothing["documents"][0]["bleu"] = [8, 8, 0, 0, 0, 0, 8, 7, 6, 5]
+    (found,) = item_sets({("dense", "wmt"): nothing, ("cpu", "wmt"): translations([8])}, "dense", ["cpu"], CHAIN)
+    assert found.grades[0].dense == 0 and found.grades[0].ratios == {"cpu": None}

@@ -38,6 +38,12 @@ OWN = [
         "prompt": "Write, in\ntwo lines.",
         "checks": [{"demand": "lines", "value": 2}],
     },
+    {"id": "g", "ability": "n", "task": "tag", "prompt": "Ada in Rome", "labels": ["B-PER", "O", "B-LOC"]},
+    {"id": "h", "ability": "n", "task": "tag", "prompt": "罗马", "language": "zh", "labels": ["B-LOC", "I-LOC"]},
+    {"id": "j", "ability": "q", "task": "question", "prompt": "Who?", "context": "Ada, in\nRome.", "answers": ["Ada"]},
+    {"id": "k", "ability": "q", "task": "question", "prompt": "Why?", "context": "Ada.", "answers": []},
+    {"id": "l", "ability": "t", "task": "translate", "prompt": "Rom", "language": "zh", "answers": ["罗马", "罗马城"]},
+    {"id": "m", "ability": "t", "task": "summarize", "prompt": "Ada went to Rome.", "answers": ["Ada travels."]},
 ]
 
 
@@ -150,6 +156,22 @@ def test_columns_are_named_and_defaults_fill_what_rows_do_not_say(seal, store, t
     assert "language 'zh'" not in str(done.manifest.work.params["columns"])
 
 
+def test_words_are_a_prompt_and_a_nested_column_holds_accepted_answers(seal, store, tmp_path):
+    rows = [{"tokens": ["Ada", "in", "Rome"], "tags": ["1", "0", "3"]}, {"tokens": ["Oslo"], "tags": [3]}]
+    columns = {"words": "tokens", "labels": "tags"}
+    path = jsonl(tmp_path / "conll.jsonl", rows)
+    one, two = made(store, seal("items", {"source": str(path), "columns": columns, "task": "tag"}).identity)["test"]
+    assert (one.prompt, one.words, one.labels) == ("Ada in Rome", ("Ada", "in", "Rome"), ("1", "0", "3"))
+    assert two.labels == ("3",), "a number is what it is written as"
+    params = {"source": str(path), "columns": columns, "task": "tag", "language": "zh"}
+    assert made(store, seal("items", params).identity)["test"][0].prompt == "AdainRome"
+    squad = [{"question": "Who?", "context": "Ada.", "answers": {"text": ["Ada"], "answer_start": [0]}},
+             {"question": "Why?", "context": "Ada.", "answers": {"text": [], "answer_start": []}}]  # fmt: skip
+    params = {"source": str(jsonl(tmp_path / "squad.jsonl", squad)), "task": "question"}
+    params["columns"] = {"prompt": "question", "answers": "answers.text"}
+    assert [one.answers for one in made(store, seal("items", params).identity)["test"]] == [("Ada",), ()]
+
+
 def test_right_choice_may_be_a_number_a_letter_or_its_text(seal, store, tmp_path):
     choices = [" red", " green", " blue"]
     rows = [
@@ -240,6 +262,16 @@ def test_shares_are_met_in_every_ability(seal, store, tmp_path):
         ({"prompt": "p", "task": "choices", "choices": ["1", "0"], "right": "0"}, "does not say which choice is right"),
         ({"prompt": "p", "task": "choices", "choices": ["a"], "right": 0}, "two different choices"),
         ({"prompt": "p", "task": "choices", "choices": ["a", "a"], "right": 0}, "two different choices"),
+        ({"prompt": "a b", "task": "tag"}, "2 words and 0 labels"),
+        ({"prompt": "a b", "task": "tag", "labels": ["O"]}, "2 words and 1 labels"),
+        ({"prompt": "a b", "task": "tag", "labels": ["O", None]}, "null among its labels"),
+        ({"words": ["a", ""], "task": "tag", "labels": ["O", "O"]}, "an empty text among its words"),
+        ({"words": [], "task": "tag", "labels": []}, "has no column 'prompt'"),
+        ({"prompt": "p", "task": "question", "context": "c"}, "does not say in 'answers' what is accepted"),
+        ({"prompt": "p", "task": "question", "context": "c", "answers": None}, "does not say in 'answers'"),
+        ({"prompt": "p", "task": "question", "context": "c", "answers": [" "]}, "an empty text among its answers"),
+        ({"prompt": "p", "task": "translate"}, "no reference in `answers`"),
+        ({"prompt": "p", "task": "summarize", "answers": []}, "no reference in `answers`"),
         ({"prompt": "p", "task": "instructions"}, "nothing to check"),
         ({"prompt": "p", "task": "instructions", "checks": "lines 3"}, "checks that are not JSON"),
         ({"prompt": "p", "task": "instructions", "checks": [{"demand": "rhyme"}]}, "demand: Input should be"),

@@ -66,6 +66,14 @@ def test_prompt_without_its_answer_is_no_leak():
     assert leaks([TOLD], [("p", TOLD.prompt.upper())]) == [("told", "p")]
 
 
+def test_question_and_translation_leak_with_their_answers_only():
+    asked = Item(id="q", ability="q", task="question", prompt="Who lives in the tower?", context="c", answers=("Ada",))
+    nobody = Item(id="n", ability="q", task="question", prompt="Who owns the old tower?", context="c")
+    told = Item(id="t", ability="t", task="translate", prompt="der Turm", answers=("the tower",))
+    texts = [("a", "Who lives in the tower? Who owns the old tower? Der Turm"), ("b", "Who lives in the tower? Ada. ")]
+    assert leaks([asked, nobody, told], [*texts, ("c", "Der Turm: the tower")]) == [("q", "b"), ("t", "c")]
+
+
 def test_any_accepted_answer_counts_and_each_pair_is_told_once():
     twice = "The capital of France is Paris. The capital of France is Paris, France."
     assert leaks([CAPITAL, CHOSEN], [("a", twice), ("b", "nothing"), ("c", twice)]) == [
