@@ -11,6 +11,8 @@ from stages.runtime.contract import Frozen, Kind
 
 Metrics = dict[str, float]
 
+Held = Literal["bad end", "value", "good end"]
+"""What of a measure a limit is on: an end of its interval, or what was measured itself."""
 Bound = Literal["at_most", "at_least"]
 """Which side of a limit is held, in the words of a recipe's gate."""
 
@@ -55,7 +57,7 @@ class GateResult(Frozen):
         low: lower end of its interval.
         high: upper end of its interval; the gate looks at the bad end.
         slice: the slice of the corpus that was looked at, empty for all; with `worst` the one that holds least of all.
-        value: the limit is on what was measured itself, not on the interval's bad end.
+        held: what is held against the limit.
         text: the whole in one sentence.
     """
 
@@ -70,7 +72,7 @@ class GateResult(Frozen):
     against: str | None = None
     slice: str = ""
     worst: bool = False
-    value: bool = False
+    held: Held = "bad end"
     low: float | None = None
     high: float | None = None
     text: str = ""
@@ -81,6 +83,8 @@ class GateResult(Frozen):
         # Records of runs from before there was the field: their sentences were all made by one line of code.
         if isinstance(data, dict) and "bound" not in data:
             return {**data, "bound": "at_least" if ", limit at least " in data.get("text", "") else "at_most"}
+        if isinstance(data, dict) and (given := dict(data)).pop("value", None) is not None:
+            return {**given, "held": "value" if data["value"] else "bad end"}
         return data
 
     @property

@@ -59,13 +59,26 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny() -> Path:
     """A tiny trained Llama (6 blocks, hidden 64, 768 tokens) in Hugging Face layout; read only."""
     from tests.tiny import tiny_llama
 
+    return tiny_llama(_cache())
+
+
+@pytest.fixture(scope="session")
+def knowing() -> Path:
+    """A tiny Llama that knows some facts, with a beginning of text and a chat template; read only."""
+    from tests.knowing import knowing_llama
+
+    return knowing_llama(_cache())
+
+
+def _cache() -> Path:
+    """Where models stay that are trained once."""
     cache = Path(os.environ.get("ENGINERY_TEST_CACHE", Path(__file__).parents[1] / ".pytest_cache" / "models"))
     cache.mkdir(parents=True, exist_ok=True)
-    return tiny_llama(cache)
+    return cache
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,10 @@ def _steps(source: str) -> dict[str, Any]:
     if not source.startswith("file://"):
         typer.echo("what the checkpoint is cannot be seen from here: `enginery plan` downloads it and says so")
         cuts = {name: name != "zeros" for name, _, _ in _CUTS}
-        return _told("generate", cuts, recovers=True, scheme=_SCHEMES[0], exported=True) | {"asked": True}
+        return _told("generate", cuts, recovers=True, scheme=_SCHEMES[0], exported=True) | {
+            "asked": True,
+            "writes": True,
+        }
     from flows.running.admission import ask, refusal
     from stages.admission import Asked
     from stages.runtime.contract import StageError
@@ -109,7 +112,8 @@ def _steps(source: str) -> dict[str, Any]:
     recovers, exported = (_takes(answers[name]) for name in ("recovers", "exported"))
     task = answers["dense"].task
     made = _told(task, cuts, recovers=recovers, scheme=scheme, exported=exported)
-    return made | {"asked": task == "generate" and _takes(answers["writes"])}
+    asks = task == "generate"
+    return made | {"asked": asks, "writes": asks and _takes(answers["writes"])}
 
 
 def _takes(answer: Answer) -> bool:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flows.judging.measured import CHAMPION, JUDGE_MORE, Found, Gate, Report, found, has_any, of_size, on_request
-from flows.reporting.format import number
-from flows.results import Bound, GateResult
+from flows.reporting.format import held_words, number
+from flows.results import Bound, GateResult, Held
 from stages.measures.interval import Interval
 from stages.measures.table import MEASURES, known, measure_of
 from stages.runtime.contract import StageError
@@ -118,29 +118,35 @@ def _corpora(gate: Gate, artifact: str, reports: Mapping[tuple[str, str], Report
     return [gate.corpus]
 
 
+_OTHER: Mapping[Held, Held] = {"bad end": "good end", "good end": "bad end"}
+
+
 @dataclass(frozen=True)
 class _Limit:
-    """A bound and whether the value itself is held against it, or the interval's bad end."""
+    """A bound and what is held against it: the interval's bad end, the value itself, or the interval's good end."""
 
     bound: Bound
     limit: float
-    value: bool
+    held: Held
 
     def met(self, interval: Interval) -> float:
         """What is held against the limit, as how far it is on the good side."""
         upper = self.bound == "at_most"
-        held = interval.point if self.value else interval.high if upper else interval.low
+        ends = {"value": interval.point, "bad end": interval.low, "good end": interval.high}
+        held = ends[self.held] if not upper or self.held == "value" else ends[_OTHER[self.held]]
         return self.limit - held if upper else held - self.limit
 
 
 def _limits(gate: Gate) -> list[_Limit]:
-    asked: Sequence[tuple[Bound, float | None, bool]] = (
-        ("at_most", gate.at_most, False),
-        ("at_least", gate.at_least, False),
-        ("at_most", gate.value_at_most, True),
-        ("at_least", gate.value_at_least, True),
+    asked: Sequence[tuple[Bound, float | None, Held]] = (
+        ("at_most", gate.at_most, "bad end"),
+        ("at_least", gate.at_least, "bad end"),
+        ("at_most", gate.value_at_most, "value"),
+        ("at_least", gate.value_at_least, "value"),
+        ("at_most", gate.low_at_most, "good end"),
+        ("at_least", gate.high_at_least, "good end"),
     )
-    limits = [_Limit(bound, limit, value) for bound, limit, value in asked if limit is not None]
+    limits = [_Limit(bound, limit, held) for bound, limit, held in asked if limit is not None]
     if not limits:
         raise StageError(f"the gate on {gate.measure} has no limit", limit="at_most or at_least")
     return limits
@@ -176,7 +182,7 @@ def _result(gate: Gate, limit: _Limit, one: Found, *, artifact: str, target: str
         if interval.low != interval.high:
             outcome += f" (95% interval {number(interval.low)} to {number(interval.high)})"
     held = "" if interval is None and not one.failed else f": {'passed' if passed else 'FAILED'}"
-    bound = f"{'value ' if limit.value else ''}{limit.bound.replace('_', ' ')} {number(limit.limit)}"
+    bound = f"{held_words(limit.bound, limit.held)}{limit.bound.replace('_', ' ')} {number(limit.limit)}"
     return GateResult(
         measure=gate.measure,
         against=gate.against,
@@ -189,7 +195,7 @@ def _result(gate: Gate, limit: _Limit, one: Found, *, artifact: str, target: str
         low=_finite(interval.low) if interval else None,
         high=_finite(interval.high) if interval else None,
         bound=limit.bound,
-        value=limit.value,
+        held=limit.held,
         limit=limit.limit,
         passed=passed,
         text=f"{name}: {outcome}, limit {bound}{beside}{held}",

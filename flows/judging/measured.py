@@ -87,6 +87,14 @@ class Gate(Protocol):
     def value_at_least(self) -> float | None:
         """Lower limit of the value itself."""
 
+    @property
+    def low_at_most(self) -> float | None:
+        """Upper limit of the interval's low end."""
+
+    @property
+    def high_at_least(self) -> float | None:
+        """Lower limit of the interval's high end."""
+
 
 def found(gate: Gate, artifact: str, corpus: str, reports: Reports) -> list[Found]:
     """What a gate on a score looks at: one value, or one of each slice of which the worst must hold.
@@ -191,8 +199,8 @@ def has_any(report: Report, measure: str) -> bool:
 
 
 def on_request(measure: str) -> bool:
-    """Whether `judge` has to ask for it."""
-    return measure_of(measure).score.startswith((OWN, "varied"))
+    """Whether `judge` has to ask for it, or reports of before have none of it."""
+    return measure_of(measure).score.startswith((OWN, "varied", "ended", "spelt"))
 
 
 def _sorted(report: Report) -> list[Document]:

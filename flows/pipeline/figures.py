@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from flows.judging.measured import CHAMPION
 from flows.pipeline.verdict import Judgement
+from flows.reporting.abilities import ItemSet, item_sets
 from flows.results import RunResult
 from flows.running.session import Session
+from flows.tracking.model_metrics import ModelMetric
 
 
 def metrics(session: Session, judgement: Judgement, result: RunResult) -> dict[str, float]:
@@ -30,6 +32,48 @@ def metrics(session: Session, judgement: Judgement, result: RunResult) -> dict[s
             named += [f"against {gate.against}" if gate.against else ""]
             found["gate/" + ".".join(filter(None, named))] = gate.measured
     return found
+
+
+def asked_items(session: Session, judgement: Judgement) -> list[ItemSet]:
+    """The sets of items that the run's models were asked, beside the dense one and step by step."""
+    asked = session.recipe.judge
+    if asked is None:
+        return []
+    return item_sets(judgement.reports, asked.baseline, asked.artifacts, chain(session, judgement))
+
+
+def chain(session: Session, judgement: Judgement) -> list[str]:
+    """From the dense model to the engine that an alias would serve, or to the first artifact that is judged."""
+    asked = session.recipe.judge
+    return list(session.asked.chains[judgement.serves or asked.artifacts[0]]) if asked else []
+
+
+def model_metrics(session: Session, judgement: Judgement) -> list[ModelMetric]:
+    """What the engine that is served was measured by, each on its dataset, as MLflow's logged model has it.
+
+    Keys are those of the run's own metrics; `accuracy.abilities of dense` is the share of dense's right answers,
+    with the ends of its interval.
+    """
+    serves = judgement.serves
+    found = []
+    for (artifact, corpus), report in judgement.reports.items():
+        if artifact != serves:
+            continue
+        on = (corpus, session.done[corpus].fingerprint)
+        every = {"": report["measures"], **report.get("slices", {})}
+        found += [
+            ModelMetric(".".join(filter(None, [measure, corpus, name])), value, on)
+            for name, measures in every.items()
+            for measure, value in measures.items()
+            if measure != "size_bytes"
+        ]
+    for one in asked_items(session, judgement):
+        cell = one.abilities[0].cells.get(serves) if one.abilities else None
+        if cell and cell.ratio:
+            on, key = (one.corpus, session.done[one.corpus].fingerprint), f"accuracy.{one.corpus} of {one.baseline}"
+            ends = {"": cell.ratio.point, " low": cell.ratio.low, " high": cell.ratio.high}
+            found += [ModelMetric(f"{key}{end}", value, on) for end, value in ends.items()]
+    return [*found, ModelMetric("size_bytes", session.done[serves].metrics["size_bytes"])]
 
 
 def tags(result: RunResult) -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from flows.pipeline.figures import metrics, tags
+from flows.pipeline.figures import asked_items, chain, metrics, model_metrics, tags
 from flows.pipeline.output_folder import (
     RECIPE,
     REPORT,
@@ -26,12 +26,13 @@ from flows.pipeline.proof import proved
 from flows.pipeline.verdict import Judgement
 from flows.prefect_api.retry import AWAY_S, patiently
 from flows.registry.journal import Candidate, head
-from flows.registry.model_card import card
-from flows.registry.projection import Registry, reconcile, release
-from flows.reporting.abilities import item_sets, whereabouts
+from flows.registry.model_card import CARD, card
+from flows.registry.projection import Registry, reconcile, release, versions
+from flows.reporting.abilities import whereabouts
 from flows.reporting.report import Drawn, curves_of, write_report
 from flows.results import ModelResult, RunResult
 from flows.running.session import Session, manifest_of
+from flows.tracking.model_metrics import log_model_metrics
 from stages.runtime.contract import StageError
 from stages.runtime.patience import BRIEFLY_S
 
@@ -61,7 +62,7 @@ def finish(session: Session, judgement: Judgement) -> RunResult:
         result, note = _promoted(session, judgement, candidate, result)
         until = time.monotonic() + AWAY_S
         result = _proved(session, candidate, result, until)
-        _completed(session, judgement, result, note, copies, until)
+        _completed(session, judgement, candidate, result, note, copies, until)
         return result
 
 
@@ -102,7 +103,7 @@ def _result(session: Session, judgement: Judgement, candidate: Candidate | None)
         executed=[f"{name} on {one.target}" for name, one in judgement.engines.items() if one.judged],
         compiled=[f"{name} for {one.target}" for name, one in judgement.engines.items() if not one.judged],
         outputs=_outputs(session, judgement),
-        lost=whereabouts(judgement.reports, _chain(session, judgement)),
+        lost=whereabouts(judgement.reports, chain(session, judgement)),
     )
 
 
@@ -147,18 +148,8 @@ def _report(session: Session, judgement: Judgement, result: RunResult) -> None:
     command = session.record.facts.get("command", [])
     curves = curves_of(session.store, manifests, session.record.events())
     page = _page(session)
-    asked = session.recipe.judge
-    items = item_sets(judgement.reports, asked.baseline, asked.artifacts, _chain(session, judgement)) if asked else []
-    drawn = Drawn(curves, items)
+    drawn = Drawn(curves, asked_items(session, judgement))
     write_report(result, manifests, judgement.reports, session.record.recipe(), command, page, drawn=drawn)
-
-
-def _chain(session: Session, judgement: Judgement) -> list[str]:
-    """From the dense model to the engine that an alias would serve, or to the first artifact that is judged."""
-    asked = session.recipe.judge
-    if asked is None:
-        return []
-    return list(session.asked.chains[judgement.serves or asked.artifacts[0]])
 
 
 def _measured(session: Session, judgement: Judgement, result: RunResult) -> None:
@@ -173,7 +164,7 @@ def _promoted(session: Session, judgement: Judgement, candidate: Candidate, resu
     assert model is not None
     engine = session.store.checkout(candidate.executables[candidate.serves].fingerprint)
     run, champion = session.record.name, judgement.champion
-    words = card(candidate, session.recipe.name, run, result.steps, result.gates, judgement.beside, champion.version)
+    words = _card(session, judgement, candidate, result)
     registry, why = _registry(session), f"run {run} passed its gates"
     try:
         made = release(registry, candidate, engine, model.alias, against=champion.entry, why=why, card=words)
@@ -188,6 +179,11 @@ def _promoted(session: Session, judgement: Judgement, candidate: Candidate, resu
         if not isinstance(error, Exception):
             raise
         return result, f"{model.name} version {version} is promoted; the store said so late ({error})"
+
+
+def _card(session: Session, judgement: Judgement, candidate: Candidate, result: RunResult) -> str:
+    items, champion = asked_items(session, judgement), judgement.champion.version
+    return card(candidate, session.recipe.name, result, items, judgement.beside, champion)
 
 
 def _entered(session: Session, candidate: Candidate, alias: str) -> str:
@@ -229,7 +225,13 @@ def _proved(session: Session, candidate: Candidate, result: RunResult, until: fl
 
 
 def _completed(
-    session: Session, judgement: Judgement, result: RunResult, note: str, copies: Copies | None, until: float
+    session: Session,
+    judgement: Judgement,
+    candidate: Candidate,
+    result: RunResult,
+    note: str,
+    copies: Copies | None,
+    until: float,
 ) -> None:
     """Have MLflow, report and record follow a promotion; a service may be away `until` then, for all together."""
     model = result.model
@@ -241,6 +243,13 @@ def _completed(
         stands = {} if model.undone else {"enginery.version": f"{model.name} {model.version}"}
         session.mlflow.summary(tags={"enginery.verdict": result.verdict, **stands})
         session.mlflow.artifact(_page(session))
+
+    def measured() -> None:
+        client = session.mlflow.tracking.client
+        client.log_text(session.mlflow.id, _card(session, judgement, candidate, result), CARD)
+        carriers = [one.logged_model for one in versions(_registry(session), model.name) if one.number == model.version]
+        for carrier in filter(None, carriers):
+            log_model_metrics(client, session.mlflow.id, carrier, model_metrics(session, judgement))
 
     def recorded() -> None:
         if session.record.result is None:
@@ -254,6 +263,7 @@ def _completed(
             "The same command copies them again.",
         ),
         ("the version in MLflow's run", tagged, again),
+        ("the card and the measures of MLflow's logged model", measured, again),
         ("the record of the result", recorded, f"The report holds the same: {result.report}"),
         ("the word on the version", lambda: session.terminal.line(note) if note else None, note),
     )

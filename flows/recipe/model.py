@@ -122,7 +122,8 @@ class Gate(Frozen):
 
     With `against` the bound is on the ratio to that step or to the `champion`; without `artifact` it holds for every
     judged artifact, without `corpus` on every corpus that has the measure. `at_most` and `at_least` bound the bad end
-    of the 95% interval, `value_at_most` and `value_at_least` what was measured itself.
+    of the 95% interval, `value_at_most` and `value_at_least` what was measured itself, `low_at_most` and
+    `high_at_least` the good end: such a gate fails where the limit is surely missed, as of the worst of many slices.
 
     Attributes:
         slice: only this slice of the corpus: a source of a mix, an ability of a set of items.
@@ -139,11 +140,13 @@ class Gate(Frozen):
     at_least: FiniteFloat | None = None
     value_at_most: FiniteFloat | None = None
     value_at_least: FiniteFloat | None = None
+    low_at_most: FiniteFloat | None = None
+    high_at_least: FiniteFloat | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Gate:
-        bounds = (self.at_most, self.at_least, self.value_at_most, self.value_at_least)
-        if all(one is None for one in bounds):
+        ends = (self.at_most, self.at_least, self.low_at_most, self.high_at_least)
+        if all(one is None for one in (*ends, self.value_at_most, self.value_at_least)):
             raise ValueError("a gate without a bound; allowed: at_most, at_least")
         if self.slice and self.worst:
             raise ValueError("`slice` names one slice and `worst` means each; allowed: one of both")

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from flows.registry.journal import Candidate
-from flows.registry.model_card import about_model
+from flows.registry.model_card import about_model, described
 from flows.tracking.errors import MISSING, STANDS, Refused
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def create_version(client: MlflowClient, candidate: Candidate, carrier: LoggedMo
         carrier.artifact_location,  # not models:/ID, which MLflow looks up wherever its global URI points
         run_id=candidate.run,
         model_id=carrier.model_id,
-        description=card or "; ".join(f"{target}: {status}" for target, status in candidate.targets.items()),
+        description=described(card) or "; ".join(f"{one}: {status}" for one, status in candidate.targets.items()),
         tags={
             IDENTITY: candidate.identity,
             CANDIDATE: candidate.model_dump_json(),

@@ -5,13 +5,21 @@ Markdown, which MLflow shows as the version's description.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flows.registry.card_abilities import sections
 from flows.registry.journal import Candidate
-from flows.reporting.format import number, size
-from flows.results import GateResult, StepResult
+from flows.reporting.abilities import ItemSet
+from flows.reporting.format import markdown_table, number, size
+from flows.results import GateResult, RunResult
 from stages.measures.table import foremost, title
+
+CARD = "model_card.md"
+"""Among the files of MLflow's run: the whole card."""
+DESCRIBED = 5000
+"""Characters that MLflow's tables have for a version's description; PostgreSQL refuses more."""
+_REST = f"The rest stands in `{CARD}` among the files of the run."
 
 
 @dataclass(frozen=True)
@@ -64,9 +72,8 @@ def about_model(model: str) -> str:
 def card(
     candidate: Candidate,
     recipe: str,
-    run: str,
-    steps: Sequence[StepResult],
-    gates: Sequence[GateResult],
+    result: RunResult,
+    items: Sequence[ItemSet],
     beside: Sequence[Compared],
     champion: str,
 ) -> str:
@@ -75,28 +82,29 @@ def card(
     Args:
         candidate: what is registered.
         recipe: name of the recipe.
-        run: name of the run.
-        steps: of the run, in order.
-        gates: as they were applied.
+        result: of the run.
+        items: the sets of items that it was asked.
         beside: the measures of the engine that is served, and the champion's.
         champion: number of the version that stood before, empty for none.
     """
+    steps = result.steps
     sizes = {step.name: size(step.metrics.get("size_bytes", 0.0)) for step in steps}
     served = candidate.executables[candidate.serves]
     shown = foremost(*(step.metrics for step in steps))
     parts = [
         f"# {candidate.model}",
-        f"Made by run `{run}` of recipe `{recipe}`. An alias serves `{candidate.serves}` on `{served.target}`.",
-        _table(
+        f"Made by run `{result.run}` of recipe `{recipe}`. An alias serves `{candidate.serves}` on `{served.target}`.",
+        markdown_table(
             ("engine", "target", "status", "size"),
             [(name, one.target, one.status, sizes[name]) for name, one in candidate.executables.items()],
         ),
         "## Gates",
-        _gates(gates),
+        _gates(result.gates),
         f"## Beside the champion, version {champion}" if champion else "## Measured; there was no champion",
         _beside(beside),
+        *(part for one in items for part in sections(one)),
         "## Steps",
-        _table(
+        markdown_table(
             ("step", "stage", "size", title(shown), "fingerprint"),
             [
                 (step.name, step.stage, sizes[step.name], number(step.metrics.get(shown)), step.fingerprint[:12])
@@ -107,8 +115,20 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
+def described(card: str) -> str:
+    """As much of a card as MLflow has room for: whole sections, in their order, and where the rest stands."""
+    if len(card) <= DESCRIBED:
+        return card
+    first, *more = card.rstrip("\n").split("\n\n## ")
+    kept, room = first[: DESCRIBED - len(_REST) - 2], DESCRIBED - len(_REST) - 2
+    for part in more:
+        if len(kept) + len(part) + 5 <= room:
+            kept += f"\n\n## {part}"
+    return f"{kept}\n\n{_REST}"
+
+
 def _gates(gates: Sequence[GateResult]) -> str:
-    return _table(
+    return markdown_table(
         ("measure", "artifact", "text", "measured", "interval", "limit", "result"),
         [
             (
@@ -126,7 +146,7 @@ def _gates(gates: Sequence[GateResult]) -> str:
 
 
 def _beside(beside: Sequence[Compared]) -> str:
-    return _table(
+    return markdown_table(
         ("measure", "text", "this version", "champion", "ratio"),
         [
             (
@@ -143,8 +163,3 @@ def _beside(beside: Sequence[Compared]) -> str:
 
 def _against(gate: GateResult) -> str:
     return f"{gate.measure} / {gate.against}" if gate.against else gate.measure
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from flows.reporting.format import number
+from flows.reporting.format import held_words, number
 from flows.reporting.inspect_artifact import find_artifact
 from flows.results import RunResult
 from stages.runtime.artifacts import Store
@@ -103,7 +103,8 @@ def _of_run(run: Run) -> _Side:
         against = f" against {gate.against}" if gate.against else ""
         where = f" on {gate.corpus}" if gate.corpus else ""
         where += f" ({'worst slice' if gate.worst else gate.slice})" if gate.worst or gate.slice else ""
-        where += f", {'value ' if gate.value else ''}{gate.bound.replace('_', ' ')}" if gate.value else ""
+        words = held_words(gate.bound, gate.held)
+        where += f", {words}{gate.bound.replace('_', ' ')}" if words else ""
         held = "passed" if gate.passed else "failed"
         gates[f"{gate.measure} of {gate.artifact}{against}{where}"] = (
             f"{held}: {number(gate.measured)}, limit {number(gate.limit)}"

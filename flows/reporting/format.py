@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+from flows.results import Bound, Held
+
 
 def duration(seconds: float, *, tenths_below_s: float = 10) -> str:
     """Seconds as a person says them: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
@@ -45,3 +49,15 @@ def _scaled(count: float) -> tuple[float, str]:
             return count, unit
         count /= 1000
     return count, "GB"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown has it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def held_words(bound: Bound, held: Held) -> str:
+    """What stands before a gate's limit that is not on the interval's bad end."""
+    end = "low end " if bound == "at_most" else "high end "
+    return {"bad end": "", "value": "value ", "good end": end}[held]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.reporting.format import duration, number, size
+from flows.reporting.format import duration, held_words, number, size
 from flows.results import GateResult, RunResult, RunVerdict, StepResult
 from stages.measures.table import foremost, title
 
@@ -90,7 +90,7 @@ def gates_table(gates: list[GateResult]) -> Table:
         measure = gate.measure + (f" / {gate.against}" if gate.against else "")
         corpus = (gate.corpus or "-") + (f": {gate.slice}{' (worst)' if gate.worst else ''}" if gate.slice else "")
         names = [measure, gate.artifact, gate.target or "-", corpus]
-        limit = f"{'value ' if gate.value else ''}{'<=' if gate.bound == 'at_most' else '>='} {number(gate.limit)}"
+        limit = f"{held_words(gate.bound, gate.held)}{'<=' if gate.bound == 'at_most' else '>='} {number(gate.limit)}"
         cells = [*names, number(gate.measured), interval, limit, gate.state if gate.passed else "FAILED"]
         table.add_row(*(Text(cell) for cell in cells))
     return table

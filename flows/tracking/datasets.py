@@ -32,6 +32,11 @@ class Dataset:
     contexts: tuple[str, ...]
 
 
+def digest(fingerprint: str) -> str:
+    """What MLflow tells a dataset's contents by: as much of its artifact's fingerprint as it takes."""
+    return fingerprint[:_DIGEST_CHARACTERS]
+
+
 def inputs(read: Iterable[Dataset]) -> list[DatasetInput]:
     """As MLflow's client takes them."""
     from mlflow.entities import Dataset as Entity
@@ -43,7 +48,7 @@ def inputs(read: Iterable[Dataset]) -> list[DatasetInput]:
         kind = _KINDS.get(scheme, scheme)
         entity = Entity(
             name=one.name,
-            digest=one.fingerprint[:_DIGEST_CHARACTERS],
+            digest=digest(one.fingerprint),
             source_type=kind,
             source=json.dumps({"url" if kind == "http" else "uri": one.source}),
             profile=json.dumps({"fingerprint": one.fingerprint}),

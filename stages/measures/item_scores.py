@@ -67,6 +67,22 @@ def repetition(ours: Columns, weights_RD: Floats) -> Floats:
     return _mean(ours["repeated"], weights_RD)
 
 
+def repeating(ours: Columns, theirs: Columns, weights_RD: Floats) -> Floats:
+    """The share of items whose answer says the same again and again, where the other's does not."""
+    return _mean((ours["repeated"] > 0) & (theirs["repeated"] == 0), weights_RD)
+
+
+def endless(ours: Columns, theirs: Columns, weights_RD: Floats) -> Floats:
+    """The share of items whose answer goes on where the other's ends."""
+    return _mean((theirs["ended"] > 0) & (ours["ended"] == 0), weights_RD)
+
+
+def respelt(ours: Columns, theirs: Columns, weights_RD: Floats) -> Floats:
+    """The share of items that both answer right, the other as it is accepted and this one in another case."""
+    both = (ours["right"] > 0) & (theirs["right"] > 0)
+    return _mean(both & (theirs["spelt"] > 0) & (ours["spelt"] == 0), weights_RD)
+
+
 def leaks(ours: Columns, weights_RD: Floats) -> Floats:
     """The share of items that stand with their answers in a text that the model was calibrated or trained on."""
     return _mean(ours["leaked"], weights_RD)

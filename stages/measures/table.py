@@ -51,11 +51,20 @@ _VECTORS = frozenset({"classify", "tag", "answer", "embed"})
 _CLASSES = ("expected", "answer")
 _ASKED = frozenset({"generate", "translate", "classify", "tag", "answer", "embed"})
 """Tasks of models that are asked items."""
+_WRITES = frozenset({"generate"})
 
 
-def _of_items(name: str, score: str, title: str = "", reads: tuple[str, ...] = (), *, between: bool = False) -> Measure:
+def _of_items(
+    name: str,
+    score: str,
+    title: str = "",
+    reads: tuple[str, ...] = (),
+    *,
+    between: bool = False,
+    tasks: frozenset[str] = _ASKED,
+) -> Measure:
     function = f"stages.measures.item_scores:{name}"
-    return Measure(function, score, _ASKED, title, of_items=True, between=between, reads=reads)
+    return Measure(function, score, tasks, title, of_items=True, between=between, reads=reads)
 
 
 def _of_vectors(name: str, score: str, title: str, reads: tuple[str, ...] = ()) -> Measure:
@@ -105,6 +114,9 @@ MEASURES: Mapping[str, Measure] = {
     "lost": _of_items("lost", "right", "right answers lost", between=True),
     "same_answers": _of_items("same_answers", "answer", "same answers", between=True),
     "repetition": _of_items("repetition", "repeated"),
+    "repeating": _of_items("repeating", "repeated", "repeats itself anew", between=True),
+    "endless": _of_items("endless", "ended", "no longer ends", between=True, tasks=_WRITES),
+    "respelt": _of_items("respelt", "spelt", "right, spelt otherwise", ("right",), between=True, tasks=_WRITES),
     "leaks": _of_items("leaks", "leaked"),
     "robustness": _of_items("robustness", "varied_right", "right answers under variants", ("right", "varied")),
     "variant_flips": _of_items("variant_flips", "varied_flipped", "flips by variants", ("varied",)),

@@ -41,13 +41,20 @@ def continued(
     for one in group:
         document: Document = {"id": one.name, "slice": one.item.ability, "tokens": len(one.ids)}
         document |= {"prompt": one.item.prompt, "expected": one.expected}
-        document |= next(chosen) if one.item.task == "choices" else _judged(tokenizer, one.item, next(said))
+        document |= (
+            next(chosen) if one.item.task == "choices" else _judged(tokenizer, one.item, next(said), judged.ends)
+        )
         found.append(document | next(read))
     return found
 
 
-def _judged(tokenizer: PreTrainedTokenizerBase, item: Item, new: list[int]) -> dict[str, Any]:
-    return judged_text(item, _text(tokenizer, new)) | {"repeated": int(answers.repeats(new))}
+def _judged(tokenizer: PreTrainedTokenizerBase, item: Item, new: list[int], ends: frozenset[int]) -> dict[str, Any]:
+    text = _text(tokenizer, new)
+    # Any other answer is read no further than to where it is settled, and nobody knows whether it would end.
+    ended = item.task != "instructions" or bool(ends.intersection(new[-1:]))
+    spelt = not item.answers or any(one in text for one in item.answers)
+    found = {"repeated": answers.repeats(new), "ended": ended, "spelt": spelt}
+    return judged_text(item, text) | {key: int(bool(value)) for key, value in found.items()}
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, new: list[int]) -> str:
@@ -99,6 +106,8 @@ def _chosen(pairs: Sequence[tuple[Question, torch.Tensor]], judged: Answerer) ->
             "chance": one.item.chance,
             "answer": one.item.choices[best],
             "repeated": 0,
+            "ended": 1,
+            "spelt": 1,
         }
 
 

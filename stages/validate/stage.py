@@ -169,8 +169,15 @@ def _written(units: list[list[Document]]) -> bytes:
 def _check_alike(ours: Mapping[str, int], theirs: Mapping[str, int], task: str, other: str) -> None:
     from stages.measures.documents import other_vocabulary
 
-    if ours != theirs:
+    if len(ours) != len(theirs):
         raise other_vocabulary(len(theirs), len(ours))
+    if token := next((one for one in sorted(ours) if theirs.get(one) != ours[one]), None):
+        raise StageError(
+            "the baseline has another vocabulary than the model, so their predictions cannot be compared",
+            measured=f"{token!r} is token {theirs.get(token, 'none')}",
+            limit=f"token {ours[token]} as in the model's own",
+            remedy="Name the checkpoint the model was made from as baseline, and give both its tokenizer.",
+        )
     if other != task:
         raise StageError(
             "the baseline answers something else than the model, so they cannot be compared",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_init_writes_a_recipe_that_plans(tmp_path, capsys):
     assert f"enginery run {out}" in capsys.readouterr().out
     recipe = load_recipe(out)
     assert recipe.name == "my-model"
-    assert [step.name for step in recipe.steps][3:7] == ["shared", "pruned", "healed", "int8"]
+    assert [step.name for step in recipe.steps][4:8] == ["shared", "pruned", "healed", "int8"]
     assert recipe.step("dense").params["source"] == model.as_uri()
     assert recipe.step("text").params["source"] == text.as_uri()
     assert main(["init", str(model), str(text), "-o", str(out)]) == 1
@@ -78,3 +79,18 @@ def test_every_familys_recipe_is_admitted_and_its_comments_are_of_its_steps(name
     for words, of in {"low-rank bases": "basis", "channels of": "channels", "Heal on": "recover"}.items():
         assert (words in text) == (of in methods), words
     assert not re.search(r"\{\{|\{%", text)
+
+
+def test_model_that_cannot_write_by_itself_is_asked_all_the_same(tmp_path, capsys):
+    model = checkpoint("llama", tmp_path)
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(model)
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token_id": None, "eos_token_id": None}))
+    (tmp_path / "a.txt").write_text("words")
+    assert main(["init", str(model), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml")]) == 0
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.step("text").inputs == {"items": ["abilities"]}
+    assert "model://self" not in (tmp_path / "mine.yaml").read_text()
+    assert {"accuracy", "endless", "leaks"} <= {gate.measure for gate in recipe.gates}
+    assert "abilities" in recipe.judge.corpora

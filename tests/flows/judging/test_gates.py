@@ -27,6 +27,8 @@ class Gate:
     worst: bool = False
     value_at_most: float | None = None
     value_at_least: float | None = None
+    low_at_most: float | None = None
+    high_at_least: float | None = None
 
 
 def report(seed, *, worse=0.0, documents=20, baseline=True):

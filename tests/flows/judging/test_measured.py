@@ -62,7 +62,25 @@ def test_value_is_held_by_what_was_measured_and_the_other_bound_by_its_bad_end()
     assert not only(Gate(measure="accuracy", at_least=between), MADE).passed
     both = judge([Gate(measure="accuracy", value_at_least=between, at_least=low - 0.01)], MADE, {}, TARGETS)
     assert both.passed
-    assert [one.value for one in both.results] == [False, True]
+    assert [one.held for one in both.results] == ["bad end", "value"]
+
+
+def test_good_end_fails_only_where_the_limit_is_surely_missed():
+    at = only(Gate(measure="accuracy", slice="sums", high_at_least=0.1), MADE)
+    above, beyond = (at.measured + at.high) / 2, at.high + 0.01
+    held = only(Gate(measure="accuracy", slice="sums", high_at_least=above), MADE)
+    assert held.passed and f"limit high end at least {above:.4g}"[:24] in held.text
+    assert not only(Gate(measure="accuracy", slice="sums", value_at_least=above), MADE).passed
+    assert not only(Gate(measure="accuracy", slice="sums", high_at_least=beyond), MADE).passed
+    least = only(Gate(measure="flips", low_at_most=0.5), MADE)
+    assert least.low < least.measured < least.high
+    assert only(Gate(measure="flips", low_at_most=(least.low + least.measured) / 2), MADE).passed
+    assert not only(Gate(measure="flips", low_at_most=least.low - 0.01), MADE).passed
+    # Of few items a half is no sure loss, of many it is.
+    few = reports({"facts": some(6, 20)}, {"facts": some(4, 20)})
+    many = reports({"facts": some(60, 200)}, {"facts": some(30, 200)})
+    gate = Gate(measure="above_chance", worst=True, high_at_least=0.7)
+    assert only(gate, few).passed and not only(gate, many).passed
 
 
 def test_slice_is_judged_by_its_own_items():
@@ -127,6 +145,22 @@ def test_flips_count_both_ways_and_lost_only_one():
     assert only(Gate(measure="same_answers", at_least=0), made).measured == pytest.approx(3 / 5)
     with pytest.raises(StageError, match="between two"):
         only(Gate(measure="flips", against=None, at_most=1), made)
+
+
+def test_what_dense_does_not_do_is_counted_item_by_item():
+    dense, cpu = {"facts": [1, 1, 0, 0, 1]}, {"facts": [1, 1, 1, 0, 0]}
+    made = reports(dense, cpu)
+    told = {"repeated": ([0, 1, 0, 0, 1], [1, 1, 1, 0, 0]), "ended": ([1, 1, 1, 0, 1], [0, 1, 0, 0, 1])}
+    told["spelt"] = ([1, 0, 1, 1, 1], [0, 0, 0, 1, 0])
+    for key, both in told.items():
+        for name, values in zip(("dense", "cpu"), both, strict=True):
+            for one, value in zip(made[name, "abilities"]["documents"], values, strict=True):
+                one[key] = value
+    for measure, share in {"repeating": 2 / 5, "endless": 2 / 5, "respelt": 1 / 5}.items():
+        assert only(Gate(measure=measure, at_most=1), made).measured == pytest.approx(share)
+        assert only(Gate(measure=measure, worst=True, value_at_most=share - 0.01), made).slice == "facts"
+    with pytest.raises(StageError, match="has no 'ended'"):
+        only(Gate(measure="endless", at_most=1), reports(dense, cpu))
 
 
 def test_model_against_itself_passes_every_gate():

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,33 @@ def test_answers_are_right_where_the_model_says_what_is_accepted(tiny, theirs, i
     assert report["measures"]["accuracy"] == sum(one["right"] for one in documents) / len(items)
     chance = sum(one.chance for one in items) / len(items)
     assert report["measures"]["above_chance"] == pytest.approx(report["measures"]["accuracy"] - chance)
+
+
+def test_answer_to_an_instruction_has_ended_where_the_model_ends_it(knowing, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(knowing), AutoTokenizer.from_pretrained(knowing)
+    words = ("What of the king?", "The capital of", "What of the river?", "Tell me")
+    check = ({"demand": "words_at_least", "value": 1},)
+    items = [Item(id=one, ability="told", task="instructions", prompt=one, checks=check) for one in words]
+    documents = asked(tmp_path, knowing, items)["documents"]
+    for one, word in zip(documents, words, strict=True):
+        said = [{"role": "user", "content": word}]
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        out = model.generate(ids, do_sample=False, max_new_tokens=32)[0, ids.shape[1] :].tolist()
+        assert one["ended"] == (tokenizer.eos_token_id in out)
+        assert one["answer"] == tokenizer.decode(out, skip_special_tokens=True)
+    shutil.copytree(knowing, tmp_path / "endless")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "endless" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 2}))
+    assert sum(one["ended"] for one in documents) > 1
+    assert not any(one["ended"] for one in asked(tmp_path, tmp_path / "endless", items)["documents"])
+
+
+def test_answer_in_another_case_is_right_and_spelt_otherwise(tiny, theirs, tmp_path):
+    word = re.match(r"\w+", said(theirs, WORDS[0]).strip())[0]
+    items = [Item(id=one, ability="odd", prompt=WORDS[0], answers=(one,)) for one in (word, word.upper())]
+    found = asked(tmp_path, tiny, items)["documents"]
+    assert [(one["right"], one["spelt"]) for one in found] == [(1, 1), (1, 0)]
 
 
 def test_choice_is_the_likeliest_continuation(tiny, theirs, items, tmp_path):
