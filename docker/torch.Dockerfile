@@ -2,8 +2,9 @@
 FROM enginery/base:libraries AS libraries
 # Where torch comes from: empty takes pip's own index; name the CPU or a CUDA index of PyTorch to choose.
 ARG TORCH_INDEX=""
+# seqeval and rouge-score come as sources; an older pip would run their setup.py with whatever lies in the image.
 RUN python3 -m pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch \
- && python3 -m pip install --constraint constraints.txt --requirement wanted/torch.txt
+ && python3 -m pip install --use-pep517 --constraint constraints.txt --requirement wanted/torch.txt
 
 FROM libraries AS image
 ARG COMMIT="" VERSION="" IMAGE=torch
