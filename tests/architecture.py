@@ -44,7 +44,9 @@ STAGES_SIDE = (
     ("stages.models.anatomy", "stages.models.text"),
     ("stages.models.memory",),
     ("stages.algorithms",),
+    ("stages.adapters.lm_eval_harness",),
     ("stages.adapters",),
+    ("stages.adapters.s3",),
     ("stages.runtime",),
 )
 LAYERS = (*FLOWS, *STAGES_SIDE)

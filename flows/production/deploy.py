@@ -86,7 +86,7 @@ def _made(client: SyncPrefectClient, look: Look) -> Part:
 
 
 def _bucket(uri: str) -> Part:
-    from stages.adapters.s3_bucket import ensure_bucket, has_bucket
+    from stages.adapters.s3.bucket import ensure_bucket, has_bucket
 
     differences = [] if has_bucket(uri) else [Difference(wanted="made")]
     return Part(name=f"bucket {uri.split('/')[2]}", differences=differences, make=partial(ensure_bucket, uri))

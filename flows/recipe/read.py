@@ -31,7 +31,7 @@ def load_recipe(source: str | Path, sets: Sequence[str] = ()) -> Recipe:
         RecipeError: it is missing or wrong; every mistake at once.
     """
     if str(source).startswith("s3://"):
-        from stages.adapters.s3_client import fetch_object, parse
+        from stages.adapters.s3.client import fetch_object, parse
 
         with TemporaryDirectory() as folder:
             local = Path(folder, str(source).rpartition("/")[2])

@@ -155,7 +155,7 @@ def load_pools(path: str | None = None) -> Pools:
 def _text(path: str) -> str:
     if not path.startswith("s3://"):
         return Path(path).read_text(encoding="utf-8")
-    from stages.adapters.s3_client import fetch_object, parse
+    from stages.adapters.s3.client import fetch_object, parse
 
     with TemporaryDirectory() as folder:
         fetch_object(*parse(path), Path(folder, "pools.yaml"), lambda _: None)

@@ -184,7 +184,7 @@ class Receiver:
             data = self._objects.read(_batch_key(self._name, self._pulse.start, self._number))
             if data is None and self._number >= self._pulse.sent:
                 return
-            for line in data.decode().splitlines() if data else ():  # a batch that was sent and is gone was swept
+            for line in data.splitlines() if data else ():  # a batch that was sent and is gone was swept
                 event = json.loads(line)
                 if not forward(event, progress):
                     self.last = event

@@ -115,7 +115,7 @@ def _of_s3(error: Exception, uri: str) -> StageError | None:
     """What S3 said of a file that MLflow's client sends there itself."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    from stages.adapters.s3_client import spoken
+    from stages.adapters.s3.client import spoken
 
     # boto3 hides the server's answer to an upload in an error of its own.
     wrapped = type(error).__module__.startswith(("boto3.", "s3transfer."))

@@ -9,8 +9,8 @@ from pathlib import Path
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
-from stages.adapters import s3_multipart
-from stages.adapters.s3_client import asked, client, fetch_object, listed, parse, spoken, status_of
+from stages.adapters.s3 import multipart as s3_multipart
+from stages.adapters.s3.client import asked, client, fetch_object, listed, parse, spoken, status_of
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Moved, Objects, ObjectStat, unheard
 

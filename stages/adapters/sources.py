@@ -138,7 +138,7 @@ def _fetch_into(part: Path, exact: str, wanted: Wanted, progress: Progress) -> N
 
             hub.download(exact, part, wanted.takes, progress)
         case _:
-            from stages.adapters import s3_source
+            from stages.adapters.s3 import source as s3_source
 
             s3_source.download(exact, part, wanted.takes, progress)
     if not any((part / "file").glob("*")) and not any((part / "tree").rglob("*")):
@@ -162,7 +162,7 @@ def _resolve(source: str, wanted: Wanted, pins: Pins, progress: Progress) -> str
 
             exact = hub.resolve(source)
         else:
-            from stages.adapters import s3_source
+            from stages.adapters.s3 import source as s3_source
 
             exact = s3_source.resolve(source, wanted.takes)
     except Unavailable as error:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from stages.adapters import harness_folder
+from stages.adapters.lm_eval_harness import folder as harness_folder
 from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
 from stages.items import reading
 from stages.items.abilities.shipped import shipped

@@ -27,7 +27,7 @@ from stages.serving.generate import ROWS, greedy, padded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.adapters.harness import Pair, Served
+    from stages.adapters.lm_eval_harness.tasks import Pair, Served
     from stages.validate.params import ValidateParams
 
 TOGETHER = 32
@@ -55,7 +55,7 @@ class HarnessTask:
 
     def scorer(self, judged: Answerer, dense: Answerer | None) -> Callable[[range], Iterator[list[Document]]]:
         """Returns a range of groups -> the responses to each one's requests. A baseline is compared by its report."""
-        from stages.adapters.harness import answered
+        from stages.adapters.lm_eval_harness.tasks import answered
 
         model = served(judged, self.tokenizer)
 
@@ -82,7 +82,7 @@ class HarnessTask:
 
     def report(self, units: list[list[Document]]) -> dict[str, Any]:
         """What report.json says of all items."""
-        from stages.adapters.harness import measured, whole
+        from stages.adapters.lm_eval_harness.tasks import measured, whole
 
         places = [at for group in self.groups for at in group]
         said = dict(zip(places, (one["response"] for unit in units for one in unit), strict=True))
@@ -132,7 +132,7 @@ def harness_of(params: ValidateParams, inputs: Mapping[str, Path]) -> HarnessTas
     Raises:
         StageError: the harness cannot read the task.
     """
-    from stages.adapters.harness import opened
+    from stages.adapters.lm_eval_harness.tasks import opened
 
     record = json.loads((inputs["text"] / "corpus.json").read_text(encoding="utf-8"))
     said = dict(record[HARNESS])
@@ -166,7 +166,7 @@ def harness_of(params: ValidateParams, inputs: Mapping[str, Path]) -> HarnessTas
 
 def served(judged: Answerer, tokenizer: PreTrainedTokenizerBase) -> Served:
     """An artifact as the harness asks for a model."""
-    from stages.adapters.harness import Served
+    from stages.adapters.lm_eval_harness.tasks import Served
 
     after = len(tokenizer("a")["input_ids"]) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else min(judged.ends, default=None)

@@ -96,7 +96,7 @@ def embedded(first, tmp_path_factory):
 
 @pytest.fixture
 def shell(monkeypatch, stack_up):
-    from stages.adapters import s3_client
+    from stages.adapters.s3 import client as s3_client
 
     for name, value in stack.environment().items():
         monkeypatch.setenv(name, value)

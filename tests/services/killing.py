@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stages.adapters.s3_client import client, parse
+from stages.adapters.s3.client import client, parse
 from stages.runtime.artifacts import entries
 from stages.runtime.contract import Kind, Manifest, Provenance, Work
 from stages.runtime.fingerprint import digest_file, fingerprint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.adapters.s3_multipart import PART_BYTES
+from stages.adapters.s3.multipart import PART_BYTES
 from tests.services.killing import kill_at, random_file, there_and_back
 
 SIZE = int(float(os.environ.get("ENGINERY_TEST_ARTIFACT_GB", "3")) * 1e9)

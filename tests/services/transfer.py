@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stages.adapters import s3_multipart
 from stages.adapters.connect import connect
-from stages.adapters.s3_client import client
+from stages.adapters.s3 import multipart as s3_multipart
+from stages.adapters.s3.client import client
 from stages.runtime.contract import Manifest
 from stages.runtime.execute import peak_rss_bytes
 from stages.runtime.fingerprint import fingerprint

@@ -14,7 +14,7 @@ from flows.registry import journal
 from flows.registry.journal import Candidate, Executable, Version
 from flows.running.run_records import open_run
 from stages.adapters.connect import connect
-from stages.adapters.s3_client import client
+from stages.adapters.s3.client import client
 from stages.runtime.contract import Kind, StageError
 from tests.flows.recorded import tracking_in
 from tests.flows.test_cli import own_store, result, sealed, valid

@@ -98,6 +98,14 @@ def test_log_of_many_threads_keeps_whole_lines_and_skips_a_torn_one(recipe, tmp_
     assert len(events) == 200 and {tuple(e["n"]) for e in events} == {(i, k) for i in range(4) for k in range(50)}
 
 
+def test_event_whose_text_holds_other_ends_of_lines_is_one_event(recipe, tmp_path):
+    record = open_run(tmp_path, recipe, [])
+    texts = [f"before{end}after" for end in "\u2028\u2029\x85\x0b\x0c\x1c\r\n"]
+    for text in texts:
+        record.log({"event": "note", "text": text})
+    assert [event["text"] for event in record.events()] == texts
+
+
 def test_find_run_takes_a_beginning_or_the_last(recipe, tmp_path):
     made = sorted([open_run(tmp_path, recipe, []) for _ in range(3)], key=lambda record: record.name)
     assert find_run(tmp_path, made[1].name) == made[1] and find_run(tmp_path, "last") == made[2]

@@ -24,7 +24,7 @@ from flows.settings import settle
 from flows.triggers import watch
 from flows.triggers.arrival_records import ARRIVALS, arrived, begin, checkpoint, find, finished, forget, on_source
 from flows.triggers.checkpoint_scan import Prefix, look
-from stages.adapters.s3_client import parse
+from stages.adapters.s3.client import parse
 from stages.models.checkpoint import layout
 from stages.runtime.contract import DoesNotFit, Interrupted, StageError, Unavailable
 from tests.flows.prefect_server import deployed, eventually, prefect_api, runs_of

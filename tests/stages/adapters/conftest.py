@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
@@ -16,7 +17,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from stages.adapters import s3_client
+from stages.adapters.s3 import client as s3_client
 
 BUCKET = "enginery"
 
@@ -24,7 +25,7 @@ BUCKET = "enginery"
 def free_ports(count: int) -> list[int]:
     # The server takes each port and the port 10,000 above it for gRPC, so both must be free.
     found: list[int] = []
-    for port in range(20000 + os.getpid() % 5000, 50000):
+    for port in range(random.SystemRandom().randrange(20000, 45000), 55000):
         if len(found) == count:
             break
         if all(_free(p) for p in (port, port + 10000)):
@@ -40,7 +41,17 @@ def _free(port: int) -> bool:
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The endpoint of a SeaweedFS that lives as long as the session."""
-    folder = tmp_path_factory.mktemp("seaweed")
+    for _ in range(5):
+        with _server(tmp_path_factory.mktemp("seaweed")) as endpoint:
+            if endpoint:
+                yield endpoint
+                return
+    raise AssertionError("no S3 server came up in five attempts")
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[str | None]:
+    """Its endpoint, or None where it ended early: another process took one of its ports after they were seen free."""
     master, volume, filer, port = free_ports(4)
     weed = Path(sys.executable).with_name("weed")
     command = [
@@ -60,8 +71,7 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
             endpoint = f"http://127.0.0.1:{port}"
-            _await_bucket(endpoint, server, folder / "log")
-            yield endpoint
+            yield endpoint if _has_bucket(endpoint, server, folder / "log") else None
         finally:
             server.kill()  # nothing in it outlives the session, and a graceful end takes ten seconds
 
@@ -70,7 +80,8 @@ def _identity(name: str, *actions: str) -> dict[str, object]:
     return {"name": name, "credentials": [{"accessKey": name, "secretKey": name}], "actions": list(actions)}
 
 
-def _await_bucket(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def _has_bucket(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> bool:
+    """Whether the server took its bucket; False where it ended before that."""
     client = boto3.client(
         "s3",
         endpoint_url=endpoint,
@@ -84,9 +95,11 @@ def _await_bucket(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> 
         try:
             client.create_bucket(Bucket=BUCKET)
             client.put_object(Bucket=BUCKET, Key="ready", Body=b"ready")
-            return
+            return server.poll() is None
         except (BotoCoreError, ClientError):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            if server.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.2)
 
 

@@ -14,7 +14,8 @@ import pytest
 import urllib3.exceptions
 from botocore import exceptions as of_boto
 
-from stages.adapters import s3_client, s3_store
+from stages.adapters import s3_store
+from stages.adapters.s3 import client as s3_client
 from stages.runtime.contract import Interrupted, StageError, Unavailable
 from stages.runtime.patience import patiently
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from stages.adapters import s3_client, s3_multipart
 from stages.adapters.connect import connect
-from stages.adapters.s3_client import client, parse
+from stages.adapters.s3 import client as s3_client
+from stages.adapters.s3 import multipart as s3_multipart
+from stages.adapters.s3.client import client, parse
 from stages.adapters.s3_store import S3Objects
 from stages.runtime import patience, transfers
 from stages.runtime.contract import PARTIAL, Unavailable

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from boto3.s3.transfer import TransferConfig
 
-from stages.adapters import s3_client, s3_multipart, s3_source
 from stages.adapters.connect import FilePins, connect
+from stages.adapters.s3 import client as s3_client
+from stages.adapters.s3 import multipart as s3_multipart
+from stages.adapters.s3 import source as s3_source
 from stages.adapters.s3_store import S3Objects
 from stages.adapters.sources import Wanted, open_source, pin_source
 from stages.runtime import patience

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -53,7 +54,7 @@ def run(folder: Path, output: Path, progress: Any = None, **params: Any) -> dict
 
 
 def lines(files: dict[str, bytes]) -> list[dict[str, Any]]:
-    found = [files[name].decode().splitlines() for name in sorted(files) if name.endswith(".jsonl")]
+    found = [io.BytesIO(files[name]) for name in sorted(files) if name.endswith(".jsonl")]
     return [json.loads(line) for some in found for line in some]
 
 

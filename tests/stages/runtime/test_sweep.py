@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.adapters.connect import connect
-from stages.adapters.s3_client import client
+from stages.adapters.s3.client import client
 from stages.adapters.s3_store import S3Objects
 from stages.runtime.artifacts import ASIDE, PUBLISHING, Store, blob_key, entries
 from stages.runtime.contract import Kind, Manifest, Provenance, Work

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness: what is brought, and what a model is asked, held against torch and the harness."""
 
-import importlib.util
+import importlib.metadata
 import json
 import re
 
@@ -17,9 +17,6 @@ from stages.items.stage import ItemsParams, admit
 from stages.measures.items import holds_harness, holds_items
 from stages.runtime.contract import StageError
 from stages.validate.params import ValidateParams, executed_on
-
-HAVE = importlib.util.find_spec("lm_eval") is not None
-needs_harness = pytest.mark.skipif(not HAVE, reason="lm-evaluation-harness is not installed: enginery[harness]")
 
 CHOICES = """
 task: kinds
@@ -157,13 +154,19 @@ def test_recipe_asks_for_a_task_as_one_and_gates_on_what_it_measures():
     assert admit(ItemsParams(**params), {}).tasks == {"harness"}
 
 
-@pytest.mark.skipif(HAVE, reason="lm-evaluation-harness is installed")
-def test_harness_that_is_not_installed_is_named_with_the_extra_before_anything_runs():
+def test_harness_that_is_not_installed_is_named_with_the_extra_before_anything_runs(monkeypatch):
+    version = importlib.metadata.version
+
+    def hidden(name):
+        if name == "lm_eval":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", hidden)
     with pytest.raises(StageError, match=re.escape("enginery[harness]")):
         executed_on(ValidateParams(harness=True))
 
 
-@needs_harness
 def test_choices_are_those_that_torch_finds_likeliest(seal, store, tiny, theirs, folder):
     report, done = judged(seal, store, tiny, items(seal, folder, "kinds"))
     choices = (" the same", " a class", " an object of the type")
@@ -183,7 +186,6 @@ def test_choices_are_those_that_torch_finds_likeliest(seal, store, tiny, theirs,
     assert done.manifest.work.executor["harness"].startswith("lm_eval ")
 
 
-@needs_harness
 def test_answers_are_greedy_up_to_where_the_task_says(seal, store, tiny, theirs, folder):
     report, _ = judged(seal, store, tiny, items(seal, folder, "written"))
     for n, (thing, one) in enumerate(zip(THINGS, report["documents"], strict=True)):
@@ -191,7 +193,6 @@ def test_answers_are_greedy_up_to_where_the_task_says(seal, store, tiny, theirs,
     assert report["harness"]["exact_match"] == report["measures"]["accuracy"] == pytest.approx(3 / 7)
 
 
-@needs_harness
 def test_whole_texts_cost_what_torch_says(seal, store, tiny, theirs, folder):
     report, _ = judged(seal, store, tiny, items(seal, folder, "texts"))
     model, tokenizer = theirs
@@ -206,7 +207,6 @@ def test_whole_texts_cost_what_torch_says(seal, store, tiny, theirs, folder):
     assert report["harness"]["byte_perplexity"] == pytest.approx(wanted, rel=1e-5)
 
 
-@needs_harness
 def test_figures_are_those_of_the_harness_itself(seal, store, tiny, folder, monkeypatch):
     """Its own evaluation, of its own task, with our model."""
     from lm_eval import simple_evaluate
@@ -226,7 +226,6 @@ def test_figures_are_those_of_the_harness_itself(seal, store, tiny, folder, monk
             assert own[f"{measure},none"] == pytest.approx(value, rel=1e-6), (name, measure)
 
 
-@needs_harness
 def test_parts_come_to_the_same_bytes(seal, store, tiny, folder, tmp_path, monkeypatch):
     from stages.runtime.parts import FOLDER, keep
     from stages.runtime.progress import Silent
@@ -246,7 +245,6 @@ def test_parts_come_to_the_same_bytes(seal, store, tiny, folder, tmp_path, monke
     assert (parted / "report.json").read_bytes() == (whole / "report.json").read_bytes()
 
 
-@needs_harness
 def test_task_that_asks_for_what_is_not_there_is_refused(seal, store, tiny, folder):
     (folder / "kinds.yaml").write_text(CHOICES.replace("metric: acc,", "metric: meteor_of_the_hub,"))
     with pytest.raises(StageError, match="does not know itself: meteor_of_the_hub"):

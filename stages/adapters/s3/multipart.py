@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
-from stages.adapters.s3_client import asked, client, code_of, pages, status_of
+from stages.adapters.s3.client import asked, client, code_of, pages, status_of
 from stages.runtime.contract import Unavailable
 from stages.runtime.stores import Moved
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.adapters.s3_client import fetch_object, listed, parse
+from stages.adapters.s3.client import fetch_object, listed, parse
 from stages.runtime.contract import Progress, StageError
 from stages.runtime.fingerprint import canonical, digest_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from botocore.exceptions import ClientError
 
-from stages.adapters.s3_client import asked, client, parse, spoken, status_of
+from stages.adapters.s3.client import asked, client, parse, spoken, status_of
 
 
 def has_bucket(uri: str) -> bool:
