@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.allocation import Option, allocate
-from stages.algorithms.channels import least_important, output_error, reconstructed, removals
+from stages.algorithms.channels import FLOOR, least_important, output_error, reconstructed, removals
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.compress import compress
@@ -157,7 +157,8 @@ def priced(block: Block, units: Units, seen: MapStatistics, multiple: int) -> tu
     weighed_OF = w_OF[:, columns] * worth_O.sqrt()[:, None]
     step = max(multiple, units.count // _STEPS // multiple * multiple)
     most = int(units.count * _MOST) // step * step
-    found = removals(weighed_OF, moment_FF[columns][:, columns], most * size, size=size, rounds=most // step or 1)
+    moment, rounds = moment_FF[columns][:, columns], most // step or 1
+    found = removals(weighed_OF, moment, most * size, size=size, rounds=rounds, floor=FLOOR)
     options = [
         Option(len(gone) // size * each, damage / 2, len(gone) // size)
         for gone, damage in found
@@ -215,7 +216,7 @@ def _fewer(
     w_OF = _coefficient(block, units.reader).float() @ w_RF if on_basis else w_RF
     inputs, size = units.columns_GS.shape[0] * units.columns_GS.shape[1], units.columns_GS.shape[1]
     weighed_OF = w_OF if worth_O is None else w_OF * worth_O.sqrt()[:, None]
-    gone = least_important(weighed_OF, moment_FF, inputs - count * size, size=size)
+    gone = least_important(weighed_OF, moment_FF, inputs - count * size, size=size, floor=FLOOR)
     stay_G = torch.ones(units.count, dtype=torch.bool)
     stay_G[gone // size] = False
     stay_P = stay_G.nonzero().flatten()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.algorithms.basis import damped
-from stages.algorithms.channels import least_important, output_error, reconstructed, removals
+from stages.algorithms.channels import FLOOR, least_important, output_error, reconstructed, removals
 
 
 def problem(outputs, channels, seed, tokens=200):
@@ -119,13 +119,41 @@ def test_least_important_groups_that_do_not_divide_are_refused():
         least_important(w, moment, 3, size=2)
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.5])
 @pytest.mark.parametrize("size", [1, 3])
-def test_removals_tell_the_error_of_all_that_is_gone_with_the_rest_fitted(size):
+def test_removals_tell_the_error_of_all_that_is_gone_with_the_rest_fitted(size, floor):
     w, _, moment = problem(4, 12, 5)
-    found = list(removals(w, moment, 9, size=size, rounds=3))
+    found = list(removals(w, moment, 9, size=size, rounds=3, floor=floor))
     assert [len(gone) for gone, _ in found] == [3, 6, 9]
-    whole = float(((w @ damped(moment)) * w).sum())
+    metric = damped(moment) + floor * moment.diagonal().double().median() * torch.eye(12)
+    root = torch.linalg.cholesky(metric)
     for gone, error in found:
         kept = kept_after(12, gone.tolist())
-        assert error / whole == pytest.approx(fitted_error(w, moment, kept), rel=1e-6)
-    assert found[-1][0].tolist() == least_important(w, moment, 9, size=size, rounds=3).tolist()
+        left = torch.linalg.lstsq(root[kept].T, (w.double() @ root).T, driver="gelsd").residuals
+        assert error == pytest.approx(float(left.sum()), rel=1e-6)
+    assert found[-1][0].tolist() == least_important(w, moment, 9, size=size, rounds=3, floor=floor).tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_channels_that_the_text_does_not_wake_stay_with_a_floor_and_go_without(seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens, channels = 600, 24
+    w = torch.randn(16, channels, generator=generator)
+    a = torch.randn(tokens, channels, generator=generator)
+    rare, idle = [3, 11], [7, 19]  # of the rare each token that wakes them matters, of the idle none ever would
+    a[:, rare] *= torch.rand(tokens, 2, generator=generator) < 0.001
+    w[:, rare] *= 3
+    w[:, idle] *= 0.05
+    moment = a.T @ a / tokens
+    assert set(least_important(w, moment, 4).tolist()) == {*rare, *idle}
+    with_floor = least_important(w, moment, 4, floor=FLOOR).tolist()
+    assert set(idle) < set(with_floor) and not set(rare) & set(with_floor)
+    # Another text wakes them: there, what was kept with care loses less.
+    a = torch.randn(tokens, channels, generator=generator)
+    a[:, rare] *= torch.rand(tokens, 2, generator=generator) < 0.1
+    other = a.T @ a / tokens
+    lost = []
+    for gone in (least_important(w, moment, 4).tolist(), with_floor):
+        kept = kept_after(channels, gone)
+        lost.append(output_error(w, other, kept, reconstructed(w, moment, kept)))
+    assert lost[1] < lost[0]
