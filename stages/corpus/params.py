@@ -31,7 +31,8 @@ class SourceParams(Params):
         column: of .jsonl, .json and .parquet: where a text, a list of texts or a conversation stands; `a.b` is a path.
             Rows without `text` are read by `messages`, `conversations`, or a prompt and its answer.
         nulls: what becomes of rows that have nothing there.
-        samples: of model://self: texts to write; half of them are conversations where the model has a chat template.
+        samples: of model://self: texts to write: as many as texts begin, behind a drawn word of the vocabulary, and as
+            conversations where the model has a chat template.
         sample_tokens: of model://self: tokens of a text, with what it begins with, at most.
         temperature: of model://self: softens what the model says.
         nucleus: of model://self: share of each distribution that the likeliest tokens make up of which one is drawn.
@@ -42,8 +43,8 @@ class SourceParams(Params):
     digest: str = ""
     column: str = rows.TEXT
     nulls: Literal["refuse", "skip"] = "refuse"
-    samples: int = Field(192, ge=1)
-    sample_tokens: int = Field(320, ge=8)
+    samples: int = Field(384, ge=1)
+    sample_tokens: int = Field(128, ge=8)
     temperature: float = Field(1.0, gt=0)
     nucleus: float = Field(0.95, ge=0.05, le=1)
     seed: int = Field(0, ge=0)

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: half of it as texts begin, half of it a user's question and its answer.
+"""Text that a model writes itself: as texts begin, behind a drawn word, and as a question and its answer.
 
 It is as various as what the model learned from, and what the model is for.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def written(
     check_writer(model, tasks.task(model.config))
     _check_length(model, params.sample_tokens, tasks.longest(model.config))
     kinds = openings(tokenizer, model.config)
-    if len(kinds) == 1:
+    if not any(one.turn for one in kinds):
         progress.note("the tokenizer has no chat template that begins with a user's words: no conversation is written")
     manner = Manner(
         params.sample_tokens, params.temperature, params.nucleus, params.seed, ends(tokenizer, model.config)
@@ -112,8 +113,8 @@ def number_format() -> torch.dtype:
 
 def _numbers(samples: int, kinds: int) -> list[range]:
     """The numbers of the texts of each kind, equally many of each."""
-    first = -(-samples // kinds)
-    return [range(first), range(first, samples)][:kinds]
+    ends = [-(-samples * one // kinds) for one in range(kinds + 1)]
+    return [range(first, end) for first, end in pairwise(ends)]
 
 
 def _every(
@@ -200,7 +201,7 @@ def _check_length(model: PreTrainedModel, tokens: int, most: int | None) -> None
 
 def _check_room(kinds: Sequence[Opening], manner: Manner) -> None:
     """Raise StageError where what a text begins with leaves no room for a token of each of its parts."""
-    need = max(len(one.first) + len(one.turn) + (2 if one.turn else 1) for one in kinds)
+    need = max(one.longest + len(one.turn) + (2 if one.turn else 1) for one in kinds)
     if need > manner.tokens:
         raise StageError(
             "samples of the model's own text have no room for text behind what they begin with",

@@ -50,18 +50,21 @@ class Written:
 
     Attributes:
         number: its draws are those of this number, whatever is written beside it.
-        parts: the tokens that the model wrote; of a conversation the question's and the answer's.
-        log_p: the sum of their log-likelihoods under the model, whatever the temperature and the nucleus.
+        parts: the tokens of the text, the word that it begins with among them; of a conversation the question's and
+            the answer's.
+        log_p: the sum of the log-likelihoods of those that the model wrote, whatever the temperature and the nucleus.
+        given: how many the model did not write.
     """
 
     number: int
     parts: list[list[int]] = field(default_factory=lambda: [[]])
     log_p: float = 0.0
+    given: int = 0
 
     @property
     def mean_log_p(self) -> float:
-        """For each token."""
-        return self.log_p / max(1, sum(map(len, self.parts)))
+        """For each token that the model wrote."""
+        return self.log_p / max(1, sum(map(len, self.parts)) - self.given)
 
     def record(self) -> dict[str, Any]:
         """As JSON values, from which `Written(**record)` makes the same again."""
@@ -72,9 +75,10 @@ class _Row:
     """A text that is being written."""
 
     def __init__(self, number: int, opening: Opening, manner: Manner) -> None:
-        self.text = Written(number)
+        word = opening.word(manner.seed, number)
+        self.text = Written(number, [list(word)], given=len(word))
         self.uniform = np.random.default_rng([manner.seed, number]).random
-        self._ends, self._turn, self._forced = manner.ends, opening.turn, deque[int]()
+        self._ends, self._turn, self._forced = manner.ends, opening.turn, deque(word)
         # A question may take half of what both have: without an answer it would be none.
         self._longest = (manner.tokens - len(opening.first) - len(opening.turn)) // 2
 

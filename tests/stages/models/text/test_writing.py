@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from stages.models.text import writing
 from stages.models.text.openings import Opening, ends, openings
@@ -165,3 +166,44 @@ def test_template_that_takes_no_user_alone_begins_no_conversation(reference, tem
     made.chat_template = template
     found = openings(made, LlamaConfig(vocab_size=800))
     assert len(found) == (2 if template == TEMPLATE else 1)
+
+
+def wordy(words):
+    """A tokenizer of whole words, of which most are capitalized."""
+    vocabulary = {word: n for n, word in enumerate(["<end>", "?", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", unk_token="?")
+
+
+CAPITALIZED = [f"{one}{two}{end}" for one in ("Ba", "Ko", "Ri", "Tu", "Se") for two in "aeiou" for end in "nlmd"]
+OTHERS = ["the", "of", "A", "It", "USA", "abC", "x1", "Don't", "狗", "东京", "12", "Ёлка", "ёлка"]
+
+
+def test_texts_begin_with_the_vocabulary_s_words_where_it_has_enough():
+    tokenizer = wordy([*CAPITALIZED, *OTHERS])
+    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=0)
+    plain, drawn = openings(tokenizer, config)
+    assert plain == Opening((0,)) and drawn.first == (0,)
+    assert {tokenizer.decode(word) for word in drawn.words} == {*CAPITALIZED, "东京", "Ёлка"}
+    few = wordy([*CAPITALIZED[:99], *OTHERS[:6]])
+    assert openings(few, LlamaConfig(vocab_size=len(few), bos_token_id=None, eos_token_id=0)) == [Opening((0,))]
+
+
+def test_text_behind_a_word_goes_on_from_it_as_the_model_says(model, tokenizer):
+    words = ((5, 6), (7,), (8, 9, 10))
+    opening, how = Opening((0,), words=words), manner(tokenizer, ends=frozenset())
+    texts = write(model, opening, range(30), how)
+    assert {tuple(one.parts[0][: one.given]) for one in texts} == set(words) and opening.longest == 4
+    assert [one.parts for one in write(model, opening, [9, 4], how)] == [texts[9].parts, texts[4].parts]
+    other = write(model, opening, range(30), manner(tokenizer, seed=1, ends=frozenset()))
+    assert [one.given for one in other] != [one.given for one in texts]
+    for one in texts[:6]:
+        ids = [0, *one.parts[0]]
+        assert len(ids) == 40 and one.given == len(opening.word(0, one.number))
+        with torch.no_grad():
+            log_p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        wanted = [float(log_p[place - 1, ids[place]]) for place in range(1 + one.given, len(ids))]
+        assert one.mean_log_p == pytest.approx(sum(wanted) / len(wanted), rel=1e-3)
+    whole = write(Whole(model), opening, range(6), how)
+    assert [one.parts for one in whole] == [one.parts for one in texts[:6]]
