@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from torch import Tensor
 
 from stages.algorithms.schedule import batch, cosine
 from stages.recover import student
-from stages.recover.student import HeldOut, Learner, Record
+from stages.recover.held_out import NOTHING_LOST, HeldOut, Score, mean_kl, score, worst
+from stages.recover.student import Learner, Record
 from stages.runtime.contract import Progress, StageError
 
 LARGEST_JUMP = 4.0
@@ -48,10 +48,12 @@ def train(
 ) -> Record:
     """Train, or go on from the state in `partial`, until the steps are done or patience ends.
 
+    A step is better than another one where the held-out text is better that has won least so far.
+
     Args:
         plan: how long and how fast.
         made: student, lessons, optimizer.
-        held: windows to judge by.
+        held: texts to judge by.
         start: gives the tensors that the student began with, if a step must be taken back before the first save.
         partial: where state is kept; a state saved there is gone on from.
         progress: told of every step.
@@ -93,14 +95,14 @@ def train(
 def take_what_helped(
     made: Learner, record: Record, start: Callable[[], Mapping[str, Tensor]], partial: Path, progress: Progress
 ) -> bool:
-    """Give the student its best weights, or those that it began with where little was lost and nothing mended.
+    """Give the student its best weights, or those that it began with where none are better on every held-out text.
 
     Args:
         made: student, lessons, optimizer.
         record: where the run ended.
         start: gives the tensors that the student began with.
         partial: where the best ones lie.
-        progress: told where nothing mended.
+        progress: told why the weights stay.
 
     Returns:
         Whether training mended anything.
@@ -108,22 +110,26 @@ def take_what_helped(
     Raises:
         StageError: much was lost, and nothing mended.
     """
-    judged = "held-out KL" if made.goal.kl_weight == 1 else "held-out score"
     if record.best_step > 0:
         student.take_best(made, partial, record)
         return True
-    if record.best > LITTLE:
+    judged, before = made.goal.judged, made.goal.of_each(record.before)
+    lost = ", ".join(f"{name} {value:.4f}" if len(before) > 1 else f"{value:.4f}" for name, value in before.items())
+    won = [f"{name} to {low:.4f}" for name, low in record.lowest.items() if low < before[name] > NOTHING_LOST]
+    if not won and max(before.values()) > LITTLE:
         raise StageError(
             "recovery did not help",
-            measured=f"{judged} {record.best:.4f} before, none lower in {record.step} steps",
+            measured=f"{judged} {lost} before, none lower in {record.step} steps",
             limit=f"a lower {judged} than before",
             remedy="Lower `learning_rate`, give more `tokens` or text nearer to the held-out one, or drop the step.",
         )
     student.take(made, start())
-    progress.note(
-        f"little was lost and nothing mended: {judged} {record.best:.4f} before, none lower in {record.step} "
-        "steps; the weights stay as they came"
-    )
+    if won:
+        why = f"no held-out text got better without another one getting worse: {judged} {lost} before, {', '.join(won)}"
+        progress.note(f"{why} at best in {record.step} steps; the weights stay as they came")
+    else:
+        why = f"little was lost and nothing mended: {judged} {lost} before, none lower in {record.step} steps"
+        progress.note(f"{why}; the weights stay as they came")
     return False
 
 
@@ -146,28 +152,34 @@ def _tell_rate(tokens: int, seconds: float, progress: Progress) -> None:
 
 def _fresh(made: Learner, held: Sequence[HeldOut], progress: Progress) -> Record:
     record = Record()
-    kl, goal = _scored(made, held, record, progress)
-    record.kl_before = record.best_kl = kl
-    record.before = record.best = goal
+    record.before = record.best = _scored(made, held, record, progress)
+    record.lowest = made.goal.of_each(record.before)
     return record
 
 
 def _check(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> None:
-    kl, goal = _scored(made, held, record, progress)
+    scores, goal = _scored(made, held, record, progress), made.goal
+    before, now = goal.of_each(record.before), goal.of_each(scores)
     record.checks_since_best += 1
-    if goal < record.best:
-        record.best, record.best_kl, record.best_step, record.checks_since_best = goal, kl, record.step, 0
+    record.lowest = {name: min(record.lowest[name], value) for name, value in now.items()}
+    if worst(now, before) < worst(goal.of_each(record.best), before):
+        record.best, record.best_step, record.checks_since_best = scores, record.step, 0
 
 
-def _scored(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> tuple[float, float]:
-    """Mean KL and mean score by the goal."""
-    scores = student.score(made, held)
-    for role, one in scores.items():
-        points = {"kl": one.kl} | ({"excess": one.excess} if made.goal.kl_weight < 1 else {})
-        for name, value in points.items():
-            record.point(f"{name}_{role}_held_out", value, record.step)
-            progress.metric(f"{name}_{role}_held_out", value, record.step)
-    return fmean(one.kl for one in scores.values()), fmean(made.goal.of(one) for one in scores.values())
+def _scored(made: Learner, held: Sequence[HeldOut], record: Record, progress: Progress) -> dict[str, Score]:
+    """The score of each text, and of several which part is left of the worst one's loss."""
+    scores = score(made.student, made.teacher, held)
+    points = {}
+    for text, one in scores.items():
+        points[f"kl_{text}_held_out"] = one.kl
+        if made.goal.kl_weight < 1:
+            points[f"excess_{text}_held_out"] = one.excess
+    if len(scores) > 1:
+        points["worst_held_out"] = worst(*map(made.goal.of_each, (scores, record.before or scores)))
+    for name, value in points.items():
+        record.point(name, value, record.step)
+        progress.metric(name, value, record.step)
+    return scores
 
 
 def _rolled_back(
@@ -182,15 +194,15 @@ def _rolled_back(
     if record.rate_factor < 1:
         raise StageError(
             f"{what}, again after the learning rate was halved",
-            measured=f"loss {loss:.4g}, {record.losses[-1] if record.losses else record.kl_before:.4g} before",
+            measured=f"loss {loss:.4g}, {record.losses[-1] if record.losses else mean_kl(record.before):.4g} before",
             limit=f"{_largest_jump(made)} times the median of the last {REMEMBERED} losses",
             remedy="Lower `learning_rate`, or look at the text for passages unlike the rest.",
         )
     back = student.resume(made, partial)
     if back is None:
         student.take(made, start())
-        kl, goal = record.kl_before, record.before
-        back = Record(kl_before=kl, best_kl=kl, before=goal, best=goal)
+        before = record.before
+        back = Record(before=before, best=before, lowest=made.goal.of_each(before))
     back.rate_factor = 0.5
     progress.note(f"{what} ({loss:.4g}): back to step {back.step} at half the learning rate")
     return back

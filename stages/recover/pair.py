@@ -18,11 +18,12 @@ from stages.models.anatomy.tasks import task
 from stages.models.checkpoint.editing import readable
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.text.decoder_answers import answered
-from stages.models.text.windows import special_ends, windows
+from stages.models.text.windows import sliced_windows, special_ends, windows
 from stages.recover.headless import Apart, load_apart
+from stages.recover.held_out import HeldOut, by_source, held_out
 from stages.recover.matched_blocks import listened
 from stages.recover.params import RecoverParams
-from stages.recover.student import Goal, HeldOut, Learner, held_out, learner
+from stages.recover.student import Goal, Learner, learner
 from stages.recover.teacher_answers import Lessons
 from stages.recover.teacher_text import write
 from stages.recover.weight_updates import updates
@@ -37,7 +38,7 @@ SPREAD_WINDOWS = 32
 def side_by_side(
     params: RecoverParams, inputs: Mapping[str, Path], saved: PreTrainedModel, partial: Path, progress: Progress
 ) -> tuple[Learner, list[HeldOut]]:
-    """The student with all that it learns from, and the held-out texts.
+    """The student with all that it learns from, and the held-out texts: each source of each input is one.
 
     Args:
         params: how it learns.
@@ -51,8 +52,12 @@ def side_by_side(
     """
     tokenizer, tokens = load_tokenizer(inputs["model"]), readable(inputs["model"], params.window_tokens, progress)
     ids_NT = windows(inputs["text"], "train", tokenizer, tokens, progress=progress)
-    roles = [role for role in ("text", "other") if role in inputs]
-    judged = {role: windows(inputs[role], "validate", tokenizer, tokens, most=params.check_windows) for role in roles}
+    judged: dict[str, Tensor] = {}
+    for role in ("text", "other"):
+        if role in inputs:
+            each = params.check_windows
+            held = sliced_windows(inputs[role], "validate", tokenizer, tokens, each=each, progress=progress)
+            judged |= by_source(role, held)
     if task(saved.config) == "fill":
         ids_NT, judged = _with_gaps(tokenizer, ids_NT, judged, params.seed, progress)
     if task(saved.config) == "translate":
@@ -72,7 +77,7 @@ def side_by_side(
         listened={mine.name: mine.module for mine, _ in pairs},
         written=params.written_windows,
     )
-    return made, [held_out(teacher, role, judged[role]) for role in roles]
+    return made, [held_out(teacher, name, ids_NT) for name, ids_NT in judged.items()]
 
 
 def _with_answers(

@@ -42,8 +42,9 @@ class RecoverParams(Params):
         temperature: softens teacher and student.
         warmup_steps: steps until the peak rate.
         check_every_steps: how often the held-out texts are scored and the state is saved.
-        check_windows: windows of each held-out text.
-        patience: checks without a better score until training ends.
+        check_windows: windows of each held-out text: of `other`, and of each source where one has several.
+            That step is best after which the text that has won least, of what it had lost, has won most.
+        patience: checks without a better step until training ends.
         seed: of the order of windows.
     """
 

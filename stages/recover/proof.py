@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,49 @@ from stages.models.checkpoint import kept_zeros
 from stages.models.checkpoint.editing import write_table
 from stages.models.checkpoint.files import stored_parameters
 from stages.models.checkpoint.loading import load_model
-from stages.runtime.contract import Metrics, StageError
+from stages.recover.held_out import Score, left, mean_kl, worst
+from stages.recover.student import Goal, Record
+from stages.runtime.contract import Metrics, Progress, StageError
+
+ROUNDING = 0.05
+"""Share by which a text may score worse when it is scored again: where a run goes on on another machine."""
+
+
+def won(record: Record, after: Mapping[str, Score], goal: Goal, progress: Progress) -> Metrics:
+    """What each held-out text won, and told where there are several.
+
+    Args:
+        record: where the run ended.
+        after: the scores of the student that is kept.
+        goal: what it was judged by.
+        progress: told.
+
+    Raises:
+        StageError: the student that is kept is worse on one of the texts than the one that was chosen.
+    """
+    before, chosen, now = (goal.of_each(scores) for scores in (record.before, record.best, after))
+    limit = worst(chosen, before) + ROUNDING
+    rest = left(now, before)
+    if wrong := [name for name, part in rest.items() if not part <= limit]:
+        raise StageError(
+            f"the student that is kept is worse on {wrong[0]} than the one that was chosen at step {record.best_step}",
+            measured=f"{rest[wrong[0]]:.4f} of what was lost",
+            limit=f"{limit:.4f}",
+            remedy="Run the step again with --force; if this comes back, please report it with the recipe.",
+        )
+    gained: Metrics = {"kl_before": mean_kl(record.before), "kl_after": mean_kl(record.best)}
+    for when, scores in (("before", record.before), ("after", after)):
+        for name, one in scores.items():
+            gained[f"kl_{name}_{when}"] = one.kl
+            gained |= {f"excess_{name}_{when}": one.excess} if goal.kl_weight < 1 else {}
+    if len(after) > 1:
+        each = ", ".join(f"{name} {before[name]:.4f} to {now[name]:.4f}" for name in now)
+        last = max(rest, key=lambda name: rest[name])
+        progress.note(
+            f"{goal.judged} by source: {each}; {last} won least, {rest[last]:.0%} of what it had lost is left"
+        )
+        gained["worst_after"] = rest[last]
+    return gained
 
 
 def proven(update: str, before: Path, after: Path, written: PreTrainedModel, mended: bool) -> Metrics:

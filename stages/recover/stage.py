@@ -24,10 +24,10 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     """
     from stages.models.checkpoint.loading import load_model, save_model
     from stages.recover.checks import check
+    from stages.recover.held_out import score
     from stages.recover.loop import Plan, take_what_helped, train
     from stages.recover.pair import side_by_side
-    from stages.recover.proof import proven
-    from stages.recover.student import last_score, score
+    from stages.recover.proof import proven, won
     from stages.recover.weight_updates import begin
 
     check(inputs, params.update)
@@ -41,16 +41,14 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
 
     record = train(plan, made, held, start, partial, progress)
     mended = take_what_helped(made, record, start, partial, progress)
-    after = last_score(record, held) or score(made, held)
+    after = record.best if record.best_step == record.step else score(made.student, made.teacher, held)
+    gained = won(record, after, made.goal, progress)
     made.updates.finish()
     written = save_model(saved, output, like=inputs["model"], progress=progress)
     (output / "curve.json").write_text(json.dumps(record.curve) + "\n", encoding="utf-8")
     return {
         **proven(params.update, inputs["model"], output, written, mended),
-        **{f"kl_{role}_after": one.kl for role, one in after.items()},
-        **({f"excess_{role}_after": one.excess for role, one in after.items()} if params.kl_weight < 1 else {}),
-        "kl_before": record.kl_before,
-        "kl_after": record.best_kl,
+        **gained,
         "steps": float(record.step),
         "best_step": float(record.best_step),
         "tokens": float(record.step * params.batch_windows * params.window_tokens),

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.algorithms.distillation import Targets, compared, distill
+from stages.algorithms.distillation import Targets, distill
 from stages.models.anatomy import blocks as anatomy
 from stages.models.memory.saved_state import read_record, restore, save_state
 from stages.recover.checks import check_goal
 from stages.recover.headless import Apart
+from stages.recover.held_out import Score
 from stages.recover.matched_blocks import inputs_of
 from stages.recover.teacher_answers import Lessons
 from stages.recover.weight_updates import Updates, listen
@@ -33,23 +34,6 @@ MOST_ACTIVATIONS = 4 * 2**30
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Windows that are never trained on, with the teacher's last hidden states."""
-
-    name: str
-    ids_NT: Tensor
-    teacher_NTH: Tensor
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of a held-out text: mean KL to the teacher and cross-entropy less the teacher's, nats a token."""
-
-    kl: float
-    excess: float
-
-
-@dataclass(frozen=True)
 class Goal:
     """The loss: shares of divergence and cross-entropy, and how much the inputs of listened-to blocks count."""
 
@@ -60,6 +44,15 @@ class Goal:
     def of(self, score: Score) -> float:
         """What a held-out score is worth by this goal, nats a token; what the teacher itself has is 0."""
         return self.kl_weight * score.kl + (1 - self.kl_weight) * score.excess
+
+    def of_each(self, scores: Mapping[str, Score]) -> dict[str, float]:
+        """The same of each held-out text."""
+        return {name: self.of(one) for name, one in scores.items()}
+
+    @property
+    def judged(self) -> str:
+        """What `of` is called in words."""
+        return "held-out KL" if self.kl_weight == 1 else "held-out score"
 
 
 @dataclass(frozen=True)
@@ -90,18 +83,16 @@ class Record:
     """Where a run stands; saved beside the tensors.
 
     Attributes:
-        kl_before: mean held-out KL before the first step.
-        best_kl: the same at the best step.
-        before: mean held-out score by the goal (`Goal.of`) before the first step.
-        best: the lowest of those since.
+        before: held-out text -> its score before the first step.
+        best: the same at the best step.
+        lowest: held-out text -> the lowest score by the goal (`Goal.of`) that it alone had in any check.
         curve: metric -> [step, value] pairs, so that a resumed run draws the whole of it.
     """
 
     step: int = 0
-    kl_before: float = 0.0
-    best_kl: float = 0.0
-    before: float = 0.0
-    best: float = 0.0
+    before: dict[str, Score] = field(default_factory=dict)
+    best: dict[str, Score] = field(default_factory=dict)
+    lowest: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     rate_factor: float = 1.0
     losses: list[float] = field(default_factory=list)
@@ -149,39 +140,6 @@ def learner(
     labels_NT = student.labels(ids_NT)
     labels_NT[len(ids_NT) - written :] = -1
     return Learner(student, lessons.teacher, ids_NT, labels_NT, lessons, updates, optimizer, goal, at_once, listened)
-
-
-@torch.no_grad()
-def held_out(teacher: Apart, name: str, ids_NT: Tensor) -> HeldOut:
-    """Run the teacher once over the windows; its hidden states are a hundredth of its logits."""
-    return HeldOut(name, ids_NT, torch.cat([teacher.hidden(ids_1T) for ids_1T in ids_NT.split(1)]))
-
-
-@torch.no_grad()
-def score(made: Learner, held: Sequence[HeldOut]) -> dict[str, Score]:
-    """How near the student is to the teacher on each held-out text."""
-    scores: dict[str, Score] = {}
-    for text in held:
-        total, count = torch.zeros(2), 0
-        labels_NT, counted_NT = made.student.labels(text.ids_NT), made.student.counted(text.ids_NT)
-        for n, ids_1T in enumerate(text.ids_NT.split(1)):
-            at = counted_NT[n]
-            student_MH, teacher_MH = made.student.hidden(ids_1T)[0][at], text.teacher_NTH[n][at]
-            sides = compared(made.student.head, made.teacher.head, student_MH, teacher_MH, labels_NT[n][at])
-            total, count = total + torch.stack([side_M.sum() for side_M in sides]), count + len(student_MH)
-        kl, excess = (total / count).tolist()
-        scores[text.name] = Score(kl, excess)
-    return scores
-
-
-def last_score(record: Record, held: Sequence[HeldOut]) -> dict[str, Score]:
-    """The scores at the best step, from the curve, if that is where the student stands; else none."""
-    if record.best_step != record.step:
-        return {}
-    last = {name: points[-1][1] for name, points in record.curve.items()}
-    return {
-        one.name: Score(last[f"kl_{one.name}_held_out"], last.get(f"excess_{one.name}_held_out", 0.0)) for one in held
-    }
 
 
 def learn(made: Learner, chosen: Sequence[int], rate: float) -> float:
@@ -259,6 +217,8 @@ def resume(made: Learner, folder: Path) -> Record | None:
     if read is None:
         return None
     record = Record(**read)
+    for scores in (record.before, record.best):
+        scores.update({name: Score(*values) for name, values in scores.items()})
     moments: dict[str, Tensor] = {}
     for name, tensor in moved.items():
         mean, square = torch.empty_like(tensor), torch.empty_like(tensor)

@@ -94,6 +94,7 @@ def sliced_windows(
     tokens: int,
     *,
     most: int | None = None,
+    each: int | None = None,
     progress: Progress | None = None,
 ) -> Windows:
     """Token windows of a split. Each begins and ends as the tokenizer begins and ends a text, and is text in between.
@@ -106,6 +107,7 @@ def sliced_windows(
         tokenizer: the model's own.
         tokens: T, the length of a window.
         most: at most this many windows, the first ones; None for all.
+        each: at most this many of each source, its first ones; None for all.
         progress: told where conversations are read as plain text, for want of a chat template, and which source has
             no window.
 
@@ -126,7 +128,7 @@ def sliced_windows(
         )
     shares, read = _shares(corpus), _Reading(corpus, split, tokenizer, room, progress)
     streams = {name: _cut(read.pieces(name), prefix, room) for name in shares}
-    found, names = _interleaved(streams, shares, most)
+    found, names = _interleaved(streams, shares, most, each)
     if not found:
         left = sum(len(piece.ids) for name in shares for piece in read.pieces(name))
         raise StageError(
@@ -148,7 +150,7 @@ def _shares(corpus: Path) -> dict[str, float]:
 
 
 def _interleaved(
-    streams: Mapping[str, Iterator[list[int]]], shares: Mapping[str, float], most: int | None
+    streams: Mapping[str, Iterator[list[int]]], shares: Mapping[str, float], most: int | None, each: int | None
 ) -> tuple[list[list[int]], list[str]]:
     """Windows in turn, each of the source that lags its share most, while it has any."""
     got, left = dict.fromkeys(shares, 0), dict(shares)
@@ -156,7 +158,7 @@ def _interleaved(
     names: list[str] = []
     while left and len(found) != most:
         name = max(left, key=lambda one: left[one] * (len(found) + 1) - got[one])
-        ids = next(streams[name], None)
+        ids = None if got[name] == each else next(streams[name], None)
         if ids is None:
             del left[name]
             continue

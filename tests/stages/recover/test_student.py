@@ -3,8 +3,9 @@ import torch
 
 from stages.models.checkpoint.loading import load_model, save_model
 from stages.recover.headless import load_apart
+from stages.recover.held_out import held_out, score
 from stages.recover.matched_blocks import listened
-from stages.recover.student import MOST_ACTIVATIONS, Goal, Record, held_out, learn, learner, save, score
+from stages.recover.student import MOST_ACTIVATIONS, Goal, Record, learn, learner, save
 from stages.recover.teacher_answers import Lessons
 from stages.recover.weight_updates import updates
 from stages.runtime.contract import StageError
@@ -53,9 +54,9 @@ def cut_learner(root, folder, name, *, kind="full", at_once=4, goal=None, hidden
 
 def trained(made, steps=12, rate=3e-3):
     held = [held_out(made.teacher, "text", made.ids_NT)]
-    before = score(made, held)["text"].kl
+    before = score(made.student, made.teacher, held)["text"].kl
     losses = [learn(made, [n % 8 for n in range(4 * step, 4 * step + 4)], rate) for step in range(steps)]
-    return before, score(made, held)["text"].kl, losses
+    return before, score(made.student, made.teacher, held)["text"].kl, losses
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "neox", "opt", "bert_masked", "roberta", "distilbert",

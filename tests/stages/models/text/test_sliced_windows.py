@@ -63,6 +63,11 @@ def test_window_is_of_one_source_and_any_first_ones_are_the_mix(tmp_path: Path, 
         assert all(abs(got[name] - share * count) < 1 for name, share in shares.items())
     few = sliced_windows(folder, "test", tokenizer, 32, most=7)
     assert few.names == found.names[:7] and few.ids_NT.equal(found.ids_NT[:7])
+    each = sliced_windows(folder, "test", tokenizer, 32, each=5)
+    assert Counter(each.names) == {"a": 5, "b": 5, "c": 5}
+    for name in rows:
+        first, all_of = ([n for n, one in enumerate(some.names) if one == name] for some in (each, found))
+        assert each.ids_NT[first].equal(found.ids_NT[all_of[:5]])
 
 
 def test_what_a_model_wrote_begins_a_window_wherever_the_one_before_had_no_room(tmp_path: Path, reference: str) -> None:
