@@ -5,12 +5,13 @@ Shapes: F channels (the map's inputs), O outputs, K kept channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from stages.algorithms.basis import damped
+from stages.algorithms.worst_source import Sources
 
 ROUNDS = 8
 """Channels go in at most so many rounds; after each the others' importance is exact again. One a round gains nothing
@@ -20,7 +21,14 @@ FLOOR = 1.0
 
 
 def least_important(
-    w_OF: Tensor, moment_FF: Tensor, count: int, *, size: int = 1, rounds: int = ROUNDS, floor: float = 0.0
+    w_OF: Tensor,
+    moment_FF: Tensor,
+    count: int,
+    *,
+    size: int = 1,
+    rounds: int = ROUNDS,
+    floor: float = 0.0,
+    sources: Sequence[Tensor] = (),
 ) -> Tensor:
     """Indices of `count` channels whose removal costs least once the others make up for it, in order of removal.
 
@@ -34,18 +42,27 @@ def least_important(
         size: channels that go together, such as those of a group of heads; divides F and `count`.
         rounds: in how many rounds; as many as groups go for the exact greedy order.
         floor: see `removals`.
+        sources: see `removals`.
 
     Raises:
         ValueError: count is not below F, or the moment is not finite.
 
     Source: Hassibi and Stork, Optimal Brain Surgeon (1993), for columns; Kurtic et al., ZipLM (2023), section 3.1.
     """
-    rounds_of = [gone for gone, _ in removals(w_OF, moment_FF, count, size=size, rounds=rounds, floor=floor)]
+    how = removals(w_OF, moment_FF, count, size=size, rounds=rounds, floor=floor, sources=sources)
+    rounds_of = [gone for gone, _ in how]
     return rounds_of[-1] if rounds_of else torch.empty(0, dtype=torch.int64)
 
 
 def removals(
-    w_OF: Tensor, moment_FF: Tensor, count: int, *, size: int = 1, rounds: int = ROUNDS, floor: float = 0.0
+    w_OF: Tensor,
+    moment_FF: Tensor,
+    count: int,
+    *,
+    size: int = 1,
+    rounds: int = ROUNDS,
+    floor: float = 0.0,
+    sources: Sequence[Tensor] = (),
 ) -> Iterator[tuple[Tensor, float]]:
     """What goes, round by round: all that is gone so far, and the error E||W a - W' a_K||^2 with the rest fitted.
 
@@ -56,6 +73,9 @@ def removals(
     Args:
         w_OF, moment_FF, count, size, rounds: those of `least_important`, whose errors are these, too.
         floor: share of the median of the moment's diagonal that is added to the diagonal. The error told includes it.
+        sources: E[a a^T] of each source of the text, weighed as its error shall count. Of several, a channel costs what
+            it costs the source that it costs most, and the error told is that of the source that is hurt most. Each
+            takes as much memory as the moment and its inverse.
     """
     channels = w_OF.shape[1]
     if not 0 <= count < channels or count % size or channels % size:
@@ -65,12 +85,15 @@ def removals(
     moment = damped(moment_FF)
     moment.diagonal().add_(floor * moment_FF.diagonal().double().median())
     w, inverse = w_OF.double().clone(), torch.linalg.inv(moment)
+    worst = None
+    if len(sources) > 1:
+        worst = Sources(w, inverse, sources, moment.diagonal() - moment_FF.diagonal().double())
     del moment  # as large as the inverse
     groups = torch.arange(channels).view(-1, size)
     left, removed, error = list(range(len(groups))), list[int](), 0.0
     at_once = -(-count // size // rounds) if count else 1
     while len(removed) * size < count:
-        cost = _costs(w, inverse, groups[left])
+        cost = _costs(w, inverse, groups[left], worst)
         cheapest = cost.argsort(stable=True)[: min(at_once, count // size - len(removed))].tolist()
         chosen = [left[place] for place in cheapest]
         now = groups[chosen].flatten()
@@ -78,6 +101,9 @@ def removals(
         # Of all that go in a round together the exact rise, as `_costs` has it of each alone.
         error += float((torch.linalg.solve(corner_kk, w[:, now].T) * w[:, now].T).sum())
         step_kF = torch.linalg.solve(corner_kk, inverse[now])
+        if worst is not None:
+            worst.leave(now, torch.linalg.solve(corner_kk, w[:, now].T), step_kF)
+            error = float(worst.errors.max())
         # In place: of wide maps the inverse is the most that a pass holds.
         w.addmm_(w[:, now], step_kF, alpha=-1)
         inverse.addmm_(inverse[:, now], step_kF, alpha=-1)
@@ -86,15 +112,25 @@ def removals(
         yield groups[removed].flatten().to(torch.int64), error
 
 
-def _costs(w_OF: Tensor, inverse_FF: Tensor, groups_gs: Tensor) -> Tensor:
+def alike(w_OF: Tensor, moment_FF: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+    """Moments of sources, each scaled so that the map's output has the energy of the whole text's in every one."""
+    whole, *each = (float(((w_OF.double() @ one.double()) * w_OF).sum()) for one in (moment_FF, *sources))
+    return [one * (whole / energy if energy else 1.0) for one, energy in zip(sources, each, strict=True)]
+
+
+def _costs(w_OF: Tensor, inverse_FF: Tensor, groups_gs: Tensor, worst: Sources | None) -> Tensor:
     if groups_gs.shape[1] == 1:
         one_g = groups_gs[:, 0]
         tiny = torch.finfo(torch.float64).tiny
+        if worst is not None:
+            turned_gO = w_OF.T[one_g] / inverse_FF.diagonal()[one_g].clamp_min(tiny)[:, None]
+            return worst.costs(turned_gO[:, None], groups_gs)
         return w_OF.square().sum(0)[one_g] / inverse_FF.diagonal()[one_g].clamp_min(tiny)
     corners_gss = inverse_FF[groups_gs[:, :, None], groups_gs[:, None, :]]
     w_gsO = w_OF.T[groups_gs]
     # Corners are positive definite; torch's LU of several matrices at once fails with some numbers of threads.
-    return (torch.cholesky_solve(w_gsO, torch.linalg.cholesky(corners_gss)) * w_gsO).sum((1, 2))
+    turned_gsO = torch.cholesky_solve(w_gsO, torch.linalg.cholesky(corners_gss))
+    return (turned_gsO * w_gsO).sum((1, 2)) if worst is None else worst.costs(turned_gsO, groups_gs)
 
 
 def reconstructed(w_OF: Tensor, moment_FF: Tensor, kept_K: Tensor) -> Tensor:

@@ -18,13 +18,12 @@ from stages.models.anatomy.blocks import Block
 from stages.models.anatomy.plainness import plain
 from stages.models.blockwise.compress import compress
 from stages.models.blockwise.map_statistics import MapStatistics
-from stages.models.blockwise.technique import OnWeights
 from stages.models.low_rank import products
 from stages.models.low_rank.kinds import TOGETHER
 from stages.models.low_rank.planning import Measured, Part, dense
 from stages.models.low_rank.projections import named
 from stages.prune import units as surgery
-from stages.prune.channels_heads import Narrow, Plan, priced
+from stages.prune.channels_heads import Plan, narrowing, priced, wanted
 from stages.prune.cut_proof import proven
 from stages.prune.target import Asked, Rows, cannot
 from stages.prune.units import CHANNELS, HEADS, Units
@@ -73,6 +72,7 @@ def automatic(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Pr
         asked.partial / "statistics",
         Pass(progress, 0, _PASSES).advanced,
         lambda block, seen: _parts(block, seen, free, asked.multiple),
+        wanted(asked, *free),
     )
     if measured.most < total - asked.limit:
         raise cannot(_WHAT, total - measured.most, total, asked)
@@ -88,7 +88,7 @@ def automatic(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Pr
     rows: Rows = []
     for place, plan in enumerate(plans, start=1):
         state, heard = asked.partial / plan.what, Pass(progress, place, _PASSES)
-        rows += compress(model, ids_NT, OnWeights(Narrow(plan)), state, heard)
+        rows += compress(model, ids_NT, narrowing(plan, asked), state, heard)
     left = anatomy.block_parameters(model)
     if left > asked.limit:
         # Of a narrowed block other numbers of parameters go with a rank: they are priced again, on what stands now.

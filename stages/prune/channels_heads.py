@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.allocation import Option, allocate
-from stages.algorithms.channels import FLOOR, least_important, output_error, reconstructed, removals
+from stages.algorithms.channels import FLOOR, alike, least_important, output_error, reconstructed, removals
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.compress import compress
-from stages.models.blockwise.map_statistics import MapStatistics, statistics_of
+from stages.models.blockwise.map_statistics import BySource, MapStatistics, statistics_of
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights, mended, put
 from stages.models.layers.low_rank_linear import SharedLinear
@@ -61,7 +61,7 @@ def narrow(model: PreTrainedModel, ids_NT: Tensor, what: str, asked: Asked, prog
     if asked.uneven:
         heard = Pass(progress, 1, 2)
         made = uneven(model, ids_NT, made, asked, Pass(progress, 0, 2))
-    rows = compress(model, ids_NT, OnWeights(Narrow(made)), asked.partial, heard)
+    rows = compress(model, ids_NT, narrowing(made, asked), asked.partial, heard)
     said(model, made)
     return rows
 
@@ -98,7 +98,8 @@ def uneven(model: PreTrainedModel, ids_NT: Tensor, even: Plan, asked: Asked, pro
     """How many units of each block stay, so that as many parameters go as by the even plan and least is lost.
 
     What the text loses without some units, the rest fitted, is the error of what reads them, each output's square times
-    its curvature (the diagonal of the Fisher information), as for ranks in `stages.models.low_rank.planning`.
+    its curvature (the diagonal of the Fisher information), as for ranks in `stages.models.low_rank.planning`; of a text
+    of several sources, that of the source that loses most.
 
     Args:
         model: in memory.
@@ -113,7 +114,8 @@ def uneven(model: PreTrainedModel, ids_NT: Tensor, even: Plan, asked: Asked, pro
     multiple = asked.multiple if even.what == CHANNELS else 1
     importance: dict[str, Tensor] = {}
     options: dict[int, list[list[Option]]] = {}
-    for block, seen in statistics_of(model, ids_NT, asked.partial / "statistics", progress.advanced):
+    folder, each = asked.partial / "statistics", wanted(asked, even.what)
+    for block, seen in statistics_of(model, ids_NT, folder, progress.advanced, each):
         options[block.index] = []
         for units in surgery.of(block, even.what):
             found, worth_O = priced(block, units, seen, multiple)
@@ -132,6 +134,18 @@ def uneven(model: PreTrainedModel, ids_NT: Tensor, even: Plan, asked: Asked, pro
     return Plan(even.what, kept, {}, importance)
 
 
+def wanted(asked: Asked, *what: str) -> BySource:
+    """The moments of what reads units, by source."""
+    return BySource(
+        asked.sources, lambda block: [_read(block, one.reader) for kind in what for one in surgery.of(block, kind)]
+    )
+
+
+def _read(block: Block, reader: str) -> str:
+    """Path of the map whose inputs the units are: the basis, where the reader stands on one."""
+    return f"{reader}.basis" if isinstance(block.module.get_submodule(reader), SharedLinear) else reader
+
+
 def priced(block: Block, units: Units, seen: MapStatistics, multiple: int) -> tuple[list[Option], Tensor]:
     """What it saves and loses, in nats a token to second order, that so many units of a block go.
 
@@ -147,7 +161,7 @@ def priced(block: Block, units: Units, seen: MapStatistics, multiple: int) -> tu
     reader = block.module.get_submodule(units.reader)
     on_basis = isinstance(reader, SharedLinear)
     worth_O = seen.gradients[f"{units.reader}.coefficient" if on_basis else units.reader]
-    moment_FF = seen.moments[seen.first[f"{units.reader}.basis" if on_basis else units.reader]]
+    site = seen.first[_read(block, units.reader)]
     w_OF = surgery.reading(reader).weight.detach().float()  # type: ignore[operator]
     if isinstance(reader, SharedLinear):
         w_OF = _coefficient(block, units.reader).float() @ w_OF
@@ -157,8 +171,9 @@ def priced(block: Block, units: Units, seen: MapStatistics, multiple: int) -> tu
     weighed_OF = w_OF[:, columns] * worth_O.sqrt()[:, None]
     step = max(multiple, units.count // _STEPS // multiple * multiple)
     most = int(units.count * _MOST) // step * step
-    moment, rounds = moment_FF[columns][:, columns], most // step or 1
-    found = removals(weighed_OF, moment, most * size, size=size, rounds=rounds, floor=FLOOR)
+    rounds, every = most // step or 1, [seen.moments[site], *seen.sources.get(site, {}).values()]
+    moment, *sources = (moment_FF[columns][:, columns] for moment_FF in every)
+    found = removals(weighed_OF, moment, most * size, size=size, rounds=rounds, floor=FLOOR, sources=sources)
     options = [
         Option(len(gone) // size * each, damage / 2, len(gone) // size)
         for gone, damage in found
@@ -178,11 +193,26 @@ def said(model: PreTrainedModel, made: Plan) -> None:
         setattr(model.config.get_text_config(), name, value)
 
 
+def narrowing(made: Plan, asked: Asked) -> OnWeights:
+    """What a pass does by a plan; of calibration windows of several sources it looks at each."""
+    change = Narrow(made, asked.sources)
+    return OnWeights(change, sources=change.sources)
+
+
 @dataclass(frozen=True)
 class Narrow:
-    """Fewer inputs of the maps that read the units of a plan, gone unit by unit, the rest fitted."""
+    """Fewer inputs of the maps that read the units of a plan, gone unit by unit, the rest fitted.
+
+    Where there are several sources, those go that cost the source least that they cost most.
+    """
 
     plan: Plan
+    names: Sequence[str] = ()
+
+    def sources(self, block: Block, site: Sequence[str]) -> Sequence[str]:
+        """See OnWeights: the moments of what reads units."""
+        readers = {one.reader for one in surgery.of(block, self.plan.what)} if self.names else set()
+        return self.names if readers & {path.removesuffix(".basis") for path in site} else ()
 
     def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
         """See Technique."""
@@ -195,7 +225,7 @@ class Narrow:
         seen.fitted()
         for path, reader in of.items():
             worth_O = self.plan.importance.get(f"{block.name}.{reader}")
-            made[path] = _fewer(block, readers[reader], counts[reader], targets.pop(path), seen.moment_II, worth_O)
+            made[path] = _fewer(block, readers[reader], counts[reader], targets.pop(path), seen, worth_O)
         return made
 
     def apply(self, model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
@@ -209,14 +239,17 @@ class Narrow:
         surgery.cut(block, units, tensors["stay"], tensors["weight"], self.plan.fields)
 
 
-def _fewer(
-    block: Block, units: Units, count: int, w_RF: Tensor, moment_FF: Tensor, worth_O: Tensor | None
-) -> Compressed:
+def _fewer(block: Block, units: Units, count: int, w_RF: Tensor, seen: Seen, worth_O: Tensor | None) -> Compressed:
+    moment_FF = seen.moment_II
     on_basis = isinstance(block.module.get_submodule(units.reader), SharedLinear)
     w_OF = _coefficient(block, units.reader).float() @ w_RF if on_basis else w_RF
     inputs, size = units.columns_GS.shape[0] * units.columns_GS.shape[1], units.columns_GS.shape[1]
     weighed_OF = w_OF if worth_O is None else w_OF * worth_O.sqrt()[:, None]
-    gone = least_important(weighed_OF, moment_FF, inputs - count * size, size=size, floor=FLOOR)
+    sources = list(seen.sources.values())
+    if worth_O is None:
+        sources = alike(weighed_OF, moment_FF, sources)
+    goes = inputs - count * size
+    gone = least_important(weighed_OF, moment_FF, goes, size=size, floor=FLOOR, sources=sources)
     stay_G = torch.ones(units.count, dtype=torch.bool)
     stay_G[gone // size] = False
     stay_P = stay_G.nonzero().flatten()

@@ -10,10 +10,10 @@ from stages.prune.params import WEIGHTS, PruneParams
 from stages.runtime.contract import PARTIAL, Image, Input, Kind, Metrics, Progress, Stage
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from stages.models.checkpoint.subject import Subject
+    from stages.models.text.windows import Windows
 
 
 def admit(params: PruneParams, known: Mapping[str, Any]) -> Subject:
@@ -28,13 +28,13 @@ def prune(params: PruneParams, inputs: Mapping[str, Path], output: Path, progres
     from stages.models.checkpoint import editing
 
     model = editing.opened(inputs["model"], "prune", output / PARTIAL)
-    ids_NT = editing.calibration(inputs, params.window_tokens, params.windows, progress)
+    text = editing.sliced_calibration(inputs, params.window_tokens, params.windows, progress)
     work = _zeros if params.method in WEIGHTS else _structure
-    return work(params, model, ids_NT, inputs["model"], output, progress)
+    return work(params, model, text, inputs["model"], output, progress)
 
 
 def _zeros(
-    params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, like: Path, output: Path, progress: Progress
+    params: PruneParams, model: PreTrainedModel, text: Windows, like: Path, output: Path, progress: Progress
 ) -> Metrics:
     from stages.models.checkpoint import editing
     from stages.models.checkpoint.loading import save_model
@@ -42,7 +42,7 @@ def _zeros(
 
     names = editing.matching(list(zeros.linears(model)), params.layers, params.skip)
     how = zeros.How(params.method, params.pattern, params.keep, names)
-    rows = zeros.sparsified(model, ids_NT, how, output / PARTIAL, progress)
+    rows = zeros.sparsified(model, text.ids_NT, how, output / PARTIAL, progress)
     editing.write_table(output, rows, method=params.method)
     written = save_model(model, output, like=like, progress=progress)
     found = zeros.proven(model, written, how)
@@ -51,7 +51,7 @@ def _zeros(
 
 
 def _structure(
-    params: PruneParams, model: PreTrainedModel, ids_NT: Tensor, like: Path, output: Path, progress: Progress
+    params: PruneParams, model: PreTrainedModel, text: Windows, like: Path, output: Path, progress: Progress
 ) -> Metrics:
     from stages.models.anatomy.blocks import block_parameters, blocks
     from stages.models.checkpoint import editing
@@ -64,7 +64,8 @@ def _structure(
 
     before = block_parameters(model)
     limit = int(params.keep * before)
-    asked = Asked(limit, params.multiple, params.by, output / PARTIAL, uneven=params.widths == "uneven")
+    uneven, ids_NT = params.widths == "uneven", text.ids_NT
+    asked = Asked(limit, params.multiple, params.by, output / PARTIAL, uneven=uneven, sources=text.sources)
     if params.method in ("channels", "heads"):
         rows = narrow(model, ids_NT, params.method, asked, progress)
     else:

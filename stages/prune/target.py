@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ Rows = list[dict[str, Any]]
 class Asked:
     """How little may stay: parameters in blocks, what widths are multiples of, what blocks are chosen by, state.
 
-    `uneven`: each block loses as much as costs least.
+    `uneven`: each block loses as much as costs least. `sources`: of each calibration window, where there are several.
     """
 
     limit: int
@@ -24,6 +25,7 @@ class Asked:
     by: str
     partial: Path
     uneven: bool = False
+    sources: Sequence[str] = ()
 
 
 def cannot(what: str, best: int, total: int, asked: Asked) -> StageError:

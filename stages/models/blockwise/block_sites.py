@@ -5,7 +5,7 @@ Shapes: N windows, T tokens, M tokens at once, H hidden, I inputs and O outputs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from stages.models.blockwise.block_calls import PROBE
 from stages.models.blockwise.replay import Replay
 from stages.models.blockwise.run import check_finite
-from stages.models.blockwise.site_moments import Moments, Seen, whole
+from stages.models.blockwise.site_moments import Moments, Seen, SourceSums, whole
 from stages.models.blockwise.sites import Reached, added_to, listening, sites
 from stages.models.blockwise.streams import AT_ONCE, Streams, Turn, all_runs, called, through
 from stages.models.blockwise.technique import Compressed, OnWeights, Technique
@@ -103,7 +103,7 @@ def at_sites(
     calls = [(batch, Replay(), kwargs) for batch, kwargs in zip(z_NTH.split(AT_ONCE), mine, strict=True)]
     for site in found:
         technique.begin([f"{block.name}.{path}" for path in site], kept.peaks[site[0]])
-        seen = _seen(turn, site, kept, calls, partial(technique.read, f"{block.name}.{site[0]}"))
+        seen = _seen(turn, site, kept, calls, technique)
         trim()  # what the runs left lies between what is still used: here the most memory is taken
         maps = {path: block.module.get_submodule(path) for path in site}
         made = technique.compress(block, maps, seen)  # type: ignore[arg-type]
@@ -147,12 +147,14 @@ def _dense(turn: Turn, found: list[list[str]], x_NTH: Tensor, kept: _Kept) -> No
     check_finite(block.name, x_NTH)
 
 
-def _seen(turn: Turn, site: list[str], kept: _Kept, calls: Calls, read: Callable[[Tensor], Tensor]) -> Seen:
-    """Moments of one site, from a run of the compressed block that ends there; `read` is what maps read of an input."""
+def _seen(turn: Turn, site: list[str], kept: _Kept, calls: Calls, technique: Technique) -> Seen:
+    """Moments of one site, from a run of the compressed block that ends there."""
     block, beside, first = turn.block, turn.beside, site[0]
     adding = {path: kept.added[path] for path in site if path in kept.added}
     width = int(block.module.get_submodule(first).in_features)  # type: ignore[arg-type]
     halves = tuple(Moments(torch.zeros(width, width), torch.zeros(width, width)) for _ in range(2))
+    read = partial(technique.read, f"{block.name}.{first}")
+    sources = SourceSums(technique.sources(block, site) if isinstance(technique, OnWeights) else ())
     tokens = 0
     for call, (batch, run, kwargs) in enumerate(calls):
         y_NTH = None
@@ -168,4 +170,5 @@ def _seen(turn: Turn, site: list[str], kept: _Kept, calls: Calls, read: Callable
         middle = len(z_MI) // 2
         for half, rows in zip(halves, (slice(0, middle), slice(middle, None)), strict=True):
             half.add(x_MI[rows], z_MI[rows], {path: gap_MO[rows] for path, gap_MO in gaps.items()})
-    return whole(f"{block.name}.{first}", halves[0], halves[1], tokens)
+        sources.add(call * AT_ONCE, beside.places(heard.inputs[first], call, kwargs), z_MI)
+    return replace(whole(f"{block.name}.{first}", halves[0], halves[1], tokens), sources=sources.means())

@@ -8,7 +8,7 @@ Shapes: N windows, T tokens, S tokens of an encoder, H hidden, I inputs and O ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,11 +38,29 @@ class MapStatistics:
         moments: site -> E[x x^T] over what its maps read, [I, I].
         gradients: map -> sum of g^2 at each output over all that it reads, a token of the model's answers, [O]: the
             diagonal of the Fisher information, since labels are drawn from what the model says.
+        sources: site -> source -> the moment over its windows, where it was asked for.
     """
 
     first: dict[str, str]
     moments: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BySource:
+    """Which moments are wanted of each source by its own, too.
+
+    Attributes:
+        names: the source of each window; empty for none.
+        maps: of a block, those that read what is wanted.
+    """
+
+    names: Sequence[str] = ()
+    maps: Callable[[Block], Collection[str]] = lambda _block: ()
+
+
+_WHOLE = BySource()
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,11 @@ class _Way:
 
 
 def statistics_of(
-    model: PreTrainedModel, ids_NT: Tensor, folder: Path, advanced: Callable[[float, float], None]
+    model: PreTrainedModel,
+    ids_NT: Tensor,
+    folder: Path,
+    advanced: Callable[[float, float], None],
+    by_source: BySource = _WHOLE,
 ) -> Iterator[tuple[Block, MapStatistics]]:
     """Each block with the statistics of all maps that run in it, from the last block to the first.
 
@@ -79,6 +101,7 @@ def statistics_of(
         ids_NT: calibration windows.
         folder: where each block's inputs and moments, and answers, wait.
         advanced: told (done, total) in block passes.
+        by_source: which moments are wanted by source.
 
     Raises:
         StageError: an activation is not finite.
@@ -93,12 +116,11 @@ def statistics_of(
         way = _Way(stack, part_NT, left(every[0], ends[0]) if ends else None, runs(stack, part_NT.shape[1]))
         x_NTH = embedded(stack, part_NT * way.counted_NT)
         for place, block in enumerate(stack.blocks):
-            found[block.index] = MapStatistics(_firsts(block, x_NTH, way, place))
+            here = found[block.index] = _begun(block, x_NTH, way, place, by_source)
             for run in range(way.calls[place][0]):
                 waiting.put((block.index, run), {"input": x_NTH[:graded]})
-                x_NTH = _forward(block, x_NTH, way, place, found[block.index])
-            waiting.put(block.index, found[block.index].moments)
-            found[block.index].moments = {}
+                x_NTH = _forward(block, x_NTH, way, place, here, by_source.names)
+            _put(waiting, block.index, here)
             release(block.module)
             advanced(block.index + 1, total)
         ways.append(way)
@@ -116,12 +138,34 @@ def statistics_of(
             for run in reversed(range(way.calls[place][0])):
                 x_NTH = waiting.get((block.index, run), "input")
                 g_NTH = _backward(block, x_NTH, g_NTH, way, place, mine.gradients, g_read)
-            mine.moments = waiting.take(block.index)
-            mine.gradients = {path: one / int(counted_NT.sum()) for path, one in mine.gradients.items()}
+            _finish(waiting, block.index, mine, int(counted_NT.sum()))
             advanced(total - 2 * block.index, total)
             yield block, mine
             release(block.module)
         g_NTH = g_NTH if g_read is None else g_read
+
+
+def _begun(block: Block, x_NTH: Tensor, way: _Way, place: int, by_source: BySource) -> MapStatistics:
+    """Statistics of a block that nothing was seen of yet."""
+    found = MapStatistics(_firsts(block, x_NTH, way, place))
+    if by_source.names:
+        found.sources = {found.first[path]: {} for path in by_source.maps(block) if path in found.first}
+    return found
+
+
+def _put(waiting: Shelf, index: int, seen: MapStatistics) -> None:
+    """Let a block's moments wait."""
+    waiting.put(index, seen.moments)
+    for path, each in seen.sources.items():
+        waiting.put((index, path), each)
+    seen.moments, seen.sources = {}, {path: {} for path in seen.sources}
+
+
+def _finish(waiting: Shelf, index: int, into: MapStatistics, tokens: int) -> None:
+    """Take them back, and make means of the gradients' squares."""
+    into.moments = waiting.take(index)
+    into.gradients = {path: one / tokens for path, one in into.gradients.items()}
+    into.sources = {path: waiting.take((index, path)) for path in into.sources}
 
 
 def _firsts(block: Block, x_NTH: Tensor, way: _Way, place: int) -> dict[str, str]:
@@ -133,15 +177,19 @@ def _firsts(block: Block, x_NTH: Tensor, way: _Way, place: int) -> dict[str, str
     return {path: site[0] for site in found for path in site}
 
 
-def _forward(block: Block, x_NTH: Tensor, way: _Way, place: int, into: MapStatistics) -> Tensor:
+def _forward(block: Block, x_NTH: Tensor, way: _Way, place: int, into: MapStatistics, names: Sequence[str]) -> Tensor:
     """The block's output; the moments grow by its maps' inputs, as means over all that is read in all runs."""
     first = {path: block.module.get_submodule(path) for path in dict.fromkeys(into.first.values())}
-    runs_of_it, counted = way.calls[place][0], int(way.counted_NT.sum())
+    runs_of_it, counted_N = way.calls[place][0], way.counted_NT.sum(1)
 
-    def add(path: str, x_TI: Tensor, rows: int) -> None:
+    def add(path: str, x_TI: Tensor, rows_N: Tensor, window: int) -> None:
         with torch.autocast("cpu", enabled=False):
-            moment_II = product(x_TI.T, x_TI) / (rows * runs_of_it)
+            moment_II = product(x_TI.T, x_TI) / (int(rows_N.sum()) * runs_of_it)
         into.moments[path] = into.moments[path] + moment_II if path in into.moments else moment_II
+        if path in into.sources:
+            own, name = into.sources[path], names[window]
+            moment_II = moment_II * float(rows_N.sum() / rows_N[[one == name for one in names]].sum())
+            own[name] = own[name] + moment_II if name in own else moment_II
 
     outputs = []
     for window, x_1TH in enumerate(x_NTH.split(1)):
@@ -152,9 +200,9 @@ def _forward(block: Block, x_NTH: Tensor, way: _Way, place: int, into: MapStatis
         for path, x in heard.items():
             x_TI = x.flatten(0, -2).float()
             if way.read_NSH is not None and x.data_ptr() == way.read_NSH[window].data_ptr():
-                add(path, x_TI, way.read_NSH.shape[:2].numel())
+                add(path, x_TI, torch.full_like(counted_N, way.read_NSH.shape[1]), window)
             else:
-                add(path, x_TI if counted_T.all() else x_TI[counted_T], counted)
+                add(path, x_TI if counted_T.all() else x_TI[counted_T], counted_N, window)
     y_NTH = torch.cat(outputs)
     check_finite(block.name, y_NTH)
     return y_NTH

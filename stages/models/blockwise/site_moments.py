@@ -8,7 +8,8 @@ drift of the residual stream is added here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -54,11 +55,13 @@ class Seen(Moments):
         half: sums over the first half of every few windows' tokens.
         tokens: of the whole text.
         damping: of a fit, a share of the mean squared input.
+        sources: E[z z^T] over the windows of each source, where they were asked for.
     """
 
     half: Moments | None = None
     tokens: int = 0
     damping: float = DAMPING
+    sources: Mapping[str, Tensor] = field(default_factory=dict)
 
     def target(self, path: str, w_OI: Tensor) -> Tensor:
         """W*, float32: the map to compress instead of `w_OI`."""
@@ -97,6 +100,33 @@ class Seen(Moments):
     def root_II(self) -> Tensor:
         """Of the damped moment's inverse, upper, float32."""
         return inverse_root(self.moment_II, self.damping)
+
+
+class SourceSums:
+    """z z^T over the windows of each source, sums until they are asked for."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: Counter[str] = Counter()
+
+    def add(self, first: int, window_M: Tensor, z_MI: Tensor) -> None:
+        """Add tokens of some windows.
+
+        Args:
+            first: number of the first of them; of a block that runs several times, all windows come as often.
+            window_M: how many windows after it each token stands.
+            z_MI: what was read.
+        """
+        for number in window_M.unique().tolist() if self._names else ():
+            name, own_MI = self._names[(first + number) % len(self._names)], z_MI[window_M == number]
+            moment_II = product(own_MI.T, own_MI)
+            self._sums[name] = self._sums[name].add_(moment_II) if name in self._sums else moment_II
+            self._tokens[name] += len(own_MI)
+
+    def means(self) -> dict[str, Tensor]:
+        """Source -> E[z z^T]; used up."""
+        return {name: self._sums.pop(name).div_(self._tokens[name]) for name in sorted(self._sums)}
 
 
 def _stacked(part: Moments, maps: Mapping[str, Tensor]) -> Tensor | None:

@@ -75,9 +75,19 @@ class Beside:
 
     def rows(self, x: Tensor, call: int, kwargs: Mapping[str, Any]) -> Tensor:
         """x_MI of [n, T, I] that a map reads or adds to in one call: what counts of it."""
+        counted_nT = self._counted(x, call, kwargs)
+        return x.flatten(0, -2) if counted_nT is None else x[counted_nT]
+
+    def places(self, x: Tensor, call: int, kwargs: Mapping[str, Any]) -> Tensor:
+        """Of each of those rows, the number of its window in the call."""
+        numbers_nT = torch.arange(len(x))[:, None].expand(len(x), x.shape[1])
+        counted_nT = self._counted(x, call, kwargs)
+        return numbers_nT.flatten() if counted_nT is None else numbers_nT[counted_nT]
+
+    def _counted(self, x: Tensor, call: int, kwargs: Mapping[str, Any]) -> Tensor | None:
         if self.counted_NT is None or any(isinstance(one, Tensor) and _is(one, x) for one in kwargs.values()):
-            return x.flatten(0, -2)
-        return x[self.counted_NT[call * AT_ONCE : (call + 1) * AT_ONCE]]
+            return None
+        return self.counted_NT[call * AT_ONCE : (call + 1) * AT_ONCE]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Shapes: M tokens at once, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,10 +60,12 @@ class OnWeights:
     Attributes:
         change: what is done.
         idle: whether blocks may have maps that read nothing; these stay as they are.
+        sources: of a block and a site the source of each window, where the moment is wanted of each by its own.
     """
 
     change: Change
     idle: bool = False
+    sources: Callable[[Block, Sequence[str]], Sequence[str]] = lambda _block, _site: ()
 
     def enter(self, block: Block) -> None:
         """See Technique."""

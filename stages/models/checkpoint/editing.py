@@ -21,7 +21,7 @@ from stages.models.checkpoint.files import stored_parameters
 from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
 from stages.models.layers.quantization_spec import describe
 from stages.models.memory.pages import trim
-from stages.models.text.windows import windows
+from stages.models.text.windows import Windows, sliced_windows
 from stages.runtime.contract import Metrics, Progress, StageError
 
 TABLE = "layers.json"
@@ -40,7 +40,12 @@ def opened(folder: Path, verb: str, scratch: Path) -> PreTrainedModel:
 
 
 def calibration(inputs: Mapping[str, Path], tokens: int, most: int, progress: Progress) -> Tensor:
-    """ids_NT of the `calibrate` split, at most so many windows of so many tokens; fewer or shorter ones are noted.
+    """ids_NT of `sliced_calibration`."""
+    return sliced_calibration(inputs, tokens, most, progress).ids_NT
+
+
+def sliced_calibration(inputs: Mapping[str, Path], tokens: int, most: int, progress: Progress) -> Windows:
+    """Of the `calibrate` split, at most so many windows of so many tokens; fewer or shorter ones are noted.
 
     Windows are as long as the model reads where that is less.
 
@@ -50,12 +55,12 @@ def calibration(inputs: Mapping[str, Path], tokens: int, most: int, progress: Pr
     check_text(inputs)
     tokens = readable(inputs["model"], tokens, progress)
     tokenizer = load_tokenizer(inputs["model"])
-    ids_NT = windows(inputs["text"], "calibrate", tokenizer, tokens, most=most, progress=progress)
-    if len(ids_NT) < most:
-        progress.note(f"the calibrate split gives {len(ids_NT)} of {most} windows")
+    found = sliced_windows(inputs["text"], "calibrate", tokenizer, tokens, most=most, progress=progress)
+    if len(found.ids_NT) < most:
+        progress.note(f"the calibrate split gives {len(found.ids_NT)} of {most} windows")
     del tokenizer  # a vocabulary takes as much memory as a small model's block
     trim()
-    return ids_NT
+    return found
 
 
 def check_text(inputs: Mapping[str, Any]) -> None:

@@ -19,11 +19,12 @@ from stages.algorithms.grouping import Span, grouped, most
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block, linear_maps
 from stages.models.anatomy.roles import refuse_experts
-from stages.models.blockwise.map_statistics import MapStatistics, statistics_of
+from stages.models.blockwise.map_statistics import BySource, MapStatistics, statistics_of
 from stages.models.blockwise.sites import float_maps
 from stages.models.low_rank.projections import named
 from stages.models.memory.spill import Shelf
 
+_WHOLE = BySource()
 RANK_STEP = 8
 """Ranks are multiples of this: kernels of every target like inner sizes that 8 divides."""
 BESIDE = "beside"
@@ -89,6 +90,7 @@ class Measured:
         folder: Path,
         advanced: Callable[[float, float], None],
         beside: Callable[[Block, MapStatistics], Iterable[Part]] = _nothing,
+        by_source: BySource = _WHOLE,
     ) -> None:
         """Take the statistics of every block and price every part, from the last block to the first.
 
@@ -99,17 +101,18 @@ class Measured:
             folder: for state.
             advanced: told (done, total).
             beside: of a block and its statistics the parts that could go in another way, each priced.
+            by_source: what those want of each source of the text by its own.
 
         Raises:
             StageError: an activation is not finite.
         """
         blocks, self._moments = anatomy.blocks(self._model), Shelf(folder)
-        for block, statistics in statistics_of(self._model, ids_NT, folder, advanced):
+        for block, statistics in statistics_of(self._model, ids_NT, folder, advanced, by_source):
             for part in beside(block, statistics):
                 ways = self._ways.setdefault((BESIDE, *part.maps), {})
                 ways[block.index, block.index + 1] = [(part,)]
             self._moments.put(block.index, statistics.moments)
-            statistics.moments = {}
+            statistics.moments, statistics.sources = {}, {}
             self._statistics[block.index] = statistics
             self.idle += [
                 path

@@ -73,6 +73,11 @@ class Windows:
     ids_NT: Tensor
     names: tuple[str, ...]
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names where there are windows of several sources; nothing where there are not."""
+        return self.names if len(set(self.names)) > 1 else ()
+
 
 def windows(
     corpus: Path,
