@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.algorithms.allocation import Option
+from stages.algorithms.channels import FLOOR
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.anatomy.plainness import plain
@@ -66,7 +67,8 @@ def automatic(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Pr
     total, free = anatomy.block_parameters(model), takeable(model, asked, progress)
     kinds = [tuple(kind.split("+")) for kind in _kinds(model) or ()] or None
     names = [name for name in dense(model) if plain(model.get_submodule(name))]
-    measured = Measured(model, kinds, 1, names)
+    # Units are priced with this floor: without it a rank would seem to cost less than it does beside them.
+    measured = Measured(model, kinds, 1, names, FLOOR)
     measured.measure(
         ids_NT,
         asked.partial / "statistics",

@@ -78,8 +78,20 @@ def _nothing(_block: Block, _statistics: MapStatistics) -> tuple[Part, ...]:
 class Measured:
     """What one pass over the calibration windows says of every way to cut the maps."""
 
-    def __init__(self, model: PreTrainedModel, kinds: Kinds | None, group: int, names: Collection[str]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kinds: Kinds | None, group: int, names: Collection[str], floor: float = 0.0
+    ) -> None:
+        """Ask what may go.
+
+        Args:
+            model: whose maps they are.
+            kinds: roles that may share a basis; None for every map by itself.
+            group: most neighbours on one basis.
+            names: paths of the maps that may change.
+            floor: share of the inputs' median energy that every direction of them is priced to carry besides its own.
+        """
         self._model, self._kinds, self._group, self._names = model, kinds, group, frozenset(names)
+        self._floor = floor
         self._statistics: dict[int, MapStatistics] = {}
         self._ways: dict[tuple[str, ...], Ways] = {}
         self.idle: list[str] = []
@@ -211,6 +223,7 @@ class Measured:
         if not self._free(maps, blocks):
             return Part(maps, blocks, ())
         weights, importance, moment_II = self._stack(maps, blocks)
+        moment_II.diagonal().add_(self._floor * moment_II.diagonal().median())
         if len(weights) > 1:
             damage = basis.lost(weights, moment_II, importance) / 2
         else:
