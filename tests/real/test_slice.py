@@ -24,6 +24,8 @@ def test_slice_real_model_is_judged_registered_and_answers(tmp_path):
     assert (
         steps["pruned"]["metrics"]["block_parameters"] <= 0.95 * steps["pruned"]["metrics"]["block_parameters_before"]
     )
+    answered = {gate["measure"] for gate in result["gates"] if gate["corpus"] == "abilities"}
+    assert answered == {"accuracy", "above_chance", "kl_divergence", "repetition", "leaks"}
     code = (
         "import mlflow; model = mlflow.pyfunc.load_model('models:/slice@champion')\n"
         "print(model.predict(['The capital of France is'], params={'max_new_tokens': 8})[0])"
