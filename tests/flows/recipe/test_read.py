@@ -494,9 +494,11 @@ class TestReal:
         names = {step.name: step for step in recipe.steps}
         assert names["gpu"].params["architectures"] == ["sm_89", "sm_120"]
         limits = {(g.measure, g.artifact, g.against, g.corpus): g.at_most for g in recipe.gates}
-        assert limits["perplexity", None, "dense", "text"] == 1.25
-        assert limits["perplexity", None, "dense", "other"] == 1.35
-        assert limits["size_bytes", "gpu", "dense-gpu", None] == 0.35
+        assert limits["perplexity", None, "dense", "text"] == limits["perplexity", None, "dense", "other"] == 1.15
+        assert limits["size_bytes", "gpu", "dense", None] == 0.36
+        right = next(gate for gate in recipe.gates if gate.measure == "accuracy")
+        assert (right.corpus, right.against, right.value_at_least, right.at_least) == ("abilities", "dense", 0.9, 0.85)
+        assert [names[one].params["keep"] for one in ("shared", "pruned")] == [0.95, 0.95]
 
     def test_schemas_are_current(self):
         for name, text in schemas().items():
