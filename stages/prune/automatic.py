@@ -99,6 +99,8 @@ def automatic(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Pr
             rows += products.compressed(model, ids_NT, more, ranks, Pass(progress, 3, _PASSES)).rows
         except products.TooMuch as error:
             raise cannot(_WHAT, error.best, total, asked) from error
+    else:
+        progress.advanced(1, 1)
     return rows
 
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, outlined, save_model
 from stages.models.checkpoint.subject import Subject
+from stages.models.text.windows import Windows
 from stages.prune import zeros
 from stages.prune.admission import admitted
 from stages.prune.params import PruneParams
@@ -69,7 +70,7 @@ def test_family_loses_a_block_and_answers_as_what_is_left(name, root, tmp_path):
     params = PruneParams(method="blocks", keep=0.7, windows=2, window_tokens=20)
     admitted(params, outline(folder))
     tmp_path.joinpath("out").mkdir()
-    found = _structure(params, load_model(folder), IDS, folder, tmp_path / "out", Silent())
+    found = _structure(params, load_model(folder), Windows(IDS, ()), folder, tmp_path / "out", Silent())
     assert (found["layers"], found["hidden_size"]) == (2, 32)
     assert len(anatomy.blocks(load_model(tmp_path / "out"))) == 2
     torch.testing.assert_close(
@@ -83,4 +84,4 @@ def test_family_whose_blocks_cannot_go_is_refused_at_admission_as_by_the_work(na
     with pytest.raises(StageError, match=why):
         admitted(params, outline(folder))
     with pytest.raises(StageError, match=why):
-        _structure(params, load_model(folder), IDS, folder, tmp_path, Silent())
+        _structure(params, load_model(folder), Windows(IDS, ()), folder, tmp_path, Silent())

@@ -94,12 +94,13 @@ def test_predicted_shapes_are_those_that_are_made(store, tmp_path, seal):
 
 
 def _pruned(folder: Path, params, output: Path) -> torch.nn.Module:
+    from stages.models.text.windows import Windows
     from stages.prune.stage import _structure
 
     output.mkdir()
     model = load_model(folder)
     ids_NT = torch.randint(0, 96, (params.windows, params.window_tokens), generator=torch.Generator().manual_seed(0))
-    _structure(params, model, ids_NT, folder, output, Silent())
+    _structure(params, model, Windows(ids_NT, ()), folder, output, Silent())
     return load_model(output)
 
 

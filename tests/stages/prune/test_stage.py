@@ -310,6 +310,8 @@ CUTS = {
     "auto": {"method": "auto"},
     "width": {"method": "width"},
 }
+CUT_AT = {"auto": 0.4}
+"""Amid the second of four passes, of channels: here heads and ranks stay, and their passes are not run."""
 
 
 @pytest.mark.parametrize("cut_by", CUTS)
@@ -323,7 +325,7 @@ def test_prune_cut_off_goes_on_and_ends_in_the_same_bytes(shared_store, dense, t
 
     class Ended(Notes):
         def advanced(self, done, total):
-            if done / total > 0.79:
+            if done / total > CUT_AT.get(cut_by, 0.79):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
