@@ -37,8 +37,8 @@ _FORMS: dict[tuple[Any, ...], str] = {
     (4, "float", "tensor_group"): "nvfp4", (4, "float", "group"): "mxfp4",
 }  # fmt: skip
 _ZEROS = ("weight_zero_point", "input_zero_point")
-
-
+_IN_PLACE = (None, "static", "weight")
+"""Orders in which GPTQ rounded the columns that leave each in its own block: nothing of them is stored."""
 _AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -248,7 +248,8 @@ def _entry(name: str, group: Mapping[str, Any], old: nn.Linear) -> dict[str, Any
     )
     misfit = form is not None and quantized_linear.FORMS[form].block not in (None, block)
     static = all(not one.get("dynamic") and one.get("symmetric", True) for one in (weights, inputs or weights))
-    if form is None or misfit or not static or weights.get("actorder") or group.get("output_activations"):
+    in_place = weights.get("actorder") in _IN_PLACE
+    if form is None or misfit or not static or not in_place or group.get("output_activations"):
         raise _unknown(f"the scheme of {name}", f"weights {weights}, inputs {inputs}")
     if inputs is not None and (_scheme(inputs) != (8, weights["type"], "tensor") or weights["num_bits"] != 8):
         raise _unknown(f"the rounding of the inputs of {name}", inputs)

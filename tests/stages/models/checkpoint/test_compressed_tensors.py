@@ -193,6 +193,7 @@ def test_conventions_of_other_writers_are_read(mixture, tmp_path):
     def change(config):
         config["config_groups"]["group_1"]["targets"] = [r"re:.*\.k_proj$"]
         config["config_groups"]["group_3"]["weights"]["strategy"] = "tensor"
+        config["config_groups"]["group_2"]["weights"]["actorder"] = "static"
         config["ignore"] = ["re:.*lm_head", f"{BLOCK}mlp.down_proj"]
         config["config_groups"]["group_5"]["targets"] = ["Linear"]
         config |= {"sparsity_config": {"format": "dense"}, "transform_config": {}}
