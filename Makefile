@@ -14,7 +14,7 @@ COMPOSE = ENGINERY_STACK=$(stack) $(compose) --project-name $(stack) --project-d
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check real-test fault-test cases fuzz families service-test bench bench-engine images schemas clean gpu-test \
+.PHONY: help install run test check real-test fault-test cases fuzz families service-test bench bench-abilities bench-engine images schemas clean gpu-test \
   production-env production-up production-submit production-watch production-down production-test
 
 help:  ## list the targets
@@ -69,6 +69,9 @@ service-test: install  ## minutes on real servers: gigabytes through S3, a run w
 
 bench: install  ## every compression technique: loss, seconds, memory, beside peers; ONLY=int4,w8a8 for some, ARGS=--help
 	@$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+bench-abilities: install  ## what each technique keeps of the abilities, by calibration, beside peers; ONLY=channels,w8a8 ITEMS=60, ARGS=--help
+	@$(BIN)/python -m tests.benchmarks.abilities $(if $(ONLY),--only $(ONLY)) $(if $(ITEMS),--items $(ITEMS)) $(ARGS)
 
 bench-engine: install  ## the last main job's engine beside the dense model: prefill, generation, memory
 	@$(BIN)/python -m tests.bench

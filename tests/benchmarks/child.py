@@ -77,6 +77,55 @@ def score(task: Task, tell: JsonLines) -> dict[str, Any]:
 
 def peer(task: Task, tell: JsonLines) -> dict[str, Any]:
     """A published tool on the dense model, and its scores. Loading is counted, as in ours; saving is left out."""
+    model, _, done = _by_peer(task)
+    return done | _scored(model, _plain(task["dense"]), task, tell)
+
+
+def peer_saved(task: Task, tell: JsonLines) -> dict[str, Any]:
+    """What a published tool makes of the dense model, as a checkpoint that `fetch` reads."""
+    from stages.models.checkpoint.layout import carry, travelling
+
+    model, asked, done = _by_peer(task)
+    assert asked.save is not None
+    asked.save(model, Path(task["output"]))
+    carry(Path(task["dense"]), Path(task["output"]), travelling(Path(task["dense"])))
+    return done
+
+
+def peer_lent(task: Task, tell: JsonLines) -> dict[str, Any]:
+    """What a published tool makes of the dense model, served to who asks; see `lent`."""
+    from tests.benchmarks.lent import serve
+
+    model, asked, _ = _by_peer(task)
+    tell.send(event="ready", size_bytes=_stored(model, Path(task["dense"]), asked.bits))
+    serve(model, Path(task["folder"]), sys.stdin, tell)
+    return {}
+
+
+def peer_asked(task: Task, tell: JsonLines) -> dict[str, Any]:
+    """What such a model answers, asked by our libraries: reports as `validate` writes them."""
+    from tests.benchmarks.asked import reports
+    from tests.benchmarks.lent import borrowed
+
+    with borrowed({**task, "do": "peer lent"}, task["python"]) as (lent, told):
+        found = reports(lent, Path(task["dense"]), task["asks"], tell)
+    for one in found.values():
+        one["measures"]["size_bytes"] = told["size_bytes"]
+    return {"reports": found}
+
+
+def _stored(model: Any, dense: Path, bits: float | None) -> float:
+    """Bytes of the dense checkpoint with the maps of its blocks in as many bits as a tool says."""
+    from torch import nn
+
+    whole = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
+    maps = [one for name, one in model.named_modules() if isinstance(one, nn.Linear) and name != "lm_head"]
+    wide = sum(one.weight.numel() * one.weight.element_size() for one in maps)
+    return float(whole) if bits is None else whole - wide + sum(one.weight.numel() for one in maps) * bits / 8
+
+
+def _by_peer(task: Task) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, the peer, and what it took."""
     began = time.monotonic()
     import torch
     from safetensors.torch import load_file
@@ -89,14 +138,17 @@ def peer(task: Task, tell: JsonLines) -> dict[str, Any]:
     ids_NT = load_file(task["windows"])["calibrate"][: task["calibration"] or asked.windows]
     model = asked.apply(_plain(task["dense"]), ids_NT)
     torch.set_grad_enabled(True)
-    done = {
-        "seconds": time.monotonic() - imported,
-        "import_seconds": imported - began,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "tool": f"{asked.distribution} {version(asked.distribution)}, {len(ids_NT)} windows",
-        "metrics": {} if asked.bits is None else {"bits_per_weight": asked.bits},
-    }
-    return done | _scored(model, _plain(task["dense"]), task, tell)
+    return (
+        model,
+        asked,
+        {
+            "seconds": time.monotonic() - imported,
+            "import_seconds": imported - began,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "tool": f"{asked.distribution} {version(asked.distribution)}, {len(ids_NT)} windows",
+            "metrics": {} if asked.bits is None else {"bits_per_weight": asked.bits},
+        },
+    )
 
 
 def _plain(folder: str) -> Any:
@@ -122,7 +174,15 @@ def _scored(model: Any, dense: Any, task: Task, tell: JsonLines) -> dict[str, fl
     )
 
 
-TASKS = {"windows": windows, "run": run, "score": score, "peer": peer}
+TASKS = {
+    "windows": windows,
+    "run": run,
+    "score": score,
+    "peer": peer,
+    "peer saved": peer_saved,
+    "peer lent": peer_lent,
+    "peer asked": peer_asked,
+}
 
 
 def main(path: str, stream: TextIO) -> None:

@@ -15,8 +15,8 @@ from tests.benchmarks.chart import page
 from tests.benchmarks.results import Row, columns, summary
 
 EXPERIMENT = "bench"
-_TABLE = [{"path": "techniques.json", "type": "table"}]
-"""What MLflow's own `log_table` notes of a table, so that its page shows one; that function needs pandas."""
+TABLE = "techniques.json"
+"""Noted in a tag as MLflow's own `log_table` does, so that its page shows one; that function needs pandas."""
 
 
 def record(scratch: Path, rows: Sequence[Row], dense: Row, peers: Sequence[str], params: Mapping[str, Any]) -> str:
@@ -32,17 +32,44 @@ def record(scratch: Path, rows: Sequence[Row], dense: Row, peers: Sequence[str],
     Returns:
         where a person sees it.
     """
-    tracking = open_tracking(scratch, experiment=EXPERIMENT)
-    client = tracking.client
-    run_id = client.create_run(tracking.experiment_id, run_name="bench").info.run_id
     figures = {f"{row.name}/{name}": value for row in rows for name, value in summary(row, dense).items()}
     figures |= {f"dense/{name}": value for name, value in dense.figures.items()}
-    tags = {"enginery.commit": commit(), "enginery.device": device_name(), "mlflow.loggedArtifacts": json.dumps(_TABLE)}
-    send(client, run_id, Buffer(params=flattened(params), points=now(figures), tags=tags))
     made = columns(rows, dense)
-    client.log_dict(run_id, {"columns": [*made], "data": [*zip(*made.values(), strict=True)]}, "techniques.json")
-    lines = "".join(json.dumps(asdict(row)) + "\n" for row in (dense, *rows))
-    client.log_text(run_id, lines, "rows.jsonl")
-    client.log_text(run_id, page(rows, dense, peers), "loss.html")
-    client.set_terminated(run_id, "FAILED" if any(row.error for row in rows) else "FINISHED")
+    files = {
+        TABLE: json.dumps({"columns": [*made], "data": [*zip(*made.values(), strict=True)]}),
+        "rows.jsonl": "".join(json.dumps(asdict(row)) + "\n" for row in (dense, *rows)),
+        "loss.html": page(rows, dense, peers),
+    }
+    return logged(scratch, "bench", params, figures, files, failed=any(row.error for row in rows))
+
+
+def logged(
+    scratch: Path,
+    name: str,
+    params: Mapping[str, Any],
+    figures: Mapping[str, float],
+    files: Mapping[str, str],
+    *,
+    failed: bool,
+) -> str:
+    """Log a run of the experiment `bench`; returns where a person sees it.
+
+    Args:
+        scratch: see `record`.
+        name: of the run.
+        params: what was asked.
+        figures: name -> value.
+        files: name -> text; TABLE is shown as a table.
+        failed: something broke.
+    """
+    tracking = open_tracking(scratch, experiment=EXPERIMENT)
+    client = tracking.client
+    run_id = client.create_run(tracking.experiment_id, run_name=name).info.run_id
+    tags = {"enginery.commit": commit(), "enginery.device": device_name()}
+    if TABLE in files:
+        tags["mlflow.loggedArtifacts"] = json.dumps([{"path": TABLE, "type": "table"}])
+    send(client, run_id, Buffer(params=flattened(params), points=now(dict(figures)), tags=tags))
+    for path, text in files.items():
+        client.log_text(run_id, text, path)
+    client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
     return tracking.link(run_id)

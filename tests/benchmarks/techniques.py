@@ -86,6 +86,32 @@ TECHNIQUES = (
     ),
 )
 
+KEEP, KEEP_BLOCKS = 0.95, 0.97
+"""Of the blocks' parameters, where abilities are counted: five of a hundred go, or one block of up to 33."""
+
+
+def _cut(name: str, stage: str, about: str = "5 % of the blocks", **params: Any) -> tuple[Technique, ...]:
+    return (Technique(name, stage, {"keep": KEEP, **params}, about=about),)
+
+
+_UNEVEN = {"widths": "uneven", "about": "5 % of the blocks, of each as many as cost least"}
+CUTS: Mapping[str, tuple[Technique, ...]] = {
+    "channels": _cut("channels", "prune", method="channels")
+    + _cut("channels-uneven", "prune", method="channels", **_UNEVEN),
+    "heads": _cut("heads", "prune", method="heads") + _cut("heads-uneven", "prune", method="heads", **_UNEVEN),
+    "width": _cut("width", "prune", method="width")
+    + _cut("auto", "prune", "5 % of the blocks: channels, heads and ranks", method="auto"),
+    "blocks": _cut("blocks", "prune", "one block", method="blocks", keep=KEEP_BLOCKS),
+    "factorize": _cut("factorize", "factorize"),
+    "factorize-sparse": _cut("factorize-sparse", "factorize", "5 %, half of it in single weights", sparse=0.5),
+    "basis": _cut("basis", "share", method="basis"),
+    "recursive": _cut("recursive", "share", method="recursive"),
+    "svd-uniform": _cut("svd-uniform", "uniform_svd", "control: whitened SVD, one rank a shape, 5 %; stored dense"),
+}
+"""In place of the techniques of this name, which take so much that no ability is left to compare."""
+GENTLE = tuple(row for one in TECHNIQUES if not one.as_long_as for row in CUTS.get(one.name, (one,)))
+"""The techniques whose abilities are counted."""
+
 
 def chosen(only: Iterable[str], among: Iterable[Technique]) -> tuple[Technique, ...]:
     """The techniques that `only` names and those whose checkpoints they read, in the table's order; all for none.
