@@ -57,8 +57,8 @@ class Asked:
     calibrations: tuple[str, ...] = CALIBRATIONS
     abilities: str = "abilities://"
     items: int | None = None
-    samples: int = 192
-    sample_tokens: int = 320
+    samples: int = 384
+    sample_tokens: int = 128
     threads: int = 1
     launcher: str = "process"
 
