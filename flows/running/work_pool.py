@@ -63,9 +63,12 @@ class Dispatcher:
         place, lost = self.pools.place(order.stage), ""
         with api() as client:
             for _ in range(self.pools.attempts):
-                flow_run, ours = patiently(
+                begun = patiently(
                     lambda: self._begin(client, order, place, progress), say=progress.note, stopped=self._stopped
                 )
+                if isinstance(begun, Outcome):
+                    return begun
+                flow_run, ours = begun
                 outcome, lost = self._followed(client, flow_run, order, progress, ours=ours)
                 if outcome is not None:
                     return outcome
@@ -104,13 +107,18 @@ class Dispatcher:
         key = f"{fingerprint(order.work)}:{digest_bytes(self.store.uri.encode())[:8]}"
         return f"{key}:{self.run}" if order.force else key
 
-    def _begin(self, client: SyncPrefectClient, order: Order, place: Place, progress: Progress) -> tuple[FlowRun, bool]:
-        """The flow run that makes this artifact, and whether it is a new attempt or one that goes on already."""
+    def _begin(
+        self, client: SyncPrefectClient, order: Order, place: Place, progress: Progress
+    ) -> tuple[FlowRun, bool] | Outcome:
+        """The flow run that makes this artifact, and whether it is ours; or what another run's has just made."""
         work = self.key(order)
         known = attempts(client, work)
         if known and not is_final(known[-1]):
             progress.note(f"follows {known[-1].name} of pool {place.pool}, which makes the same artifact")
             return known[-1], self._tag in known[-1].tags
+        # Another run's attempt may have sealed it after this run looked and before it asked for attempts.
+        if known and not order.force and (made := self._sealed(order, {"cached": True})):
+            return made
         flow_run = begin(
             known,
             work,

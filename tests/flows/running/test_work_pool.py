@@ -146,6 +146,15 @@ def test_dispatch_two_runs_of_one_work_follow_one_container(pool, store, tmp_pat
     assert len(ours(deployment, key)) == 1
 
 
+def test_dispatch_work_that_another_run_has_just_sealed_starts_no_container(pool, store, tmp_path):
+    deployment = pool("plain")
+    one = book(store, tmp_path)
+    made = [dispatcher(store, "plain").launch(one, Heard()) for _ in range(2)]
+    assert [outcome.identity for outcome in made] == 2 * [fingerprint(one.work)]
+    assert [outcome.cached for outcome in made] == [False, True]
+    assert len(ours(deployment, f"work:{dispatcher(store, 'plain').key(one)}")) == 1
+
+
 def test_dispatch_pool_without_a_live_worker_says_so_in_time(pool, store, tmp_path):
     pool("idle", worker=False)
     began, heard = time.monotonic(), Heard()
