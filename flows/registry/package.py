@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SERVED = Path(__file__).with_name("served.py")
 FACE = "stages.serving.engine"
 """The module that opens an engine; it, the engine's backend and what they import travel."""
-REQUIREMENTS = ("mlflow", "numpy", "pydantic", "tokenizers")
+REQUIREMENTS = ("jinja2", "mlflow", "numpy", "pydantic", "tokenizers")
 """Beside the library that executes the engine."""
 PACKAGE = "enginery.package"
 

@@ -8,7 +8,7 @@ Shapes: N sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,17 @@ from tokenizers import Tokenizer
 from stages.adapters.backends import GRAPHS_BACKEND, Forward, backend, refuse_impossible
 from stages.models.checkpoint.json_files import read_json
 from stages.runtime.contract import StageError
-from stages.serving.generate import Steps, greedy
+from stages.serving.chat import Chat, Message, chat
+from stages.serving.generate import ROWS, Steps, written
+from stages.serving.generation import Generation, generation
+from stages.serving.sampling import Drawing
+from stages.serving.writing import Answer, Writing
 
 GRAPH, DESCRIBED, ENGINE = "model.onnx", "graph.json", "engine.json"
 ENDLESS = 2**31 - 1
 """Tokens that a model reads whose positions have no end."""
+Prompt = str | Sequence[Message]
+"""A text that is continued as it stands, or a conversation that is answered by the model's chat template."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Answerer:
         ends: tokens that end a sequence.
         forward: (ids_NT, mask_NT) -> logits_NTV, or what else a model of its task answers.
         steps: begins to keep what it reads of some sequences; None where nothing does.
+        chat: how conversations are written; None where the tokenizer has no chat template.
     """
 
     target: str
@@ -48,6 +55,7 @@ class Answerer:
     ends: frozenset[int]
     forward: Forward
     steps: Callable[[], Steps] | None = None
+    chat: Chat | None = None
 
     def logits(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
         """logits_NTV of whole sequences, or what else a model of its task answers.
@@ -59,14 +67,65 @@ class Answerer:
         self._check(ids_NT.shape[1])
         return self.forward(ids_NT, np.ones_like(ids_NT))
 
-    def generate(self, prompts: list[str], *, max_new_tokens: int = 32) -> list[str]:
-        """Continue each prompt by the most likely tokens, up to the first that ends a sequence.
+    def generate(self, prompts: Sequence[Prompt], **asked: Any) -> list[str]:
+        """Continue each prompt, up to the first token that ends a sequence.
 
-        The prompt is taken as it stands: no chat template is put around it.
+        Args:
+            prompts: texts, taken as they stand, and conversations.
+            asked: see `stages.serving.generation.Generation`; the most likely tokens unless told otherwise.
 
         Raises:
-            StageError: the model continues no text, or a prompt is empty or longer than it reads.
+            StageError: the model continues no text, a prompt is empty or longer than it reads, it has no chat template
+                for a conversation, or what is asked is out of range.
         """
+        return [one.text for one in self.answers(prompts, generation(asked))]
+
+    def answers(self, prompts: Sequence[Prompt], how: Generation) -> list[Answer]:
+        """As `generate`; says besides how each answer ended."""
+        most, encoded = self._admitted(prompts, how)
+        # What keeps all that it reads has room for no number of prompts.
+        at_once = ROWS if self.steps else max(1, len(encoded))
+        found: list[Answer] = []
+        for start in range(0, len(encoded), at_once):
+            rows = encoded[start : start + at_once]
+            writings, new = [Writing(self.tokenizer, how.stop) for _ in rows], [list[int]() for _ in rows]
+            for _ in self._written(rows, new, writings, how, most):
+                pass
+            found += [self._answer(*one) for one in zip(rows, new, writings, strict=True)]
+        return found
+
+    def stream(self, prompt: Prompt, **asked: Any) -> Generator[str, None, Answer]:
+        """The pieces of one answer as they come: joined they are what `generate` says; the answer is returned."""
+        how = generation(asked)
+        most, encoded = self._admitted([prompt], how)
+        return self._pieces(encoded, how, most)
+
+    def _pieces(self, rows: list[list[int]], how: Generation, most: int) -> Generator[str, None, Answer]:
+        writing, new = Writing(self.tokenizer, how.stop), list[int]()
+        for _ in self._written(rows, [new], [writing], how, most):
+            if piece := writing.piece(new):
+                yield piece
+        if piece := writing.piece(new, last=True):
+            yield piece
+        return self._answer(rows[0], new, writing)
+
+    def _written(
+        self, rows: list[list[int]], new: list[list[int]], writings: list[Writing], how: Generation, most: int
+    ) -> Iterator[int]:
+        def goes_on(number: int) -> bool:
+            said = new[number]
+            if len(said) >= min(most, self.maximum_tokens - len(rows[number])):
+                return False
+            return not said or not (said[-1] in self.ends or (how.stop and writings[number].ends(said)))
+
+        return written(self.steps() if self.steps else self.forward, rows, new, goes_on, Drawing(how, len(rows)))
+
+    def _answer(self, row: list[int], new: list[int], writing: Writing) -> Answer:
+        text = writing.text(new)
+        ended = writing.stopped or (new and new[-1] in self.ends)
+        return Answer(text, "stop" if ended else "length", len(row), len(new))
+
+    def _admitted(self, prompts: Sequence[Prompt], how: Generation) -> tuple[int, list[list[int]]]:
         if self.task != "generate":
             raise StageError(
                 "the model continues no text",
@@ -74,20 +133,28 @@ class Answerer:
                 limit="generate",
                 remedy="Ask it for its `logits`.",
             )
-        encoded = [self.tokenizer.encode(prompt).ids for prompt in prompts]
+        most, encoded = how.most(self.maximum_tokens), [self._encoded(prompt) for prompt in prompts]
         for ids in encoded:
             if not ids:
                 raise StageError("a prompt is empty", remedy="Give each prompt at least one character.")
             self._check(len(ids))
-        new = greedy(
-            self.steps() if self.steps else self.forward,
-            encoded,
-            ends=self.ends,
-            max_new_tokens=max_new_tokens,
-            maximum_tokens=self.maximum_tokens,
-        )
-        texts: list[str] = self.tokenizer.decode_batch(new, skip_special_tokens=True)
-        return texts
+        return most, encoded
+
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            # A tokenizer may put a token before every text, of which there is none here.
+            ids: list[int] = self.tokenizer.encode(prompt).ids if prompt else []
+            return ids
+        if self.chat is None:
+            raise StageError(
+                "the model has no chat template",
+                measured="none beside its tokenizer",
+                limit="chat_template.jinja, or chat_template in tokenizer_config.json",
+                remedy="Ask it by a prompt, or give its checkpoint a chat template and make it again.",
+            )
+        # The template has written all special tokens there are to be.
+        told: list[int] = self.tokenizer.encode(self.chat.prompt(prompt), add_special_tokens=False).ids
+        return told
 
     def _check(self, tokens: int) -> None:
         if tokens > self.maximum_tokens:
@@ -125,9 +192,8 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
     if not (folder / "tokenizer.json").is_file():
         raise StageError(f"{folder.name} has no tokenizer.json", remedy="Make the artifact again.")
     task, most = described.get("task", "generate"), int(described["maximum_tokens"])
-    return Answerer(
-        target, task, most, _bare(Tokenizer.from_file(str(folder / "tokenizer.json"))), _ends(folder, config), forward
-    )
+    tokenizer = _bare(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return Answerer(target, task, most, tokenizer, _ends(folder, config), forward, chat=chat(folder))
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
@@ -137,7 +203,7 @@ def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
     opened = eager(folder, device)
     most = ENDLESS if opened.longest is None else opened.longest
     tokenizer, ends = _bare(fast_tokenizer(folder)), _ends(folder, config)
-    return Answerer(f"torch:{device}", opened.task, most, tokenizer, ends, opened.forward, opened.steps)
+    return Answerer(f"torch:{device}", opened.task, most, tokenizer, ends, opened.forward, opened.steps, chat(folder))
 
 
 def _bare(tokenizer: Tokenizer) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Greedy generation over anything that gives logits.
+"""Generation over anything that gives logits: greedy, or by whatever chooses the next token.
 
 Where nothing keeps keys and values each new token reads the whole prefix again: the cost of a long answer grows with
 the square of its length.
@@ -8,7 +8,7 @@ Shapes: N sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,8 @@ ROWS = 8
 """Sequences that are read side by side: the batch that a TensorRT plan takes unless it was told otherwise."""
 Enough = Callable[[int, list[int]], bool]
 """(number of the prompt, its new tokens) -> whether no more of it is wanted."""
+Choose = Callable[[int, Sequence[int], NDArray[np.float32]], int]
+"""(number of the prompt, its tokens and the new ones, logits_V of what comes next) -> the token that comes next."""
 
 
 class Steps(Protocol):
@@ -35,6 +37,11 @@ class Steps(Protocol):
 def never(number: int, new: list[int]) -> bool:
     """All that is asked for is wanted."""
     return False
+
+
+def likeliest(number: int, row: Sequence[int], logits_V: NDArray[np.float32]) -> int:
+    """The token with the largest logit; see Choose."""
+    return int(logits_V.argmax())
 
 
 def greedy(
@@ -69,34 +76,57 @@ def greedy(
         said = new[number]
         return len(said) < most[number] and not (said and (said[-1] in ends or enough(number, said)))
 
+    for _ in written(model, prompts, new, goes_on, likeliest):
+        pass
+    return new
+
+
+def written(
+    model: Forward | Steps,
+    prompts: Sequence[Sequence[int]],
+    new: Sequence[list[int]],
+    goes_on: Callable[[int], bool],
+    choose: Choose,
+) -> Iterator[int]:
+    """Continue several prompts side by side, a token of each at a time.
+
+    Args:
+        model: what answers to whole sequences, or keeps what it has read.
+        prompts: token ids, at least one each.
+        new: the new tokens of each prompt so far; those that come are put behind them.
+        goes_on: whether another token of a prompt is wanted.
+        choose: what comes next.
+
+    Yields:
+        The number of a prompt, once a token of it has come.
+    """
     alive = [number for number in range(len(prompts)) if goes_on(number)]
     follow = _Rereading(model) if callable(model) else _Stepping(model)
     while alive:
-        chosen = follow.chosen({one: [*prompts[one], *new[one]] for one in alive})
-        for number, token in chosen.items():
-            new[number].append(token)
+        rows = {one: [*prompts[one], *new[one]] for one in alive}
+        for number, logits_V in follow.logits(rows):
+            new[number].append(choose(number, rows[number], logits_V))
+            yield number
         alive = [number for number in alive if goes_on(number)]
-    return new
 
 
 class _Rereading:
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
 
-    def chosen(self, rows: dict[int, list[int]]) -> dict[int, int]:
-        found: dict[int, int] = {}
+    def logits(self, rows: dict[int, list[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         numbers = [*rows]
         for some in (numbers[start : start + ROWS] for start in range(0, len(numbers), ROWS)):
             logits_NTV = self.forward(*padded([rows[one] for one in some]))
-            found |= {one: int(at[len(rows[one]) - 1].argmax()) for one, at in zip(some, logits_NTV, strict=True)}
-        return found
+            for one, logits_TV in zip(some, logits_NTV, strict=True):
+                yield one, logits_TV[len(rows[one]) - 1]
 
 
 class _Stepping:
     def __init__(self, steps: Steps) -> None:
         self.steps, self.places = steps, dict[int, int]()
 
-    def chosen(self, rows: dict[int, list[int]]) -> dict[int, int]:
+    def logits(self, rows: dict[int, list[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         if not self.places:
             self.places = {number: place for place, number in enumerate(rows)}
             logits_NV = self.steps.begin(*padded([*rows.values()], left=True))
@@ -106,7 +136,8 @@ class _Stepping:
             for number, row in rows.items():
                 tokens_N[self.places[number]] = row[-1]
             logits_NV = self.steps.next(tokens_N)
-        return {number: int(logits_NV[self.places[number]].argmax()) for number in rows}
+        for number in rows:
+            yield number, logits_NV[self.places[number]]
 
 
 def confirmed(

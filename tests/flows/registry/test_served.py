@@ -136,7 +136,9 @@ def test_registered_model_pins_what_it_needs_and_takes_texts(registered):
     _, folder = registered
     pinned = (folder / "requirements.txt").read_text().split()
     assert all("==" in line for line in pinned)
-    assert {line.split("==")[0] for line in pinned} == {"mlflow", "numpy", "onnxruntime", "pydantic", "tokenizers"}
+    assert {line.split("==")[0] for line in pinned} == {
+        *("jinja2", "mlflow", "numpy", "onnxruntime", "pydantic", "tokenizers")
+    }
     described = (folder / "MLmodel").read_text()
     assert '"type": "string"' in described and "max_new_tokens" in described
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from stages.compile import CompileParams, compile_engine
 from stages.runtime.contract import StageError
 from stages.serving.engine import open_engine
+from stages.serving.generation import Generation
 from tests.conftest import sealer
 from tests.engines import Hears, mixed, mixed_graph, token_windows  # noqa: F401
 
@@ -75,12 +77,118 @@ def test_generation_stops_at_the_longest_sequence(engine):
     opened = open_engine(engine)
     prompt = "a " * 30
     length = len(opened.tokenizer.encode(prompt).ids)
-    new = opened.tokenizer.encode(opened.generate([prompt], max_new_tokens=99)[0]).ids
+    new = opened.tokenizer.encode(opened.generate([prompt], max_new_tokens=64)[0]).ids
     assert 0 < len(new) <= 64 - length
 
 
-def test_no_new_tokens_give_no_text(engine):
-    assert open_engine(engine).generate(["A class"], max_new_tokens=0) == [""]
+@pytest.mark.parametrize("most", [0, 65, 100_000])
+def test_number_of_new_tokens_that_no_sequence_has_is_refused_before_anything_runs(engine, most):
+    opened = dataclasses.replace(open_engine(engine), forward=None)
+    with pytest.raises(StageError, match=f"max_new_tokens is .*; measured {most}; limit "):
+        opened.generate(["A class"], max_new_tokens=most)
+
+
+@pytest.fixture(scope="module")
+def both(tiny, engine):
+    """One that keeps what it reads and one that does not."""
+    opened = [open_engine(tiny), open_engine(engine)]
+    assert [one.steps is None for one in opened] == [False, True]
+    return opened
+
+
+DRAWN = {"max_new_tokens": 9, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
+
+
+def test_drawn_text_is_the_same_for_a_seed_whatever_is_asked_beside(both):
+    many = [*PROMPTS, PROMPTS[0], "def f(x):", "  ", "import", "while True", "b", "A class"]
+    for opened in both:
+        first = opened.generate(many, **DRAWN, seed=7)
+        assert first == opened.generate(many, **DRAWN, seed=7)
+        assert first == [opened.generate([one], **DRAWN, seed=7)[0] for one in many]
+        assert first[0] == first[3] and first[1] == first[-1]
+        assert first != opened.generate(many, **DRAWN, seed=8)
+        assert first != opened.generate(many, max_new_tokens=9)
+        assert opened.generate(many, **DRAWN) != opened.generate(many, **DRAWN)
+
+
+def test_one_token_to_draw_from_is_the_likeliest(both):
+    for opened in both:
+        greedy = opened.generate(PROMPTS, max_new_tokens=8)
+        for asked in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}):
+            assert opened.generate(PROMPTS, max_new_tokens=8, seed=1, **{"temperature": 1.0} | asked) == greedy
+
+
+def test_penalized_greedy_text_is_transformers_own(tiny):
+    model, tokenizer = LlamaForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    wanted = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        made = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, repetition_penalty=1.3)
+        wanted.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    opened = open_engine(tiny)
+    assert opened.generate(PROMPTS, max_new_tokens=12, repetition_penalty=1.3) == wanted
+    assert opened.generate(PROMPTS, max_new_tokens=12) != wanted
+
+
+def test_answer_ends_before_a_stop_string_wherever_tokens_part_it(both):
+    for opened in both:
+        whole = opened.generate(["The for"], max_new_tokens=12)[0]
+        for start in range(len(whole) - 3):
+            stop = whole[start : start + 3]
+            told = opened.generate(["The for"], max_new_tokens=12, stop=[stop, "never said"])[0]
+            assert told == whole[: whole.index(stop)]
+            (found,) = opened.answers(["The for"], Generation(max_new_tokens=12, stop=(stop,)))
+            assert found.finish == "stop" and found.new_tokens <= 12
+        beside = opened.generate([*PROMPTS, "The for"], max_new_tokens=12, stop=whole[2:5])
+        assert beside[-1] == whole[: whole.index(whole[2:5])]
+
+
+@pytest.mark.parametrize("asked", [{}, {"stop": ["e s", "ion"]}, {"temperature": 1.5, "seed": 3}])
+def test_pieces_of_a_stream_are_the_whole_text(both, asked):
+    for opened in both:
+        for prompt in PROMPTS:
+            stream, pieces = opened.stream(prompt, max_new_tokens=14, **asked), []
+            while True:
+                try:
+                    pieces.append(next(stream))
+                except StopIteration as end:
+                    answer = end.value
+                    break
+            assert "".join(pieces) == answer.text == opened.generate([prompt], max_new_tokens=14, **asked)[0]
+            assert all(pieces) and (asked.get("stop") or len(pieces) > 1)
+            assert answer.prompt_tokens == len(opened.tokenizer.encode(prompt).ids)
+
+
+def test_stream_refuses_before_its_first_piece(engine):
+    with pytest.raises(StageError, match="a prompt is empty"):
+        open_engine(engine).stream("")
+
+
+def test_model_without_a_template_takes_no_conversation(engine):
+    with pytest.raises(StageError, match="the model has no chat template"):
+        open_engine(engine).generate([[{"role": "user", "content": "Hello"}]])
+
+
+def test_conversation_is_read_as_transformers_reads_it(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "talks")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    end = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    (folder / "chat_template.jinja").write_text(
+        "{{ '"
+        + end
+        + "' }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '"
+        + end
+        + "' }}{% endfor %}bot:"
+    )
+    opened, messages = open_engine(folder), [{"role": "user", "content": "for what?"}]
+    told = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, return_dict=False)
+    (answer,) = opened.answers([messages], Generation(max_new_tokens=5))
+    seen = []
+    dataclasses.replace(
+        opened, steps=None, forward=lambda ids, mask: (seen.append(ids), opened.forward(ids, mask))[1]
+    ).generate([messages], max_new_tokens=5)
+    assert seen[0][0].tolist() == told and answer.prompt_tokens == len(told)
+    assert opened.generate([messages, "A class"], max_new_tokens=5)[0] == answer.text
 
 
 def test_what_cannot_be_answered_is_refused(engine, tmp_path):

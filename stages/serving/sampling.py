@@ -1,0 +1,74 @@
+"""The next token, drawn from what a model says comes next.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.serving.generation import Generation
+
+
+class Drawing:
+    """Chooses each next token of several prompts; see `stages.serving.generate.Choose`.
+
+    Each prompt has a generator of its own from the same seed: what is drawn does not depend on what is asked beside.
+    """
+
+    def __init__(self, how: Generation, prompts: int) -> None:
+        self.how = how
+        self.draws = [np.random.default_rng(how.seed) for _ in range(prompts)]
+
+    def __call__(self, number: int, row: Sequence[int], logits_V: NDArray[np.float32]) -> int:
+        """The token that follows a row."""
+        if self.how.temperature == 0:
+            return int(penalized(logits_V, row, self.how.repetition_penalty).argmax())
+        reached_V = probabilities(logits_V, row, self.how).cumsum()
+        # The last sum, not 1: the token is then one that has a probability, whatever was rounded.
+        return int(np.searchsorted(reached_V, self.draws[number].random() * reached_V[-1], side="right"))
+
+
+def penalized(logits_V: NDArray[np.float32], seen: Sequence[int], penalty: float) -> NDArray[np.float32]:
+    """Logits in which tokens that were seen are less likely, each once however often it was.
+
+    Source: Keskar et al., CTRL, 2019, section 4.1, with the product for negative logits that transformers has.
+    """
+    if penalty == 1:
+        return logits_V
+    found_V = logits_V.copy()
+    tokens = np.unique(np.asarray(seen, dtype=np.int64))
+    tokens = tokens[tokens < len(found_V)]
+    said = found_V[tokens]
+    found_V[tokens] = np.where(said < 0, said * penalty, said / penalty)
+    return found_V
+
+
+def probabilities(logits_V: NDArray[np.float32], seen: Sequence[int], how: Generation) -> NDArray[np.float64]:
+    """The distribution that the next token is drawn from: penalty, temperature, top k, top p, in this order.
+
+    Args:
+        logits_V: what the model says.
+        seen: tokens of the prompt and of the answer so far.
+        how: what is asked; its temperature is above 0.
+
+    Source: Fan et al., Hierarchical Neural Story Generation, 2018 (top k); Holtzman et al., The Curious Case of Neural
+    Text Degeneration, 2020 (top p).
+    """
+    scores_V = penalized(logits_V, seen, how.repetition_penalty).astype(np.float64)
+    # From the largest on, so that no temperature is too low for it.
+    scores_V = (scores_V - scores_V.max()) / how.temperature
+    if 0 < how.top_k < len(scores_V):
+        scores_V[scores_V < np.partition(scores_V, -how.top_k)[-how.top_k]] = -np.inf
+    found_V = np.exp(scores_V)
+    found_V /= found_V.sum()
+    if how.top_p < 1:
+        rising = found_V.argsort(kind="stable")
+        out = found_V[rising].cumsum() <= 1 - how.top_p
+        out[-1] = False
+        found_V[rising[out]] = 0
+        found_V /= found_V.sum()
+    return found_V
