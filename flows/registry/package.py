@@ -6,21 +6,26 @@ import ast
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.tracking.connect import NOTE, Tracking, quiet
 from flows.tracking.errors import answered
 from stages.adapters.backends import GRAPHS_BACKEND, backend, module_of
+from stages.models.checkpoint.json_files import read_json
 from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree, imported
+from stages.serving.generation import NEW_TOKENS, Generation
+from stages.serving.inputs import PROMPT
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 SERVED = Path(__file__).with_name("served.py")
 FACE = "stages.serving.engine"
-"""The module that opens an engine; it, the engine's backend and what they import travel."""
+"""The module that opens an engine; it, the engine's backend, what SERVED imports, and what they import travel."""
+EXAMPLE = "The capital of France is"
+"""What a model's page and its server show as an example of what can be asked."""
 REQUIREMENTS = ("jinja2", "mlflow", "numpy", "pydantic", "tokenizers")
 """Beside the library that executes the engine."""
 PACKAGE = "enginery.package"
@@ -64,8 +69,9 @@ def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, 
 
 
 def travelling_code(into: Path, backend_name: str) -> Path:
-    """Copy FACE, a backend and the project modules they import; returns the copied package."""
-    pending, seen = [FACE, module_of(backend_name)], set[Path]()
+    """Copy FACE, a backend and the project modules that they and SERVED import; returns the copied package."""
+    served = [name for name in imported(ast.parse(SERVED.read_text(encoding="utf-8"))) if name.startswith("stages.")]
+    pending, seen = [FACE, module_of(backend_name), *served], set[Path]()
     while pending:
         parts = pending.pop().split(".")
         for path in [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)] + [
@@ -83,10 +89,12 @@ def travelling_code(into: Path, backend_name: str) -> Path:
 
 
 def _backend_name(engine: Path) -> str:
-    described = engine / "engine.json"
-    if not described.is_file():
-        return GRAPHS_BACKEND
-    return str(json.loads(described.read_text(encoding="utf-8"))["target"]).partition(":")[0]
+    target = _described(engine).get("target")
+    return str(target).partition(":")[0] if target else GRAPHS_BACKEND
+
+
+def _described(engine: Path) -> dict[str, Any]:
+    return read_json(engine / "engine.json", optional=True)
 
 
 def _linked(tracking: Tracking, run_id: str, model_id: str) -> bool:
@@ -116,19 +124,27 @@ def _save(path: Path, engine: Path, code: Path, model_id: str, run_id: str) -> N
         python_model=str(SERVED),
         artifacts={"engine": str(engine), "digests": str(digests)},
         code_paths=[str(code)],
-        signature=_signature(),
+        signature=_signature(int(_described(engine).get("maximum_tokens", NEW_TOKENS))),
+        input_example=([{PROMPT: EXAMPLE}], {"max_new_tokens": 1}),
         pip_requirements=[f"{name}=={pins[name]}" if name in pins else name for name in needed],
         mlflow_model=Model(artifact_path=None, run_id=run_id, model_uuid=model_id, model_id=model_id),
     )
 
 
-def _signature() -> Any:
+def _signature(maximum_tokens: int) -> Any:
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    text: Mapping[str, Any] = {"type": "string"}
+    kinds = {"max_new_tokens": "long", "top_k": "long", "seed": "long", "stop": "string"}
+    plain = Generation()
+    defaults = asdict(plain) | {"max_new_tokens": plain.most(maximum_tokens), "stop": []}
     return ModelSignature(
-        inputs=Schema([ColSpec(**text)]),
-        outputs=Schema([ColSpec(**text)]),
-        params=ParamSchema([ParamSpec("max_new_tokens", "long", 32)]),
+        inputs=Schema([ColSpec(DataType.string, PROMPT)]),
+        outputs=Schema([ColSpec(DataType.string)]),
+        params=ParamSchema(
+            [
+                ParamSpec(name, kinds.get(name, "double"), value, (-1,) if name == "stop" else None)
+                for name, value in defaults.items()
+            ]
+        ),
     )

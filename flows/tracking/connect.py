@@ -169,7 +169,7 @@ def _experiment(client: MlflowClient, asked: str) -> Experiment | str:
 
 
 def quiet() -> None:
-    """Keep MLflow from calling home, looking for git and telling of its migrations. Call before import.
+    """Keep MLflow from calling home, looking for git, telling of its migrations and of examples. Call before import.
 
     It also asks a server that is away for four minutes by itself, each time and deaf to a deadline; a run has one of
     its own, and Ctrl-C must not wait for that.
@@ -179,7 +179,7 @@ def quiet() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-    for name in ("mlflow.store.db.utils", "alembic"):
+    for name in ("mlflow.store.db.utils", "alembic", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)

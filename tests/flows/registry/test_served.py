@@ -26,6 +26,8 @@ WORDS = ("<end>", "the", "capital", "of", "france", "is", "paris", "and", "rome"
 FOLLOWS = {"is": "paris", "paris": "and", "and": "rome", "rome": "is", "italy": "<end>", "the": "italy"}
 """What the engine of these tests says after each word; its answers can be read off."""
 
+TEMPLATE = "{{ eos_token }} {% for message in messages %}{{ message.content }} {% endfor %}and"
+
 
 def chain(folder: Path) -> Path:
     """An engine whose next word depends on the last one only."""
@@ -56,7 +58,7 @@ def chain(folder: Path) -> Path:
     }
     (folder / "engine.json").write_text(json.dumps(facts))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 0, "bos_token_id": None}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": TEMPLATE}))
     return folder
 
 
@@ -103,10 +105,19 @@ assert importlib.util.find_spec("flows") is None and importlib.util.find_spec("s
 import mlflow, pandas
 model = mlflow.pyfunc.load_model("models:/chain@champion")
 import stages, sys
+def refused(**params):
+    try:
+        return model.predict(["is"], params=params)
+    except mlflow.exceptions.MlflowException as error:
+        return f"{error.error_code} {error}"
 print(json.dumps({
     "list": model.predict(["The capital of France is".lower()], params={"max_new_tokens": 3}),
     "table": model.predict(pandas.DataFrame({"prompt": ["italy and", "the"]}), params={"max_new_tokens": 2}),
     "one": len(model.predict(["france is"])),
+    "pieces": list(model.predict_stream(["france is"], params={"max_new_tokens": 3})),
+    "talk": model.predict({"messages": [{"role": "user", "content": "france"}]})["choices"][0]["message"]["content"],
+    "unknown": refused(temperatur=1),
+    "too many": refused(max_new_tokens=100_000),
     "code": stages.__file__,
     "heavy": [name for name in ("torch", "transformers", "boto3") if name in sys.modules],
     "loader": model.metadata.flavors["python_function"]["loader_module"],
@@ -119,6 +130,10 @@ def test_registered_model_answers_where_the_project_cannot_be_seen(registered, t
     said, stderr = asked(uri, tmp_path, SCRIPT.replace("PROJECT", str(ROOT)))
     assert said["list"] == [answer(["is"], 3)]
     assert said["table"] == [answer(["and"], 2), answer(["the"], 2)] and said["one"] == 1
+    assert "".join(said["pieces"]) == answer(["is"], 3) and len(said["pieces"]) == 3
+    assert said["talk"] == answer(["and"], 32)
+    assert said["unknown"].startswith("BAD_REQUEST there is no parameter 'temperatur'; limit max_new_tokens")
+    assert "measured 100000; limit 64 tokens" in said["too many"]
     assert Path(said["code"]).is_relative_to(folder) and said["heavy"] == []
     assert said["loader"] == "mlflow.pyfunc.loaders.code_model" and "Warning" not in stderr
     assert list(tmp_path.iterdir()) == []
@@ -141,6 +156,14 @@ def test_registered_model_pins_what_it_needs_and_takes_texts(registered):
     }
     described = (folder / "MLmodel").read_text()
     assert '"type": "string"' in described and "max_new_tokens" in described
+    from mlflow.models import Model
+
+    model = Model.load(str(folder))
+    assert model.signature.inputs.input_names() == ["prompt"]
+    params = {one.name: one.default for one in model.signature.params}
+    assert params == {"max_new_tokens": 32, "temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1,
+                      "stop": [], "seed": None}  # fmt: skip
+    assert [[*one] for one in model.load_input_example(str(folder))] == [["prompt"]]
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]
 
 
@@ -170,6 +193,72 @@ def test_served_takes_lists_and_tables_alike(registered, served):
     assert served.predict(None, texts, {"max_new_tokens": 2}) == [answer(["and"], 2), answer(["the"], 2)]
     assert served.predict(None, pd.DataFrame({"any": texts}), {"max_new_tokens": 1}) == ["rome", "italy"]
     assert served.predict(None, ["is"]) == [answer(["is"], 32)]
+
+
+def test_served_talks_and_streams_in_the_forms_of_openai(registered, served):
+    import pandas as pd
+
+    served.load_context(carried(registered[1]))
+    talk, few = [{"role": "user", "content": "france"}], {"max_new_tokens": 2}
+    said = served.predict(None, {"messages": talk}, few)
+    (choice,) = said["choices"]
+    assert choice["message"] == {"role": "assistant", "content": answer(["and"], 2)}
+    assert (said["object"], choice["finish_reason"]) == ("chat.completion", "length")
+    assert said["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    for several in ([talk, talk], {"messages": [talk, talk]}, pd.DataFrame({"messages": [talk, talk]})):
+        assert [one["choices"] for one in served.predict(None, several, few)] == [[choice], [choice]]
+    ended = served.predict(None, {"prompt": ["italy", "the"]}, few)
+    assert ended == ["", "italy"]
+
+    assert "".join(served.predict_stream(None, "is", few)) == served.predict(None, "is", few)[0]
+    chunks = [one["choices"][0] for one in served.predict_stream(None, {"messages": talk}, few)]
+    assert chunks[0]["delta"]["role"] == "assistant" and chunks[-1]["finish_reason"] == "length"
+    assert "".join(one["delta"].get("content", "") for one in chunks) == answer(["and"], 2)
+    assert all(one["finish_reason"] is None and one["delta"]["content"] for one in chunks[:-1])
+
+
+REFUSED = [
+    (["is"], {"max_new_tokens": 100_000}, "max_new_tokens is more than the model reads; measured 100000; limit 64 to"),
+    (["is"], {"max_new_tokens": 0}, "max_new_tokens is out of range; measured 0; limit at least 1"),
+    (["is"], {"temperatur": 1}, "there is no parameter 'temperatur'; limit .* Perhaps temperature is meant"),
+    (["is"], {"top_p": 2}, "top_p is out of range; measured 2.0; limit a number above 0, at most 1"),
+    ([""], {}, "a prompt is empty. Give each"),
+    ("is " * 65, {}, "the sequence is longer than the model reads; measured 65 tokens; limit 64 tokens"),
+    ([3], {}, "no text and no conversation; measured 3"),
+    (None, {}, "no text and no conversation; measured None"),
+    ({"messages": []}, {}, "a conversation is empty"),
+    ({"messages": [{"role": "user"}]}, {}, "content of a message of 'user' is no text"),
+    ({"messages": "is"}, {}, "no text and no conversation"),
+    ({"prompt": "is", "messages": []}, {}, "neither a prompt nor messages are given, or both"),
+    ({"input": "is"}, {}, "neither a prompt nor messages are given"),
+    ({"prompt": "is", "max_tokens": 3}, {}, "there is no parameter 'max_tokens'"),
+    ([{"prompt": "is", "seed": 1}, {"prompt": "is", "seed": 2}], {}, "parameters differ"),
+    ([{"prompt": "is"}, {"messages": [{"role": "user", "content": "is"}]}], {}, "prompts and messages are asked at on"),
+]
+
+
+@pytest.mark.parametrize(("data", "params", "said"), REFUSED)
+def test_served_refuses_as_a_bad_request(registered, served, data, params, said):
+    from mlflow.exceptions import MlflowException
+
+    served.load_context(carried(registered[1]))
+    for ask in (served.predict, lambda *given: list(served.predict_stream(*given))):
+        with pytest.raises(MlflowException, match=said) as told:
+            ask(None, data, params)
+        assert told.value.error_code == "BAD_REQUEST"
+        if isinstance(data, list) and len(data) > 1:
+            break
+
+
+def test_parameter_in_a_table_and_stream_of_many_are_refused(registered, served):
+    import pandas as pd
+    from mlflow.exceptions import MlflowException
+
+    served.load_context(carried(registered[1]))
+    with pytest.raises(MlflowException, match="seed is a parameter, and no column"):
+        served.predict(None, pd.DataFrame({"prompt": ["is"], "seed": [1]}))
+    with pytest.raises(MlflowException, match="a stream is one answer; measured 2 prompts; limit 1"):
+        list(served.predict_stream(None, ["is", "the"]))
 
 
 def test_served_engine_of_changed_bytes_is_refused(registered, served, tmp_path):

@@ -1,0 +1,97 @@
+"""What comes from outside, in whatever shape a server or a program hands it over, becomes prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.runtime.contract import StageError
+from stages.serving.chat import Message
+
+PROMPT, MESSAGES = "prompt", "messages"
+_SHAPES = 'Give texts, {"prompt": "..."}, or {"messages": [{"role": "user", "content": "..."}]}.'
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        prompts: texts, or conversations.
+        talks: they are conversations.
+        alone: it is one conversation, and no list of them.
+        given: parameters that came with it.
+    """
+
+    prompts: Sequence[str | Sequence[Message]]
+    talks: bool = False
+    alone: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+def question(asked: Any) -> Question:
+    """What is asked by texts, by conversations, or by dictionaries with `prompt` or `messages`: one or a list.
+
+    Raises:
+        StageError: it is none of these.
+    """
+    asked = _plain(asked)
+    if isinstance(asked, str):
+        return Question([asked])
+    if isinstance(asked, dict):
+        return _fields(asked)
+    if not isinstance(asked, list):
+        raise _strange(asked)
+    if asked and all(isinstance(one, dict) and "role" not in one for one in asked):
+        return _joined([_fields(one) for one in asked])
+    if asked and all(isinstance(one, dict) for one in asked):
+        return Question([asked], talks=True, alone=True)
+    if asked and all(isinstance(one, list) for one in asked):
+        return Question(asked, talks=True)
+    for one in asked:
+        if not isinstance(one, str):
+            raise _strange(one)
+    return Question(asked)
+
+
+def _fields(asked: dict[str, Any]) -> Question:
+    if "role" in asked:
+        return Question([[asked]], talks=True, alone=True)
+    if (PROMPT in asked) == (MESSAGES in asked):
+        raise StageError(
+            "neither a prompt nor messages are given, or both", measured=", ".join(map(str, asked)), remedy=_SHAPES
+        )
+    given = {name: value for name, value in asked.items() if name not in (PROMPT, MESSAGES)}
+    if PROMPT in asked:
+        texts = question(asked[PROMPT])
+        if texts.talks:
+            raise _strange(asked[PROMPT])
+        return Question(texts.prompts, given=given)
+    messages = asked[MESSAGES]
+    if not isinstance(messages, list):
+        raise _strange(messages)
+    several = bool(messages) and all(isinstance(one, list) for one in messages)
+    return Question(messages if several else [messages], talks=True, alone=not several, given=given)
+
+
+def _joined(some: list[Question]) -> Question:
+    if len({one.talks for one in some}) > 1:
+        raise StageError("prompts and messages are asked at once", limit="one of both", remedy=_SHAPES)
+    if any(one.given != some[0].given for one in some):
+        raise StageError(
+            "parameters differ among what is asked at once", limit="the same for all", remedy="Ask one after the other."
+        )
+    return Question([prompt for one in some for prompt in one.prompts], some[0].talks, given=some[0].given)
+
+
+def _plain(value: Any) -> Any:
+    """Without numpy's arrays and scalars, into which a server turns what was JSON."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _strange(value: Any) -> StageError:
+    return StageError("what is asked is no text and no conversation", measured=repr(value)[:200], remedy=_SHAPES)
