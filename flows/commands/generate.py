@@ -1,0 +1,90 @@
+"""The command generate: a model of any kind is asked, and its answer is printed while it is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.options import StoreOption, looked_at
+
+
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder of an artifact, a step's name, the beginning of a fingerprint, or models:/NAME@ALIAS.",
+        ),
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a message, to answer by the chat template.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", help="At most so many new tokens. Default: 32.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", metavar="T", help="Draw tokens; 0, the default, takes the likeliest."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="N", help="Draw from the likeliest N alone; 0 for all.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", metavar="P", help="Draw from the likeliest that together have probability P."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option("--repetition-penalty", metavar="X", help="Above 1, what was said comes less often.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text. May be given again.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed draws the same text.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Ask a model, and print its answer as it comes.
+
+    Checkpoints, graphs, engines and registered models alike. Nothing is written.
+    """
+    from stages.serving.engine import open_engine
+    from stages.serving.generation import generation
+
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or None,
+        "seed": seed,
+    }
+    generation(given)
+    with _folder(model, store) as (folder, verified):
+        engine = open_engine(folder, verified=verified)
+        for piece in engine.stream([{"role": "user", "content": prompt}] if chat else prompt, **given):
+            typer.echo(piece, nl=False)
+        typer.echo()
+
+
+@contextmanager
+def _folder(model: str, store: str | None) -> Iterator[tuple[Path, bool]]:
+    """The folder that is meant, and whether its bytes were verified."""
+    from flows.registry.carried import SCHEME, carried_engine
+    from flows.reporting.inspect_artifact import find_artifact
+    from stages.runtime.looking import looked_into
+
+    if model.startswith(SCHEME):
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            looked_at(store)
+        with carried_engine(model) as engine:
+            yield engine, True
+    elif Path(model).is_dir():
+        yield Path(model), False
+    else:
+        found = looked_at(store)
+        with looked_into(found, find_artifact(found, model)) as (folder, _):
+            yield folder, True

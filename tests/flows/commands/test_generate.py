@@ -1,0 +1,126 @@
+"""`enginery generate`: however a model is named, it says what it says itself, and a refusal is one line."""
+
+# ruff: noqa: F401, F811 - fixtures that other modules define are imported and then named as arguments
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flows.cli import main
+from stages.serving.engine import open_engine
+from tests.conftest import sealer
+from tests.engines import mixed, mixed_graph
+from tests.flows.registry.test_served import answer, registered
+from tests.flows.test_cli import opened, own_store, sealed
+
+PROMPT = "The for statement is used to"
+
+
+def said(capsys, *words):
+    capsys.readouterr()  # bars of transformers, where a test loaded by it
+    assert main(["generate", *map(str, words)]) == 0
+    told = capsys.readouterr()
+    assert told.out.endswith("\n") and not told.err
+    return told.out[:-1]
+
+
+def test_folder_of_a_checkpoint_says_what_transformers_says(knowing, capsys):
+    tokenizer, model = AutoTokenizer.from_pretrained(knowing), AutoModelForCausalLM.from_pretrained(knowing)
+
+    def wanted(ids):
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
+        return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+    assert said(capsys, knowing, PROMPT, "--max-new-tokens", 9) == wanted(
+        tokenizer(PROMPT, return_tensors="pt").input_ids
+    )
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt").input_ids
+    told = said(capsys, knowing, talk[0]["content"], "--chat", "--max-new-tokens", 9)
+    assert told == wanted(ids) != said(capsys, knowing, talk[0]["content"], "--max-new-tokens", 9)
+
+
+def test_every_option_reaches_the_model(tiny, capsys):
+    opened = open_engine(tiny)
+    asked = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 4}
+    words = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
+    (whole,) = opened.generate([PROMPT], **asked)
+    assert said(capsys, tiny, PROMPT, *words) == whole
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed"):
+        other = {one: value for one, value in asked.items() if one != name}
+        assert name == "seed" or opened.generate([PROMPT], **other) != [whole], name
+    stops = [whole[4:6], whole[7:9]]
+    cut = said(capsys, tiny, PROMPT, *words, "--stop", stops[0], "--stop", stops[1])
+    assert cut == whole[: min(whole.index(one) for one in stops)]
+
+
+def test_engine_of_a_store_is_found_by_its_step_and_its_fingerprint(shared_store, mixed_graph, capsys):
+    made = sealer(shared_store)("compile", {"backend": "onnxruntime"}, graph=mixed_graph.name)
+    wanted = open_engine(shared_store.checkout(made.identity)).generate([PROMPT], max_new_tokens=5)[0]
+    store = ["--store", shared_store.uri, "--max-new-tokens", 5]
+    assert said(capsys, made.identity[:12], PROMPT, *store) == wanted
+    assert said(capsys, mixed_graph.name, PROMPT, *store) == wanted
+
+
+def test_registered_model_answers_by_its_alias_and_its_version(registered, capsys, monkeypatch):
+    uri, folder = registered
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    before = sorted(path for path in folder.rglob("*"))
+    for model in ("models:/chain@champion", "models:/chain/1"):
+        assert said(capsys, model, "italy and", "--max-new-tokens", 3) == answer(["and"], 3)
+    assert said(capsys, model, "france", "--chat", "--max-new-tokens", 3) == answer(["and"], 3)
+    assert sorted(path for path in folder.rglob("*")) == before
+
+
+def test_registered_engine_of_changed_bytes_is_refused(registered, tmp_path, capsys, monkeypatch):
+    uri, folder = registered
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    weights = next(folder.rglob("model.onnx"))
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes(kept[:-1] + b"\x00")
+        assert main(["generate", "models:/chain@champion", "italy"]) == 1
+    finally:
+        weights.write_bytes(kept)
+    assert "model.onnx of models:/chain@champion is not what was judged; measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--max-new-tokens", "100000"], "max_new_tokens is more than the model reads; measured 100000; limit"),
+        (["--temperature", "nan"], "temperature is out of range; measured nan; limit a number from 0 on"),
+        (["--top-p", "0"], "top_p is out of range; measured 0.0"),
+        (["--chat"], "the model has no chat template; measured none beside its tokenizer"),
+        (["--stop", ""], "stop strings are out of range"),
+    ],
+)
+def test_what_is_out_of_range_is_one_line(tiny, capsys, words, text):
+    assert main(["generate", str(tiny), PROMPT, *words]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: {text}") and told.err.count("\n") == 1 and not told.out
+
+
+def test_model_that_is_not_there_is_one_line(capsys, tmp_path, monkeypatch, opened):
+    sealed(opened, "one", {"x": b"1"})
+    for model, text in [("nothing", "nothing"), ("models:/no@champion", "no registered model models:/no@champion")]:
+        assert main(["generate", model, "a"]) == 1
+        told = capsys.readouterr()
+        assert text in told.err and told.err.count("\n") == 1, told.err
+    assert main(["generate", "one", "a"]) == 1
+    assert "holds no engine, graph or checkpoint" in capsys.readouterr().err
+
+
+def test_answer_is_printed_while_it_is_written(tiny):
+    words = [sys.executable, "-m", "flows", "generate", str(tiny), PROMPT, "--max-new-tokens", "200"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "0"}) as child:
+        first = os.read(child.stdout.fileno(), 1 << 16)
+        running = child.poll() is None
+        rest = child.stdout.read()
+    assert child.returncode == 0 and first and rest and running
+    (whole,) = open_engine(tiny).generate([PROMPT], max_new_tokens=200)
+    assert (first + rest).decode() == whole + "\n"
