@@ -143,8 +143,7 @@ class Answerer:
     def _encoded(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             # A tokenizer may put a token before every text, of which there is none here.
-            ids: list[int] = self.tokenizer.encode(prompt).ids if prompt else []
-            return ids
+            return self._tokens(prompt) if prompt else []
         if self.chat is None:
             raise StageError(
                 "the model has no chat template",
@@ -153,8 +152,20 @@ class Answerer:
                 remedy="Ask it by a prompt, or give its checkpoint a chat template and make it again.",
             )
         # The template has written all special tokens there are to be.
-        told: list[int] = self.tokenizer.encode(self.chat.prompt(prompt), add_special_tokens=False).ids
-        return told
+        return self._tokens(self.chat.prompt(prompt), add_special_tokens=False)
+
+    def _tokens(self, text: str, **how: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise StageError(
+                "a prompt is no text",
+                measured=f"{text[error.start : error.end]!r} at character {error.start}",
+                limit="what UTF-8 can write",
+                remedy="Leave it out.",
+            ) from error
+        ids: list[int] = self.tokenizer.encode(text, **how).ids
+        return ids
 
     def _check(self, tokens: int) -> None:
         if tokens > self.maximum_tokens:

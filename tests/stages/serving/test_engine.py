@@ -195,6 +195,8 @@ def test_what_cannot_be_answered_is_refused(engine, tmp_path):
     opened = open_engine(engine)
     with pytest.raises(StageError, match="a prompt is empty"):
         opened.generate(["a", ""])
+    with pytest.raises(StageError, match=r"a prompt is no text; measured '\\udc80' at character 1; limit what UTF-8"):
+        opened.generate(["a\udc80"])
     with pytest.raises(StageError, match=r"measured \d+ tokens; limit 64 tokens"):
         opened.generate(["a class " * 99])
     with pytest.raises(StageError, match="limit 64 tokens"):

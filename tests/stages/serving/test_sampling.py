@@ -74,7 +74,7 @@ def test_penalty_counts_a_token_once_and_turns_with_its_sign():
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40),
     st.floats(1e-9, 1e3),
     st.integers(0, 50),
-    st.floats(1e-9, 1, exclude_min=True),
+    st.floats(0, 1, exclude_min=True),
     st.integers(0, 2**40),
 )
 def test_whatever_is_asked_a_token_is_drawn_that_has_a_probability(logits, temperature, top_k, top_p, seed):
@@ -83,6 +83,13 @@ def test_whatever_is_asked_a_token_is_drawn_that_has_a_probability(logits, tempe
     found_V = probabilities(logits_V, [0], how)
     assert found_V.sum() == pytest.approx(1) and found_V[logits_V == logits_V.max()].max() > 0
     assert found_V[Drawing(how, 1)(0, [0], logits_V)] > 0
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-17, 0.1, 0.999, 1.0])
+def test_equal_logits_leave_at_least_one_token(top_p):
+    logits_V, how = np.zeros(49_152, np.float32), Generation(temperature=1.0, top_p=top_p)
+    kept = (probabilities(logits_V, [0], how) > 0).sum()
+    assert kept == pytest.approx(max(1, top_p * 49_152), abs=1)
 
 
 def test_tokens_come_as_often_as_their_probability_says():
