@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,18 +50,19 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     from stages.serving.files import carry
 
     source, chosen = inputs["graph"], backend(params.backend)
-    described = json.loads((source / "graph.json").read_text(encoding="utf-8"))
+    described = _described(source)
     architectures = tuple(dict.fromkeys(params.architectures))
     refuse_impossible(params.backend, architectures, described["precisions"])
     longest = _longest(params, described["maximum_tokens"])
     if longest < (params.maximum_tokens or 0):
         progress.note(f"the engine reads {longest} tokens, all that its graph reads, not {params.maximum_tokens}")
+    cache = described.get("cache")
     asked = Asked(
         graph=source / GRAPH,
         architectures=architectures,
         maximum_tokens=longest,
         maximum_batch=params.maximum_batch,
-        lower=_lower,
+        lower=partial(_lower, layers=cache["layers"] if cache else ()),
     )
     engine: dict[str, Any] = {
         "backend": params.backend,
@@ -66,6 +70,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
         "task": described["task"],
         "precisions": described["precisions"],
         "vocabulary": described["vocabulary"],
+        "cache": cache if chosen.keeps else None,
         "maximum_tokens": asked.maximum_tokens,
         "executable": chosen.executable,
         # One plan for several architectures has not run on any of them when it was built ahead of time.
@@ -74,13 +79,20 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     }
     if architectures:
         engine["maximum_batch"] = params.maximum_batch
-        metrics = chosen.build(asked, output, progress)
-    else:
-        metrics = _for_processor(chosen, asked, output, described, progress)
+    with _without_cache(asked, output) if cache and not chosen.keeps else nullcontext(asked) as asked:
+        if architectures:
+            metrics = chosen.build(asked, output, progress)
+        else:
+            metrics = _for_processor(chosen, asked, source, output, progress)
     size = sum(path.stat().st_size for path in output.glob(f"{chosen.executable}*"))
     carry(source, output)
     (output / "engine.json").write_text(json.dumps(engine, indent=1, sort_keys=True), encoding="utf-8")
     return {"size_bytes": float(size)} | metrics
+
+
+def _described(source: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((source / "graph.json").read_text(encoding="utf-8"))
+    return found
 
 
 def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:
@@ -109,29 +121,48 @@ _PRECISIONS = {
 """Formats in the graph of a checkpoint that is quantized so, as far as they are always there."""
 
 
-def _lower(graph: Path, target: Path) -> Metrics:
-    from stages.graphs import onnx_graph, ort_lowering
+@contextmanager
+def _without_cache(asked: Asked, output: Path) -> Iterator[Asked]:
+    """The same, of a graph that reads whole sequences."""
+    from stages.graphs import onnx_graph, uncached
+
+    with tempfile.TemporaryDirectory(dir=output, prefix=".whole-") as folder:
+        model = onnx_graph.load(asked.graph)
+        uncached.without_cache(model)
+        onnx_graph.save(model, Path(folder) / GRAPH)
+        del model
+        yield replace(asked, graph=Path(folder) / GRAPH)
+
+
+def _lower(graph: Path, target: Path, layers: Sequence[Mapping[str, Any]]) -> Metrics:
+    from stages.graphs import onnx_graph, ort_cache_lowering, ort_lowering
 
     model = onnx_graph.load(graph)
     lowered = ort_lowering.lower(model)
+    attentions = ort_cache_lowering.lower_cache(model, layers)
     onnx_graph.save(model, target)
-    return {"integer_products": float(lowered.get(ort_lowering.INTEGER_PRODUCT, 0))}
+    kinds = {
+        "integer_products": ort_lowering.INTEGER_PRODUCT,
+        "split_products": ort_lowering.SPLIT_PRODUCT,
+        "few_bits_products": ort_lowering.FEW_BITS_PRODUCT,
+    }
+    products = {name: float(lowered.get(kind, 0)) for name, kind in kinds.items()}
+    return products | ({"cached_attentions": float(attentions)} if layers else {})
 
 
-def _for_processor(
-    chosen: Backend, asked: Asked, output: Path, described: Mapping[str, Any], progress: Progress
-) -> Metrics:
+def _for_processor(chosen: Backend, asked: Asked, source: Path, output: Path, progress: Progress) -> Metrics:
     """The engine, proven to compute what the graph computes."""
     import numpy as np
     from tokenizers import Tokenizer
 
+    from stages.adapters.onnxruntime import CachedSession, open_session
     from stages.graphs import onnx_graph, ort_checks
     from stages.graphs.parity import prose_ids
+    from stages.graphs.stepping import by_steps
 
-    tokenizer = Tokenizer.from_file(str(asked.graph.with_name("tokenizer.json")))
-    ids_NT = prose_ids(
-        lambda text: list(tokenizer.encode(text).ids), 1, min(PARITY_TOKENS, described["maximum_tokens"])
-    )
+    described = _described(source)
+    tokenizer, longest = Tokenizer.from_file(str(source / "tokenizer.json")), described["maximum_tokens"]
+    ids_NT = prose_ids(lambda text: list(tokenizer.encode(text).ids), 2, min(PARITY_TOKENS, longest))
     engine = output / chosen.executable
     metrics = chosen.build(asked, output, progress)
     if engine.suffix == asked.graph.suffix:
@@ -142,11 +173,20 @@ def _for_processor(
         chosen.build(replace(asked, graph=graph), folder, Silent())
 
     def logits(folder: Path) -> np.ndarray:
-        _, forward = chosen.execute(folder / chosen.executable, (), True)
-        return forward(ids_NT, np.ones_like(ids_NT))
+        return chosen.execute(folder / chosen.executable, (), True).forward(ids_NT, np.ones_like(ids_NT))
+
+    def stepped(folder: Path) -> np.ndarray:
+        session = open_session(folder / chosen.executable)
+        assert isinstance(session, CachedSession)
+        return by_steps(session, ids_NT)
 
     difference = ort_checks.require_same_numbers(
-        asked.graph, output, ids_NT, built, logits, predicts=described["task"] == "generate"
+        asked.graph,
+        output,
+        ids_NT,
+        built,
+        [logits, stepped] if described.get("cache") and chosen.keeps else [logits],
+        predicts=described["task"] == "generate",
     )
     progress.advanced(2, 3)
     if engine.suffix == asked.graph.suffix:

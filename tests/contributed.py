@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 from scipy.special import softmax
 from scipy.stats import entropy as scipys_entropy
@@ -19,7 +18,7 @@ from stages.runtime.sweep import sweep
 from stages.serving.engine import open_engine
 from tests.architecture import breaches, files
 from tests.conftest import sealer
-from tests.engines import one_block, token_windows
+from tests.engines import literal, one_block, token_windows
 from tests.flows.judging.test_gates import Gate
 
 SHORT = {"window_tokens": 16, "windows": 3}
@@ -99,8 +98,7 @@ def test_backend_compiles_a_graph_answers_and_is_judged(shared_store, graph, top
     compiled = seal("compile", {"backend": "reference"}, graph=graph)
     assert compiled.manifest.metrics["parity_logit_difference"] < 1e-3
     opened, ids_NT = open_engine(shared_store.checkout(compiled.identity)), token_windows(2, 9)
-    session = onnxruntime.InferenceSession(str(shared_store.checkout(graph) / "model.onnx"))
-    (expected,) = session.run(["logits"], {"input_ids": ids_NT, "attention_mask": np.ones_like(ids_NT)})
+    expected = literal(shared_store.checkout(graph) / "model.onnx", ids_NT)
     assert opened.target == "reference:cpu" and opened.logits(ids_NT) == pytest.approx(expected, abs=1e-3)
     params = {**SHORT, "target": "reference:cpu"}
     judged = seal("validate", params, model=compiled.identity, text=topics)

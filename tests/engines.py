@@ -8,15 +8,46 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
+from stages.graphs import onnx_graph, uncached
 from stages.models.checkpoint.loading import load_model, save_model
 from stages.models.layers import low_rank_linear, quantized_linear
 from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from stages.runtime.artifacts import Store
 from tests.conftest import sealer
+
+
+def literal(path: Path, ids_NT: np.ndarray, mask_NT: np.ndarray | None = None) -> np.ndarray:
+    """logits_NTV of a graph, with a cache or without, as ONNX Runtime runs it without any rewriting."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options)
+    rows, tokens = ids_NT.shape
+    feeds = {"input_ids": ids_NT}
+    for one in session.get_inputs():
+        if one.name == "attention_mask":
+            feeds[one.name] = np.ones_like(ids_NT) if mask_NT is None else mask_NT
+        elif one.name == "past_lengths":
+            feeds[one.name] = np.zeros(rows, np.int64)
+        elif one.name == "logits_at":
+            feeds[one.name] = np.tile(np.arange(tokens), (rows, 1))
+        elif one.name.startswith("past_key_values"):
+            feeds[one.name] = np.zeros((rows, one.shape[1], tokens, one.shape[3]), np.float32)
+    return session.run(["logits"], feeds)[0]
+
+
+def without_cache(graph: Path, folder: Path) -> Path:
+    """The same graph as backends get it that keep nothing."""
+    model = onnx_graph.load(graph)
+    uncached.without_cache(model)
+    onnx_graph.save(model, folder / "whole.onnx")
+    return folder / "whole.onnx"
+
 
 ROUNDED = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 

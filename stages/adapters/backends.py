@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from stages.runtime.contract import Metrics, Progress, StageError
 
@@ -25,7 +25,32 @@ GRAPHS_BACKEND = "onnxruntime"
 
 # Text, since recipes are checked without numpy.
 Forward = Callable[["NDArray[np.int64]", "NDArray[np.int64]"], "NDArray[np.float32]"]
-"""(ids_NT, mask_NT) -> logits_NTV; the mask is 0 where a row is padded, on either side."""
+"""(ids_NT, mask_NT) -> logits_NTV; the mask is 0 where a row is padded: on its right, if it is a decoder's."""
+
+
+class Steps(Protocol):
+    """A model that keeps what it has read of some sequences."""
+
+    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read prompts, padded on either side; returns the logits of what comes next, [N, V]."""
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read one more token of each sequence; returns the logits of what comes next, [N, V]."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """An engine that was opened.
+
+    Attributes:
+        target: what executes it, `onnxruntime:cpu`.
+        forward: answers to whole sequences.
+        steps: begins to keep what it reads, of sequences of so many tokens at most; None where nothing is kept.
+    """
+
+    target: str
+    forward: Forward
+    steps: Callable[[int], Steps] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +58,7 @@ class Asked:
     """What is to be built.
 
     Attributes:
-        graph: model.onnx; external data beside it.
+        graph: model.onnx; external data beside it. It takes and gives keys and values if the backend `keeps` them.
         architectures: GPUs it is for, none for the processor.
         maximum_tokens: the longest sequence.
         maximum_batch: the largest batch.
@@ -59,16 +84,18 @@ class Backend:
         library: the distribution that executes, whose version a measurement is bound to.
         executable: name of the file that is built; other files' names begin with it.
         build: (what is asked, folder, progress) -> metrics; writes the executable into the folder.
-        execute: (executable, architectures, whether its bytes were verified) -> target and forward function.
+        execute: (executable, architectures, whether its bytes were verified) -> the opened engine.
         architectures: GPUs it builds for; none: it is for the processor, and its engines are executed and judged.
+        keeps: whether it is given graphs that keep what they have read, where there are some.
         refuse: raises StageError where an architecture, "" for the processor, multiplies not all of these formats.
     """
 
     library: str
     executable: str
     build: Callable[[Asked, Path, Progress], Metrics]
-    execute: Callable[[Path, Sequence[str], bool], tuple[str, Forward]]
+    execute: Callable[[Path, Sequence[str], bool], Execution]
     architectures: tuple[str, ...] = ()
+    keeps: bool = False
     refuse: Callable[[str, Collection[str]], None] = _anything
 
 

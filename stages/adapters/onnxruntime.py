@@ -1,12 +1,13 @@
 """Graphs on the CPU by ONNX Runtime. The only module that imports it.
 
-Shapes: N sequences, T tokens, V vocabulary.
+Shapes: N sequences, T tokens, K of them asked, V vocabulary.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ VENDOR_ERRORS = (
     vendor.EPFail, vendor.Fail, vendor.InvalidArgument, vendor.InvalidGraph, vendor.InvalidProtobuf, vendor.NoSuchFile,
     vendor.NotImplemented, vendor.RuntimeException,
 )  # fmt: skip
+PAST, PRESENT = "past_key_values", "present"
+"""What the names of a cache begin with, as inputs and as outputs."""
+ROOM = 64
+"""Places for tokens to come that a cache begins with; it doubles when they are taken."""
 _PROCESSOR = Path("/proc/cpuinfo")
 
 
@@ -48,15 +53,148 @@ class Session:
     def _run(
         self, names: list[str], ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]
     ) -> list[NDArray[np.float32]]:
-        try:
-            found: list[NDArray[np.float32]] = self.session.run(names, {"input_ids": ids_NT, "attention_mask": mask_NT})
-        except VENDOR_ERRORS as error:
-            raise _told(error, "run") from error
+        feeds = {"input_ids": ids_NT, "attention_mask": mask_NT}
+        found: list[NDArray[np.float32]] = _ran(lambda: self.session.run(names, feeds))
         return found
 
 
-def open_session(path: Path, *, literal: bool = False) -> Session:
-    """Load a graph.
+@dataclass(frozen=True)
+class CachedSession:
+    """A loaded graph that keeps what it has read: see `stages.export.cached`.
+
+    Attributes:
+        session: ONNX Runtime's.
+        state: input -> output that takes its place at the next call.
+    """
+
+    session: Any
+    state: dict[str, str]
+
+    def logits(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """logits_NTV of whole windows; 0 where the mask is. Errors as of `Session.logits`."""
+        rows, counts_N = aligned(ids_NT, mask_NT)
+        found_NTV = self.begin(len(rows), rows.shape[1]).read(rows)
+        if mask_NT is None or (counts_N == ids_NT.shape[1]).all():
+            return found_NTV
+        logits_NTV = np.zeros((*ids_NT.shape, found_NTV.shape[2]), np.float32)
+        for logits_TV, found_TV, mask_T, count in zip(logits_NTV, found_NTV, mask_NT, counts_N, strict=True):
+            logits_TV[mask_T > 0] = found_TV[:count]
+        return logits_NTV
+
+    def outputs(self, ids_NT: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        """Every output of the graph but the cache, by its name; errors as of `logits`."""
+        names = [one.name for one in self.session.get_outputs() if one.name not in self.state.values()]
+        kept = self.begin(*ids_NT.shape)
+        feeds = kept.feeds(ids_NT, np.tile(np.arange(ids_NT.shape[1]), (len(ids_NT), 1)))
+        return dict(zip(names, _ran(lambda: self.session.run(names, feeds | kept.places)), strict=True))
+
+    def begin(self, rows: int, places: int) -> Kept:
+        """An empty cache.
+
+        Args:
+            rows: N.
+            places: tokens that each row has room for; room for more is made as they come.
+        """
+        return Kept(self, rows, places)
+
+
+class Kept:
+    """What was read of some rows, in buffers that the graph writes into where they are."""
+
+    def __init__(self, opened: CachedSession, rows: int, places: int) -> None:
+        self.opened, self.lengths_N = opened, np.zeros(rows, np.int64)
+        sizes = {one.name: one.shape for one in opened.session.get_inputs() if one.name in opened.state}
+        self.places = {
+            name: np.zeros((rows, heads, places, size), np.float32) for name, (_, heads, _, size) in sizes.items()
+        }
+
+    def feeds(self, ids_NT: NDArray[np.int64], asked_NK: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """What goes in beside the cache."""
+        return {"input_ids": ids_NT, "past_lengths": self.lengths_N, "logits_at": asked_NK}
+
+    def read(
+        self,
+        ids_NT: NDArray[np.int64],
+        counts_N: NDArray[np.int64] | None = None,
+        asked_NK: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float32]:
+        """logits_NKV of new tokens, which stand behind those read before.
+
+        Args:
+            ids_NT: right-padded.
+            counts_N: how many of each row count; all unless given.
+            asked_NK: of which of them; all unless given.
+
+        Raises:
+            StageError: the runtime refuses, with its own text.
+            DoesNotFit: memory ran out.
+        """
+        rows, tokens = ids_NT.shape
+        self._make_room(int(self.lengths_N.max()) + tokens)
+        asked_NK = np.tile(np.arange(tokens), (rows, 1)) if asked_NK is None else asked_NK
+        binding = self.opened.session.io_binding()
+        binding.bind_output("logits", "cpu")  # first, as `get_outputs` has them in this order
+        for name, array in self.feeds(np.ascontiguousarray(ids_NT), np.ascontiguousarray(asked_NK)).items():
+            binding.bind_cpu_input(name, array)
+        for name, array in self.places.items():
+            at = ("cpu", 0, np.float32, array.shape, array.ctypes.data)
+            binding.bind_input(name, *at)
+            binding.bind_output(self.opened.state[name], *at)
+        _ran(lambda: self.opened.session.run_with_iobinding(binding))
+        self.lengths_N = self.lengths_N + (tokens if counts_N is None else counts_N)
+        found: NDArray[np.float32] = binding.get_outputs()[0].numpy()
+        return found
+
+    def _make_room(self, wanted: int) -> None:
+        places = next(iter(self.places.values())).shape[2]
+        if wanted <= places:
+            return
+        # Twice as much each time, so that a token costs no copy of all before it.
+        more = [(0, 0), (0, 0), (0, max(wanted, 2 * places) - places), (0, 0)]
+        self.places = {name: np.pad(array, more) for name, array in self.places.items()}
+
+
+class Stepping:
+    """See `stages.adapters.backends.Steps`.
+
+    Args:
+        opened: the graph.
+        maximum_tokens: the longest sequence that it reads.
+    """
+
+    def __init__(self, opened: CachedSession, maximum_tokens: int) -> None:
+        self.opened, self.most = opened, maximum_tokens
+        self.kept = opened.begin(0, 0)
+
+    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read prompts."""
+        rows_NT, counts_N = aligned(ids_NT, mask_NT)
+        longest = rows_NT.shape[1]
+        self.kept = self.opened.begin(len(rows_NT), min(longest + ROOM, max(longest, self.most)))
+        return self.kept.read(rows_NT, counts_N, counts_N[:, None] - 1)[:, 0]
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read a token of each row."""
+        # A row that has ended may be led on beyond what the model reads; whatever it says is not wanted.
+        self.kept.lengths_N = np.minimum(self.kept.lengths_N, self.most - 1)
+        return self.kept.read(tokens_N[:, None])[:, 0]
+
+
+def aligned(
+    ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows with their tokens that count on the left, and how many they are."""
+    if mask_NT is None or mask_NT.all():
+        return ids_NT, np.full(len(ids_NT), ids_NT.shape[1])
+    counts_N = mask_NT.sum(1)
+    rows_NT = np.zeros((len(ids_NT), counts_N.max()), np.int64)
+    for row_T, ids_T, mask_T, count in zip(rows_NT, ids_NT, mask_NT, counts_N, strict=True):
+        row_T[:count] = ids_T[mask_T > 0]
+    return rows_NT, counts_N
+
+
+def open_session(path: Path, *, literal: bool = False) -> Session | CachedSession:
+    """Load a graph, with a cache or without.
 
     Fusion of Q/DQ pairs is off: it would round activations that the graph leaves in float. Dequantized constants are
     folded instead, so that weights behind a DequantizeLinear cost no time per call.
@@ -78,14 +216,27 @@ def open_session(path: Path, *, literal: bool = False) -> Session:
         "session.disable_quant_qdq": "1",
         "session.qdq_matmulnbits_accuracy_level": "1",
         "session.x64quantprecision": "0" if has_exact_kernels() else "1",
-        # Spinning threads take the cores that other work of the machine waits for.
-        "session.intra_op.allow_spinning": "0",
+        # A step of a decoder is hundreds of products of microseconds, for which no thread can be woken each time: it
+        # took 14 ms instead of 10. Between two runs no thread takes the cores that other work waits for.
+        "session.intra_op.allow_spinning": "0" if literal else "1",
+        "session.force_spinning_stop": "1",
     }.items():
         options.add_session_config_entry(key, value)
     try:
-        return Session(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except VENDOR_ERRORS as error:
         raise _told(error, "load") from error
+    past = [one.name for one in session.get_inputs() if one.name.startswith(PAST)]
+    if not past:
+        return Session(session)
+    return CachedSession(session, {name: PRESENT + name.removeprefix(PAST) for name in past})
+
+
+def _ran(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except VENDOR_ERRORS as error:
+        raise _told(error, "run") from error
 
 
 def threads() -> int:

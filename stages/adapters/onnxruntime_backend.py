@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
-from stages.adapters.backends import Asked, Backend, Forward
+from stages.adapters.backends import Asked, Backend, Execution
 from stages.runtime.contract import Metrics, Progress, StageError
 
 GRAPH = "model.onnx"
@@ -27,11 +28,13 @@ def build(asked: Asked, output: Path, progress: Progress) -> Metrics:
     return asked.lower(asked.graph, output / GRAPH)
 
 
-def execute(executable: Path, architectures: Sequence[str], verified: bool) -> tuple[str, Forward]:
+def execute(executable: Path, architectures: Sequence[str], verified: bool) -> Execution:
     """A session; a graph holds no code, so nobody need have verified it."""
-    from stages.adapters.onnxruntime import open_session
+    from stages.adapters.onnxruntime import CachedSession, Stepping, open_session
 
-    return "onnxruntime:cpu", open_session(executable).logits
+    opened = open_session(executable)
+    steps = partial(Stepping, opened) if isinstance(opened, CachedSession) else None
+    return Execution("onnxruntime:cpu", opened.logits, steps)
 
 
-BACKEND = Backend(library="onnxruntime", executable=GRAPH, build=build, execute=execute, refuse=refuse)
+BACKEND = Backend(library="onnxruntime", executable=GRAPH, build=build, execute=execute, keeps=True, refuse=refuse)

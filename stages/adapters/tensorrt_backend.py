@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from stages.adapters.backends import Asked, Backend, Forward
+from stages.adapters.backends import Asked, Backend, Execution
 from stages.runtime.contract import DoesNotFit, Metrics, Progress, StageError
 
 PLAN = "model.plan"
@@ -217,7 +217,7 @@ def made(library: str, architectures: tuple[str, ...], *, lacks: Mapping[str, st
         (output / PLAN).write_bytes(build_plan(asked.graph, library, asked.architectures, shapes, progress))
         return {"architectures": float(len(asked.architectures))}
 
-    def execute(executable: Path, built_for: Sequence[str], verified: bool) -> tuple[str, Forward]:
+    def execute(executable: Path, built_for: Sequence[str], verified: bool) -> Execution:
         # An engine is built where no GPU is, so what executes it comes later.
         from stages.adapters.tensorrt_execution import execute_plan
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.backends import Forward
+from stages.adapters.backends import Execution
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.runtime.cuda_driver import DRIVER, loaded
 
@@ -95,8 +95,8 @@ def open_device(backend: str, architectures: Sequence[str], driver: str = DRIVER
     return device
 
 
-def execute_plan(plan: Path, backend: str, architectures: Sequence[str], *, verified: bool) -> tuple[str, Forward]:
-    """Target and forward function of a plan.
+def execute_plan(plan: Path, backend: str, architectures: Sequence[str], *, verified: bool) -> Execution:
+    """A plan, opened.
 
     Args:
         plan: the serialized engine.
@@ -127,7 +127,7 @@ def execute_plan(plan: Path, backend: str, architectures: Sequence[str], *, veri
         _ = runtime, logger
         return _infer(device, context, {"input_ids": ids_NT, "attention_mask": mask_NT})
 
-    return f"{backend}:{device.architecture}", run
+    return Execution(f"{backend}:{device.architecture}", run)
 
 
 def _infer(device: Device, context: Any, inputs: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ Shapes: N windows, T tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +18,11 @@ from stages.runtime.progress import Silent
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx_ir as ir
     from numpy.typing import NDArray
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from stages.export.cached import LayerCache
     from stages.models.checkpoint.subject import Subject
 
 GRAPH = "model.onnx"
@@ -31,6 +33,7 @@ SANE_TOKENS = 1 << 24
 WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")
 """What configurations call the tokens that a layer attends to at most."""
 BEYOND_WINDOW = 16
+_NOTHING_KEPT = "engines read the whole text again for each token, as no graph keeps what it has read"
 
 
 class ExportParams(Params):
@@ -38,19 +41,23 @@ class ExportParams(Params):
 
     Attributes:
         opset: version of the ONNX operators. 23 has attention, rotary embedding and RMS norm as one operator each; 21
-            is for older runtimes.
+            is for older runtimes. A graph with a cache is written in 24.
+        cache: a model that continues texts takes and gives the keys and values of what it has read, so that a new token
+            costs what it is, not all before it. Backends without a cache are given the same graph without.
         parity_windows: windows of text on which graph and torch must agree.
         parity_tokens: their length; they are longer where layers attend to so many tokens at most.
     """
 
     opset: Literal[21, 23] = 23
+    cache: bool = True
     parity_windows: int = Field(2, ge=1)
     parity_tokens: int = Field(128, ge=16)
 
 
 def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write `model.onnx` and `graph.json`, with the tokenizer beside them."""
-    from stages.export import called, checks, to_onnx
+    from stages.export import checks, to_onnx
+    from stages.export.cache_checks import require_kept_numbers
     from stages.graphs import onnx_graph
     from stages.models.anatomy import tasks
     from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
@@ -63,21 +70,29 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
     to_onnx.densify(model)
     wanted = checks.expected(model, ids_NT, task)
     progress.advanced(1, 4)
-    exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1])
+    layers = _layers(model, params, progress) if task == "generate" and params.cache else ()
+    exported = _with_cache(model, layers, progress) if layers else None
+    if exported is None:
+        if layers:  # it was laid out for the exporter, which refused it
+            model, layers = load_model(source), ()
+            to_onnx.densify(model)
+        exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1])
     del model
     progress.advanced(2, 4)
+    opset = exported.opset_imports[""]
     onnx_graph.save(exported, output / GRAPH)
     del exported
     written = onnx_graph.held(onnx_graph.load(output / GRAPH))
     checks.require_effect(written, wanted)
     progress.advanced(3, 4)
-    difference = checks.require_numbers(output / GRAPH, ids_NT, wanted, task)
+    if layers:
+        difference = require_kept_numbers(output / GRAPH, ids_NT, wanted.answer_N)
+    else:
+        difference = checks.require_numbers(output / GRAPH, ids_NT, wanted, task)
     _carry(source, output)
-    described = {
-        "opset": params.opset,
+    described = _signature(layers, most) | {
+        "opset": opset,
         "task": task,
-        "inputs": list(called.INPUTS),
-        "output": called.OUTPUT,
         "precisions": sorted(written.precisions),
         "rounded_products": len(written.rounding),
         "maximum_tokens": most,
@@ -91,6 +106,42 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         "nodes": float(written.nodes),
         "quantized_matrices": float(written.quantized.total()),
     }
+
+
+def _layers(model: PreTrainedModel, params: ExportParams, progress: Progress) -> Sequence[LayerCache]:
+    """What each layer keeps of what it has read; nothing, with a note, where that cannot be in a graph."""
+    from stages.export import cached, to_onnx
+    from stages.export.layer_caches import layer_caches
+
+    try:
+        if params.opset < to_onnx.FUSED_ATTENTION:
+            raise cached.NotCached(f"opset {params.opset} has no operator for attention")
+        return layer_caches(model, max([0, *_windows_of(model.config)]) + BEYOND_WINDOW)
+    except cached.NotCached as reason:
+        progress.note(f"{_NOTHING_KEPT}: {reason}")
+        return ()
+
+
+def _with_cache(model: PreTrainedModel, layers: Sequence[LayerCache], progress: Progress) -> ir.Model | None:
+    from stages.export import cached, to_onnx
+
+    try:
+        return to_onnx.with_cache(model, layers)
+    except cached.NotCached as reason:
+        progress.note(f"{_NOTHING_KEPT}: {reason}")
+        return None
+
+
+def _signature(layers: Sequence[LayerCache], most: int) -> dict[str, Any]:
+    from stages.export import cached, called
+
+    if not layers:
+        component = {"file": GRAPH, "inputs": list(called.INPUTS), "outputs": [called.OUTPUT], "state": {}}
+        return {"components": {"model": component}, "cache": None}
+    inputs, outputs, state = cached.names(len(layers))
+    component = {"file": GRAPH, "inputs": inputs, "outputs": outputs, "state": state}
+    kept = {"dtype": "float32", "maximum": most, "layers": [layer.described() for layer in layers]}
+    return {"components": {"model": component}, "cache": kept}
 
 
 def admit(params: ExportParams, known: Mapping[str, Any]) -> Subject:
@@ -135,8 +186,12 @@ def _longest(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, progr
 
 def _parity_tokens(params: ExportParams, config: PreTrainedConfig, most: int) -> int:
     """Longer than the tokens that a layer attends to at most: a graph that forgets that must not pass."""
-    windows = [getattr(config.get_text_config(), name, None) or 0 for name in WINDOWS]
-    return min(most, max([params.parity_tokens, *(window + BEYOND_WINDOW for window in windows if window < most)]))
+    beyond = [window + BEYOND_WINDOW for window in _windows_of(config) if window < most]
+    return min(most, max([params.parity_tokens, *beyond]))
+
+
+def _windows_of(config: PreTrainedConfig) -> list[int]:
+    return [getattr(config.get_text_config(), name, None) or 0 for name in WINDOWS]
 
 
 def _windows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stages.export import cached
+from stages.export.cached import LayerCache
 from stages.export.called import INPUTS, OUTPUT, as_called, masks
 from stages.graphs import onnx_graph
 from stages.models.anatomy import blocks as anatomy
@@ -85,28 +87,67 @@ def to_onnx(model: PreTrainedModel, opset: int, task: str, ids_1T: NDArray[np.in
     lay_out(model)
     ids_NT = torch.arange(16).view(2, 8) % model.config.get_text_config().vocab_size
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-    with _quiet(), torch.no_grad(), masks():
-        try:
-            program = torch.onnx.export(
-                called,
-                (ids_NT, torch.ones_like(ids_NT)),
-                dynamo=True,
-                opset_version=opset,
-                input_names=list(INPUTS),
-                output_names=[OUTPUT],
-                dynamic_shapes={name: axes for name in INPUTS},
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            raise StageError(
-                f"the exporter could not turn {type(model).__name__} into ONNX",
-                measured=_first_cause(error),
-                remedy="Take `export` and what follows it out of the recipe, or report it with config.json.",
-            ) from error
+    shapes = {name: axes for name in INPUTS}
+    try:
+        with masks():
+            exported = _traced(called, (ids_NT, torch.ones_like(ids_NT)), (INPUTS, [OUTPUT]), shapes, opset)
+    except torch.onnx.OnnxExporterError as error:
+        raise StageError(
+            f"the exporter could not turn {type(model).__name__} into ONNX",
+            measured=_first_cause(error),
+            remedy="Take `export` and what follows it out of the recipe, or report it with config.json.",
+        ) from error
+    clean(exported, first_names)
+    return exported
+
+
+def with_cache(model: PreTrainedModel, layers: Sequence[LayerCache]) -> ir.Model:
+    """The same with keys and values as inputs and outputs, see `cached.Decoder`; opset 24.
+
+    Args:
+        model: as for `to_onnx`.
+        layers: from `cached.layer_caches`.
+
+    Raises:
+        NotCached: the exporter refuses.
+    """
+    inputs, outputs, _ = cached.names(len(layers))
+    arguments = cached.sample(layers, model.config.get_text_config().vocab_size)
+    decoder, first_names = cached.Decoder(model, len(layers)).eval(), _first_names(model)
+    lay_out(model)
+    try:
+        with cached.attending(model):
+            exported = _traced(decoder, arguments, (inputs, outputs), cached.shapes(layers), FUSED_ATTENTION)
+    except torch.onnx.OnnxExporterError as error:
+        raise cached.NotCached(_first_cause(error)) from error
+    clean(exported, first_names)
+    exported.opset_imports[""] = cached.OPSET
+    for node in exported.graph:
+        node.version = None
+    return exported
+
+
+def _traced(
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    names: tuple[Sequence[str], Sequence[str]],
+    shapes: dict[str, Any],
+    opset: int,
+) -> ir.Model:
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            opset_version=opset,
+            input_names=names[0],
+            output_names=names[1],
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
     assert program is not None
     exported: Any = program.model
     onnx_graph.pack_weights(exported.graph)
-    clean(exported, first_names)
     return exported
 
 

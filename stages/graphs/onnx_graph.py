@@ -22,6 +22,7 @@ _PRECISIONS = {
 }  # fmt: skip
 
 
+_PACKED = ("MatMulNBits", 1)
 _DEQUANTIZED, _AS_SCALE = ("DequantizeLinear", 0), ("DequantizeLinear", 1)
 
 
@@ -79,7 +80,10 @@ def held(model: ir.Model) -> Held:
         tensor = value.const_value
         if tensor is None or tensor.dtype not in _PRECISIONS:
             continue
-        precisions.add(_PRECISIONS[tensor.dtype])
+        packed = [
+            user.attributes.get_int("bits", 4) for user, place in value.uses() if (user.op_type, place) == _PACKED
+        ]
+        precisions.add(f"int{packed[0]}" if packed else _PRECISIONS[tensor.dtype])
         readers = [user for user, place in value.uses() if (user.op_type, place) == _DEQUANTIZED]
         uses = [(user.op_type, place) for reader in readers for user, place in reader.outputs[0].uses()]
         # Scales of NVFP4 blocks are themselves of few bits.

@@ -1,35 +1,51 @@
 """ONNX Runtime's integer kernels in place of Q/DQ pairs: the same numbers, computed on the integers.
 
 Left to itself, ONNX Runtime dequantizes a whole embedding table at each call, and multiplies in float where several
-products read the same rounded activations. Three rewritings mend that:
+products read the same rounded activations. These rewritings mend that:
 
 - A product of INT8 activations and INT8 weights becomes `MatMulIntegerToFloat`, whose INT32 sums are exact. The
   activations become unsigned with the zero at 128, the same grid: signed ones have no fast kernel (31 against 412
   GOP/s on one core with AVX512-VNNI; fp32 102).
 - A table of which rows are taken is read raw: the rows that the tokens name are dequantized and no others.
-- Weights of products with float activations stay behind their DequantizeLinear, which a session without Q/DQ fusion
-  folds when it loads. `MatMulNBits` would keep them small in memory, but at the accuracy level that multiplies in
-  float it takes twice the time of fp32, and the faster level rounds the activations, which no other engine of this
-  graph does.
+- A product of float activations and INT8 weights is one of integers, too: each row of the activations, over its
+  largest value, is written in three digits of eight bits, which stand side by side as rows, so that the weights are
+  read once, a byte each. What is left is 2^-24 of the row's largest value, as in fp32; of 2^-16, which two digits
+  leave, models with massive activations make a hundredth of what is usual beside them. `MatMulNBits` at the accuracy
+  level that multiplies in float takes ten times as long, and its faster level rounds the activations.
+- A product of float activations and INT4 weights keeps them in half a byte each, see `ort_few_bits`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-VENDOR = "com.microsoft"
-INTEGER_PRODUCT, RAW_ROWS = "MatMulIntegerToFloat", "raw_rows"
+from stages.graphs.ort_few_bits import PRODUCT, few_bits_product
+from stages.graphs.ort_nodes import VENDOR, constant, placed, sweep
+
+INTEGER_PRODUCT, RAW_ROWS, SPLIT_PRODUCT = "MatMulIntegerToFloat", "raw_rows", "split_products"
+FEW_BITS_PRODUCT = PRODUCT
+DIGITS, STEP, FINER = 3, 1 / 127, 1 / 254
+"""Of a row over its largest value: the step of the first digit; each other's, over that of the one before, of which it
+says at most half."""
 
 
 def lower(model: ir.Model) -> dict[str, int]:
     """Rewrite the graph in place. Returns how many integer products and raw readings of a table it holds now."""
     graph = model.graph
     counts: Counter[str] = Counter()
+    digits: dict[ir.Value, Digits] = {}
     for node in list(graph):
-        made = _raw_rows(graph, node) if node.op_type == "Gather" else _integer_product(graph, node)
+        kind, made = RAW_ROWS, _raw_rows(graph, node) if node.op_type == "Gather" else None
+        if made is None:
+            kind, made = INTEGER_PRODUCT, _integer_product(graph, node)
+        if made is None:
+            kind, made = SPLIT_PRODUCT, _split_product(graph, node, digits)
+        if made is None:
+            kind, made = FEW_BITS_PRODUCT, few_bits_product(graph, node)
         if made is None:
             continue
         old, new = node.outputs[0], made.outputs[0]
@@ -37,11 +53,11 @@ def lower(model: ir.Model) -> dict[str, int]:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         new.name = name
-        counts[INTEGER_PRODUCT if made.domain == VENDOR else RAW_ROWS] += 1
-    if counts[INTEGER_PRODUCT]:
+        counts[kind] += 1
+    if counts.total() > counts[RAW_ROWS]:
         model.opset_imports[VENDOR] = 1
     if counts:
-        _sweep(graph)
+        sweep(graph)
     return dict(counts)
 
 
@@ -55,10 +71,83 @@ def _integer_product(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     rounding = _producer(activation.inputs[0])
     if rounding is None or rounding.op_type != "QuantizeLinear":
         return None
-    scale, zero = rounding.inputs[1], _constant(graph, "unsigned_zero", np.array(128, dtype=np.uint8))
+    scale, zero = rounding.inputs[1], _unsigned_zero(graph)
     unsigned = _unsigned(graph, rounding, zero)
     inputs = [unsigned, weight.inputs[0], scale, weight.inputs[1], zero]
-    return _placed(graph, node, INTEGER_PRODUCT, inputs, domain=VENDOR)
+    return placed(graph, node, INTEGER_PRODUCT, inputs, domain=VENDOR)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Activations in digits of eight bits.
+
+    Attributes:
+        largest: of each row, [..., 1].
+        all: of each value over it, [DIGITS, ..., I] in UINT8 with the zero at 128.
+    """
+
+    largest: ir.Value
+    all: ir.Value
+
+
+def _split_product(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, Digits]) -> ir.Node | None:
+    """sum(digit @ q(w)) * scales, placed before a MatMul of float and dequantized values; None: it is none."""
+    x = node.inputs[0]
+    found = _columns(graph, node) if node.op_type == "MatMul" and x is not None else None
+    if found is None or x is None or x.shape is None:
+        return None
+    if x not in known:
+        known[x] = _digits(graph, node, x)
+    step, zero = _number(graph, "digit_0", STEP), _unsigned_zero(graph)
+    inputs: list[ir.Value | None] = [known[x].all, found[0], step, found[1], zero]
+    product = placed(graph, node, INTEGER_PRODUCT, inputs, domain=VENDOR).outputs[0]
+    worth = np.array([FINER**place for place in range(DIGITS)], np.float32).reshape(-1, *[1] * len(x.shape))
+    told = placed(graph, node, "Mul", [product, constant(graph, f"worth_{len(x.shape)}", worth)]).outputs[0]
+    first = constant(graph, "first_axis", np.array([0], dtype=np.int64))
+    whole = placed(graph, node, "ReduceSum", [told, first], keepdims=0).outputs[0]
+    return placed(graph, node, "Mul", [whole, known[x].largest])
+
+
+def _columns(graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+    """INT8 weights [I, O] of a product and the scales of their columns."""
+    weight = _dequantizer(node.inputs[1])
+    if weight is not None and _per_column(weight):
+        return _known(weight.inputs[0]), _known(weight.inputs[1])
+    # A table of tokens that is the head as well: the runtime turns it when it loads.
+    turned = _producer(node.inputs[1])
+    table = _dequantizer(turned.inputs[0]) if turned is not None and turned.op_type == "Transpose" else None
+    if table is None or not _int8(table) or table.attributes.get_int("axis", 1) != 0:
+        return None
+    perm = ir.AttrInt64s("perm", [1, 0])
+    made = ir.Node("", "Transpose", [table.inputs[0]], [perm], num_outputs=1)
+    graph.insert_before(node, made)
+    return made.outputs[0], _known(table.inputs[1])
+
+
+def _digits(graph: ir.Graph, before: ir.Node, x: ir.Value) -> Digits:
+    def then(kind: str, *inputs: ir.Value) -> ir.Value:
+        return placed(graph, before, kind, list(inputs)).outputs[0]
+
+    zero, axis = _unsigned_zero(graph), constant(graph, "last_axis", np.array([-1], dtype=np.int64))
+    tiny = _number(graph, "tiny", float(np.finfo(np.float32).tiny))  # a row of zeros is divided by it
+    largest = then("Max", then("ReduceMax", then("Abs", x), axis), tiny)
+    left, digits = then("Div", x, largest), list[ir.Value | None]()
+    first = constant(graph, "first_axis", np.array([0], dtype=np.int64))
+    for place in range(DIGITS):
+        step = _number(graph, f"digit_{place}", STEP * FINER**place)
+        digit = then("QuantizeLinear", left, step, zero)
+        digits.append(then("Unsqueeze", digit, first))
+        if place < DIGITS - 1:
+            left = then("Sub", left, then("DequantizeLinear", digit, step, zero))
+    return Digits(largest, placed(graph, before, "Concat", digits, axis=0).outputs[0])
+
+
+def _number(graph: ir.Graph, name: str, value: float) -> ir.Value:
+    return constant(graph, name, np.array(value, dtype=np.float32))
+
+
+def _unsigned_zero(graph: ir.Graph) -> ir.Value:
+    return constant(graph, "unsigned_zero", np.array(128, dtype=np.uint8))
 
 
 def _raw_rows(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
@@ -69,12 +158,12 @@ def _raw_rows(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     if "block_size" in table.attributes:
         return None
     ids = node.inputs[1]
-    raw = _placed(graph, node, "Gather", [table.inputs[0], ids], axis=0).outputs[0]
-    values = _placed(graph, node, "Cast", [raw], to=int(ir.DataType.FLOAT)).outputs[0]
-    scale = _placed(graph, node, "Gather", [table.inputs[1], ids], axis=0).outputs[0]
-    last = _constant(graph, "last_axis", np.array([-1], dtype=np.int64))
-    scale = _placed(graph, node, "Unsqueeze", [scale, last]).outputs[0]
-    return _placed(graph, node, "Mul", [values, scale])
+    raw = placed(graph, node, "Gather", [table.inputs[0], ids], axis=0).outputs[0]
+    values = placed(graph, node, "Cast", [raw], to=int(ir.DataType.FLOAT)).outputs[0]
+    scale = placed(graph, node, "Gather", [table.inputs[1], ids], axis=0).outputs[0]
+    last = constant(graph, "last_axis", np.array([-1], dtype=np.int64))
+    scale = placed(graph, node, "Unsqueeze", [scale, last]).outputs[0]
+    return placed(graph, node, "Mul", [values, scale])
 
 
 def _unsigned(graph: ir.Graph, rounding: ir.Node, zero: ir.Value) -> ir.Value:
@@ -82,15 +171,19 @@ def _unsigned(graph: ir.Graph, rounding: ir.Node, zero: ir.Value) -> ir.Value:
     for user, _ in list(_known(rounding.inputs[0]).uses()):
         if user.op_type == "QuantizeLinear" and user.inputs[1] is rounding.inputs[1] and zero in user.inputs:
             return user.outputs[0]
-    return _placed(graph, rounding, "QuantizeLinear", [*rounding.inputs[:2], zero]).outputs[0]
+    return placed(graph, rounding, "QuantizeLinear", [*rounding.inputs[:2], zero]).outputs[0]
 
 
 def _per_column(weight: ir.Node) -> bool:
     """Constant INT8 [I, O] with a scale for each of the O columns."""
+    return _int8(weight) and weight.attributes.get_int("axis", 1) == 1
+
+
+def _int8(weight: ir.Node) -> bool:
     q, scale = weight.inputs[0], weight.inputs[1]
     if q is None or scale is None or q.const_value is None or "block_size" in weight.attributes:
         return False
-    return q.const_value.dtype == ir.DataType.INT8 and weight.attributes.get_int("axis", 1) == 1
+    return q.const_value.dtype == ir.DataType.INT8 and len(_known(scale).shape or ()) == 1
 
 
 def _dequantizer(value: ir.Value | None) -> ir.Node | None:
@@ -105,31 +198,3 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
 def _known(value: ir.Value | None) -> ir.Value:
     assert value is not None
     return value
-
-
-def _placed(
-    graph: ir.Graph, before: ir.Node, kind: str, inputs: list[ir.Value | None], *, domain: str = "", **attributes: int
-) -> ir.Node:
-    typed = [ir.AttrInt64(name, value) for name, value in attributes.items()]
-    made = ir.Node(domain, kind, inputs, typed, num_outputs=1)
-    graph.insert_before(before, made)
-    return made
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-        graph.register_initializer(value)
-    return graph.initializers[name]
-
-
-def _sweep(graph: ir.Graph) -> None:
-    """Remove nodes and constants that nothing reads any more."""
-    outputs = set(graph.outputs)
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value in outputs for value in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and value not in outputs:
-            del graph.initializers[name]

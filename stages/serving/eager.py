@@ -19,12 +19,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.adapters.backends import Forward
+from stages.adapters.backends import Forward, Steps
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.runtime.contract import StageError
 from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
-from stages.serving.generate import Steps
 from stages.serving.translating import Translating, first_token
 
 

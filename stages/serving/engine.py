@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from stages.adapters.backends import GRAPHS_BACKEND, Forward, backend, refuse_impossible
+from stages.adapters.backends import GRAPHS_BACKEND, Execution, Forward, Steps, backend, refuse_impossible
 from stages.models.checkpoint.json_files import read_json
 from stages.runtime.contract import StageError
 from stages.serving.chat import Chat, Message, chat
-from stages.serving.generate import ROWS, Steps, written
+from stages.serving.generate import ROWS, written
 from stages.serving.generation import Generation, generation
 from stages.serving.sampling import Drawing
 from stages.serving.writing import Answer, Writing
@@ -195,16 +196,18 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
         return _checkpoint(folder, config, device)
     if (folder / ENGINE).is_file():
         described = _read(folder / ENGINE)
-        target, forward = _executable(folder, described, verified=verified)
+        opened = _executable(folder, described, verified=verified)
     else:
         described = _read(folder / DESCRIBED)
         refuse_impossible(GRAPHS_BACKEND, (), described["precisions"])
-        target, forward = backend(GRAPHS_BACKEND).execute(folder / GRAPH, (), False)
+        opened = backend(GRAPHS_BACKEND).execute(folder / GRAPH, (), False)
     if not (folder / "tokenizer.json").is_file():
         raise StageError(f"{folder.name} has no tokenizer.json", remedy="Make the artifact again.")
     task, most = described.get("task", "generate"), int(described["maximum_tokens"])
-    tokenizer = _bare(Tokenizer.from_file(str(folder / "tokenizer.json")))
-    return Answerer(target, task, most, tokenizer, _ends(folder, config), forward, chat=chat(folder))
+    tokenizer, begins = _bare(Tokenizer.from_file(str(folder / "tokenizer.json"))), opened.steps
+    steps = None if begins is None else partial(begins, most)
+    ends, talks = _ends(folder, config), chat(folder)
+    return Answerer(opened.target, task, most, tokenizer, ends, opened.forward, steps, talks)
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
@@ -224,7 +227,7 @@ def _bare(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> tuple[str, Forward]:
+def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> Execution:
     chosen = backend(described["backend"])
     return chosen.execute(folder / described["executable"], described["architectures"], verified)
 

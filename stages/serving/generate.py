@@ -9,12 +9,11 @@ Shapes: N sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.backends import Forward
+from stages.adapters.backends import Forward, Steps
 
 ROWS = 8
 """Sequences that are read side by side: the batch that a TensorRT plan takes unless it was told otherwise."""
@@ -22,16 +21,6 @@ Enough = Callable[[int, list[int]], bool]
 """(number of the prompt, its new tokens) -> whether no more of it is wanted."""
 Choose = Callable[[int, Sequence[int], NDArray[np.float32]], int]
 """(number of the prompt, its tokens and the new ones, logits_V of what comes next) -> the token that comes next."""
-
-
-class Steps(Protocol):
-    """A model that keeps what it has read of some sequences."""
-
-    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read prompts, padded on their left; returns the logits of what comes next, [N, V]."""
-
-    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read one more token of each sequence; returns the logits of what comes next, [N, V]."""
 
 
 def never(number: int, new: list[int]) -> bool:

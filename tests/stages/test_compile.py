@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -19,7 +18,7 @@ from stages.adapters.tensorrt_backend import Shapes, build_plan
 from stages.compile import CompileParams, compile_engine
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.serving.engine import open_engine
-from tests.engines import Hears, mixed, mixed_graph, token_windows  # noqa: F401
+from tests.engines import Hears, literal, mixed, mixed_graph, token_windows, without_cache  # noqa: F401
 
 SMALL = Shapes(maximum_batch=2, maximum_tokens=64)
 
@@ -40,13 +39,6 @@ def gpu(mixed_graph, tmp_path_factory):  # noqa: F811
     return folder, heard
 
 
-def literal(path: Path, ids: np.ndarray) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    return onnxruntime.InferenceSession(str(path), options).run(None, feeds)[0]
-
-
 def test_engine_for_the_cpu_gives_the_graphs_logits(mixed_graph, cpu):  # noqa: F811
     ids = token_windows(2, 33)
     reference = literal(mixed_graph / "model.onnx", ids)
@@ -56,10 +48,14 @@ def test_engine_for_the_cpu_gives_the_graphs_logits(mixed_graph, cpu):  # noqa: 
 
 def test_engine_for_the_cpu_multiplies_integers(cpu):
     model = onnx.load(cpu[0] / "model.onnx")
-    products = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
-    assert len(products) == cpu[1]["integer_products"] == 6
-    held = {t.name: t for t in model.graph.initializer}
     makers = {out: node for node in model.graph.node for out in node.output}
+    every = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    products = [node for node in every if makers[node.input[0]].op_type == "QuantizeLinear"]
+    assert len(products) == cpu[1]["integer_products"] == 6
+    # Of INT8 weights with float activations, and of the table as the head: those in digits, read once for all three.
+    assert len(every) - len(products) == cpu[1]["split_products"] == 9
+    assert {makers[node.input[0]].op_type for node in every if node not in products} == {"Concat"}
+    held = {t.name: t for t in model.graph.initializer}
     for node in products:
         assert held[node.input[1]].data_type == TensorProto.INT8
         rounding = makers[node.input[0]]
@@ -164,12 +160,13 @@ def test_an_engine_with_a_wrong_product_is_not_written(mixed_graph, tmp_path, mo
     def wrong(model):
         done = lower(model)
         for node in list(model.graph):
-            if node.op_type == "MatMulIntegerToFloat" and "down_proj" in node.inputs[1].name:
+            rounds = node.inputs and node.inputs[0] is not None and node.inputs[0].producer()
+            if node.op_type == "MatMulIntegerToFloat" and rounds.op_type == "QuantizeLinear":
                 node.replace_input_with(4, None)
         return done
 
     monkeypatch.setattr(ort_lowering, "lower", wrong)
-    with pytest.raises(StageError, match=r"product with model\.layers\.0\.mlp\.down_proj\.weight is not exact"):
+    with pytest.raises(StageError, match=r"product with model\.layers\.0\.self_attn\.q_proj\.weight is not exact"):
         compile_engine(CompileParams(backend="onnxruntime"), {"graph": mixed_graph}, tmp_path, Hears())
     assert not (tmp_path / "engine.json").exists()
 
@@ -294,18 +291,18 @@ def test_parsers_own_text_and_the_nodes_name_reach_the_user(tmp_path):
         build_plan(graph, "tensorrt_rtx", ["sm_89"], SMALL, Hears())
 
 
-def test_builders_own_text_reaches_the_user(mixed_graph):  # noqa: F811
+def test_builders_own_text_reaches_the_user(mixed_graph, tmp_path):  # noqa: F811
     with pytest.raises(StageError, match=r"could not build an engine for sm_75; measured .*(sm75|SM75)"):
-        build_plan(mixed_graph / "model.onnx", "tensorrt_rtx", ["sm_75"], SMALL, Hears())
+        build_plan(without_cache(mixed_graph / "model.onnx", tmp_path), "tensorrt_rtx", ["sm_75"], SMALL, Hears())
 
 
-def test_interrupted_build_ends_as_interrupted(mixed_graph):  # noqa: F811
+def test_interrupted_build_ends_as_interrupted(mixed_graph, tmp_path):  # noqa: F811
     class Impatient(Hears):
         def advanced(self, done, total):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_plan(mixed_graph / "model.onnx", "tensorrt_rtx", ["sm_89"], SMALL, Impatient())
+        build_plan(without_cache(mixed_graph / "model.onnx", tmp_path), "tensorrt_rtx", ["sm_89"], SMALL, Impatient())
 
 
 def test_missing_library_says_how_to_get_it(tmp_path, monkeypatch):

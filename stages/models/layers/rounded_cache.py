@@ -49,6 +49,14 @@ def rounded(x: Tensor, scale: Tensor | float, form: str) -> Tensor:
     return near.to(x.dtype)
 
 
+def rounded_pair(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as the cache of an attention module holds them; what no cache rounds stays."""
+    if (form := getattr(module, _FORM, None)) is None:
+        return key, value
+    k_scale, v_scale = (module.get_buffer(name) for name in SCALES)
+    return rounded(key, k_scale, form), rounded(value, v_scale, form)
+
+
 def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -56,9 +64,7 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         plain = _plain(module, base)
         for heard in _listeners:
             heard(module, key, value, lambda k, v: plain(module, query.to(k.dtype), k, v, attention_mask, **kwargs)[0])
-        if (form := getattr(module, _FORM, None)) is not None:
-            k_scale, v_scale = (module.get_buffer(name) for name in SCALES)
-            key, value = rounded(key, k_scale, form), rounded(value, v_scale, form)
+        key, value = rounded_pair(module, key, value)
         found: tuple[Tensor, Tensor | None] = plain(module, query, key, value, attention_mask, **kwargs)
         return found
 

@@ -94,7 +94,8 @@ def machine(monkeypatch, tmp_path):
 
 
 def test_plan_is_executed_and_its_memory_given_back(machine):
-    target, run = adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_86", "sm_89"], verified=True)
+    opened = adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_86", "sm_89"], verified=True)
+    target, run = opened.target, opened.forward
     assert target == "tensorrt_rtx:sm_89"
     ids, mask = np.array([[5, 6, 7], [8, 9, 10]]), np.array([[0, 1, 1], [1, 1, 1]])
     assert np.array_equal(run(ids, mask), np.stack([ids, mask, -ids], axis=-1))
@@ -118,7 +119,7 @@ def test_damaged_plan_is_refused(machine):
 
 
 def test_failing_call_names_itself_and_leaks_nothing(machine):
-    _, run = adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_89"], verified=True)
+    run = adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_89"], verified=True).forward
     with pytest.raises(StageError, match=r"takes no input_ids of this shape; measured \(1, 9\)"):
         run(np.zeros((1, 9), np.int64), np.zeros((1, 9), np.int64))
     machine.context.fails = True

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
@@ -32,14 +31,7 @@ from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from stages.serving.engine import open_engine
 from tests.conftest import sealer
-from tests.engines import Hears, mixed, mixed_graph, one_block, token_windows  # noqa: F401
-
-
-def run(folder: Path, **feeds: np.ndarray) -> np.ndarray:
-    """The graph as ONNX Runtime runs it without any rewriting."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options).run(None, feeds)[0]
+from tests.engines import Hears, literal, mixed, mixed_graph, one_block, token_windows, without_cache  # noqa: F401
 
 
 def torch_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
@@ -59,7 +51,7 @@ def dense_graph(tiny, tmp_path_factory):
 
 def test_graph_at_other_shapes_gives_torchs_logits(mixed, mixed_graph):  # noqa: F811
     ids = token_windows(3, 37)
-    found = run(mixed_graph, input_ids=ids, attention_mask=np.ones_like(ids))
+    found = literal(mixed_graph / "model.onnx", ids)
     reference = torch_logits(mixed, ids)
     assert found.shape == (3, 37, 768)
     assert np.abs(found - reference).mean() < 2e-3 * reference.std()
@@ -68,7 +60,7 @@ def test_graph_at_other_shapes_gives_torchs_logits(mixed, mixed_graph):  # noqa:
 def test_graph_of_floats_is_torch_to_the_last_digits(dense_graph):
     checkpoint, folder, metrics = dense_graph
     ids = token_windows(2, 50)
-    found = run(folder, input_ids=ids, attention_mask=np.ones_like(ids))
+    found = literal(folder / "model.onnx", ids)
     assert np.abs(found - torch_logits(checkpoint, ids)).max() < 1e-4
     assert metrics["parity_logit_difference"] < 1e-4
 
@@ -83,11 +75,11 @@ def test_graph_of_the_older_opset_has_no_newer_operators(dense_graph):
 def test_left_padding_does_not_change_a_row(dense_graph):
     _, folder, _ = dense_graph
     ids = token_windows(1, 20)
-    alone = run(folder, input_ids=ids, attention_mask=np.ones_like(ids))
+    alone = literal(folder / "model.onnx", ids)
     batch, mask = np.zeros((2, 26), np.int64), np.zeros((2, 26), np.int64)
     batch[0, 6:], mask[0, 6:] = ids, 1
     batch[1], mask[1] = token_windows(1, 26), 1
-    together = run(folder, input_ids=batch, attention_mask=mask)
+    together = literal(folder / "model.onnx", batch, mask)
     assert np.isfinite(together).all()
     assert np.abs(together[0, 6:] - alone[0]).max() < 1e-4
 
@@ -134,7 +126,7 @@ def _folder(tmp_path: Path) -> Path:
 
 
 def test_weights_left_unpacked_are_refused_and_nothing_is_sealed(mixed, store, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(to_onnx, "to_onnx", lambda *_: onnx_graph.load(_unpacked(tmp_path)))
+    monkeypatch.setattr(to_onnx, "with_cache", lambda *_: onnx_graph.load(_unpacked(tmp_path)))
     seal = sealer(store)
     checkpoint = seal("fetch", {"source": mixed.as_uri()}).identity
     with pytest.raises(StageError, match="quantized weights as integers; measured 0 tensors; limit 22"):
@@ -241,8 +233,7 @@ def test_large_graphs_keep_their_weights_beside_them(dense_graph, tmp_path, monk
     onnx_graph.save(onnx_graph.load(folder / "model.onnx"), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size < 200_000 < (tmp_path / "model.onnx.data").stat().st_size
     ids = token_windows(1, 8)
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    assert np.array_equal(run(tmp_path, **feeds), run(folder, **feeds))
+    assert np.array_equal(literal(tmp_path / "model.onnx", ids), literal(folder / "model.onnx", ids))
 
 
 def test_exporters_own_text_reaches_the_user(tiny, tmp_path):
@@ -343,7 +334,7 @@ def test_graph_of_every_form_gives_torchs_logits_once_its_four_bit_floats_are_wi
     assert onnx_graph.widen_fp4(model) == 0
     onnx_graph.save(model, tmp_path / "model.onnx")
     ids = token_windows(2, 21)
-    found = run(tmp_path, input_ids=ids, attention_mask=np.ones_like(ids))
+    found = literal(tmp_path / "model.onnx", ids)
     reference = torch_logits(forms[0], ids)
     assert np.abs(found - reference).mean() < 2e-3 * reference.std()
     kinds = [
@@ -352,7 +343,7 @@ def test_graph_of_every_form_gives_torchs_logits_once_its_four_bit_floats_are_wi
     assert len(kinds) == 2
 
 
-def test_graph_is_valid_and_a_gpu_of_its_precisions_takes_it(forms):
+def test_graph_is_valid_and_a_gpu_of_its_precisions_takes_it(forms, tmp_path):
     onnx.checker.check_model(onnx.load(forms[1] / "model.onnx"), full_check=True)
     precisions = json.loads((forms[1] / "graph.json").read_text())["precisions"]
     for backend, architectures, said in (
@@ -368,7 +359,8 @@ def test_graph_is_valid_and_a_gpu_of_its_precisions_takes_it(forms):
     refuse_impossible("tensorrt_rtx", ("sm_89",), ["float32", "fp8"])
     pytest.importorskip("tensorrt_rtx")
     shapes = Shapes(maximum_batch=1, maximum_tokens=16)
-    assert build_plan(forms[1] / "model.onnx", "tensorrt_rtx", ("sm_120",), shapes, Silent())
+    whole = without_cache(forms[1] / "model.onnx", tmp_path)
+    assert build_plan(whole, "tensorrt_rtx", ("sm_120",), shapes, Silent())
 
 
 @pytest.mark.parametrize("name", ["v_proj.weight_scale", "o_proj.weight_scale_2", "k_proj.weight"])

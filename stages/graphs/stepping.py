@@ -1,0 +1,41 @@
+"""Whole windows read through a cache in parts, for comparison with what reads them at once.
+
+Shapes: N windows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.adapters.onnxruntime import CachedSession
+
+STEPS = 32
+"""Tokens at most that are read one by one."""
+UNLIKE = 3
+"""How many tokens each row's prompt is shorter than that of the row before."""
+
+
+def by_steps(session: CachedSession, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+    """logits_NTV of windows whose beginnings are read side by side, as long as no other's, and the rest one by one."""
+    rows, tokens = ids_NT.shape
+    longest = max(tokens - STEPS, tokens // 2, 1)
+    first_N = np.array([max(1, longest - UNLIKE * (row % 4)) for row in range(rows)])
+    kept = session.begin(rows, int(first_N.max()))
+    begun_NTV = kept.read(ids_NT[:, : first_N.max()], first_N)
+    logits_NTV = np.zeros((rows, tokens, begun_NTV.shape[2]), np.float32)
+    for row, count in enumerate(first_N):
+        logits_NTV[row, :count] = begun_NTV[row, :count]
+    while (kept.lengths_N < tokens).any():
+        # A row that is through reads its last token again.
+        kept.lengths_N = at_N = np.minimum(kept.lengths_N, tokens - 1)
+        said_NV = kept.read(ids_NT[np.arange(rows), at_N][:, None])[:, 0]
+        logits_NTV[np.arange(rows), at_N] = said_NV
+    return logits_NTV
+
+
+def in_two(session: CachedSession, ids_1T: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The same of one window in two parts."""
+    kept, half = session.begin(1, ids_1T.shape[1]), ids_1T.shape[1] // 2 or 1
+    parts = [kept.read(part) for part in (ids_1T[:, :half], ids_1T[:, half:]) if part.shape[1]]
+    return np.concatenate(parts, axis=1)

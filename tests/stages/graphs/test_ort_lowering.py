@@ -1,0 +1,73 @@
+"""Products of float activations and INT8 weights, computed on integers."""
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from stages.adapters.onnxruntime import open_session
+from stages.graphs import ort_lowering
+
+INPUTS, OUTPUTS, ROWS = 64, 24, 96
+RNG = np.random.default_rng(3)
+
+
+def model(table: np.ndarray, weight: np.ndarray, scale: np.ndarray) -> ir.Model:
+    """logits = (table[input_ids] @ dequantized(weight)); the mask is read for nothing."""
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("DequantizeLinear", ["weight", "scale"], ["w"], axis=1),
+        helper.make_node("MatMul", ["x", "w"], ["logits"]),
+        helper.make_node("Identity", ["attention_mask"], ["unused"]),
+    ]
+    held = [
+        numpy_helper.from_array(array, name) for name, array in (("table", table), ("weight", weight), ("scale", scale))
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value(name, TensorProto.INT64, ["n", "t"]) for name in ("input_ids", "attention_mask")],
+        [value("logits", TensorProto.FLOAT, ["n", "t", OUTPUTS])],
+        held,
+        value_info=[value("x", TensorProto.FLOAT, ["n", "t", INPUTS])],
+    )
+    return ir.serde.deserialize_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    )
+
+
+@pytest.mark.parametrize("massive", [1.0, 3000.0])
+def test_product_of_float_activations_is_exact_beside_massive_ones(tmp_path, massive):
+    table = RNG.standard_normal((ROWS, INPUTS)).astype(np.float32)
+    table[:, 5] *= massive
+    table[7] = 0  # a row without any largest value
+    weight = RNG.integers(-127, 128, (INPUTS, OUTPUTS), dtype=np.int8)
+    scale = RNG.uniform(0.001, 0.02, OUTPUTS).astype(np.float32)
+    weight[5] = 0  # what is massive must not hide what the others lose
+    made = model(table, weight, scale)
+    assert ort_lowering.lower(made) == {"split_products": 1}
+    kinds = Counter(node.op_type for node in made.graph)
+    assert kinds["MatMul"] == 0 and kinds["MatMulIntegerToFloat"] == 1
+    ir.save(made, tmp_path / "model.onnx")
+    ids = np.arange(ROWS).reshape(2, ROWS // 2)
+    found = open_session(tmp_path / "model.onnx").logits(ids).reshape(ROWS, OUTPUTS)
+    exact = table.astype(np.float64) @ (weight.astype(np.float64) * scale)
+    # Beside it fp32 itself: each term is rounded to 2^-24 of the largest.
+    limit = 2.0**-22 * np.abs(table).max(1, keepdims=True) * (np.abs(weight.astype(np.float64)) * scale).sum(0)
+    assert (np.abs(found - exact) <= limit + 1e-30).all()
+    assert not found[7].any()
+
+
+def test_activations_that_several_products_read_are_split_once():
+    table = RNG.standard_normal((ROWS, INPUTS)).astype(np.float32)
+    made = model(table, RNG.integers(-127, 128, (INPUTS, OUTPUTS), dtype=np.int8), np.full(OUTPUTS, 0.01, np.float32))
+    (product,) = [node for node in made.graph if node.op_type == "MatMul"]
+    second = ir.Node("", "MatMul", list(product.inputs), num_outputs=1)
+    made.graph.append(second)
+    made.graph.outputs.append(second.outputs[0])
+    assert ort_lowering.lower(made) == {"split_products": 2}
+    kinds = Counter(node.op_type for node in made.graph)
+    assert kinds["MatMulIntegerToFloat"] == 2 and kinds["QuantizeLinear"] == ort_lowering.DIGITS
