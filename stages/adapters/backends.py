@@ -38,6 +38,19 @@ class Steps(Protocol):
         """Read one more token of each sequence; returns the logits of what comes next, [N, V]."""
 
 
+class Slots(Protocol):
+    """A model that writes several sequences at once, each of which comes and goes when it likes."""
+
+    def admit(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read a prompt, which takes the row behind all others; returns the logits of what comes next, [V]."""
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read one more token of every row; returns the logits of what comes next, [N, V]."""
+
+    def leave(self, row: int) -> None:
+        """Give up a row. The last one takes its place."""
+
+
 @dataclass(frozen=True)
 class Execution:
     """An engine that was opened.
@@ -46,11 +59,13 @@ class Execution:
         target: what executes it, `onnxruntime:cpu`.
         forward: answers to whole sequences.
         steps: begins to keep what it reads, of sequences of so many tokens at most; None where nothing is kept.
+        slots: the same for sequences that come and go.
     """
 
     target: str
     forward: Forward
     steps: Callable[[int], Steps] | None = None
+    slots: Callable[[int], Slots] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

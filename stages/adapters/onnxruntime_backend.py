@@ -31,10 +31,12 @@ def build(asked: Asked, output: Path, progress: Progress) -> Metrics:
 def execute(executable: Path, architectures: Sequence[str], verified: bool) -> Execution:
     """A session; a graph holds no code, so nobody need have verified it."""
     from stages.adapters.onnxruntime import CachedSession, Stepping, open_session
+    from stages.adapters.onnxruntime_slots import RowSlots
 
     opened = open_session(executable)
-    steps = partial(Stepping, opened) if isinstance(opened, CachedSession) else None
-    return Execution("onnxruntime:cpu", opened.logits, steps)
+    if not isinstance(opened, CachedSession):
+        return Execution("onnxruntime:cpu", opened.logits)
+    return Execution("onnxruntime:cpu", opened.logits, partial(Stepping, opened), partial(RowSlots, opened))
 
 
 BACKEND = Backend(library="onnxruntime", executable=GRAPH, build=build, execute=execute, keeps=True, refuse=refuse)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from stages.adapters.backends import GRAPHS_BACKEND, Execution, Forward, Steps, backend, refuse_impossible
+from stages.adapters.backends import GRAPHS_BACKEND, Execution, Forward, Slots, Steps, backend, refuse_impossible
 from stages.models.checkpoint.json_files import read_json
 from stages.runtime.contract import StageError
 from stages.serving.chat import Chat, Message, chat
@@ -47,6 +47,7 @@ class Answerer:
         forward: (ids_NT, mask_NT) -> logits_NTV, or what else a model of its task answers.
         steps: begins to keep what it reads of some sequences; None where nothing does.
         chat: how conversations are written; None where the tokenizer has no chat template.
+        slots: as `steps`, for sequences that come and go.
     """
 
     target: str
@@ -57,6 +58,7 @@ class Answerer:
     forward: Forward
     steps: Callable[[], Steps] | None = None
     chat: Chat | None = None
+    slots: Callable[[], Slots] | None = None
 
     def logits(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
         """logits_NTV of whole sequences, or what else a model of its task answers.
@@ -206,8 +208,9 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
     task, most = described.get("task", "generate"), int(described["maximum_tokens"])
     tokenizer, begins = _bare(Tokenizer.from_file(str(folder / "tokenizer.json"))), opened.steps
     steps = None if begins is None else partial(begins, most)
+    slots = None if opened.slots is None else partial(opened.slots, most)
     ends, talks = _ends(folder, config), chat(folder)
-    return Answerer(opened.target, task, most, tokenizer, ends, opened.forward, steps, talks)
+    return Answerer(opened.target, task, most, tokenizer, ends, opened.forward, steps, talks, slots)
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stages.adapters.onnxruntime import CachedSession, Stepping, open_session
+from stages.adapters.onnxruntime_slots import RowSlots
 from stages.export import cached, to_onnx
 from stages.export.layer_caches import layer_caches
 from stages.graphs import onnx_graph
@@ -163,3 +164,34 @@ def test_graph_without_its_cache_reads_whole_sequences(gpt2):
     found, wanted = literal(root / "whole.onnx", IDS, mask), answered("gpt2", root)
     np.testing.assert_allclose(found[0], wanted[0], atol=1e-4 * wanted.std())
     np.testing.assert_allclose(found[1, :13], wanted[1, :13], atol=1e-4 * wanted.std())
+
+
+def test_sequences_come_and_go_and_each_is_written_as_if_alone(gpt2):
+    root, _, session = gpt2
+    draw, model = np.random.default_rng(5), library("gpt2", root / "gpt2")
+    slots, rows, said = RowSlots(session, 64), list[list[int]](), 0
+
+    def check(found, row):
+        with torch.no_grad():
+            wanted = model(input_ids=torch.tensor([row])).logits[0, -1].numpy()
+        np.testing.assert_allclose(found, wanted, atol=1e-3 * wanted.std())
+
+    for turn in range(40):
+        if len(rows) < 5 and (not rows or draw.random() < 0.4):
+            rows.append(draw.integers(0, 96, draw.integers(1, 20)).tolist())
+            check(slots.admit(np.array(rows[-1])), rows[-1])
+        tokens = draw.integers(0, 96, len(rows))
+        rows = [[*row, int(token)] for row, token in zip(rows, tokens, strict=True)]
+        for found, row in zip(slots.next(tokens), rows, strict=True):
+            check(found, row)
+            said += 1
+        if turn % 3 == 2:
+            gone = int(draw.integers(len(rows)))
+            slots.leave(gone)
+            rows[gone] = rows[-1]
+            rows.pop()
+    assert said > 60
+    while rows:
+        slots.leave(len(rows) - 1)
+        rows.pop()
+    check(slots.admit(np.array([3, 4])), [3, 4])
