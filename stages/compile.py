@@ -135,11 +135,12 @@ def _without_cache(asked: Asked, output: Path) -> Iterator[Asked]:
 
 
 def _lower(graph: Path, target: Path, layers: Sequence[Mapping[str, Any]]) -> Metrics:
-    from stages.graphs import onnx_graph, ort_cache_lowering, ort_lowering
+    from stages.graphs import onnx_graph, ort_cache_lowering, ort_lowering, ort_norms
 
     model = onnx_graph.load(graph)
     lowered = ort_lowering.lower(model)
     attentions = ort_cache_lowering.lower_cache(model, layers)
+    ort_norms.fuse_norms(model)
     onnx_graph.save(model, target)
     kinds = {
         "integer_products": ort_lowering.INTEGER_PRODUCT,

@@ -15,37 +15,43 @@ import sys
 import time
 from pathlib import Path
 
-PROMPT = "The capital of France is a city whose name every traveller knows, and"
-NEW_TOKENS = 32
+NEW_TOKENS = 64
+ROUNDS_OF_PROMPTS = 3
 
 
 def measure(folder: Path, tokens: int) -> dict[str, float]:
-    """Prefill and generation of one engine, in this process."""
+    """Load, prompt and tokens of one engine, in this process."""
     import numpy as np
 
     from stages.runtime.execute import peak_rss_bytes
     from stages.serving.engine import open_engine
 
-    engine = open_engine(folder, verified=True)
-    ids = np.arange(tokens, dtype=np.int64)[None] + 1000
-    engine.logits(ids)
-    prefill = []
-    for _ in range(3):
-        began = time.perf_counter()
-        engine.logits(ids)
-        prefill.append(time.perf_counter() - began)
     began = time.perf_counter()
-    engine.generate([PROMPT], max_new_tokens=NEW_TOKENS)
-    generation = time.perf_counter() - began
+    engine = open_engine(folder, verified=True)
+    load = time.perf_counter() - began
+    assert engine.steps is not None
+    ids_1T = np.arange(tokens, dtype=np.int64)[None] + 1000
+    prompts, steps = list[float](), list[float]()
+    for turn in range(ROUNDS_OF_PROMPTS):
+        writing, began = engine.steps(), time.perf_counter()
+        logits_1V = writing.begin(ids_1T, np.ones_like(ids_1T))
+        prompts.append(time.perf_counter() - began)
+        for _ in range(NEW_TOKENS if turn else 1):  # the first round warms up
+            began = time.perf_counter()
+            logits_1V = writing.next(logits_1V.argmax(-1))
+            steps.append(time.perf_counter() - began)
+    steps = steps[1:]
     return {
-        "prefill_ms": 1000 * statistics.median(prefill),
-        "generation_tokens_per_s": NEW_TOKENS / generation,
+        "load_s": load,
+        "prompt_ms": 1000 * statistics.median(prompts[1:]),
+        "token_ms": 1000 * statistics.median(steps),
+        "token_p95_ms": 1000 * float(np.quantile(steps, 0.95)),
         "peak_rss_bytes": float(peak_rss_bytes()),
     }
 
 
 def newest(store_uri: str) -> dict[str, Path]:
-    """Folders to compare, by a name for the table. The dense model's graph is made where the store has none."""
+    """Folders to compare, by a name for the table. The dense model's engine is made where the store has none."""
     from flows.running.run_records import records
     from stages import stage
     from stages.adapters.connect import connect
@@ -57,10 +63,13 @@ def newest(store_uri: str) -> dict[str, Path]:
     if not passed:
         sys.exit(f"error: no run in {store.uri} has passed; `make run` makes one")
     steps = {step.name: step for step in passed[-1].result.steps}
-    dense, export = steps["dense"].fingerprint, stage("export")
-    params = export.params()
-    graph = execute(export, params, work_of(export, params, {"model": dense}), store, Silent(), step="dense-graph")
-    wanted = {"dense, torch fp32": dense, "dense, ONNX Runtime fp32": graph.identity}
+    dense = made = steps["dense"].fingerprint
+    for name, params, role in (("export", {}, "model"), ("compile", {"backend": "onnxruntime"}, "graph")):
+        definition = stage(name)
+        given = definition.params.model_validate(params)
+        work = work_of(definition, given, {role: made})
+        made = execute(definition, given, work, store, Silent(), step=f"dense-{name}").identity
+    wanted = {"dense, torch fp32": dense, "dense, ONNX Runtime fp32": made}
     wanted["engine, ONNX Runtime"] = steps["cpu"].fingerprint
     return {name: store.checkout(identity) for name, identity in wanted.items()}
 
@@ -84,16 +93,23 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             figures[name].append(json.loads(done.stdout.splitlines()[-1]))
     first = next(iter(figures.values()))
-    print(f"{'':28}{'prefill ms':>12}{'ratio':>8}{'tokens/s':>10}{'ratio':>8}{'RSS GB':>8}{'ratio':>8}")  # noqa: T201
+    columns = {
+        "load_s": ("load s", 1.0),
+        "prompt_ms": ("prompt ms", 1.0),
+        "token_ms": ("token ms", 1.0),
+        "token_p95_ms": ("p95 ms", 1.0),
+        "peak_rss_bytes": ("RSS GB", 1e-9),
+    }
+    print(f"{'':26}" + "".join(f"{title:>11}{'ratio':>7}" for title, _ in columns.values()))  # noqa: T201
     for name, rounds in figures.items():
-        cells = []
-        for key, scale in (("prefill_ms", 1.0), ("generation_tokens_per_s", 1.0), ("peak_rss_bytes", 1e-9)):
+        cells = ""
+        for key, (_, scale) in columns.items():
             value = statistics.median(one[key] for one in rounds) * scale
             ratio = statistics.median(a[key] / b[key] for a, b in zip(rounds, first, strict=True))
-            cells += [f"{value:.2f}", f"{ratio:.2f}"]
-        widths = (12, 8, 10, 8, 8, 8)
-        print(f"{name:28}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))  # noqa: T201
-    print(f"{asked.tokens} tokens of prompt with all logits; {NEW_TOKENS} new tokens; medians of {asked.rounds} rounds")  # noqa: T201
+            cells += f"{value:>11.2f}{ratio:>7.2f}"
+        print(f"{name:26}{cells}")  # noqa: T201
+    said = f"a prompt of {asked.tokens} tokens, {NEW_TOKENS} new ones behind it; medians of {asked.rounds} rounds"
+    print(f"{said}, a process each, in turn; ratios to the first row of the same round")  # noqa: T201
 
 
 if __name__ == "__main__":

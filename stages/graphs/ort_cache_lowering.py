@@ -81,8 +81,8 @@ def _replace(
     query = node.inputs[0]
     assert query is not None and query.shape is not None
     heads, size = int(query.shape[1]), int(layer["key_size"])  # type: ignore[arg-type]  # fixed by the model
-    flat = constant(graph, "heads_side_by_side", np.array([0, 0, -1], dtype=np.int64))
-    rows = [_flat(graph, node, value, flat) for value in (query, scatters[0].inputs[1], scatters[1].inputs[1])]
+    values = (query, scatters[0].inputs[1], scatters[1].inputs[1])
+    rows = [_side_by_side(graph, node, value) for value in values]
     attributes = [
         ir.AttrInt64("num_heads", heads),
         ir.AttrInt64("kv_num_heads", int(layer["heads"])),
@@ -95,19 +95,55 @@ def _replace(
     past = [one.inputs[0] for one in scatters]
     made = ir.Node(VENDOR, CACHED_ATTENTION, [*rows, *past, *reach], attributes, num_outputs=3)
     graph.insert_before(node, made)
-    apart = constant(graph, f"{heads}_heads_of_{size}", np.array([0, 0, heads, size], dtype=np.int64))
-    found_NTQD = placed(graph, node, "Reshape", [made.outputs[0], apart]).outputs[0]
-    found = _turned(graph, node, found_NTQD)
-    for old, new in ((node.outputs[0], found), *zip((s.outputs[0] for s in scatters), made.outputs[1:], strict=True)):
+    olds, news = [scatter.outputs[0] for scatter in scatters], list(made.outputs[1:])
+    for old in _read_side_by_side(node.outputs[0], heads * size):
+        olds.append(old)
+        news.append(made.outputs[0])
+    if any(user.op_type != "Transpose" for user, _ in node.outputs[0].uses()) or len(olds) == len(scatters):
+        apart = constant(graph, f"{heads}_heads_of_{size}", np.array([0, 0, heads, size], dtype=np.int64))
+        found = placed(graph, node, "Reshape", [made.outputs[0], apart]).outputs[0]
+        olds.append(node.outputs[0])
+        news.append(_turned(graph, node, found))
+    for old, new in zip(olds, news, strict=True):
         new.shape, new.type, name = old.shape, old.type, old.name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         old.name, new.name = None, name
-    graph.remove([node, *scatters], safe=True)
 
 
-def _flat(graph: ir.Graph, before: ir.Node, value: ir.Value | None, flat: ir.Value) -> ir.Value:
-    """[N, G, T, D] -> [N, T, G * D]."""
-    return placed(graph, before, "Reshape", [_turned(graph, before, value), flat]).outputs[0]
+def _read_side_by_side(found: ir.Value, width: int) -> list[ir.Value]:
+    """Where the heads of what attention found, [N, Q, T, D], are put side by side again, [N, T, Q * D]."""
+    turned = [user.outputs[0] for user, _ in found.uses() if _turns(user)]
+    readers = [user for value in turned for user, _ in value.uses()]
+    joined = [user.outputs[0] for user in readers if user.op_type == "Reshape" and _is_rows(user.outputs[0], width)]
+    return joined if len(joined) == len(readers) else []
+
+
+def _side_by_side(graph: ir.Graph, before: ir.Node, value: ir.Value | None) -> ir.Value:
+    """[N, G, T, D] -> [N, T, G * D], without taking apart what stood side by side before."""
+    assert value is not None and value.shape is not None
+    heads, size, node = int(value.shape[1]), int(value.shape[3]), value.producer()  # type: ignore[arg-type]
+    if node is not None and node.op_type == "RotaryEmbedding":
+        inner = _side_by_side(graph, before, node.inputs[0])
+        attributes = [one for name, one in node.attributes.items() if name != "num_heads"]
+        attributes.append(ir.AttrInt64("num_heads", heads))
+        made = ir.Node("", node.op_type, [inner, *node.inputs[1:]], attributes, num_outputs=1)
+        graph.insert_before(before, made)
+        return made.outputs[0]
+    apart = node.inputs[0] if node is not None and _turns(node) else None
+    joined = None if apart is None else apart.producer()
+    if joined is not None and joined.op_type == "Reshape" and _is_rows(joined.inputs[0], heads * size):
+        assert joined.inputs[0] is not None
+        return joined.inputs[0]
+    flat = constant(graph, "heads_side_by_side", np.array([0, 0, -1], dtype=np.int64))
+    return placed(graph, before, "Reshape", [apart or _turned(graph, before, value), flat]).outputs[0]
+
+
+def _is_rows(value: ir.Value | None, width: int) -> bool:
+    return value is not None and value.shape is not None and len(value.shape) == 3 and value.shape[2] == width
+
+
+def _turns(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", ())) == [0, 2, 1, 3]
 
 
 def _turned(graph: ir.Graph, before: ir.Node, value: ir.Value | None) -> ir.Value:
