@@ -20,8 +20,13 @@ from stages.runtime.progress import Silent
 GRAPH = "model.onnx"
 PARITY_TOKENS = 64
 DEFAULT_TOKENS = 2048
+ROUNDING_LIMIT = 0.1
+"""Nats a token, of KL(as the graph says || with rounded activations)."""
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from stages.models.checkpoint.subject import Subject
 
     BackendName = str
@@ -37,12 +42,15 @@ class CompileParams(Params):
         architectures: GPUs a TensorRT plan is for, `sm_89`, ...; one plan serves them all. None for onnxruntime.
         maximum_tokens: the longest sequence; null for as many as the model reads, at most 2,048.
         maximum_batch: the largest batch of a TensorRT plan.
+        activations: how onnxruntime multiplies INT4 weights: with activations as the graph has them, or rounded to INT8
+            in blocks, which is faster. An engine that rounds is judged as it rounds, as any other.
     """
 
     backend: BackendName
     architectures: tuple[str, ...] = ()
     maximum_tokens: int | None = Field(None, ge=1)
     maximum_batch: int = Field(8, ge=1)
+    activations: Literal["as_graph", "int8"] = "as_graph"
 
 
 def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
@@ -53,6 +61,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     described = _described(source)
     architectures = tuple(dict.fromkeys(params.architectures))
     refuse_impossible(params.backend, architectures, described["precisions"])
+    _refuse_rounding(params)
     longest = _longest(params, described["maximum_tokens"])
     if longest < (params.maximum_tokens or 0):
         progress.note(f"the engine reads {longest} tokens, all that its graph reads, not {params.maximum_tokens}")
@@ -71,6 +80,8 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
         "precisions": described["precisions"],
         "vocabulary": described["vocabulary"],
         "cache": cache if chosen.keeps else None,
+        "activations": params.activations,
+        "components": {"model": _component(described, chosen)},
         "maximum_tokens": asked.maximum_tokens,
         "executable": chosen.executable,
         # One plan for several architectures has not run on any of them when it was built ahead of time.
@@ -84,6 +95,8 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
             metrics = chosen.build(asked, output, progress)
         else:
             metrics = _for_processor(chosen, asked, source, output, progress)
+        if params.activations == "int8":
+            metrics |= _rounding(chosen, source, output)
     size = sum(path.stat().st_size for path in output.glob(f"{chosen.executable}*"))
     carry(source, output)
     (output / "engine.json").write_text(json.dumps(engine, indent=1, sort_keys=True), encoding="utf-8")
@@ -95,12 +108,31 @@ def _described(source: Path) -> dict[str, Any]:
     return found
 
 
+def _component(described: Mapping[str, Any], chosen: Backend) -> dict[str, Any]:
+    """What the executable takes and gives, so that any program can call it."""
+    if described.get("cache") and chosen.keeps:
+        return {**described["components"]["model"], "file": chosen.executable}
+    names = {"inputs": ["input_ids", "attention_mask"], "outputs": ["logits"]}
+    return {"file": chosen.executable, **names, "state": {}}
+
+
 def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:
     """The engine of a graph."""
     graph: Subject = known["graph"]
     architectures = tuple(dict.fromkeys(params.architectures))
     refuse_impossible(params.backend, architectures, _PRECISIONS.get(graph.scheme, ("float32",)))
+    _refuse_rounding(params)
     return replace(graph, built=_longest(params, graph.built))
+
+
+def _refuse_rounding(params: CompileParams) -> None:
+    if params.activations != "as_graph" and params.backend != "onnxruntime":
+        raise StageError(
+            f"`activations` is for onnxruntime, not for {params.backend}",
+            measured=params.activations,
+            limit="as_graph",
+            remedy="Leave it out; `quantize` rounds activations for every backend by a scheme like int8_w8a8.",
+        )
 
 
 def _longest(params: CompileParams, most: int | None) -> int:
@@ -154,16 +186,12 @@ def _lower(graph: Path, target: Path, layers: Sequence[Mapping[str, Any]]) -> Me
 def _for_processor(chosen: Backend, asked: Asked, source: Path, output: Path, progress: Progress) -> Metrics:
     """The engine, proven to compute what the graph computes."""
     import numpy as np
-    from tokenizers import Tokenizer
 
     from stages.adapters.onnxruntime import CachedSession, open_session
     from stages.graphs import onnx_graph, ort_checks
-    from stages.graphs.parity import prose_ids
     from stages.graphs.stepping import by_steps
 
-    described = _described(source)
-    tokenizer, longest = Tokenizer.from_file(str(source / "tokenizer.json")), described["maximum_tokens"]
-    ids_NT = prose_ids(lambda text: list(tokenizer.encode(text).ids), 2, min(PARITY_TOKENS, longest))
+    described, ids_NT = _described(source), _prose(source)
     engine = output / chosen.executable
     metrics = chosen.build(asked, output, progress)
     if engine.suffix == asked.graph.suffix:
@@ -194,6 +222,46 @@ def _for_processor(chosen: Backend, asked: Asked, source: Path, output: Path, pr
         ort_checks.require_exact_products(engine, ids_NT)
     progress.advanced(3, 3)
     return metrics | {"parity_logit_difference": difference}
+
+
+def _rounding(chosen: Backend, source: Path, output: Path) -> Metrics:
+    """Let the proven engine round activations, and say how far that takes it from what it was."""
+    import numpy as np
+
+    from stages.graphs import onnx_graph, ort_few_bits
+    from stages.graphs.parity import divergence
+
+    engine, ids_NT = output / chosen.executable, _prose(source)
+
+    def logits() -> np.ndarray:
+        return chosen.execute(engine, (), True).forward(ids_NT, np.ones_like(ids_NT))
+
+    before_NTV, model = logits(), onnx_graph.load(engine)
+    products = ort_few_bits.round_activations(model)
+    if not products:
+        raise StageError(
+            "no activations can be rounded: the graph has no product of INT4 weights and float activations",
+            remedy="Leave `activations` out, or quantize by int4_weight_only.",
+        )
+    onnx_graph.save(model, engine)
+    found = divergence(before_NTV, logits())
+    if not found <= ROUNDING_LIMIT:
+        raise StageError(
+            "the engine answers otherwise once it rounds activations",
+            measured=f"KL divergence {found:.3g} nats a token",
+            limit=ROUNDING_LIMIT,
+            remedy="Leave `activations` out.",
+        )
+    return {"rounded_activations": float(products), "rounding_kl_divergence": found}
+
+
+def _prose(source: Path) -> NDArray[np.int64]:
+    from tokenizers import Tokenizer
+
+    from stages.graphs.parity import prose_ids
+
+    tokenizer, longest = Tokenizer.from_file(str(source / "tokenizer.json")), _described(source)["maximum_tokens"]
+    return prose_ids(lambda text: list(tokenizer.encode(text).ids), 2, min(PARITY_TOKENS, longest))
 
 
 def _require_lowered(precisions: frozenset[str], described: Mapping[str, Any]) -> None:

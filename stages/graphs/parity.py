@@ -50,6 +50,18 @@ def parity(ids_NT: NDArray[np.int64] | None, reference: NDArray[np.float32], fou
     return Parity(difference, abs(_cross_entropy(ids_NT, found) - _cross_entropy(ids_NT, reference)))
 
 
+def divergence(reference_NTV: NDArray[np.float32], found_NTV: NDArray[np.float32]) -> float:
+    """Mean KL(reference || found) of what each token is followed by, in nats."""
+    (log_p, log_q) = (_log_softmax(one.astype(np.float64)) for one in (reference_NTV, found_NTV))
+    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(-1, keepdims=True)
+    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return found
+
+
 def require_parity(differences: Parity, what: str) -> None:
     """Raise unless two executions agree.
 

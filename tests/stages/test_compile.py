@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from stages.adapters.backends import backend, refuse_impossible
 from stages.adapters.tensorrt_backend import Shapes, build_plan
 from stages.compile import CompileParams, compile_engine
+from stages.export.stage import ExportParams, export
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.serving.engine import open_engine
-from tests.engines import Hears, literal, mixed, mixed_graph, token_windows, without_cache  # noqa: F401
+from tests.engines import Hears, literal, mixed, mixed_graph, one_block, token_windows, without_cache  # noqa: F401
 
 SMALL = Shapes(maximum_batch=2, maximum_tokens=64)
 
@@ -81,6 +83,11 @@ def test_engine_for_the_cpu_is_described_and_carries_its_tokenizer(cpu, mixed_gr
     assert described["vocabulary"] == 768
     assert described["maximum_tokens"] == 512
     assert described["precisions"] == ["float32", "int4", "int8"]
+    session, called = onnxruntime.InferenceSession(cpu[0] / "model.onnx"), described["components"]["model"]
+    assert [one.name for one in session.get_inputs()] == called["inputs"]
+    assert [one.name for one in session.get_outputs()] == called["outputs"]
+    assert called["state"]["past_key_values.5.value"] == "present.5.value" and len(called["state"]) == 12
+    assert len(described["cache"]["layers"]) == 6
     assert (cpu[0] / "tokenizer.json").read_bytes() == (mixed_graph / "tokenizer.json").read_bytes()
     assert (cpu[0] / "model.onnx").stat().st_size < 1.02 * (mixed_graph / "model.onnx").stat().st_size
 
@@ -133,6 +140,38 @@ def test_engine_of_classes_is_proven_by_its_classes_and_says_its_task(tiny, tmp_
     (tmp_path / "other").mkdir()
     with pytest.raises(StageError, match="the engine and the graph differ in their logits"):
         compile_engine(CompileParams(backend="onnxruntime"), {"graph": graph}, tmp_path / "other", Hears())
+
+
+def test_engine_may_round_activations_and_says_how_far_that_takes_it(mixed_graph, cpu, tmp_path):  # noqa: F811
+    folder = tmp_path / "fast"
+    folder.mkdir()
+    params = CompileParams(backend="onnxruntime", activations="int8")
+    made = compile_engine(params, {"graph": mixed_graph}, folder, Hears())
+    assert made["rounded_activations"] == cpu[1]["few_bits_products"] > 0
+    assert 0 < made["rounding_kl_divergence"] < 0.01
+    ids = token_windows(2, 33)
+    exact, fast = (open_engine(one).logits(ids).astype(np.float64) for one in (cpu[0], folder))
+    assert 1e-6 < np.abs(exact - fast).max() / exact.std() < 0.3
+    levels = [
+        next(one.i for one in node.attribute if one.name == "accuracy_level")
+        for node in onnx.load(folder / "model.onnx").graph.node
+        if node.op_type == "MatMulNBits"
+    ]
+    assert set(levels) == {4}
+
+
+def test_rounding_where_there_is_nothing_to_round_is_refused(tiny, tmp_path):
+    checkpoint = one_block(tiny, tmp_path / "one")
+    for name in ("graph", "engine"):
+        (tmp_path / name).mkdir()
+    export(ExportParams(), {"model": checkpoint}, tmp_path / "graph", Hears())
+    with pytest.raises(StageError, match="no product of INT4 weights and float activations"):
+        params = CompileParams(backend="onnxruntime", activations="int8")
+        compile_engine(params, {"graph": tmp_path / "graph"}, tmp_path / "engine", Hears())
+    with pytest.raises(StageError, match="`activations` is for onnxruntime, not for tensorrt_rtx"):
+        params = CompileParams(backend="tensorrt_rtx", architectures=("sm_89",), activations="int8")
+        compile_engine(params, {"graph": tmp_path / "graph"}, tmp_path / "engine", Hears())
+    assert not (tmp_path / "engine" / "engine.json").exists()
 
 
 def test_a_rewriting_that_changes_the_numbers_is_refused(mixed_graph, tmp_path, monkeypatch):  # noqa: F811
