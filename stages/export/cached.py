@@ -10,6 +10,7 @@ and values, D their size, L layers.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.onnx import ops
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from typing_extensions import override
 
 from stages.models.layers import rounded_cache
@@ -79,9 +81,7 @@ class Decoder(nn.Module):
         hook = head.register_forward_pre_hook(lambda _module, args: (_rows(args[0], asked_NK),))
         try:
             with at(positions_NT):
-                answer = self.model(
-                    input_ids=ids_NT, position_ids=positions_NT, past_key_values=cache, use_cache=True, return_dict=True
-                )
+                answer = self.model(**arguments(self.model, ids_NT, positions_NT, cache))
         finally:
             hook.remove()
         present = [cache.present.get(layer) for layer in range(self.layers)]
@@ -145,6 +145,21 @@ class Given(Cache):
 
     def __len__(self) -> int:
         return len(self.past)
+
+
+def has_own_attention(model: PreTrainedModel) -> bool:
+    """Whether attention is computed by the model itself, not through transformers' interface of functions."""
+    return not type(model)._can_set_attn_implementation()
+
+
+def arguments(model: PreTrainedModel, ids_NT: Tensor, positions_NT: Tensor, cache: Cache) -> dict[str, Any]:
+    """How a model is called for new tokens behind a cache."""
+    given: dict[str, Any] = {"input_ids": ids_NT, "past_key_values": cache, "use_cache": True, "return_dict": True}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = positions_NT
+    if has_own_attention(model):  # it counts places for its slopes by the mask
+        given["attention_mask"] = torch.ones(ids_NT.shape[0], cache.get_mask_sizes(1, 0)[0], dtype=torch.int64)
+    return given
 
 
 _positions: list[Tensor] = []
@@ -212,10 +227,28 @@ AttentionInterface.register(_NAME, _attend)
 AttentionMaskInterface.register(_NAME, _seen)
 
 
+def _added(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+    """The same as what is added to the products of queries and keys."""
+    return torch.where(_seen(*args, **kwargs), 0.0, torch.finfo(dtype).min)
+
+
 @contextmanager
 def attending(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model attends as a graph with a cache does."""
+    """Within it, the model attends as a graph with a cache does; attention of its own reads all places, masked."""
     before = model.config._attn_implementation
+    if has_own_attention(model):
+        # By products and a softmax: torch's fused operator may be called with fewer heads of keys than of queries,
+        # which the exporter does not take.
+        model.config._attn_implementation = "eager"
+        ours = {sdpa_mask: _seen, eager_mask: _added}
+        changed = {name: made for name, made in ALL_MASK_ATTENTION_FUNCTIONS.items() if made in ours}
+        ALL_MASK_ATTENTION_FUNCTIONS.update({name: ours[made] for name, made in changed.items()})
+        try:
+            yield
+        finally:
+            ALL_MASK_ATTENTION_FUNCTIONS.update(changed)
+            model.config._attn_implementation = before
+        return
     model.set_attn_implementation(_NAME)
     try:
         yield

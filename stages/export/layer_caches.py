@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from stages.export.cached import Given, LayerCache, NotCached, Pair, at, attending, heard_by
+from stages.export.cached import (
+    Given,
+    LayerCache,
+    NotCached,
+    Pair,
+    arguments,
+    at,
+    attending,
+    has_own_attention,
+    heard_by,
+)
 
 _BEYOND = 2
 """Tokens asked behind the largest window when a layer's pattern is read off its mask."""
@@ -29,16 +39,17 @@ def layer_caches(model: PreTrainedModel, places: int) -> list[LayerCache]:
     Raises:
         NotCached: a layer keeps nothing or more than keys and values, or its attention is none that we can call.
     """
-    name = type(model).__name__
-    if not type(model)._can_set_attn_implementation() or not _takes_places(model):
-        raise NotCached(f"{name} computes attention or counts places in a way of its own")
+    own = has_own_attention(model)
+    if not _takes_a_cache(model, own=own):
+        raise NotCached(f"{type(model).__name__} takes no cache of keys and values, or no places")
     heard: list[tuple[nn.Module, Tensor, Tensor, Tensor | None]] = []
     lengths_N = torch.tensor([places - _BEYOND])
     cache = _Asked(places)
     positions_1T = lengths_N[:, None] + torch.arange(_BEYOND)
     with attending(model), torch.no_grad(), at(positions_1T), heard_by(lambda *call: heard.append(call)):
-        ids_1T = torch.zeros(1, _BEYOND, dtype=torch.int64)
-        model(input_ids=ids_1T, position_ids=positions_1T, past_key_values=cache, use_cache=True)
+        model(**arguments(model, torch.zeros(1, _BEYOND, dtype=torch.int64), positions_1T, cache))
+    if own and sorted(cache.new) == list(range(len(cache.new))) and cache.new:
+        return [LayerCache(*_sizes(cache.new[layer]), None) for layer in sorted(cache.new)]
     if len(heard) != len(cache.new) or sorted(cache.new) != list(range(len(heard))) or not heard:
         raise NotCached(f"{len(heard)} of its layers attend to {len(cache.new)} pairs of keys and values")
     by_layer = zip(sorted(cache.new), heard, strict=True)
@@ -57,7 +68,12 @@ class _Asked(Given):
         if layer_idx in self.new:
             raise NotCached("a layer caches more than one pair of keys and values")
         self.new[layer_idx] = key, value
-        return key, value
+        # Attention of the model's own looks at them: as many as the mask has places.
+        rows, heads, _, size = key.shape
+        return (
+            key.new_zeros(()).expand(rows, heads, self.places, size),
+            value.new_zeros(()).expand(rows, heads, self.places, value.shape[3]),
+        )
 
     @override
     def get_mask_sizes(self, query_length: int, layer_idx: int | None = None) -> tuple[int, int]:
@@ -88,6 +104,7 @@ def _window(mask_11TM: Tensor | None) -> int | None:
     return counts[0] if whole and len(set(counts)) == 1 else None
 
 
-def _takes_places(model: PreTrainedModel) -> bool:
-    takes = inspect.signature(model.forward).parameters
-    return {"position_ids", "past_key_values"} <= set(takes) and model.get_output_embeddings() is not None
+def _takes_a_cache(model: PreTrainedModel, *, own: bool) -> bool:
+    takes = set(inspect.signature(model.forward).parameters)
+    told = "position_ids" in takes or own  # who has neither an argument for places nor slopes fails its check
+    return "past_key_values" in takes and told and model.get_output_embeddings() is not None

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from stages.export import cached
 from stages.export.cached import LayerCache
 from stages.export.called import INPUTS, OUTPUT, as_called, masks
+from stages.export.experts import use_every
 from stages.graphs import onnx_graph
 from stages.models.anatomy import blocks as anatomy
 from stages.models.layers import quantized_linear
@@ -85,6 +86,7 @@ def to_onnx(model: PreTrainedModel, opset: int, task: str, ids_1T: NDArray[np.in
     called = as_called(model, task, ids_1T, fused=opset >= FUSED_ATTENTION)
     first_names = _first_names(model)
     lay_out(model)
+    use_every(model)
     ids_NT = torch.arange(16).view(2, 8) % model.config.get_text_config().vocab_size
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     shapes = {name: axes for name in INPUTS}
@@ -115,6 +117,7 @@ def with_cache(model: PreTrainedModel, layers: Sequence[LayerCache]) -> ir.Model
     arguments = cached.sample(layers, model.config.get_text_config().vocab_size)
     decoder, first_names = cached.Decoder(model, len(layers)).eval(), _first_names(model)
     lay_out(model)
+    use_every(model)
     try:
         with cached.attending(model):
             exported = _traced(decoder, arguments, (inputs, outputs), cached.shapes(layers), FUSED_ATTENTION)

@@ -37,6 +37,7 @@ class Held:
         caches: scales of all other rounding, that of keys and values.
         size_bytes: of all constants, each counted once.
         nodes: operations.
+        opset: version of the operators.
     """
 
     quantized: Counter[tuple[int, int]]
@@ -45,6 +46,7 @@ class Held:
     caches: Counter[float]
     size_bytes: int
     nodes: int
+    opset: int
 
 
 def load(path: Path) -> ir.Model:
@@ -90,7 +92,9 @@ def held(model: ir.Model) -> Held:
         if any(use != _AS_SCALE for use in uses):
             quantized[tensor.dtype.bitwidth, tensor.size] += 1
     rounding, caches = _rounding(model)
-    return Held(quantized, frozenset(precisions), rounding, caches, size_bytes(model), len(model.graph))
+    return Held(
+        quantized, frozenset(precisions), rounding, caches, size_bytes(model), len(model.graph), model.opset_imports[""]
+    )
 
 
 def drop_rounding(model: ir.Model) -> int:

@@ -2,7 +2,7 @@
 
 `make families` runs every cell on tiny random checkpoints of the family and prints the table, and with ARGS=--write
 puts it into README. A cell is the KL divergence from the dense model in nats, the median of three checkpoints, `yes`
-where there is none, or `no`, with the reason below the table.
+where there is none, or `no`, with the reason below the table. Graph, engine and plan are those of the first checkpoint.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from stages.models.text.windows import windows
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from stages.serving.eager import eager
+from stages.serving.engine import open_engine
 from tests.stages.models.families import VOCABULARY, family
 
 ROWS = {
@@ -62,7 +63,9 @@ CELLS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "FP8": ("quantize", {"scheme": "fp8_e4m3", **FEW}),
     "NVFP4": ("quantize", {"scheme": "nvfp4", **FEW}),
 }
-COLUMNS = ("fetch", "judge", "tie", *CELLS, "recover", "fuse")
+RUN = ("graph", "engine", "plan")
+"""The ONNX graph and the engine for the processor, executed, and a TensorRT-RTX plan, built."""
+COLUMNS = ("fetch", "judge", "tie", *CELLS, "recover", "fuse", *RUN)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def checkpoint(name: str, root: Path, draw: int = 0) -> Path:
 def row(name: str, root: Path) -> dict[str, Cell]:
     """Every cell of a family: the median of its draws, since one of so small a model is up to five times off."""
     draws = [_row(name, root, draw) for draw in range(DRAWS)]
-    return {column: _median([one[column] for one in draws]) for column in COLUMNS}
+    cells = {column: _median([one[column] for one in draws]) for column in COLUMNS if column not in RUN}
+    return cells | run_elsewhere(checkpoint(name, root), root)
 
 
 def _median(cells: list[Cell]) -> Cell:
@@ -118,12 +122,38 @@ def _row(name: str, root: Path, draw: int) -> dict[str, Cell]:
         cells[column] = _cell(lambda out, verb=verb, params=params: _made(verb, params, dense, root, out), dense, root)
     cells["recover"] = _cell(lambda out: _recovered(dense, root, out), dense, root)
     cells["fuse"] = _cell(lambda out: _fused(dense, root, out), dense, root)
-    return {column: cells[column] for column in COLUMNS}
+    return cells
+
+
+def run_elsewhere(dense: Path, root: Path) -> dict[str, Cell]:
+    """What other runtimes make of the dense checkpoint."""
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        places = {name: Path(folder, name) for name in RUN}
+        ways: Mapping[str, tuple[str, dict[str, Any], str, Path]] = {
+            "graph": ("export", {}, "model", dense),
+            "engine": ("compile", {"backend": "onnxruntime"}, "graph", places["graph"]),
+            "plan": ("compile", {"backend": "tensorrt_rtx", "architectures": ["sm_89"]}, "graph", places["graph"]),
+        }
+        cells: dict[str, Cell] = {}
+        for name, (verb, params, role, source) in ways.items():
+            if role == "graph" and cells["graph"].distance is None:
+                cells[name] = cells["graph"]
+                continue
+            places[name].mkdir()
+            definition = stage(verb)
+            try:
+                given = definition.params.model_validate(params)
+                definition.run(given, {role: source}, places[name], Silent())
+                far_off = 0.0 if name == "plan" else distance(dense, places[name], root)
+                cells[name] = Cell(far_off)
+            except StageError as error:
+                cells[name] = Cell(why=error.what)
+    return cells
 
 
 def distance(dense: Path, made: Path, root: Path) -> float:
-    """The KL divergence of a checkpoint's answers from the dense one's."""
-    ours, theirs = eager(made), eager(dense)
+    """The KL divergence of a checkpoint's, a graph's or an engine's answers from the dense checkpoint's."""
+    ours, theirs = open_engine(made) if (made / "model.onnx").is_file() else eager(made), eager(dense)
     tokenizer = load_tokenizer(dense)
     ids_NT = windows(text(root), "test", tokenizer, 32, most=4)
     asking = Asking(theirs.task, mask=tokenizer.mask_token_id)
