@@ -114,7 +114,10 @@ def _inspected(uri: str, identity: str, manifest: Manifest, folder: Path) -> Ins
         parameters=sum(t.elements for t in tensors),
         sparsity=sum(zeros[t.name] for t in matrices) / total if total else 0.0,
         precisions=_precisions(tensors, zeros),
-        shared=[*_shared(facts), *(list(t.places) for t in tensors if len(t.places) > 1)],
+        shared=[
+            *_shared(facts),
+            *(list(t.places) for t in tensors if len(t.places) > 1 and len(t.data) >= LEAST_DUPLICATE_BYTES),
+        ],
         duplicates=[[t.name for t in group] for group in duplicates],
         duplicate_bytes=sum(len(t.data) for group in duplicates for t in group[1:]),
         facts={name: fact for name, fact in facts.items() if _small(fact)},

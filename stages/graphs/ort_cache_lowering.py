@@ -17,6 +17,8 @@ import onnx_ir as ir
 from stages.graphs.ort_nodes import VENDOR, constant, placed, sweep
 
 CACHED_ATTENTION = "GroupQueryAttention"
+MULTIPLE = 8
+"""Of which the operator wants the size of a head to be one."""
 _LENGTHS, _IDS = "past_lengths", "input_ids"
 
 
@@ -28,8 +30,7 @@ def lower_cache(model: ir.Model, layers: Sequence[Mapping[str, Any]]) -> int:
         layers: what each keeps, as `graph.json` says it.
 
     Returns:
-        How many layers attend so now; those whose pattern the operator has not, or whose keys and values are of
-        different sizes, stay as they are.
+        How many layers attend so now; those whose pattern or sizes the operator has not stay as they are.
     """
     graph, lowered = model.graph, 0
     inputs = {one.name: one for one in graph.inputs}
@@ -38,7 +39,7 @@ def lower_cache(model: ir.Model, layers: Sequence[Mapping[str, Any]]) -> int:
         if None in scatters:
             continue
         layer = layers[int(str(scatters[0].inputs[0].name).split(".")[1])]  # type: ignore[union-attr]
-        if layer["window"] is None or layer["key_size"] != layer["value_size"]:
+        if layer["window"] is None or layer["key_size"] != layer["value_size"] or layer["key_size"] % MULTIPLE:
             continue
         _replace(graph, node, scatters, layer, _reach(graph, inputs))  # type: ignore[arg-type]
         lowered += 1

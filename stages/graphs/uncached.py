@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.graphs.ort_nodes import constant, placed, sweep
+from stages.graphs.plain_attention import spell_out_capped
 
 IDS, MASK, LENGTHS, ASKED, PAST = "input_ids", "attention_mask", "past_lengths", "logits_at", "past_key_values"
 OPSET = 23
@@ -48,6 +49,7 @@ def without_cache(model: ir.Model) -> None:
     sweep(graph)
     del graph.inputs[1:]
     graph.inputs.append(mask)
+    spell_out_capped(model)
     model.opset_imports[""] = OPSET
 
 

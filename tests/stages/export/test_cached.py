@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from stages.adapters.onnxruntime import CachedSession, Stepping, open_session
 from stages.adapters.onnxruntime_slots import RowSlots
@@ -23,7 +24,8 @@ IDS = (torch.arange(40).view(2, 20) * 7 % 90).numpy()
 PLACES = 64
 KEEPING = ["gemma2", "gpt2", "opt", "phi3"]
 ALSO_KEEPING = [
-    "llama", "mistral", "qwen2", "qwen3", "neox", "bert_decoder", "gemma", "gemma3", "biogpt", "granite", "smollm3", "mixtral",
+    "llama", "mistral", "qwen2", "qwen3", "neox", "bert_decoder", "gemma", "gemma3", "biogpt", "granite", "smollm3",
+    "mixtral",
 ]  # fmt: skip
 
 TURNED = ("neox", "gemma3")
@@ -103,6 +105,20 @@ def test_layer_of_an_unknown_pattern_attends_as_it_was_exported(tmp_path):
     reads_as(open_session(tmp_path / "lowered.onnx"), answered("gpt2", tmp_path))
 
 
+def test_heads_of_a_size_that_the_operator_has_not_attend_as_they_were_exported(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 40, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=96, num_hidden_layers=2, head_dim=20, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        wanted = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
+    layers = layer_caches(model, PLACES)
+    graph = to_onnx.with_cache(model, layers)
+    assert lower_cache(graph, [layer.described() for layer in layers]) == 0
+    onnx_graph.save(graph, tmp_path / "model.onnx")
+    reads_as(open_session(tmp_path / "model.onnx"), wanted)
+
+
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     root = tmp_path_factory.mktemp("gpt2")
@@ -167,6 +183,18 @@ def test_row_that_has_ended_at_the_longest_sequence_hurts_no_other(gpt2):
     for place in range(40, 44):
         found = steps.next(np.array([3, ids[1, place]]))
         np.testing.assert_allclose(found[1], wanted[place], atol=1e-4 * wanted.std())
+
+
+def test_capped_attention_is_spelt_out_for_backends_that_have_no_cap(tmp_path):
+    path, _ = exported("gemma2", tmp_path)
+    graph = onnx_graph.load(path)
+    without_cache(graph)
+    kinds = Counter(node.op_type for node in graph.graph)
+    assert not kinds["Attention"]
+    assert (kinds["Softmax"], kinds["Tanh"]) == (3, 4)  # the logits are capped, too
+    onnx_graph.save(graph, tmp_path / "whole.onnx")
+    wanted = answered("gemma2", tmp_path)
+    np.testing.assert_allclose(literal(tmp_path / "whole.onnx", IDS), wanted, atol=1e-4 * wanted.std())
 
 
 def test_graph_without_its_cache_reads_whole_sequences(gpt2):
