@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,8 @@ from stages.serving.writing import Answer, Writing
 GRAPH, DESCRIBED, ENGINE = "model.onnx", "graph.json", "engine.json"
 ENDLESS = 2**31 - 1
 """Tokens that a model reads whose positions have no end."""
-Prompt = str | Sequence[Message]
-"""A text that is continued as it stands, or a conversation that is answered by the model's chat template."""
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A text or tokens, continued as they stand, or a conversation that is answered by the model's chat template."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Answerer:
         """Continue each prompt, up to the first token that ends a sequence.
 
         Args:
-            prompts: texts, taken as they stand, and conversations.
+            prompts: texts and tokens, taken as they stand, and conversations.
             asked: see `stages.serving.generation.Generation`; the most likely tokens unless told otherwise.
 
         Raises:
@@ -85,7 +85,7 @@ class Answerer:
 
     def answers(self, prompts: Sequence[Prompt], how: Generation) -> list[Answer]:
         """As `generate`; says besides how each answer ended."""
-        most, encoded = self._admitted(prompts, how)
+        most, encoded = self.admitted(prompts, how)
         # What keeps all that it reads has room for no number of prompts.
         at_once = ROWS if self.steps else max(1, len(encoded))
         found: list[Answer] = []
@@ -94,13 +94,15 @@ class Answerer:
             writings, new = [Writing(self.tokenizer, how.stop) for _ in rows], [list[int]() for _ in rows]
             for _ in self._written(rows, new, writings, how, most):
                 pass
-            found += [self._answer(*one) for one in zip(rows, new, writings, strict=True)]
+            found += [
+                self.answer(len(row), *said) for row, said in zip(rows, zip(new, writings, strict=True), strict=True)
+            ]
         return found
 
     def stream(self, prompt: Prompt, **asked: Any) -> Generator[str, None, Answer]:
         """The pieces of one answer as they come: joined they are what `generate` says; the answer is returned."""
         how = generation(asked)
-        most, encoded = self._admitted([prompt], how)
+        most, encoded = self.admitted([prompt], how)
         return self._pieces(encoded, how, most)
 
     def _pieces(self, rows: list[list[int]], how: Generation, most: int) -> Generator[str, None, Answer]:
@@ -110,25 +112,37 @@ class Answerer:
                 yield piece
         if piece := writing.piece(new, last=True):
             yield piece
-        return self._answer(rows[0], new, writing)
+        return self.answer(len(rows[0]), new, writing)
 
     def _written(
         self, rows: list[list[int]], new: list[list[int]], writings: list[Writing], how: Generation, most: int
     ) -> Iterator[int]:
         def goes_on(number: int) -> bool:
-            said = new[number]
-            if len(said) >= min(most, self.maximum_tokens - len(rows[number])):
-                return False
-            return not said or not (said[-1] in self.ends or (how.stop and writings[number].ends(said)))
+            return self.goes_on(len(rows[number]), new[number], writings[number], most)
 
         return written(self.steps() if self.steps else self.forward, rows, new, goes_on, Drawing(how, len(rows)))
 
-    def _answer(self, row: list[int], new: list[int], writing: Writing) -> Answer:
+    def goes_on(self, prompt_tokens: int, new: list[int], writing: Writing, most: int) -> bool:
+        """Whether another token of an answer is wanted.
+
+        Args:
+            prompt_tokens: that were read.
+            new: tokens that were said.
+            writing: their text.
+            most: at most so many of them.
+        """
+        if len(new) >= min(most, self.maximum_tokens - prompt_tokens):
+            return False
+        return not new or not (new[-1] in self.ends or (writing.stop and writing.ends(new)))
+
+    def answer(self, prompt_tokens: int, new: list[int], writing: Writing) -> Answer:
+        """What was said, once no token follows; see `goes_on`."""
         text = writing.text(new)
         ended = writing.stopped or (new and new[-1] in self.ends)
-        return Answer(text, "stop" if ended else "length", len(row), len(new))
+        return Answer(text, "stop" if ended else "length", prompt_tokens, len(new))
 
-    def _admitted(self, prompts: Sequence[Prompt], how: Generation) -> tuple[int, list[list[int]]]:
+    def admitted(self, prompts: Sequence[Prompt], how: Generation) -> tuple[int, list[list[int]]]:
+        """At most so many new tokens, and the tokens of each prompt; refuses as `generate` does."""
         if self.task != "generate":
             raise StageError(
                 "the model continues no text",
@@ -147,6 +161,8 @@ class Answerer:
         if isinstance(prompt, str):
             # A tokenizer may put a token before every text, of which there is none here.
             return self._tokens(prompt) if prompt else []
+        if prompt and isinstance(prompt[0], int):
+            return self._known(cast(Sequence[int], prompt))
         if self.chat is None:
             raise StageError(
                 "the model has no chat template",
@@ -155,7 +171,16 @@ class Answerer:
                 remedy="Ask it by a prompt, or give its checkpoint a chat template and make it again.",
             )
         # The template has written all special tokens there are to be.
-        return self._tokens(self.chat.prompt(prompt), add_special_tokens=False)
+        return self._tokens(self.chat.prompt(cast(Sequence[Message], prompt)), add_special_tokens=False)
+
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        most = self.tokenizer.get_vocab_size()
+        for one in ids:
+            if not 0 <= one < most:
+                raise StageError(
+                    "there is no such token", measured=one, limit=f"0 to {most - 1}", remedy="Give text instead."
+                )
+        return [*ids]
 
     def _tokens(self, text: str, **how: bool) -> list[int]:
         try:

@@ -1,0 +1,73 @@
+"""Rows that come and go, for models that do not offer them: each is a sequence by itself.
+
+Shapes: N rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.adapters.backends import Forward, Slots, Steps
+from stages.serving.engine import Answerer
+from stages.serving.generate import ROWS, padded
+
+
+def rows_of(model: Answerer) -> Slots:
+    """Rows of a model that continues texts: its own, where it has some."""
+    if model.slots is not None:
+        return model.slots()
+    return Rereading(model.forward) if model.steps is None else Apart(model.steps)
+
+
+class Apart:
+    """See `stages.adapters.backends.Slots`; each row keeps what it has read by itself, and is read by itself."""
+
+    def __init__(self, begin: Callable[[], Steps]) -> None:
+        self._begin, self._rows = begin, list[Steps]()
+
+    def admit(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read a prompt into a new row."""
+        row = self._begin()
+        logits_V: NDArray[np.float32] = row.begin(ids_T[None], np.ones_like(ids_T[None]))[0]
+        self._rows.append(row)
+        return logits_V
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read a token of each row."""
+        return np.stack([row.next(tokens_N[at : at + 1])[0] for at, row in enumerate(self._rows)])
+
+    def leave(self, row: int) -> None:
+        """Free a row."""
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
+
+
+class Rereading:
+    """See `stages.adapters.backends.Slots`; nothing is kept, and each token reads all before it again."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward, self._rows = forward, list[list[int]]()
+
+    def admit(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read a prompt into a new row."""
+        logits_V: NDArray[np.float32] = self._forward(ids_T[None], np.ones_like(ids_T[None]))[0, -1]
+        self._rows.append(ids_T.tolist())
+        return logits_V
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read all rows again, each with a token more."""
+        rows = [[*row, token] for row, token in zip(self._rows, tokens_N.tolist(), strict=True)]
+        found: list[NDArray[np.float32]] = []
+        for some in (rows[start : start + ROWS] for start in range(0, len(rows), ROWS)):
+            logits_NTV = self._forward(*padded(some))
+            found += [logits_TV[len(row) - 1] for logits_TV, row in zip(logits_NTV, some, strict=True)]
+        self._rows = rows
+        return np.stack(found)
+
+    def leave(self, row: int) -> None:
+        """Free a row."""
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
