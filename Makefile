@@ -14,7 +14,7 @@ COMPOSE = ENGINERY_STACK=$(stack) $(compose) --project-name $(stack) --project-d
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check real-test fault-test cases fuzz families service-test bench bench-abilities bench-engine images schemas clean gpu-test \
+.PHONY: help install run test check real-test fault-test cases fuzz families service-test bench bench-abilities bench-engine bench-serving images schemas clean gpu-test \
   production-env production-up production-submit production-watch production-down production-test
 
 help:  ## list the targets
@@ -64,7 +64,7 @@ fuzz: install  ## drawn checkpoints of every family beside transformers; FAMILY=
 families: install  ## every family of models through every technique: a table; ARGS="Llama BERT" for some
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.families $(ARGS)
 
-service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered, pages in Chromium
+service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered, pages in Chromium, a minute of 16 clients
 	@$(BIN)/python -m pytest -m service $(ARGS) tests/services tests/flows
 
 bench: install  ## every compression technique: loss, seconds, memory, beside peers; ONLY=int4,w8a8 for some, ARGS=--help
@@ -75,6 +75,9 @@ bench-abilities: install  ## what each technique keeps of the abilities, by cali
 
 bench-engine: install  ## the last main job's engine beside the dense model: prefill, generation, memory
 	@$(BIN)/python -m tests.bench
+
+bench-serving: install  ## `enginery serve` for one client and for 16 at once: tokens per second, memory; MODEL=folder
+	@$(BIN)/python -m tests.benchmarks.serving $(MODEL) $(ARGS)
 
 schemas: install  ## write the JSON Schemas that ship with the package
 	@$(BIN)/python -m flows.commands.schema

@@ -24,7 +24,7 @@ FLOWS = (
     ("flows.__main__",),
     ("flows.cli",),
     ("flows.commands",),
-    ("flows.triggers", "flows.production", "flows.pages"),
+    ("flows.triggers", "flows.production", "flows.pages", "flows.endpoint"),
     ("flows.pipeline",),
     ("flows.registry", "flows.running", "flows.judging"),
     ("flows.reporting", "flows.tracking", "flows.recipe", "flows.prefect_api"),

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.commands.options import StoreOption, looked_at
+from flows.commands.asked import AskedArgument, asked_folder
+from flows.commands.options import StoreOption
 
 
 def generate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder of an artifact, a step's name, the beginning of a fingerprint, or models:/NAME@ALIAS.",
-        ),
-    ],
+    model: AskedArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a message, to answer by the chat template.")] = False,
     max_new_tokens: Annotated[
@@ -63,28 +54,8 @@ def generate(
         "seed": seed,
     }
     generation(given)
-    with _folder(model, store) as (folder, verified):
+    with asked_folder(model, store) as (folder, verified):
         engine = open_engine(folder, verified=verified)
         for piece in engine.stream([{"role": "user", "content": prompt}] if chat else prompt, **given):
             typer.echo(piece, nl=False)
         typer.echo()
-
-
-@contextmanager
-def _folder(model: str, store: str | None) -> Iterator[tuple[Path, bool]]:
-    """The folder that is meant, and whether its bytes were verified."""
-    from flows.registry.carried import SCHEME, carried_engine
-    from flows.reporting.inspect_artifact import find_artifact
-    from stages.runtime.looking import looked_into
-
-    if model.startswith(SCHEME):
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            looked_at(store)
-        with carried_engine(model) as engine:
-            yield engine, True
-    elif Path(model).is_dir():
-        yield Path(model), False
-    else:
-        found = looked_at(store)
-        with looked_into(found, find_artifact(found, model)) as (folder, _):
-            yield folder, True

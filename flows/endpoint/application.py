@@ -1,0 +1,228 @@
+"""The web application: OpenAI's endpoints over one batch, and what tells how it is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from flows.endpoint.bodies import Body, chat, completion, fields
+from flows.endpoint.forms import DONE, Form, event
+from flows.endpoint.metrics import REFUSED, TURNED_AWAY, Metrics
+from flows.endpoint.refusals import Refusal, answer, broken
+from stages.runtime.contract import StageError
+from stages.serving.asked import Asked, Heard
+from stages.serving.batching import Batching, Closed, Full
+from stages.serving.writing import Answer
+
+LARGEST_BYTES = 16 << 20
+Read = Callable[[dict[str, Any], int], Body]
+
+
+class Hearing:
+    """What an event loop hears of prompts that another thread answers."""
+
+    def __init__(self) -> None:
+        self._loop, self._heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Heard]]()
+
+    def __call__(self, at: int, heard: Heard) -> None:
+        """Called by the other thread."""
+        self._loop.call_soon_threadsafe(self._heard.put_nowait, (at, heard))
+
+    async def next(self) -> tuple[int, str | Answer]:
+        """What comes next, of any of them.
+
+        Raises:
+            Refusal: one was not answered.
+        """
+        at, heard = await self._heard.get()
+        if isinstance(heard, Exception):
+            raise broken(heard)
+        return at, heard
+
+    async def answers(self, count: int) -> list[Answer]:
+        """All of them, whole."""
+        found: dict[int, Answer] = {}
+        while len(found) < count:
+            at, heard = await self.next()
+            if isinstance(heard, Answer):
+                found[at] = heard
+        return [found[at] for at in range(count)]
+
+    async def events(self, form: Form, count: int) -> AsyncIterator[str]:
+        """Their pieces as they come."""
+        answers: list[Answer] = []
+        for one in form.begun():
+            yield one
+        while len(answers) < count:
+            try:
+                at, heard = await self.next()
+            except Refusal as error:
+                yield event(error.body())
+                return
+            if isinstance(heard, str):
+                yield form.piece(at, heard)
+            else:
+                answers.append(heard)
+                yield form.ended(at, heard)
+        if form.usage:
+            yield form.spent(answers)
+        yield DONE
+
+
+class Streamed(StreamingResponse):
+    """Frees the rows of a client that has gone, also of one that went before anything was sent."""
+
+    def __init__(self, events: AsyncIterator[str], asked: Sequence[Asked]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.asked = asked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for one in self.asked:
+                one.leave()
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One model, and what answers for it.
+
+    Attributes:
+        name: as clients call it.
+    """
+
+    name: str
+    batching: Batching
+    metrics: Metrics
+
+    async def answered(self, request: Request, read: Read, *, talks: bool) -> Response:
+        """The answer to a request.
+
+        Raises:
+            Refusal: there is none.
+        """
+        said = fields(await _bytes(request))
+        self.check(said.get("model"))
+        body, hearing = read(said, self.batching.model.maximum_tokens), Hearing()
+        form = Form(self.name, talks, body.usage)
+        try:
+            asked = await run_in_threadpool(self.batching.ask, body.prompts, body.how, hearing, pieces=body.streams)
+        except (Full, Closed) as error:
+            raise broken(error) from error
+        except StageError as error:
+            raise Refusal(str(error), param="messages" if talks else "prompt") from error
+        if body.streams:
+            return Streamed(hearing.events(form, len(asked)), asked)
+        return await self._whole(request, form, hearing, asked)
+
+    def check(self, model: Any) -> None:
+        """Raise Refusal unless this model is asked."""
+        if not isinstance(model, str):
+            raise Refusal(f"no model is named; there is {self.name!r}", param="model")
+        if model != self.name:
+            text = f"there is no model {model!r}; there is {self.name!r}"
+            raise Refusal(text, param="model", code="model_not_found", status=404)
+
+    async def _whole(self, request: Request, form: Form, hearing: Hearing, asked: Sequence[Asked]) -> Response:
+        answers = asyncio.ensure_future(hearing.answers(len(asked)))
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return answer(form.whole(answers.result())) if answers.done() else Response(status_code=499)
+        finally:
+            for one in asked:
+                one.leave()
+            for task in (answers, gone):
+                task.cancel()
+
+
+def application(endpoint: Endpoint) -> FastAPI:
+    """OpenAI's endpoints; GET /health and /metrics say how it is."""
+    app = FastAPI(title="Enginery", docs_url=None, redoc_url=None, openapi_url=None)
+    _tell(app, endpoint)
+    _refuse(app, endpoint.metrics)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await endpoint.answered(request, completion, talks=False)
+
+    @app.post("/v1/chat/completions")
+    async def conversations(request: Request) -> Response:
+        return await endpoint.answered(request, chat, talks=True)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        endpoint.check(fields(await _bytes(request)).get("model"))
+        task = endpoint.batching.model.task
+        raise Refusal(f"the model gives no vectors of texts; measured its task is {task}; limit embed", param="model")
+
+    return app
+
+
+def _tell(app: FastAPI, endpoint: Endpoint) -> None:
+    """What is asked for without a body."""
+    batching, began = endpoint.batching, int(time.time())
+    card = {"id": endpoint.name, "object": "model", "created": began, "owned_by": "enginery"}
+
+    @app.get("/health")
+    async def health() -> Response:
+        said: dict[str, Any] = {"status": "stopping" if batching.closed else "ok", "model": endpoint.name}
+        said |= {"active": batching.active, "waiting": batching.waiting}
+        return answer(said, 503 if batching.closed else 200)
+
+    @app.get("/metrics")
+    async def measured() -> Response:
+        return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return answer({"object": "list", "data": [card]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        endpoint.check(name)
+        return answer(card)
+
+
+def _refuse(app: FastAPI, metrics: Metrics) -> None:
+    """Every error in OpenAI's form."""
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, error: Refusal) -> Response:
+        if error.status < 500:
+            metrics.ended(TURNED_AWAY if error.status == 429 else REFUSED)
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> Response:
+        return Refusal(error.detail, status=error.status_code).response()
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        return broken(error).response()
+
+
+async def _bytes(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_BYTES:
+            raise Refusal(f"the body is too large; limit {LARGEST_BYTES} bytes", status=413)
+    return bytes(body)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
