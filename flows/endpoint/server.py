@@ -100,14 +100,18 @@ async def _served(
 
 
 def _listening(host: str, port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen()  # so that another server hears now that the port is taken
     except OSError as error:
+        listening.close()
         raise StageError(
             f"port {port} of {host} cannot be listened on ({error.strerror})",
             remedy="Name another with --port or --host.",
         ) from error
+    return listening
 
 
 def _at_home(host: str) -> bool:

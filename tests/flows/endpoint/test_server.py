@@ -1,5 +1,7 @@
 """A real server and OpenAI's own client: answers are the model's, refusals are exceptions, who goes frees a row."""
 
+# ruff: noqa: F401, F811 - fixtures that other modules define are imported and then named as arguments
+
 import json
 import re
 import shutil
@@ -16,6 +18,7 @@ from flows.cli import main
 from stages.serving.engine import open_engine
 from stages.serving.generation import Generation
 from tests.flows.endpoint.served import serving
+from tests.flows.registry.test_served import answer, chain, registered
 
 TEXTS = ["The for statement is used to", "A class", "If the expression is found to be true, then the suite"]
 CHAT = "{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}assistant:"
@@ -294,9 +297,32 @@ def test_server_that_is_told_to_stop_ends_what_runs_and_goes(folder, model, by):
         assert not child.stdout.read()
 
 
-def test_what_cannot_be_served_is_one_line(folder, address, capsys):
+def test_registered_model_is_served_by_its_name(registered, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered[0])
+    with (
+        serving("models:/chain@champion") as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client,
+    ):
+        made = client.completions.create(model="chain", prompt=["italy and", "the"], max_tokens=3)
+        assert [(one.text, one.finish_reason) for one in made.choices] == [
+            (answer(["and"], 3), "length"),
+            ("italy", "stop"),
+        ]
+        talk = [{"role": "user", "content": "france"}]
+        made = client.chat.completions.create(model="chain", messages=talk, max_tokens=3)
+        assert made.choices[0].message.content == answer(["and"], 3)
+
+
+def test_what_cannot_be_served_is_one_line(folder, address, capsys, tmp_path):
+    engine = chain(tmp_path / "vectors")
+    described = json.loads((engine / "engine.json").read_text())
+    (engine / "engine.json").write_text(json.dumps({**described, "task": "embed"}))
+    assert main(["serve", str(engine), "--port", "0"]) == 1
+    assert "error: vectors continues no texts; measured its task is embed" in capsys.readouterr().err
     port = address.rpartition(":")[2]
     assert main(["serve", str(folder), "--port", port]) == 1
     assert f"error: port {port} of 127.0.0.1 cannot be listened on (Address already in use)" in capsys.readouterr().err
+    assert main(["serve", str(folder), "--port", "0", "--host", "192.0.2.1"]) == 1
+    assert "error: port 0 of 192.0.2.1 cannot be listened on" in capsys.readouterr().err
     assert main(["serve", "nothing", "--port", "0"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
