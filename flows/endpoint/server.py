@@ -10,11 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import uvicorn
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flows.endpoint.application import Endpoint, application
 from flows.endpoint.metrics import Metrics
+from flows.endpoint.refusals import Refusal
 from flows.running.interruption import unwinding
 from stages.runtime.contract import StageError
 from stages.serving.batching import Batching
@@ -66,8 +67,7 @@ def serve(served: Served, say: Callable[[str], None]) -> None:
     metrics.follow(batching)
     app: ASGIApp = application(Endpoint(served.name, batching, metrics))
     if _at_home(served.host):
-        # A page elsewhere must not reach it by a name that it has resolved to this machine.
-        app = TrustedHostMiddleware(app, allowed_hosts=["127.0.0.1", "localhost", served.host])
+        app = _called_by_its_own_name(app)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSES_S
     )
@@ -112,6 +112,19 @@ def _listening(host: str, port: int) -> socket.socket:
             remedy="Name another with --port or --host.",
         ) from error
     return listening
+
+
+def _called_by_its_own_name(app: ASGIApp) -> ASGIApp:
+    """A page elsewhere must not reach a server of this machine by a name that it has resolved to it."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _at_home(Request(scope).url.hostname or ""):
+            refusal = Refusal("the server is not asked by a name of this machine; limit localhost, 127.0.0.1, ::1")
+            await refusal.response()(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return guarded
 
 
 def _at_home(host: str) -> bool:

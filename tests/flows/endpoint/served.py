@@ -17,7 +17,7 @@ def serving(model: str | Path, *options: object) -> Iterator[tuple[str, subproce
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
         try:
             said = child.stdout.readline()
-            found = re.search(r"http://127\.0\.0\.1:\d+(?=/v1)", said)
+            found = re.search(r"http://\S+:\d+(?=/v1)", said)
             assert found, said + child.stdout.read()
             yield found[0], child
         finally:

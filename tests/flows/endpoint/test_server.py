@@ -222,8 +222,23 @@ def test_refusals_are_the_clients_own_exceptions(client, address):
         client.completions.create(model="chatty", prompt="")
     got = httpx.get(f"{address}/v1/nothing")
     assert got.status_code == 404 and got.json()["error"]["message"] == "Not Found"
-    got = httpx.get(f"{address}/health", headers={"Host": "page.example"})
+
+
+@pytest.mark.parametrize("host", ["page.example", "127.0.0.1.page.example:80"])
+def test_page_of_another_name_does_not_reach_it(address, host):
+    got = httpx.get(f"{address}/health", headers={"Host": host})
     assert got.status_code == 400
+
+
+def test_machine_has_more_than_one_name(address):
+    for name in ("localhost", "[::1]:80", "127.0.0.1:8000", "LOCALHOST"):
+        assert httpx.get(f"{address}/health", headers={"Host": name}).status_code == 200, name
+
+
+def test_server_of_the_other_kind_of_address_is_reached(tmp_path):
+    with serving(chain(tmp_path / "chain"), "--host", "::1") as (address, _):
+        asked = {"model": "chain", "prompt": "france is", "max_tokens": 2}
+        assert httpx.post(f"{address}/v1/completions", json=asked).json()["choices"][0]["text"] == answer(["is"], 2)
 
 
 def test_queue_that_is_full_turns_away_and_all_others_are_answered(client, model, address):
