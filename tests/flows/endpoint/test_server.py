@@ -20,6 +20,8 @@ from stages.serving.generation import Generation
 from tests.flows.endpoint.served import serving
 from tests.flows.registry.test_served import answer, chain, registered
 
+pytestmark = pytest.mark.service  # servers of their own, for half a minute in all
+
 TEXTS = ["The for statement is used to", "A class", "If the expression is found to be true, then the suite"]
 CHAT = "{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}assistant:"
 LONG = 480
