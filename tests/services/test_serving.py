@@ -1,4 +1,7 @@
-"""A minute of 16 clients at once: nobody is told anything else than alone, nothing grows, and it is worth it."""
+"""A minute of 16 clients at once: nobody is told anything else than alone, and nothing grows.
+
+How much faster that is `make bench-serving` measures.
+"""
 
 # ruff: noqa: F401 - fixtures that other modules define are imported and then named as arguments
 
@@ -24,12 +27,11 @@ def engine(request, tmp_path):
     return tmp_path
 
 
-def test_many_clients_for_a_minute_are_answered_as_if_alone_and_faster(engine):
+def test_many_clients_for_a_minute_are_answered_as_if_alone_and_nothing_grows(engine):
     found = measure(engine, clients=CLIENTS, seconds=SECONDS, alone_s=10.0, rows=8)
     figures = told(found, CLIENTS)
     print(figures)  # noqa: T201 - for who runs it with -s
     loads = (*found.alone, found.many)
     assert not any(one.errors or one.wrong for one in loads) and found.many.answers > CLIENTS, figures
-    assert found.gain >= 2, figures
     assert found.growth_bytes < 16e6, figures
     assert set(found.burst.errors) == {429} and found.burst.answers >= 64 and not found.burst.wrong, figures
