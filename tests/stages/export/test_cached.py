@@ -28,8 +28,8 @@ ALSO_KEEPING = [
     "mixtral",
 ]  # fmt: skip
 
-TURNED = ("neox", "gemma3")
-"""They norm heads, or cut them out of one product, after they were turned."""
+TURNED = ("neox", "gemma3", "mixtral")
+"""They norm heads, or cut them out of one product, after they were turned, or turn the router's shares."""
 
 
 def exported(name, root):
