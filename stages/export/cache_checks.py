@@ -5,14 +5,13 @@ Shapes: N windows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.onnxruntime import CachedSession, open_session
-from stages.graphs import onnx_graph
+from stages.adapters.onnxruntime import CachedSession
+from stages.export.checks import unrounded_session
 from stages.graphs.parity import parity, require_parity
 from stages.graphs.stepping import by_steps, in_two
 from stages.runtime.contract import StageError
@@ -30,13 +29,7 @@ def require_kept_numbers(path: Path, ids_NT: NDArray[np.int64], answer_NTV: NDAr
     Raises:
         StageError: they differ.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".parity-") as folder:
-        model = onnx_graph.load(path)
-        changed = onnx_graph.drop_rounding(model) + onnx_graph.widen_fp4(model)
-        twin = Path(folder) / path.name if changed else path
-        if changed:
-            onnx_graph.save(model, twin)
-        session = open_session(twin, literal=True)
+    session = unrounded_session(path)
     if not isinstance(session, CachedSession):
         raise StageError(f"{path.name} keeps nothing", remedy="Report it with graph.json.")
     worst = 0.0

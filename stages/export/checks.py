@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.adapters.onnxruntime import open_session
+from stages.adapters.onnxruntime import CachedSession, Session, open_session
 from stages.export import called
 from stages.graphs import onnx_graph
 from stages.graphs.onnx_graph import Held
@@ -116,6 +116,17 @@ def require_effect(written: Held, wanted: Expected) -> None:
         )
 
 
+def unrounded_session(path: Path) -> Session | CachedSession:
+    """A graph as it is written, but for the rounding of activations and caches, and with four-bit floats widened."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".parity-") as folder:
+        model = onnx_graph.load(path)
+        changed = onnx_graph.drop_rounding(model) + onnx_graph.widen_fp4(model)
+        twin = Path(folder) / path.name if changed else path
+        if changed:
+            onnx_graph.save(model, twin)
+        return open_session(twin, literal=True)
+
+
 def require_numbers(path: Path, ids_NT: NDArray[np.int64], wanted: Expected, task: str = "generate") -> float:
     """Compare graph and torch on whole windows, behind padding and before it, without the rounding of activations.
 
@@ -125,13 +136,7 @@ def require_numbers(path: Path, ids_NT: NDArray[np.int64], wanted: Expected, tas
     Raises:
         StageError: they differ.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".parity-") as folder:
-        model = onnx_graph.load(path)
-        changed = onnx_graph.drop_rounding(model) + onnx_graph.widen_fp4(model)
-        twin = Path(folder) / path.name if changed else path
-        if changed:
-            onnx_graph.save(model, twin)
-        session = open_session(twin, literal=True)
+    session = unrounded_session(path)
     predicts = task == "generate"
     found_N = np.concatenate([session.logits(ids_T[None]) for ids_T in ids_NT])
     whole = parity(ids_NT if predicts else None, wanted.answer_N, found_N)
