@@ -9,7 +9,8 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,13 @@ class Kept:
     """What was read of some rows, in buffers that the graph writes into where they are."""
 
     def __init__(self, opened: CachedSession, rows: int, places: int) -> None:
-        self.opened, self.lengths_N = opened, np.zeros(rows, np.int64)
+        self.opened = opened
         sizes = {one.name: one.shape for one in opened.session.get_inputs() if one.name in opened.state}
-        self.places = {
-            name: np.zeros((rows, heads, places, size), np.float32) for name, (_, heads, _, size) in sizes.items()
-        }
+        with room_for(rows, places):
+            self.lengths_N = np.zeros(rows, np.int64)
+            self.places = {
+                name: np.zeros((rows, heads, places, size), np.float32) for name, (_, heads, _, size) in sizes.items()
+            }
 
     def feeds(self, ids_NT: NDArray[np.int64], asked_NK: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """What goes in beside the cache."""
@@ -153,7 +156,21 @@ class Kept:
             return
         # Twice as much each time, so that a token costs no copy of all before it.
         more = [(0, 0), (0, 0), (0, max(wanted, 2 * places) - places), (0, 0)]
-        self.places = {name: np.pad(array, more) for name, array in self.places.items()}
+        with room_for(len(self.lengths_N), max(wanted, 2 * places)):
+            self.places = {name: np.pad(array, more) for name, array in self.places.items()}
+
+
+@contextmanager
+def room_for(rows: int, places: int) -> Iterator[None]:
+    """Within it a cache is made or grows; what does not fit is told, and the cache stays as it was."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DoesNotFit(
+            "memory ran out for what was read",
+            measured=f"{rows} texts of {places} tokens: {error}",
+            remedy="Ask fewer or shorter texts at once, or take a larger machine.",
+        ) from error
 
 
 class Stepping:

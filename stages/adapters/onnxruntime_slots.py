@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.onnxruntime import ROOM, CachedSession, Kept
+from stages.adapters.onnxruntime import ROOM, CachedSession, Kept, room_for
 
 
 class RowSlots:
@@ -68,4 +68,5 @@ class RowSlots:
         more_rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows)
         more_places = have_places if places <= have_places else min(2 * places, max(self.most, places))
         more = [(0, more_rows - have_rows), (0, 0), (0, more_places - have_places), (0, 0)]
-        self._buffers = {name: np.pad(buffer, more) for name, buffer in self._buffers.items()}
+        with room_for(more_rows, more_places):
+            self._buffers = {name: np.pad(buffer, more) for name, buffer in self._buffers.items()}

@@ -17,6 +17,7 @@ from stages.graphs.ort_norms import fuse_norms
 from stages.graphs.stepping import by_steps, in_two
 from stages.graphs.uncached import without_cache
 from stages.models.checkpoint.loading import load_model
+from stages.runtime.contract import DoesNotFit
 from tests.engines import literal
 from tests.stages.models.families import FAMILIES, WIDER, family, library
 
@@ -140,6 +141,17 @@ def test_cache_holds_what_was_read_in_its_own_place_and_grows(gpt2):
     assert grown.shape[2] == 24
     np.testing.assert_array_equal(grown[0, :, :10], before)
     assert kept.lengths_N.tolist() == [14, 11]
+
+
+def test_cache_that_does_not_fit_is_told_and_what_was_read_stays(gpt2):
+    _, _, session = gpt2
+    with pytest.raises(DoesNotFit, match=r"ran out for what was read; measured \d+ texts of 64 tokens"):
+        session.begin(1 << 40, 64)
+    slots = RowSlots(session, 64)
+    slots.admit(IDS[0, :5])
+    with pytest.raises(DoesNotFit, match="memory ran out"):
+        slots._make_room(1 << 40, 10)
+    assert slots.next(np.array([3])).shape == (1, 96) and slots.kept.lengths_N.tolist() == [6]
 
 
 def test_rows_of_the_vocabulary_that_nobody_asks_for_are_not_made(gpt2):
