@@ -85,9 +85,10 @@ def test_run_enters_each_room_once_on_its_way_and_the_recipe_only_before_the_pip
         "judging",
     ]
     assert walked["late"] == []
-    # What starts a run without a person, what a team's Prefect is given and who looks at it are no part of this one.
+    # What starts a run without a person, what a team's Prefect is given, who looks at it and what serves its result
+    # are no part of this one.
     others = {path.parent.name for path in Path(ROOT, "flows").glob("*/__init__.py")} - set(walked["rooms"])
-    assert others == {"triggers", "production", "pages"}
+    assert others == {"triggers", "production", "pages", "endpoint"}
 
 
 def test_run_share_and_prune_each_removed_a_twentieth_by_the_tensors(first):
