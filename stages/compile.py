@@ -167,9 +167,10 @@ def _without_cache(asked: Asked, output: Path) -> Iterator[Asked]:
 
 
 def _lower(graph: Path, target: Path, layers: Sequence[Mapping[str, Any]]) -> Metrics:
-    from stages.graphs import onnx_graph, ort_cache_lowering, ort_lowering, ort_norms
+    from stages.graphs import onnx_graph, ort_cache_lowering, ort_lowering, ort_merging, ort_norms
 
     model = onnx_graph.load(graph)
+    merged = ort_merging.merge_products(model)
     lowered = ort_lowering.lower(model)
     attentions = ort_cache_lowering.lower_cache(model, layers)
     ort_norms.fuse_norms(model)
@@ -179,7 +180,7 @@ def _lower(graph: Path, target: Path, layers: Sequence[Mapping[str, Any]]) -> Me
         "split_products": ort_lowering.SPLIT_PRODUCT,
         "few_bits_products": ort_lowering.FEW_BITS_PRODUCT,
     }
-    products = {name: float(lowered.get(kind, 0)) for name, kind in kinds.items()}
+    products = {name: float(lowered.get(kind, 0)) for name, kind in kinds.items()} | {"merged_products": float(merged)}
     return products | ({"cached_attentions": float(attentions)} if layers else {})
 
 

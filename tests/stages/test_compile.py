@@ -53,9 +53,9 @@ def test_engine_for_the_cpu_multiplies_integers(cpu):
     makers = {out: node for node in model.graph.node for out in node.output}
     every = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
     products = [node for node in every if makers[node.input[0]].op_type == "QuantizeLinear"]
-    assert len(products) == cpu[1]["integer_products"] == 6
-    # Of INT8 weights with float activations, and of the table as the head: those in digits, read once for all three.
-    assert len(every) - len(products) == cpu[1]["split_products"] == 9
+    assert len(products) == cpu[1]["integer_products"] == 4
+    # Of INT8 weights with float activations, and of the table as the head: those in digits.
+    assert len(every) - len(products) == cpu[1]["split_products"] == 6
     assert {makers[node.input[0]].op_type for node in every if node not in products} == {"Concat"}
     held = {t.name: t for t in model.graph.initializer}
     for node in products:
@@ -63,7 +63,9 @@ def test_engine_for_the_cpu_multiplies_integers(cpu):
         rounding = makers[node.input[0]]
         assert rounding.op_type == "QuantizeLinear"
         assert numpy_helper.to_array(held[rounding.input[2]]) == 128
-    assert len({node.input[0] for node in products}) == 4  # q, k and v round their common input once
+    # q, k and v, or gate and up, are one product: each reads what no other reads.
+    assert len({node.input[0] for node in every}) == len(every)
+    assert cpu[1]["merged_products"] == 8  # 5 of these, 3 of INT4
 
 
 def test_engine_for_the_cpu_never_dequantizes_the_table_for_its_rows(cpu):
@@ -205,7 +207,7 @@ def test_an_engine_with_a_wrong_product_is_not_written(mixed_graph, tmp_path, mo
         return done
 
     monkeypatch.setattr(ort_lowering, "lower", wrong)
-    with pytest.raises(StageError, match=r"product with model\.layers\.0\.self_attn\.q_proj\.weight is not exact"):
+    with pytest.raises(StageError, match=r"product with model\.layers\.0\.self_attn\.q_proj\.weight\+.*v_proj\.weight is not exact"):
         compile_engine(CompileParams(backend="onnxruntime"), {"graph": mixed_graph}, tmp_path, Hears())
     assert not (tmp_path / "engine.json").exists()
 
@@ -220,7 +222,7 @@ def test_a_product_that_is_not_exact_is_refused(cpu, tmp_path):
     product = next(node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat")
     product.input[4] = ""  # the unsigned activations without their zero
     onnx.save(model, tmp_path / "wrong.onnx")
-    with pytest.raises(StageError, match=r"product with model\.layers\.0\.self_attn\.q_proj\.weight is not exact"):
+    with pytest.raises(StageError, match=r"product with model\.layers\.0\.self_attn\.q_proj\.weight\+.*v_proj\.weight is not exact"):
         require_exact_products(tmp_path / "wrong.onnx", ids)
 
 
