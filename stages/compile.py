@@ -167,10 +167,10 @@ def _without_cache(asked: Asked, output: Path) -> Iterator[Asked]:
 
 
 def _lower(graph: Path, target: Path, layers: Sequence[Mapping[str, Any]]) -> Metrics:
-    from stages.graphs import onnx_graph, ort_cache_lowering, ort_lowering, ort_merging, ort_norms
+    from stages.graphs import merged_products, onnx_graph, ort_cache_lowering, ort_lowering, ort_norms
 
     model = onnx_graph.load(graph)
-    merged = ort_merging.merge_products(model)
+    merged = merged_products.merge_products(model)
     lowered = ort_lowering.lower(model)
     attentions = ort_cache_lowering.lower_cache(model, layers)
     ort_norms.fuse_norms(model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +16,7 @@ from stages.runtime.contract import StageError
 
 EXTERNAL_BYTES = 1_500_000_000
 """From here on weights lie beside the graph: one protobuf message ends at 2 GiB."""
+BYTE = 8
 
 _PRECISIONS = {
     ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
@@ -53,20 +56,66 @@ def load(path: Path) -> ir.Model:
     """The graph of a file; external data is read when it is used.
 
     Raises:
-        StageError: the file is no ONNX graph.
+        StageError: the file is no ONNX graph, or its weights are not beside it.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships with onnx
 
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except (DecodeError, ValueError) as error:
         raise StageError(f"{path.name} is no ONNX graph", measured=error, remedy="Export it again.") from error
+    beside: dict[Path, np.memmap[Any, np.dtype[np.uint8]]] = {}
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _mapped(value.const_value, path, beside)
+    return model
+
+
+def _mapped(
+    tensor: ir.ExternalTensor, graph: Path, beside: dict[Path, np.memmap[Any, np.dtype[np.uint8]]]
+) -> ir.TensorProtocol:
+    """Weights beside a graph, in pages of their file.
+
+    onnx and onnx_ir refuse a file that has more than one name, and what a store shows has: its bytes lie there once.
+    """
+    file = (graph.parent / tensor.location).resolve()
+    if file not in beside:
+        if file.parent != graph.parent.resolve() or not file.is_file():
+            raise StageError(
+                f"the weights of {graph.name} are not beside it",
+                measured=f"{tensor.location}: {'in another folder' if file.is_file() else 'no such file'}",
+                limit="a file in the graph's folder",
+                remedy="Export it again.",
+            )
+        beside[file] = np.memmap(file, dtype=np.uint8, mode="r")
+    offset, whole = tensor.offset or 0, beside[file]
+    length = tensor.length if tensor.length is not None else tensor.nbytes
+    if offset + length > len(whole):
+        raise StageError(
+            f"{file.name} ends before {tensor.name}",
+            measured=f"{len(whole)} bytes",
+            limit=f"{offset + length} bytes",
+            remedy="Export it again.",
+        )
+    raw = whole[offset : offset + length]
+    if tensor.dtype.bitwidth < BYTE:
+        return ir.PackedTensor(raw, tensor.dtype, shape=tensor.shape, name=tensor.name)
+    return ir.Tensor(raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy()), name=tensor.name)
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write a graph; large ones with their weights in `<name>.data` beside it."""
+    """Write a graph; large ones with their weights in `<name>.data` beside it.
+
+    The graph may be read from the very files: they are replaced once all is written.
+    """
     large = size_bytes(model) > EXTERNAL_BYTES
-    ir.save(model, path, external_data=f"{path.name}.data" if large else None)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".graph-") as folder:
+        written = Path(folder) / path.name
+        ir.save(model, written, external_data=f"{path.name}.data" if large else None)
+        for one in sorted(written.parent.iterdir(), reverse=True):  # weights first
+            one.replace(path.parent / one.name)
+    if not large:
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger one before
 
 
 def size_bytes(model: ir.Model) -> int:

@@ -207,7 +207,9 @@ def test_an_engine_with_a_wrong_product_is_not_written(mixed_graph, tmp_path, mo
         return done
 
     monkeypatch.setattr(ort_lowering, "lower", wrong)
-    with pytest.raises(StageError, match=r"product with model\.layers\.0\.self_attn\.q_proj\.weight\+.*v_proj\.weight is not exact"):
+    with pytest.raises(
+        StageError, match=r"product with model\.layers\.0\.self_attn\.q_proj\.weight\+.*v_proj\.weight is not exact"
+    ):
         compile_engine(CompileParams(backend="onnxruntime"), {"graph": mixed_graph}, tmp_path, Hears())
     assert not (tmp_path / "engine.json").exists()
 
@@ -222,7 +224,9 @@ def test_a_product_that_is_not_exact_is_refused(cpu, tmp_path):
     product = next(node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat")
     product.input[4] = ""  # the unsigned activations without their zero
     onnx.save(model, tmp_path / "wrong.onnx")
-    with pytest.raises(StageError, match=r"product with model\.layers\.0\.self_attn\.q_proj\.weight\+.*v_proj\.weight is not exact"):
+    with pytest.raises(
+        StageError, match=r"product with model\.layers\.0\.self_attn\.q_proj\.weight\+.*v_proj\.weight is not exact"
+    ):
         require_exact_products(tmp_path / "wrong.onnx", ids)
 
 
@@ -350,3 +354,17 @@ def test_missing_library_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(DoesNotFit, match="pip install tensorrt`"):
         build_plan(tmp_path / "model.onnx", "tensorrt", ["sm_90"], SMALL, Hears())
+
+
+def test_large_graph_of_a_store_becomes_an_engine(tiny, seal, store, monkeypatch):
+    """A store shows its bytes by a second name, and large weights lie in a file of their own."""
+    from stages.graphs import onnx_graph
+
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_BYTES", 1000)
+    dense = seal("fetch", {"source": tiny.as_uri()}).identity
+    graph = seal("export", {}, model=dense).identity
+    engine = store.checkout(seal("compile", {"backend": "onnxruntime"}, graph=graph).identity)
+    assert (engine / "model.onnx.data").stat().st_size > (engine / "model.onnx").stat().st_size
+    ids = token_windows(1, 16)
+    wanted = open_engine(store.checkout(dense)).logits(ids)
+    np.testing.assert_allclose(open_engine(engine).logits(ids), wanted, atol=1e-3 * wanted.std())

@@ -236,6 +236,43 @@ def test_large_graphs_keep_their_weights_beside_them(dense_graph, tmp_path, monk
     assert np.array_equal(literal(tmp_path / "model.onnx", ids), literal(folder / "model.onnx", ids))
 
 
+def test_weights_beside_a_graph_are_read_by_any_name_of_their_file(mixed_graph, tmp_path, monkeypatch):  # noqa: F811
+    first, second = tmp_path / "store", tmp_path / "view"
+    first.mkdir()
+    second.mkdir()
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_BYTES", 1000)
+    wanted = onnx_graph.load(mixed_graph / "model.onnx").graph.initializers
+    onnx_graph.save(onnx_graph.load(mixed_graph / "model.onnx"), first / "model.onnx")
+    for name in ("model.onnx", "model.onnx.data"):
+        (second / name).hardlink_to(first / name)
+    read = onnx_graph.load(second / "model.onnx")
+    assert {one.const_value.dtype for one in wanted.values()} >= {ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT}
+    for name, value in wanted.items():
+        assert read.graph.initializers[name].const_value.dtype == value.const_value.dtype
+        assert np.array_equal(read.graph.initializers[name].const_value.numpy(), value.const_value.numpy())
+    onnx_graph.save(read, second / "model.onnx")  # over what it is read from, and the store's file stays
+    assert (first / "model.onnx.data").read_bytes() == (second / "model.onnx.data").read_bytes()
+    assert (first / "model.onnx.data").stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("fault", ["gone", "elsewhere", "short"])
+def test_weights_that_are_not_beside_their_graph_are_told(dense_graph, tmp_path, monkeypatch, fault):
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_BYTES", 1000)
+    onnx_graph.save(onnx_graph.load(dense_graph[1] / "model.onnx"), folder / "model.onnx")
+    data = folder / "model.onnx.data"
+    if fault == "short":
+        data.write_bytes(data.read_bytes()[:100])
+    else:
+        data.rename(tmp_path / data.name)
+    if fault == "elsewhere":
+        data.symlink_to(tmp_path / data.name)
+    said = "ends before" if fault == "short" else r"not beside it; measured model\.onnx\.data: "
+    with pytest.raises(StageError, match=said):
+        onnx_graph.load(folder / "model.onnx")
+
+
 def test_exporters_own_text_reaches_the_user(tiny, tmp_path):
     model = load_model(one_block(tiny, tmp_path / "one"))
     layer = model.model.layers[0]

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stages.adapters.onnxruntime import open_session
 from stages.graphs import ort_lowering
-from stages.graphs.ort_merging import merge_products
+from stages.graphs.merged_products import merge_products
 
 INPUTS, ROWS, BLOCK = 64, 96, 16
 WIDTHS = {"q": 24, "k": 8, "v": 40}
@@ -31,8 +31,11 @@ def weights(kind: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return made
 
 
-def model(kind: str, held: dict[str, tuple[np.ndarray, np.ndarray]], reads: str = "x") -> ir.Model:
-    """logits = the products of rows of a table with each of the weights; `reads` is what the last one reads."""
+def model(kind: str, held: dict[str, tuple[np.ndarray, np.ndarray]], reads: str = "x", again: str = "") -> ir.Model:
+    """logits = the products of rows of a table with each of the weights.
+
+    `reads` is what the last one reads; the weights named in `again`, by their letters, multiply -x, too.
+    """
     value = helper.make_tensor_value_info
     where = {"axis": 1} if kind == "int8" else {"axis": 0, "block_size": BLOCK}
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["x"]), helper.make_node("Neg", ["x"], ["y"])]
@@ -43,12 +46,19 @@ def model(kind: str, held: dict[str, tuple[np.ndarray, np.ndarray]], reads: str 
         nodes.append(
             helper.make_node("MatMul", [reads if name == "v" else "x", f"{name}.float"], [f"{name}.out"], name=name)
         )
-    nodes.append(helper.make_node("Concat", [f"{name}.out" for name in held], ["logits"], axis=-1))
+    nodes += [helper.make_node("MatMul", ["y", f"{name}.float"], [f"{name}.again"]) for name in again]
+    nodes.append(
+        helper.make_node(
+            "Concat", [*(f"{name}.out" for name in held), *(f"{name}.again" for name in again)], ["logits"], axis=-1
+        )
+    )
     nodes.append(helper.make_node("Identity", ["attention_mask"], ["unused"]))
     inputs = [value(name, TensorProto.INT64, ["n", "t"]) for name in ("input_ids", "attention_mask")]
     known = [value(name, TensorProto.FLOAT, ["n", "t", INPUTS]) for name in ("x", "y")]
     known += [value(f"{name}.out", TensorProto.FLOAT, ["n", "t", width]) for name, width in WIDTHS.items()]
-    outputs = [value("logits", TensorProto.FLOAT, ["n", "t", sum(WIDTHS.values())])]
+    known += [value(f"{name}.again", TensorProto.FLOAT, ["n", "t", WIDTHS[name]]) for name in again]
+    width = sum(WIDTHS[name] for name in (*held, *again))
+    outputs = [value("logits", TensorProto.FLOAT, ["n", "t", width])]
     graph = helper.make_graph(nodes, "g", inputs, outputs, arrays, value_info=known)
     opset = [helper.make_opsetid("", 23)]
     return ir.serde.deserialize_model(helper.make_model(graph, opset_imports=opset, ir_version=10))
@@ -85,6 +95,21 @@ def test_product_of_other_activations_stays_alone(tmp_path):
     found = open_session(tmp_path / "model.onnx").logits(np.arange(ROWS).reshape(2, -1)).reshape(ROWS, -1)
     wanted = exact(held, last=-1.0)
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_weights_that_two_blocks_share_are_merged_in_both_and_there_once(tmp_path):
+    held = weights("int8")
+    made = model("int8", held, again="qkv")
+    assert merge_products(made) == 4
+    assert [name for name in made.graph.initializers if "+" in name] == ["q+k+v", "q.scale+k.scale+v.scale"]
+    ir.save(made, tmp_path / "model.onnx")
+    found = open_session(tmp_path / "model.onnx").logits(np.arange(ROWS).reshape(2, -1)).reshape(ROWS, -1)
+    wanted = np.concatenate([exact(held), -exact(held)], axis=-1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_weights_that_lie_beside_others_elsewhere_are_not_doubled():
+    assert merge_products(model("int8", weights("int8"), again="qk")) == 0
 
 
 def test_weights_that_something_else_reads_too_are_not_doubled():

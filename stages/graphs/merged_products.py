@@ -1,7 +1,7 @@
-"""Products that read the same activations as one: a token's time goes into as many calls as there are, not their sizes.
+"""Products of quantized weights that read the same activations as one.
 
-Queries, keys and values, or gate and up, become one product with their weights side by side, whose result is split.
-Each number is the same sum as before.
+Queries, keys and values, or gate and up, become one product with their weights side by side, whose result is split:
+a token's time goes into as many calls as there are. Each number is the same sum as before.
 
 Shapes: I inputs, O outputs, B blocks of inputs.
 """
@@ -9,7 +9,7 @@ Shapes: I inputs, O outputs, B blocks of inputs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -23,9 +23,12 @@ def merge_products(model: ir.Model) -> int:
     """Rewrite the graph in place. Returns how many products went into others."""
     graph, groups = model.graph, defaultdict[Hashable, list[ir.Node]](list)
     for node in graph:
-        if node.op_type == "MatMul" and (weight := _alone(node.inputs[1])) is not None:
+        if node.op_type == "MatMul" and (weight := _integers(node.inputs[1])) is not None:
             groups[node.inputs[0], _kind(weight)].append(node)
-    merged = [nodes for nodes in groups.values() if len(nodes) > 1]
+    found = [nodes for nodes in groups.values() if len(nodes) > 1]
+    beside = {node: tuple(one.inputs[1] for one in nodes) for nodes in found for node in nodes}
+    # Weights that blocks share must lie beside the same others in all of them: no number is there twice.
+    merged = [nodes for nodes in found if all(_only_so(node, beside) for node in nodes)]
     for nodes in merged:
         _merge(graph, nodes)
     if merged:
@@ -33,9 +36,14 @@ def merge_products(model: ir.Model) -> int:
     return sum(len(nodes) - 1 for nodes in merged)
 
 
-def _alone(value: ir.Value | None) -> ir.Node | None:
-    """What dequantizes constant integers [I, O] for one product alone, by columns or by blocks of rows of them."""
-    node = None if value is None or len(value.uses()) > 1 else value.producer()
+def _only_so(node: ir.Node, beside: Mapping[ir.Node, tuple[ir.Value | None, ...]]) -> bool:
+    weight = node.inputs[1]
+    return weight is not None and all(beside.get(user) == beside[node] for user, _ in weight.uses())
+
+
+def _integers(value: ir.Value | None) -> ir.Node | None:
+    """What dequantizes constant integers [I, O], by columns or by blocks of rows of them."""
+    node = None if value is None else value.producer()
     if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 2:
         return None
     q, scale = (None if one is None else one.const_value for one in node.inputs)
