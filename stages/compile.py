@@ -81,7 +81,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
         "vocabulary": described["vocabulary"],
         "cache": cache if chosen.keeps else None,
         "activations": params.activations,
-        "components": {"model": _component(described, chosen)},
+        "components": {"model": _component(described, chosen.keeps, chosen.executable)},
         "maximum_tokens": asked.maximum_tokens,
         "executable": chosen.executable,
         # One plan for several architectures has not run on any of them when it was built ahead of time.
@@ -89,14 +89,12 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
         "target": f"{params.backend}:{'+'.join(architectures) or 'cpu'}",
     }
     if architectures:
-        engine["maximum_batch"] = params.maximum_batch
-    with _without_cache(asked, output) if cache and not chosen.keeps else nullcontext(asked) as asked:
-        if architectures:
-            metrics = chosen.build(asked, output, progress)
-        else:
+        metrics = _plan(chosen, asked, engine, output, progress)
+    else:
+        with _without_cache(asked, output) if cache and not chosen.keeps else nullcontext(asked) as asked:
             metrics = _for_processor(chosen, asked, source, output, progress)
-        if params.activations == "int8":
-            metrics |= _rounding(chosen, source, output)
+            if params.activations == "int8":
+                metrics |= _rounding(chosen, source, output)
     size = sum(path.stat().st_size for path in output.glob(f"{chosen.executable}*"))
     carry(source, output)
     (output / "engine.json").write_text(json.dumps(engine, indent=1, sort_keys=True), encoding="utf-8")
@@ -108,12 +106,26 @@ def _described(source: Path) -> dict[str, Any]:
     return found
 
 
-def _component(described: Mapping[str, Any], chosen: Backend) -> dict[str, Any]:
+def _component(described: Mapping[str, Any], keeps: bool, executable: str) -> dict[str, Any]:
     """What the executable takes and gives, so that any program can call it."""
-    if described.get("cache") and chosen.keeps:
-        return {**described["components"]["model"], "file": chosen.executable}
+    if described.get("cache") and keeps:
+        return {**described["components"]["model"], "file": executable}
     names = {"inputs": ["input_ids", "attention_mask"], "outputs": ["logits"]}
-    return {"file": chosen.executable, **names, "state": {}}
+    return {"file": executable, **names, "state": {}}
+
+
+def _plan(chosen: Backend, asked: Asked, engine: dict[str, Any], output: Path, progress: Progress) -> Metrics:
+    """Build it and say in `engine` what it keeps."""
+    from stages.graphs import plans
+
+    metrics, kept = plans.build(chosen, asked, output, progress)
+    engine["maximum_batch"] = asked.maximum_batch
+    if kept:
+        engine["cache"] = {**engine["cache"], "maximum": asked.maximum_tokens}
+        engine["profiles"] = plans.profiles(asked.maximum_batch, asked.maximum_tokens)
+    elif engine["cache"]:
+        engine |= {"cache": None, "components": {"model": _component({}, False, chosen.executable)}}
+    return metrics
 
 
 def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:

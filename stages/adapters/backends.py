@@ -78,6 +78,7 @@ class Asked:
         maximum_tokens: the longest sequence.
         maximum_batch: the largest batch.
         lower: writes a graph to a path with ONNX Runtime's own integer products, for backends that know them.
+        two_in_four: its weights have two zeros in four, for kernels that leave them out.
     """
 
     graph: Path
@@ -85,6 +86,7 @@ class Asked:
     maximum_tokens: int
     maximum_batch: int
     lower: Callable[[Path, Path], Metrics]
+    two_in_four: bool = False
 
 
 def _anything(architecture: str, precisions: Collection[str]) -> None:
@@ -112,6 +114,21 @@ class Backend:
     architectures: tuple[str, ...] = ()
     keeps: bool = False
     refuse: Callable[[str, Collection[str]], None] = _anything
+
+
+def aligned(
+    ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows with their tokens that count on the left, and how many they are."""
+    import numpy as np  # recipes are checked without it
+
+    if mask_NT is None or mask_NT.all():
+        return ids_NT, np.full(len(ids_NT), ids_NT.shape[1])
+    counts_N = mask_NT.sum(1)
+    rows_NT = np.zeros((len(ids_NT), counts_N.max()), np.int64)
+    for row_T, ids_T, mask_T, count in zip(rows_NT, ids_NT, mask_NT, counts_N, strict=True):
+        row_T[:count] = ids_T[mask_T > 0]
+    return rows_NT, counts_N
 
 
 def backends() -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 
+from stages.adapters.backends import aligned
 from stages.runtime.contract import DoesNotFit, StageError
 
 VENDOR_ERRORS = (
@@ -197,19 +198,6 @@ class Stepping:
         # A row that has ended may be led on beyond what the model reads; whatever it says is not wanted.
         self.kept.lengths_N = np.minimum(self.kept.lengths_N, self.most - 1)
         return self.kept.read(tokens_N[:, None])[:, 0]
-
-
-def aligned(
-    ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64] | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows with their tokens that count on the left, and how many they are."""
-    if mask_NT is None or mask_NT.all():
-        return ids_NT, np.full(len(ids_NT), ids_NT.shape[1])
-    counts_N = mask_NT.sum(1)
-    rows_NT = np.zeros((len(ids_NT), counts_N.max()), np.int64)
-    for row_T, ids_T, mask_T, count in zip(rows_NT, ids_NT, mask_NT, counts_N, strict=True):
-        row_T[:count] = ids_T[mask_T > 0]
-    return rows_NT, counts_N
 
 
 def open_session(path: Path, *, literal: bool = False) -> Session | CachedSession:

@@ -7,6 +7,7 @@ where there is none, or `no`, with the reason below the table. Graph, engine and
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tempfile
@@ -64,7 +65,7 @@ CELLS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "NVFP4": ("quantize", {"scheme": "nvfp4", **FEW}),
 }
 RUN = ("graph", "engine", "plan")
-"""The ONNX graph and the engine for the processor, executed, and a TensorRT-RTX plan, built."""
+"""The ONNX graph and the engine for the processor, executed, and a TensorRT-RTX plan, built with the cache."""
 COLUMNS = ("fetch", "judge", "tie", *CELLS, "recover", "fuse", *RUN)
 
 
@@ -144,11 +145,24 @@ def run_elsewhere(dense: Path, root: Path) -> dict[str, Cell]:
             try:
                 given = definition.params.model_validate(params)
                 definition.run(given, {role: source}, places[name], Silent())
-                far_off = 0.0 if name == "plan" else distance(dense, places[name], root)
-                cells[name] = Cell(far_off)
+                cells[name] = _plan(places) if name == "plan" else Cell(distance(dense, places[name], root))
             except StageError as error:
                 cells[name] = Cell(why=error.what)
     return cells
+
+
+def _plan(places: Mapping[str, Path]) -> Cell:
+    """A plan was built; it keeps what it has read where its graph does."""
+    graph, engine = (
+        json.loads((places[name] / file).read_text(encoding="utf-8"))
+        for name, file in (("graph", "graph.json"), ("plan", "engine.json"))
+    )
+    lost = graph["cache"] and not engine["cache"]
+    return (
+        Cell(why="the builder refuses its cache, and the plan reads the whole text for each token")
+        if lost
+        else Cell(0.0)
+    )
 
 
 def distance(dense: Path, made: Path, root: Path) -> float:

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from stages.adapters.backends import backend, refuse_impossible
-from stages.adapters.tensorrt_backend import Shapes, build_plan
+from stages.adapters.tensorrt_build import Shapes, build_plan
 from stages.compile import CompileParams, compile_engine
 from stages.export.stage import ExportParams, export
 from stages.runtime.contract import DoesNotFit, StageError
@@ -247,6 +247,20 @@ def test_plan_for_two_architectures_holds_the_integers(gpu, mixed_graph):  # noq
     assert described["target"] == "tensorrt_rtx:sm_89+sm_120"
     assert described["executed"] is False
     assert described["maximum_tokens"] == 64
+
+
+def test_plan_keeps_what_it_has_read_and_says_its_profiles_inputs_and_places(gpu, mixed_graph):  # noqa: F811
+    described = json.loads((gpu[0] / "engine.json").read_text())
+    assert described["profiles"] == [
+        {"name": "prefill", "number": 0, "rows": [1, 8], "new_tokens": [1, 64]},
+        {"name": "decode", "number": 1, "rows": [1, 8], "new_tokens": [1, 1]},
+    ]
+    assert described["cache"]["maximum"] == 64 and len(described["cache"]["layers"]) == 6
+    graph = json.loads((mixed_graph / "graph.json").read_text())
+    assert described["components"]["model"] == graph["components"]["model"] | {"file": "model.plan"}
+    assert not [note for note in gpu[1].notes if "keeps nothing" in note]
+    plan = (gpu[0] / "model.plan").read_bytes()
+    assert all(name.encode() in plan for name in graph["components"]["model"]["inputs"])
 
 
 def test_building_tells_how_far_it_is_and_keeps_expected_reminders_to_itself(gpu):

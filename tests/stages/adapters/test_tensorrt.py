@@ -11,44 +11,7 @@ import pytest
 
 from stages.adapters import tensorrt_execution as adapter
 from stages.runtime.contract import DoesNotFit, StageError
-
-
-class Driver:
-    """CUDA's C functions over memory of this process; `missing` names a function that fails, with its code."""
-
-    def __init__(self, architecture=(8, 9), failing=None, code=1):
-        self.memory, self.architecture, self.failing, self.code = {}, architecture, failing, code
-
-    def __getattr__(self, name):
-        def function(*arguments):
-            known = getattr(type(self), f"_{name}", None)
-            if name == self.failing:
-                return self.code
-            return known(self, *arguments) if known else 0
-
-        return function
-
-    def _cuDeviceGetAttribute(self, out, attribute, _device):
-        out._obj.value = self.architecture[attribute - 75]
-        return 0
-
-    def _cuMemAlloc_v2(self, out, size):
-        buffer = ctypes.create_string_buffer(size.value)
-        out._obj.value = ctypes.addressof(buffer)
-        self.memory[out._obj.value] = buffer
-        return 0
-
-    def _cuMemFree_v2(self, pointer):
-        del self.memory[pointer.value]
-        return 0
-
-    def _cuMemcpyHtoD_v2(self, pointer, source, size):
-        ctypes.memmove(pointer.value, source, size.value)
-        return 0
-
-    def _cuMemcpyDtoH_v2(self, target, pointer, size):
-        ctypes.memmove(target, pointer.value, size.value)
-        return 0
+from tests.stages.adapters.gpus import Driver
 
 
 class Context:
@@ -83,11 +46,14 @@ class Context:
 def machine(monkeypatch, tmp_path):
     """A machine with an sm_89 GPU, a plan on it and the library that reads the plan."""
     driver, context = Driver(), Context()
-    engine = SimpleNamespace(create_execution_context=lambda: context)
+    names = ("input_ids", "attention_mask", "logits")
+    engine = SimpleNamespace(
+        create_execution_context=lambda: context, num_io_tensors=len(names), get_tensor_name=names.__getitem__
+    )
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine if data == b"plan" else None)
     library = SimpleNamespace(Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None}),
                               Runtime=lambda _logger: runtime)  # fmt: skip
-    monkeypatch.setattr(adapter.ctypes, "CDLL", lambda _name: driver)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: driver)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
     (tmp_path / "model.plan").write_bytes(b"plan")
     return SimpleNamespace(driver=driver, context=context, plan=tmp_path / "model.plan")
@@ -132,7 +98,7 @@ def test_failing_call_names_itself_and_leaks_nothing(machine):
 
 
 def test_machine_without_gpu_or_driver_says_compiled_not_executed(monkeypatch):
-    monkeypatch.setattr(adapter.ctypes, "CDLL", lambda _name: Driver(failing="cuInit", code=100))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Driver(failing="cuInit", code=100))
     with pytest.raises(DoesNotFit, match=r"compiled, not executed.*error 100"):
         adapter.open_device("tensorrt_rtx", ["sm_89"])
     monkeypatch.undo()

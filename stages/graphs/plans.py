@@ -1,0 +1,82 @@
+"""Graphs as builders of plans get them: with a cache of a fixed length, or reading whole sequences."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from stages.adapters.backends import Asked, Backend
+from stages.graphs import onnx_graph, static_cache, uncached
+from stages.runtime.contract import DoesNotFit, Metrics, Progress, StageError
+
+GRAPH = "model.onnx"
+PREFILL, DECODE = "prefill", "decode"
+"""The profiles of a plan with a cache, in their order."""
+
+
+def build(chosen: Backend, asked: Asked, output: Path, progress: Progress) -> tuple[Metrics, bool]:
+    """Build a plan from a graph that is made to its builder's needs.
+
+    Returns:
+        What the backend measured, and whether the plan keeps what it has read. Where its builder refuses the cache, a
+        note says why and the plan reads whole sequences.
+
+    Raises:
+        StageError: the builder refuses the graph without its cache as well.
+    """
+    model = onnx_graph.load(asked.graph)
+    cached = uncached.is_cached(model)
+    asked = replace(asked, two_in_four=has_two_in_four(model))
+    if cached and chosen.keeps:
+        try:
+            static_cache.with_places(model, asked.maximum_tokens)
+            return _built(model, chosen, asked, output, progress), True
+        except DoesNotFit:  # neither would the other
+            raise
+        except StageError as error:
+            progress.note(f"the plan keeps nothing and reads the whole text again for each token: {error}")
+        model = onnx_graph.load(asked.graph)
+    if cached:
+        uncached.without_cache(model)
+    static_cache.name_by_modules(model)
+    return _built(model, chosen, asked, output, progress), False
+
+
+def _built(model: ir.Model, chosen: Backend, asked: Asked, output: Path, progress: Progress) -> Metrics:
+    with tempfile.TemporaryDirectory(dir=output, prefix=".graph-") as folder:
+        onnx_graph.save(model, Path(folder) / GRAPH)
+        return chosen.build(replace(asked, graph=Path(folder) / GRAPH), output, progress)
+
+
+def profiles(maximum_batch: int, maximum_tokens: int) -> list[dict[str, object]]:
+    """What `engine.json` says of the profiles of a plan with a cache."""
+    names = ((PREFILL, maximum_tokens), (DECODE, 1))
+    return [
+        {"name": name, "number": number, "rows": [1, maximum_batch], "new_tokens": [1, tokens]}
+        for number, (name, tokens) in enumerate(names)
+    ]
+
+
+def has_two_in_four(model: ir.Model) -> bool:
+    """Whether a product's weights have two zeros in each four of their inputs."""
+    for node in model.graph:
+        if node.op_type != "MatMul" or node.inputs[1] is None:
+            continue
+        w_IO = _constant(node.inputs[1])
+        if w_IO is not None and w_IO.ndim == 2 and len(w_IO) % 4 == 0:
+            zeros_4 = (w_IO.reshape(len(w_IO) // 4, 4, -1) == 0).sum(1)
+            if (zeros_4 >= 2).all():
+                return True
+    return False
+
+
+def _constant(value: ir.Value) -> np.ndarray | None:
+    """The numbers of a weight, behind a DequantizeLinear as it stands before it."""
+    node = value.producer()
+    if node is not None and node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
+        return _constant(node.inputs[0])
+    return None if value.const_value is None else value.const_value.numpy()
