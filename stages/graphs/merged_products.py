@@ -19,8 +19,13 @@ from stages.graphs.ort_nodes import constant, sweep
 INTEGERS = frozenset({ir.DataType.INT8, ir.DataType.INT4})
 
 
-def merge_products(model: ir.Model) -> int:
-    """Rewrite the graph in place. Returns how many products went into others."""
+def merge_products(model: ir.Model, *, shared: bool = False) -> int:
+    """Rewrite the graph in place. Returns how many products went into others.
+
+    Args:
+        model: before its products of integers are written for one runtime.
+        shared: only those whose weights several blocks share.
+    """
     graph, groups = model.graph, defaultdict[Hashable, list[ir.Node]](list)
     for node in graph:
         if node.op_type == "MatMul" and (weight := _integers(node.inputs[1])) is not None:
@@ -29,6 +34,8 @@ def merge_products(model: ir.Model) -> int:
     beside = {node: tuple(one.inputs[1] for one in nodes) for nodes in found for node in nodes}
     # Weights that blocks share must lie beside the same others in all of them: no number is there twice.
     merged = [nodes for nodes in found if all(_only_so(node, beside) for node in nodes)]
+    if shared:
+        merged = [nodes for nodes in merged if all(_uses(node) > 1 for node in nodes)]
     for nodes in merged:
         _merge(graph, nodes)
     if merged:
@@ -39,6 +46,10 @@ def merge_products(model: ir.Model) -> int:
 def _only_so(node: ir.Node, beside: Mapping[ir.Node, tuple[ir.Value | None, ...]]) -> bool:
     weight = node.inputs[1]
     return weight is not None and all(beside.get(user) == beside[node] for user, _ in weight.uses())
+
+
+def _uses(node: ir.Node) -> int:
+    return 0 if node.inputs[1] is None else len(node.inputs[1].uses())
 
 
 def _integers(value: ir.Value | None) -> ir.Node | None:

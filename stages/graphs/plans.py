@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.adapters.backends import Asked, Backend
-from stages.graphs import onnx_graph, static_cache, uncached
+from stages.graphs import merged_products, onnx_graph, static_cache, uncached
 from stages.runtime.contract import DoesNotFit, Metrics, Progress, StageError
 
 GRAPH = "model.onnx"
@@ -28,7 +28,7 @@ def build(chosen: Backend, asked: Asked, output: Path, progress: Progress) -> tu
     Raises:
         StageError: the builder refuses the graph without its cache as well.
     """
-    model = onnx_graph.load(asked.graph)
+    model = _loaded(asked)
     cached = uncached.is_cached(model)
     asked = replace(asked, two_in_four=has_two_in_four(model))
     if cached and chosen.keeps:
@@ -39,11 +39,18 @@ def build(chosen: Backend, asked: Asked, output: Path, progress: Progress) -> tu
             raise
         except StageError as error:
             progress.note(f"the plan keeps nothing and reads the whole text again for each token: {error}")
-        model = onnx_graph.load(asked.graph)
+        model = _loaded(asked)
     if cached:
         uncached.without_cache(model)
     static_cache.name_by_modules(model)
     return _built(model, chosen, asked, output, progress), False
+
+
+def _loaded(asked: Asked) -> ir.Model:
+    model = onnx_graph.load(asked.graph)
+    # TensorRT-RTX 1.7 ends in an error of its own where blocks share INT8 or INT4 queries, keys and values.
+    merged_products.merge_products(model, shared=True)
+    return model
 
 
 def _built(model: ir.Model, chosen: Backend, asked: Asked, output: Path, progress: Progress) -> Metrics:

@@ -108,6 +108,11 @@ def test_weights_that_two_blocks_share_are_merged_in_both_and_there_once(tmp_pat
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+def test_weights_of_one_block_alone_may_be_left():
+    assert merge_products(model("int8", weights("int8")), shared=True) == 0
+    assert merge_products(model("int8", weights("int8"), again="qkv"), shared=True) == 4
+
+
 def test_weights_that_lie_beside_others_elsewhere_are_not_doubled():
     assert merge_products(model("int8", weights("int8"), again="qk")) == 0
 

@@ -1,0 +1,43 @@
+"""What every family becomes elsewhere, dense and compressed: graph, engine for the processor, TensorRT-RTX plan.
+
+`make engines-test` asks all of README's families; with $ENGINERY_ENGINES=fifth, as `.ci/run` sets it, a fifth of them,
+so that five days in a row have all.
+"""
+
+import os
+
+import pytest
+
+from stages import stage
+from stages.runtime.progress import Silent
+from tests.benchmarks.families import CELLS, EQUAL, PAGE, ROWS, RUN, checkpoint, read_table, run_elsewhere, shown, text
+from tests.cases.day import today
+
+TABLE = read_table(PAGE.read_text(encoding="utf-8"))
+DRAWN = [*ROWS][today() % 5 :: 5] if os.environ.get("ENGINERY_ENGINES") == "fifth" else [*ROWS]
+COMPRESSED = ("channels", "W8A8", "INT8", "INT4", "FP8")
+ROUNDED = 1e-3
+"""Nats: activations that lie between two steps fall to either, and so small a model forgives none."""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("title", DRAWN)
+def test_family_runs_elsewhere_as_the_table_says_dense_and_compressed(title, tmp_path):
+    dense, wrong = checkpoint(ROWS[title], tmp_path), {}
+    found = run_elsewhere(dense, tmp_path)
+    said = {column: TABLE[title][column] for column in RUN}
+    assert {column: shown(cell) for column, cell in found.items()} == said, found
+    runs = [column for column in RUN if said[column] == "yes"]
+    for technique in COMPRESSED:
+        if TABLE[title][technique] == "no":
+            continue
+        verb, params = CELLS[technique]
+        made, definition = tmp_path / technique, stage(verb)
+        made.mkdir()
+        given = definition.params.model_validate(params)
+        definition.run(given, {"model": dense, "text": text(tmp_path)}, made, Silent())
+        most = ROUNDED if technique == "W8A8" else EQUAL
+        for column, cell in run_elsewhere(made, tmp_path).items():
+            if column in runs and not (cell.distance is not None and cell.distance < most):
+                wrong[technique, column] = cell
+    assert not wrong
