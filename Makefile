@@ -14,7 +14,7 @@ COMPOSE = ENGINERY_STACK=$(stack) $(compose) --project-name $(stack) --project-d
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check real-test fault-test cases fuzz families service-test bench bench-abilities bench-engine bench-serving images schemas clean gpu-test \
+.PHONY: help install run test check real-test fault-test cases fuzz families engines-test service-test bench bench-abilities bench-engine bench-serving images schemas clean gpu-test \
   production-env production-up production-submit production-watch production-down production-test
 
 help:  ## list the targets
@@ -63,6 +63,9 @@ fuzz: install  ## drawn checkpoints of every family beside transformers; FAMILY=
 
 families: install  ## every family of models through every technique: a table; ARGS="Llama BERT" for some
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.families $(ARGS)
+
+engines-test: install  ## every family of README's table as graph, engine and plan, dense and compressed; ENGINERY_ENGINES=fifth for the day's fifth
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -n 2 --durations 5 $(ARGS) tests/benchmarks
 
 service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered, pages in Chromium, a minute of 16 clients
 	@$(BIN)/python -m pytest -m service $(ARGS) tests/services tests/flows

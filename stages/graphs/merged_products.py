@@ -9,7 +9,7 @@ Shapes: I inputs, O outputs, B blocks of inputs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,8 @@ import onnx_ir as ir
 from stages.graphs.ort_nodes import constant, sweep
 
 INTEGERS = frozenset({ir.DataType.INT8, ir.DataType.INT4})
+SHARED = 2
+"""Activations that weights multiply which blocks share."""
 
 
 def merge_products(model: ir.Model, *, shared: bool = False) -> int:
@@ -28,14 +30,12 @@ def merge_products(model: ir.Model, *, shared: bool = False) -> int:
     """
     graph, groups = model.graph, defaultdict[Hashable, list[ir.Node]](list)
     for node in graph:
-        if node.op_type == "MatMul" and (weight := _integers(node.inputs[1])) is not None:
-            groups[node.inputs[0], _kind(weight)].append(node)
-    found = [nodes for nodes in groups.values() if len(nodes) > 1]
-    beside = {node: tuple(one.inputs[1] for one in nodes) for nodes in found for node in nodes}
-    # Weights that blocks share must lie beside the same others in all of them: no number is there twice.
-    merged = [nodes for nodes in found if all(_only_so(node, beside) for node in nodes)]
-    if shared:
-        merged = [nodes for nodes in merged if all(_uses(node) > 1 for node in nodes)]
+        if node.op_type != "MatMul" or (weight := _integers(node.inputs[1])) is None:
+            continue
+        reading = readers(weight.outputs[0])
+        if reading is not None and not (shared and len(reading) < SHARED):
+            groups[node.inputs[0], reading, _kind(weight)].append(node)
+    merged = [nodes for nodes in groups.values() if len(nodes) > 1]
     for nodes in merged:
         _merge(graph, nodes)
     if merged:
@@ -43,13 +43,14 @@ def merge_products(model: ir.Model, *, shared: bool = False) -> int:
     return sum(len(nodes) - 1 for nodes in merged)
 
 
-def _only_so(node: ir.Node, beside: Mapping[ir.Node, tuple[ir.Value | None, ...]]) -> bool:
-    weight = node.inputs[1]
-    return weight is not None and all(beside.get(user) == beside[node] for user, _ in weight.uses())
+def readers(weight: ir.Value) -> frozenset[ir.Value | None] | None:
+    """The activations that a weight multiplies: with others that multiply the same it goes into one, there once.
 
-
-def _uses(node: ir.Node) -> int:
-    return 0 if node.inputs[1] is None else len(node.inputs[1].uses())
+    None where something else reads it.
+    """
+    uses = weight.uses()
+    found = frozenset(user.inputs[0] for user, place in uses if (user.op_type, place) == ("MatMul", 1))
+    return found if len(found) == len(uses) else None
 
 
 def _integers(value: ir.Value | None) -> ir.Node | None:

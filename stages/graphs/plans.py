@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.adapters.backends import Asked, Backend
-from stages.graphs import merged_products, onnx_graph, static_cache, uncached
+from stages.graphs import onnx_graph, shared_products, static_cache, uncached
 from stages.runtime.contract import DoesNotFit, Metrics, Progress, StageError
 
 GRAPH = "model.onnx"
@@ -48,8 +48,7 @@ def build(chosen: Backend, asked: Asked, output: Path, progress: Progress) -> tu
 
 def _loaded(asked: Asked) -> ir.Model:
     model = onnx_graph.load(asked.graph)
-    # TensorRT-RTX 1.7 ends in an error of its own where blocks share INT8 or INT4 queries, keys and values.
-    merged_products.merge_products(model, shared=True)
+    shared_products.mend_shared(model)
     return model
 
 

@@ -10,7 +10,19 @@ import pytest
 
 from stages import stage
 from stages.runtime.progress import Silent
-from tests.benchmarks.families import CELLS, EQUAL, PAGE, ROWS, RUN, checkpoint, read_table, run_elsewhere, shown, text
+from tests.benchmarks.families import (
+    CELLS,
+    EQUAL,
+    FEW,
+    PAGE,
+    ROWS,
+    RUN,
+    checkpoint,
+    read_table,
+    run_elsewhere,
+    shown,
+    text,
+)
 from tests.cases.day import today
 
 TABLE = read_table(PAGE.read_text(encoding="utf-8"))
@@ -41,3 +53,16 @@ def test_family_runs_elsewhere_as_the_table_says_dense_and_compressed(title, tmp
             if column in runs and not (cell.distance is not None and cell.distance < most):
                 wrong[technique, column] = cell
     assert not wrong
+
+
+@pytest.mark.engine
+def test_blocks_that_share_quantized_weights_run_elsewhere_too(tmp_path):
+    dense, made = checkpoint("llama", tmp_path), [tmp_path / "looped", tmp_path / "quantized"]
+    ways = (("share", {"method": "recursive", "keep": 0.97, **FEW}), ("quantize", {"scheme": "int8_weight_only"}))
+    for source, folder, (verb, params) in zip([dense, *made], made, ways, strict=False):
+        folder.mkdir()
+        definition = stage(verb)
+        given = definition.params.model_validate(params)
+        definition.run(given, {"model": source, "text": text(tmp_path)}, folder, Silent())
+    found = run_elsewhere(made[-1], tmp_path)
+    assert all(one.distance is not None and one.distance < EQUAL for one in found.values()), found

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ("real-test", "test", "fault-test", "cases", "service-test", "production-test")
+TARGETS = ("real-test", "test", "fault-test", "cases", "engines-test", "service-test", "production-test")
 PASSES = "def test_passes(): pass\n"
 FAILS = "def test_fails(): assert False\n"
 SKIPS = "import pytest\n@pytest.mark.skip\ndef test_skips(): pass\n"
@@ -143,12 +143,13 @@ def project(tmp_path):
 
 def test_run_in_which_all_passes_ends_with_the_sum_alone(project):
     status, lines = project(engine=True)
-    assert (status, lines[-1]) == (0, "6 passed, 0 failed")
-    assert [line.split(":")[0] for line in lines[-7:-1]] == [
+    assert (status, lines[-1]) == (0, "7 passed, 0 failed")
+    assert [line.split(":")[0] for line in lines[-8:-1]] == [
         "real",
         "test",
         "faults",
         "cases",
+        "engines",
         "services",
         "production",
     ]
@@ -156,14 +157,14 @@ def test_run_in_which_all_passes_ends_with_the_sum_alone(project):
 
 def test_run_in_which_a_slice_fails_runs_the_others_and_fails(project):
     status, lines = project(engine=True, real=FAILS, test="")
-    assert (status, lines[-1]) == (1, "4 passed, 2 failed")
+    assert (status, lines[-1]) == (1, "5 passed, 2 failed")
     assert "makes production-test" in lines
 
 
 def test_run_with_an_engine_fails_where_production_skips_and_without_one_says_that_it_skipped(project):
-    assert project(engine=True, production=SKIPS)[1][-1] == "5 passed, 1 failed, 1 skipped"
+    assert project(engine=True, production=SKIPS)[1][-1] == "6 passed, 1 failed, 1 skipped"
     status, lines = project(engine=False, production=SKIPS)
-    assert (status, lines[-1]) == (0, "5 passed, 0 failed, 1 skipped")
+    assert (status, lines[-1]) == (0, "6 passed, 0 failed, 1 skipped")
 
 
 def test_run_where_no_browser_is_installs_one_and_where_one_is_nothing(project, tmp_path):

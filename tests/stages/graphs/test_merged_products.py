@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from stages.adapters.onnxruntime import open_session
 from stages.graphs import ort_lowering
 from stages.graphs.merged_products import merge_products
+from stages.graphs.shared_products import mend_shared
 
 INPUTS, ROWS, BLOCK = 64, 96, 16
 WIDTHS = {"q": 24, "k": 8, "v": 40}
@@ -113,8 +114,26 @@ def test_weights_of_one_block_alone_may_be_left():
     assert merge_products(model("int8", weights("int8"), again="qkv"), shared=True) == 4
 
 
-def test_weights_that_lie_beside_others_elsewhere_are_not_doubled():
-    assert merge_products(model("int8", weights("int8"), again="qk")) == 0
+def test_shared_weights_are_merged_with_those_alone_that_are_shared_alike(tmp_path):
+    held = weights("int8")
+    made = model("int8", held, again="qk")
+    assert merge_products(made) == 2
+    assert "q+k" in made.graph.initializers and "v" in made.graph.initializers
+    ir.save(made, tmp_path / "model.onnx")
+    found = open_session(tmp_path / "model.onnx").logits(np.arange(ROWS).reshape(2, -1)).reshape(ROWS, -1)
+    wanted = np.concatenate([exact(held), -exact(held)[:, : WIDTHS["q"] + WIDTHS["k"]]], axis=-1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_shared_weights_beside_ones_of_their_own_are_multiplied_apart_with_the_same_numbers(tmp_path):
+    held = weights("int8")
+    made = model("int8", held, again="q")
+    assert mend_shared(made) == 1
+    assert Counter(node.op_type for node in made.graph)["Transpose"] == 2
+    ir.save(made, tmp_path / "model.onnx")
+    found = open_session(tmp_path / "model.onnx").logits(np.arange(ROWS).reshape(2, -1)).reshape(ROWS, -1)
+    wanted = np.concatenate([exact(held), -exact(held)[:, : WIDTHS["q"]]], axis=-1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_weights_that_something_else_reads_too_are_not_doubled():
