@@ -20,6 +20,7 @@ from stages.runtime.progress import Silent
 GRAPH = "model.onnx"
 PARITY_TOKENS = 64
 DEFAULT_TOKENS = 2048
+WHOLE = "float32"
 ROUNDING_LIMIT = 0.1
 """Nats a token, of KL(as the graph says || with rounded activations)."""
 
@@ -62,6 +63,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     architectures = tuple(dict.fromkeys(params.architectures))
     refuse_impossible(params.backend, architectures, described["precisions"])
     _refuse_rounding(params)
+    _refuse_halves(params, described.get("dtype", WHOLE))
     longest = _longest(params, described["maximum_tokens"])
     if longest < (params.maximum_tokens or 0):
         progress.note(f"the engine reads {longest} tokens, all that its graph reads, not {params.maximum_tokens}")
@@ -132,8 +134,9 @@ def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:
     """The engine of a graph."""
     graph: Subject = known["graph"]
     architectures = tuple(dict.fromkeys(params.architectures))
-    refuse_impossible(params.backend, architectures, _PRECISIONS.get(graph.scheme, ("float32",)))
+    refuse_impossible(params.backend, architectures, (*_PRECISIONS.get(graph.scheme, ()), graph.dtype))
     _refuse_rounding(params)
+    _refuse_halves(params, graph.dtype)
     return replace(graph, built=_longest(params, graph.built))
 
 
@@ -144,6 +147,16 @@ def _refuse_rounding(params: CompileParams) -> None:
             measured=params.activations,
             limit="as_graph",
             remedy="Leave it out; `quantize` rounds activations for every backend by a scheme like int8_w8a8.",
+        )
+
+
+def _refuse_halves(params: CompileParams, dtype: str) -> None:
+    if not params.architectures and dtype != WHOLE:
+        raise StageError(
+            f"{params.backend} computes in {WHOLE} on the processor",
+            measured=f"a graph in {dtype}",
+            limit=WHOLE,
+            remedy="Export another graph without `dtype` for the processor; this one is for TensorRT.",
         )
 
 

@@ -62,6 +62,10 @@ class Session:
         return found
 
 
+KEPT_AS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+"""Types of a graph's cache -> numpy's."""
+
+
 @dataclass(frozen=True)
 class CachedSession:
     """A loaded graph that keeps what it has read: see `stages.export.cached`.
@@ -107,11 +111,11 @@ class Kept:
 
     def __init__(self, opened: CachedSession, rows: int, places: int) -> None:
         self.opened = opened
-        sizes = {one.name: one.shape for one in opened.session.get_inputs() if one.name in opened.state}
+        past = [one for one in opened.session.get_inputs() if one.name in opened.state]
         with room_for(rows, places):
             self.lengths_N = np.zeros(rows, np.int64)
             self.places = {
-                name: np.zeros((rows, heads, places, size), np.float32) for name, (_, heads, _, size) in sizes.items()
+                one.name: np.zeros((rows, one.shape[1], places, one.shape[3]), KEPT_AS[one.type]) for one in past
             }
 
     def feeds(self, ids_NT: NDArray[np.int64], asked_NK: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
@@ -143,7 +147,7 @@ class Kept:
         for name, array in self.feeds(np.ascontiguousarray(ids_NT), np.ascontiguousarray(asked_NK)).items():
             binding.bind_cpu_input(name, array)
         for name, array in self.places.items():
-            at = ("cpu", 0, np.float32, array.shape, array.ctypes.data)
+            at = ("cpu", 0, array.dtype, array.shape, array.ctypes.data)
             binding.bind_input(name, *at)
             binding.bind_output(self.opened.state[name], *at)
         _ran(lambda: self.opened.session.run_with_iobinding(binding))

@@ -13,7 +13,14 @@ GRAPH = "model.onnx"
 
 
 def refuse(architecture: str, precisions: Collection[str]) -> None:
-    """It has no kernel for four-bit floats."""
+    """It has no kernel for four-bit floats, nor for bfloat16."""
+    if "bfloat16" in precisions:
+        raise StageError(
+            "onnxruntime multiplies no bfloat16",
+            measured="a graph in bfloat16",
+            limit="float32, float16",
+            remedy="Export in another `dtype`, or leave it to TensorRT.",
+        )
     if "fp4" in precisions:
         raise StageError(
             "onnxruntime multiplies no fp4",

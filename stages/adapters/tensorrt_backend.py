@@ -11,7 +11,7 @@ from stages.adapters.tensorrt_build import Shapes
 from stages.runtime.contract import Metrics, Progress, StageError
 
 PLAN = "model.plan"
-_SINCE = {"fp4": 100, "fp8": 89, "int4": 80}
+_SINCE = {"fp4": 100, "fp8": 89, "int4": 80, "bfloat16": 80}
 """Number format -> the first architecture that has it."""
 
 
@@ -31,7 +31,7 @@ def made(library: str, architectures: tuple[str, ...], *, lacks: Mapping[str, st
                     f"{architecture} has no {precision}",
                     measured=architecture,
                     limit=f"sm_{_SINCE[precision]} and newer",
-                    remedy="Leave the architecture out, or quantize by another scheme.",
+                    remedy="Leave the architecture out, or quantize by another scheme or export in another `dtype`.",
                 )
             if (lacks or {}).get(architecture) == precision:
                 raise StageError(

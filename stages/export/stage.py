@@ -35,6 +35,8 @@ SANE_TOKENS = 1 << 24
 WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")
 """What configurations call the tokens that a layer attends to at most."""
 BEYOND_WINDOW = 16
+HALVES: Mapping[str, Literal["float16", "bfloat16"]] = {"fp16": "float16", "bf16": "bfloat16"}
+"""`dtype` -> what a graph calls it."""
 _NOTHING_KEPT = "engines read the whole text again for each token, as no graph keeps what it has read"
 
 
@@ -46,12 +48,15 @@ class ExportParams(Params):
             is for older runtimes. A graph with a cache is written in 24.
         cache: a model that continues texts takes and gives the keys and values of what it has read, so that a new token
             costs what it is, not all before it. Backends without a cache are given the same graph without.
+        dtype: of the numbers that are not quantized: activations, keys and values, norms. 16 bits are for TensorRT's
+            plans, `bf16` from sm_80 on; the graph is proven in 32 bits first, then how far 16 take it.
         parity_windows: windows of text on which graph and torch must agree.
         parity_tokens: their length; they are longer where layers attend to so many tokens at most.
     """
 
     opset: Literal[21, 23] = 23
     cache: bool = True
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     parity_windows: int = Field(2, ge=1)
     parity_tokens: int = Field(128, ge=16)
 
@@ -80,10 +85,16 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         del model
         made = _written(exported, output, wanted), checks.require_numbers(output / GRAPH, ids_NT, wanted, task)
     written, difference = made
+    halving: Metrics = {}
+    if half := HALVES.get(params.dtype):
+        from stages.export.halving import halve
+
+        written, halving = halve(output / GRAPH, half, ids_NT, wanted.answer_N, predicts=task == "generate")
     progress.advanced(3, 4)
     _carry(source, output)
-    described = _signature(layers, most) | {
+    described = _signature(layers, most, half or "float32") | {
         "opset": written.opset,
+        "dtype": half or "float32",
         "task": task,
         "precisions": sorted(written.precisions),
         "rounded_products": len(written.rounding),
@@ -97,7 +108,7 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         "size_bytes": float(sum(path.stat().st_size for path in output.glob(f"{GRAPH}*"))),
         "nodes": float(written.nodes),
         "quantized_matrices": float(written.quantized.total()),
-    }
+    } | halving
 
 
 def _layers(model: PreTrainedModel, params: ExportParams, progress: Progress) -> Sequence[LayerCache]:
@@ -149,7 +160,7 @@ def _written(exported: ir.Model, output: Path, wanted: Expected) -> Held:
     return written
 
 
-def _signature(layers: Sequence[LayerCache], most: int) -> dict[str, Any]:
+def _signature(layers: Sequence[LayerCache], most: int, dtype: str) -> dict[str, Any]:
     from stages.export import cached, called
 
     if not layers:
@@ -157,7 +168,7 @@ def _signature(layers: Sequence[LayerCache], most: int) -> dict[str, Any]:
         return {"components": {"model": component}, "cache": None}
     inputs, outputs, state = cached.names(len(layers))
     component = {"file": GRAPH, "inputs": inputs, "outputs": outputs, "state": state}
-    kept = {"dtype": "float32", "maximum": most, "layers": [layer.described() for layer in layers]}
+    kept = {"dtype": dtype, "maximum": most, "layers": [layer.described() for layer in layers]}
     return {"components": {"model": component}, "cache": kept}
 
 
@@ -174,6 +185,7 @@ def admit(params: ExportParams, known: Mapping[str, Any]) -> Subject:
 
         if params.opset < FOUR_BIT_FLOATS:
             raise no_four_bit_floats(params.opset, f"the scheme {given.scheme}")
+    given = replace(given, dtype=HALVES.get(params.dtype, "float32"))
     if given.reads is not None or given.folder.is_file():
         return replace(given, built=given.reads)
     return replace(given, built=_longest(given.model.config, load_tokenizer(given.folder), Silent()))

@@ -49,11 +49,16 @@ def _spelt(graph: ir.Graph, node: ir.Node, cap: float) -> ir.Value:
     turned = ir.Node("", "Transpose", [key], [ir.AttrInt64s("perm", [0, 1, 3, 2])], num_outputs=1)
     graph.insert_before(node, turned)
     score = then("MatMul", query_NGRTD, then("Unsqueeze", turned.outputs[0], axis))
+    half = query.dtype not in (None, ir.DataType.FLOAT)
+    if half:
+        score = placed(graph, node, "Cast", [score], to=int(ir.DataType.FLOAT)).outputs[0]
     scale = node.attributes.get_float("scale", size**-0.5)
     capped = then("Mul", then("Tanh", then("Mul", score, number("over_cap", scale / cap))), number("cap", cap))
     seen_N11TT = then("Unsqueeze", mask, axis)
     scores = then("Where", seen_N11TT, capped, number("unseen", _LEAST))
     weights = placed(graph, node, "Softmax", [scores], axis=-1).outputs[0]
+    if half:
+        weights = placed(graph, node, "Cast", [weights], to=int(query.dtype or 0)).outputs[0]
     found_NGRTD = then("MatMul", weights, then("Unsqueeze", value, axis))
     return then("Reshape", found_NGRTD, shape(0, heads, -1, width))
 

@@ -53,6 +53,15 @@ def test_family_runs_elsewhere_as_the_table_says_dense_and_compressed(title, tmp
             if column in runs and not (cell.distance is not None and cell.distance < most):
                 wrong[technique, column] = cell
     assert not wrong
+    if "plan" in runs:
+        graph, plan = tmp_path / "halved", tmp_path / "plan"
+        for folder, verb, role, source, params in (
+            (graph, "export", "model", dense, {"dtype": "fp16"}),
+            (plan, "compile", "graph", graph, {"backend": "tensorrt_rtx", "architectures": ["sm_89"]}),
+        ):
+            folder.mkdir()
+            definition = stage(verb)
+            definition.run(definition.params.model_validate(params), {role: source}, folder, Silent())
 
 
 @pytest.mark.engine

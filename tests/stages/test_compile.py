@@ -370,12 +370,12 @@ def test_missing_library_says_how_to_get_it(tmp_path, monkeypatch):
         build_plan(tmp_path / "model.onnx", "tensorrt", ["sm_90"], SMALL, Hears())
 
 
-def test_large_graph_of_a_store_becomes_an_engine(tiny, seal, store, monkeypatch):
+def test_large_graph_of_a_store_becomes_an_engine(tiny, tmp_path, seal, store, monkeypatch):
     """A store shows its bytes by a second name, and large weights lie in a file of their own."""
     from stages.graphs import onnx_graph
 
     monkeypatch.setattr(onnx_graph, "EXTERNAL_BYTES", 1000)
-    dense = seal("fetch", {"source": tiny.as_uri()}).identity
+    dense = seal("fetch", {"source": one_block(tiny, tmp_path / "one").as_uri()}).identity
     graph = seal("export", {}, model=dense).identity
     engine = store.checkout(seal("compile", {"backend": "onnxruntime"}, graph=graph).identity)
     assert (engine / "model.onnx.data").stat().st_size > (engine / "model.onnx").stat().st_size

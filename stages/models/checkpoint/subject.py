@@ -36,6 +36,7 @@ class Subject:
         reads: tokens at once; None for any number.
         built: the same of its graph or engine; None for a checkpoint.
         scheme: how it is quantized, empty for a float one.
+        dtype: in which its graph computes.
         layout: another tool's layout in which it is, empty for our own.
         masked: single weights are zeros that must stay.
         loose: what the widths of bases that are yet to be made are multiples of; 0 where every shape is known.
@@ -48,6 +49,7 @@ class Subject:
     reads: int | None = None
     built: int | None = None
     scheme: str = ""
+    dtype: str = "float32"
     layout: str = ""
     masked: bool = False
     loose: int = 0
