@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.adapters.backends import Asked, Backend
-from stages.graphs import onnx_graph, shared_products, static_cache, uncached
+from stages.graphs import onnx_graph, plan_checks, plan_constants, shared_products, static_cache, uncached
 from stages.runtime.contract import DoesNotFit, Metrics, Progress, StageError
 
 GRAPH = "model.onnx"
@@ -42,7 +42,6 @@ def build(chosen: Backend, asked: Asked, output: Path, progress: Progress) -> tu
         model = _loaded(asked)
     if cached:
         uncached.without_cache(model)
-    static_cache.name_by_modules(model)
     return _built(model, chosen, asked, output, progress), False
 
 
@@ -53,9 +52,12 @@ def _loaded(asked: Asked) -> ir.Model:
 
 
 def _built(model: ir.Model, chosen: Backend, asked: Asked, output: Path, progress: Progress) -> Metrics:
+    plan_constants.share(model)
+    static_cache.name_by_modules(model)
     with tempfile.TemporaryDirectory(dir=output, prefix=".graph-") as folder:
         onnx_graph.save(model, Path(folder) / GRAPH)
-        return chosen.build(replace(asked, graph=Path(folder) / GRAPH), output, progress)
+        metrics = chosen.build(replace(asked, graph=Path(folder) / GRAPH), output, progress)
+    return metrics | plan_checks.measure(model, output / chosen.executable, progress)
 
 
 def profiles(maximum_batch: int, maximum_tokens: int) -> list[dict[str, object]]:

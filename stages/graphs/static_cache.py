@@ -21,18 +21,20 @@ _PLACES = 2
 
 
 def with_places(model: ir.Model, places: int) -> None:
-    """Fix M in place, and name nodes after the modules they come from, so that a builder's error says where it is."""
+    """Fix M in place."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         if str(value.name).startswith((PAST, PRESENT)) and value.shape is not None:
             sizes = list(value.shape)
             sizes[_PLACES] = places
             value.shape = ir.Shape(sizes)
     spell_out_capped(model)
-    name_by_modules(model)
 
 
 def name_by_modules(model: ir.Model) -> None:
-    """`model.layers.3.mlp.up_proj/MatMul_57`: a node's weight says whose it is; others stand behind such a one."""
+    """Name nodes like `model.layers.3.mlp.up_proj/MatMul_57`, so that a builder's error says where it is.
+
+    A node's weight says whose it is; the others stand behind such a one.
+    """
     whose: dict[ir.Value | None, str] = {}
     weights: dict[ir.Value | None, str] = {}
     for number, node in enumerate(model.graph):
