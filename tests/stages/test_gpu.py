@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from stages.adapters.tensorrt_execution import Device, open_device
-from stages.runtime.contract import DoesNotFit
+from stages import stage
+from stages.adapters.backends import backend
+from stages.adapters.cuda_memory import Device, open_device
+from stages.runtime.contract import DoesNotFit, StageError
 from stages.runtime.cuda_driver import gpu_name, loaded
 from stages.runtime.progress import Silent
 from stages.serving.cuda import require_gpu
 from stages.serving.eager import eager
+from stages.serving.engine import open_engine
 from stages.validate.params import ValidateParams, executed_on
 from stages.validate.stage import VALIDATE
 from tests.benchmarks.families import CELLS, ROWS, _made, checkpoint, text
@@ -94,6 +97,87 @@ def test_the_driver_says_what_torch_says_and_a_plan_for_another_gpu_is_refused()
     assert open_device("tensorrt_rtx", ["sm_75", here]).architecture == here
     with pytest.raises(DoesNotFit, match=rf"measured {here}; limit sm_1\. Compile with {here}"):
         open_device("tensorrt_rtx", ["sm_1"])
+
+
+def test_memory_of_the_gpu_holds_zeros_and_what_is_written_and_says_what_is_free():
+    device = Device(loaded()[0])
+    before = device.free_bytes()
+    held = device.zeros(256 << 20)
+    assert before - device.free_bytes() >= 200 << 20
+    read = np.ones(256 << 18, np.float32)
+    device.download(held, read)
+    assert not read.any()
+    wrote = np.arange(1000, dtype=np.float32)
+    device.fill(held, wrote)
+    device.download(held, read)
+    assert np.array_equal(read[:1000], wrote) and not read[1000:].any()
+    device.release(held)
+    assert device.free_bytes() >= before - (32 << 20)
+
+
+@pytest.fixture(scope="module", params=["tensorrt_rtx", "tensorrt"])
+def plans_for(request):
+    """A library that builds plans for this GPU, and the GPU."""
+    pytest.importorskip(request.param)
+    here = "sm_{}{}".format(*torch.cuda.get_device_capability(0))
+    if here not in backend(request.param).architectures:
+        pytest.skip(f"{request.param} builds nothing for {here}")
+    return request.param, here
+
+
+@pytest.fixture(params=["Llama", "Mistral", "Gemma 2", "GPT-2", "BLOOM", "W8A8", "INT4"])
+def both(request, plans_for, root, tmp_path):
+    """A model's plan and its engine for the processor, opened, and the plan's folder."""
+    made = checkpoint(ROWS.get(request.param, ROWS["Llama"]), root)
+    if request.param in CELLS:
+        (tmp_path / "made").mkdir()
+        made = _made(*CELLS[request.param], made, root, tmp_path / "made")
+    library, here = plans_for
+    ways = {"graph": ("export", {}, "model", made)}
+    asked = {"plan": {"backend": library, "architectures": [here], "maximum_batch": 3, "maximum_tokens": 48},
+             "cpu": {"backend": "onnxruntime", "maximum_tokens": 48}}  # fmt: skip
+    ways |= {name: ("compile", params, "graph", tmp_path / "graph") for name, params in asked.items()}
+    for name, (verb, params, role, source) in ways.items():
+        (tmp_path / name).mkdir()
+        definition = stage(verb)
+        definition.run(definition.params.model_validate(params), {role: source}, tmp_path / name, Silent())
+    return open_engine(tmp_path / "plan", verified=True), open_engine(tmp_path / "cpu"), request.param
+
+
+def test_plan_with_a_cache_answers_as_the_engine_for_the_processor(both):
+    plan, cpu, made = both
+    assert plan.steps is not None and plan.maximum_tokens == 48
+    ids_NT = 3 + np.arange(5 * 40, dtype=np.int64).reshape(5, 40) * 7 % (VOCABULARY - 3)
+    mask_NT = np.ones_like(ids_NT)
+    mask_NT[1, 12:] = 0
+    want, got = cpu.forward(ids_NT, mask_NT)[mask_NT > 0], plan.forward(ids_NT, mask_NT)[mask_NT > 0]
+    assert np.abs(got - want).max() < (3e-2 if made in ROUNDED else 1e-3) * np.abs(want).max()
+
+
+def test_plan_with_a_cache_writes_token_by_token_what_it_reads_at_once(both):
+    plan, _, made = both
+    ids_NT = 3 + np.arange(5 * 24, dtype=np.int64).reshape(5, 24) * 7 % (VOCABULARY - 3)
+    lengths_N = np.array([9, 14, 4, 1, 12])
+    whole_NTV = plan.forward(ids_NT, np.ones_like(ids_NT))
+    mask_NT = (np.arange(14) >= 14 - lengths_N[:, None]).astype(np.int64)
+    prompts_NT = np.zeros((5, 14), np.int64)
+    for row, count in enumerate(lengths_N):
+        prompts_NT[row, 14 - count :] = ids_NT[row, :count]
+    limit, rows = (3e-2 if made in ROUNDED else 1e-3) * np.abs(whole_NTV).max(), np.arange(5)
+    free = Device(loaded()[0]).free_bytes()
+    steps = plan.steps()
+    said_NV = steps.begin(prompts_NT, mask_NT)
+    for more in range(10):
+        assert np.abs(said_NV - whole_NTV[rows, lengths_N - 1 + more]).max() < limit
+        said_NV = steps.next(ids_NT[rows, lengths_N + more])
+    del steps
+    assert Device(loaded()[0]).free_bytes() >= free - (32 << 20)
+
+
+def test_plan_with_a_cache_refuses_what_is_longer_than_its_cache(both):
+    plan, _, _ = both
+    with pytest.raises(StageError, match="longer than the cache; measured 49 tokens; limit 48 tokens"):
+        plan.forward(np.full((1, 49), 5), np.ones((1, 49), np.int64))
 
 
 class _Generates:
