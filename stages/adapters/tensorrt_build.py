@@ -8,7 +8,9 @@ Shapes: N sequences, T tokens, K of them asked, M places of the cache, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any
 from stages.runtime.contract import DoesNotFit, Progress, StageError
 
 PAST, LENGTHS, ASKED = "past_key_values", "past_lengths", "logits_at"
+TIMINGS = "ENGINERY_TIMING_CACHE"
+"""A file of TensorRT's, which times kernels on the GPU; TensorRT-RTX does not."""
 PREFILL, DECODE = 0, 1
 """Profiles of a plan with a cache: prompts; one token of each row."""
 USUAL_TOKENS = 512
@@ -79,17 +83,13 @@ def build_plan(graph: Path, backend: str, architectures: Sequence[str], shapes: 
     _parse(trt, network, logger, graph, backend)
     _allow_decomposition(trt, network)
     config = builder.create_builder_config()
-    if backend == "tensorrt_rtx":
-        config.num_compute_capabilities = len(architectures)
-        for number, name in enumerate(architectures):
-            config.set_compute_capability(getattr(trt.ComputeCapability, name.replace("_", "").upper()), number)
+    configure(trt, config, backend, architectures, sparse=shapes.sparse)
     for profile in profiles(builder, network, shapes):
         config.add_optimization_profile(profile)
-    if shapes.sparse:
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
+    with timings(config, os.environ.get(TIMINGS, "")) if backend == "tensorrt" else nullcontext():
+        plan = builder.build_serialized_network(network, config)
     if monitor.interrupted:
         raise KeyboardInterrupt
     for text in dict.fromkeys(heard.warnings):
@@ -101,6 +101,38 @@ def build_plan(graph: Path, backend: str, architectures: Sequence[str], shapes: 
             remedy="Leave the precision or the architecture it names out of the recipe.",
         )
     return bytes(plan)
+
+
+def configure(trt: Any, config: Any, backend: str, architectures: Sequence[str], *, sparse: bool) -> None:
+    """Say what a plan is for and what it may do."""
+    if backend == "tensorrt_rtx":
+        config.num_compute_capabilities = len(architectures)
+        for number, name in enumerate(architectures):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name.replace("_", "").upper()), number)
+    else:
+        # A GPU that is smaller than the weights reads them as it goes; where they fit nothing changes.
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+
+
+@contextmanager
+def timings(config: Any, path: str) -> Iterator[None]:
+    """Within it a builder that times kernels reads what was timed before from a file, and adds to it; "": it does not.
+
+    A file of another version or GPU is written anew.
+    """
+    if not path:
+        yield
+        return
+    file = Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+    yield
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_bytes(bytes(config.get_timing_cache().serialize()))
+    draft.replace(file)
 
 
 def _library(backend: str) -> Any:

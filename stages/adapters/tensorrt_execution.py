@@ -45,6 +45,8 @@ def execute_plan(plan: Path, backend: str, architectures: Sequence[str], *, veri
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         raise StageError(f"{backend} refuses {plan.name}", remedy="Compile it with the installed version.")
+    if getattr(engine, "streamable_weights_size", 0) > device.free_bytes():
+        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
     target = f"{backend}:{device.architecture}"
     if any(str(engine.get_tensor_name(number)).startswith(PAST) for number in range(engine.num_io_tensors)):
         # The runtime and its logger must outlive what they made.

@@ -357,6 +357,22 @@ def test_builders_own_text_reaches_the_user(mixed_graph, tmp_path):  # noqa: F81
         build_plan(without_cache(mixed_graph / "model.onnx", tmp_path), "tensorrt_rtx", ["sm_75"], SMALL, Hears())
 
 
+def test_weights_with_two_zeros_in_four_are_built(tmp_path):
+    w_IO = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    w_IO[1::2] = 0
+    value = helper.make_tensor_value_info
+    made = helper.make_graph(
+        [helper.make_node("Gather", ["rows", "input_ids"], ["x"]), helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [value("input_ids", TensorProto.INT64, ["n", "t"])],
+        [value("y", TensorProto.FLOAT, ["n", "t", 64])],
+        [numpy_helper.from_array(w_IO, "w"), numpy_helper.from_array(w_IO[:8], "rows")],
+    )
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
+    shapes = Shapes(maximum_batch=2, maximum_tokens=64, sparse=True)
+    assert build_plan(tmp_path / "m.onnx", "tensorrt_rtx", ["sm_89"], shapes, Hears())
+
+
 def test_interrupted_build_ends_as_interrupted(mixed_graph, tmp_path):  # noqa: F811
     class Impatient(Hears):
         def advanced(self, done, total):

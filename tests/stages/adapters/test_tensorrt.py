@@ -56,7 +56,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: driver)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
     (tmp_path / "model.plan").write_bytes(b"plan")
-    return SimpleNamespace(driver=driver, context=context, plan=tmp_path / "model.plan")
+    return SimpleNamespace(driver=driver, context=context, engine=engine, plan=tmp_path / "model.plan")
 
 
 def test_plan_is_executed_and_its_memory_given_back(machine):
@@ -66,6 +66,16 @@ def test_plan_is_executed_and_its_memory_given_back(machine):
     ids, mask = np.array([[5, 6, 7], [8, 9, 10]]), np.array([[0, 1, 1], [1, 1, 1]])
     assert np.array_equal(run(ids, mask), np.stack([ids, mask, -ids], axis=-1))
     assert not machine.driver.memory
+
+
+def test_weights_that_the_gpu_has_no_room_for_are_read_as_it_goes(machine):
+    runs = lambda: adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_89"], verified=True)  # noqa: E731
+    machine.engine.streamable_weights_size, machine.engine.get_weight_streaming_automatic_budget = 1 << 30, lambda: 77
+    runs()
+    assert not hasattr(machine.engine, "weight_streaming_budget_v2")
+    machine.driver.free_bytes = 1 << 29
+    runs()
+    assert machine.engine.weight_streaming_budget_v2 == 77
 
 
 def test_plan_whose_digest_nobody_checked_is_not_deserialized(machine):
