@@ -76,8 +76,8 @@ bench: install  ## every compression technique: loss, seconds, memory, beside pe
 bench-abilities: install  ## what each technique keeps of the abilities, by calibration, beside peers; ONLY=channels,w8a8 ITEMS=60, ARGS=--help
 	@$(BIN)/python -m tests.benchmarks.abilities $(if $(ONLY),--only $(ONLY)) $(if $(ITEMS),--items $(ITEMS)) $(ARGS)
 
-bench-engine: install  ## the last main job's engine beside the dense model: prefill, generation, memory
-	@$(BIN)/python -m tests.bench
+bench-engine: install  ## the last main job's engine beside the dense model, by the stage bench; ARGS=--help
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 bench-serving: install  ## `enginery serve` for one client and for 16 at once: tokens per second, memory; MODEL=folder
 	@$(BIN)/python -m tests.benchmarks.serving $(MODEL) $(ARGS)

@@ -1,4 +1,4 @@
-# Stages that compute on weights: fetch, share, prune, recover, quantize, export, validate.
+# Stages that compute on weights: fetch, share, prune, recover, quantize, export, validate, bench.
 FROM enginery/base:libraries AS libraries
 # Where torch comes from: empty takes pip's own index; name the CPU or a CUDA index of PyTorch to choose.
 ARG TORCH_INDEX=""

@@ -20,6 +20,7 @@ STAGES = {
     "compile": "stages.compile:COMPILE",
     "items": "stages.items.stage:ITEMS",
     "validate": "stages.validate.stage:VALIDATE",
+    "bench": "stages.bench.stage:BENCH",
 }
 
 

@@ -132,16 +132,16 @@ def test_no_param_speaks_of_devices_paths_minutes_credentials_or_workers(definit
 
 def test_work_has_code_of_its_own_and_pinned_libraries(definition):
     made = example(definition)
-    if definition.name == "validate":
+    if definition.name in ("validate", "bench"):
         made = made.model_copy(update={"target": "onnxruntime:cpu"})  # torch's own code is imported anyway
     work = work_of(definition, made, {})
     used = definition.uses(made) if definition.uses else ()
     assert work.code == code_digest(module_of(definition.name), *used)
     # What the params choose counts: a changed measure or backend is other work.
-    assert bool(used) == (definition.name in ("compile", "validate"))
+    assert bool(used) == (definition.name in ("compile", "validate", "bench"))
     assert (work.code != code_digest(module_of(definition.name))) == bool(used)
     assert work.requires
-    assert bool(work.executor) == (definition.name == "validate")
+    assert bool(work.executor) == (definition.name in ("validate", "bench"))
 
 
 def test_no_two_stages_have_the_same_code():

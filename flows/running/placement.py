@@ -69,6 +69,7 @@ _DEFAULTS: Mapping[str, Place] = {
     "items": Place(network="outside"),
     "compile": Place(pool="gpu", one_at_a_time="gpu"),
     "validate": Place(pool="gpu", one_at_a_time="gpu"),
+    "bench": Place(pool="gpu", one_at_a_time="gpu"),
 }
 
 
@@ -80,8 +81,8 @@ class Pools(Frozen):
         images: an image's full name, with `{image}` for its short name.
         networks: the names that `inside` and `outside` have on the workers' side, by default those of the stack that
             $ENGINERY_STACK names.
-        devices: pool -> the processor that its machines have, as a report's provenance names it: `validate` records it.
-            Without an entry a pool's machines are taken to be like the one that plans.
+        devices: pool -> the processor that its machines have, as a report's provenance names it: `validate` and `bench`
+            record it. Without an entry a pool's machines are taken to be like the one that plans.
         no_worker_seconds: how long a step waits for a pool to have a live worker.
         start_seconds: how long a submitted step may take to start before it is submitted again.
         attempts: how often a step whose container was lost is started.

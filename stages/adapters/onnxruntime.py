@@ -203,6 +203,12 @@ class Stepping:
         self.kept.lengths_N = np.minimum(self.kept.lengths_N, self.most - 1)
         return self.kept.read(tokens_N[:, None])[:, 0]
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of all keys and values, which the next token reads."""
+        a_place = sum(one.itemsize * one.shape[1] * one.shape[3] for one in self.kept.places.values())
+        return a_place * int(self.kept.lengths_N.sum())
+
 
 def open_session(path: Path, *, literal: bool = False) -> Session | CachedSession:
     """Load a graph, with a cache or without.

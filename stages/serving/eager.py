@@ -99,6 +99,12 @@ class _Steps:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         return self._read(tokens_N[:, None])
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of all keys and values, which the next token reads."""
+        layers = getattr(self.kept, "layers", ())
+        return sum(one.nbytes for layer in layers for one in (layer.keys, layer.values) if one is not None)
+
     def _read(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
         ids = torch.from_numpy(ids_NT).to(self.device)
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.kept}

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-from importlib.util import find_spec
-from pathlib import Path
-from runpy import run_path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from stages.adapters.backends import backend, module_of, processor_targets
+from stages.adapters.targets import Target, backend_code, executor
 from stages.measures.own import identity
 from stages.measures.table import MEASURES, OWN
 from stages.runtime.contract import Params, StageError
-from stages.runtime.cuda_driver import gpu_name
-from stages.runtime.execute import device_name
-
-CUDA = "torch:cuda"
-TORCH = ("torch:cpu", CUDA)
-"""Targets of checkpoints."""
-if TYPE_CHECKING:
-    Target = str
-else:
-    Target = Literal[(*TORCH, *processor_targets())]
-
 
 Variant = Literal["typos", "case", "space"]
 Own = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -93,13 +79,8 @@ def executed_on(params: ValidateParams) -> dict[str, str]:
     Raises:
         StageError: a measure is not installed.
     """
-    name = params.target.partition(":")[0]
-    library = name if params.target in TORCH else backend(name).library
-    on_gpu = params.target == CUDA
     return {
-        "target": params.target,
-        "device": (gpu_name() or "no GPU") if on_gpu else device_name(),
-        "runtime": f"{library} {importlib.metadata.version(library)}" + (f" CUDA {_cuda_version()}" if on_gpu else ""),
+        **executor(params.target),
         **{f"{OWN}{one}": identity(one) for one in params.own},
         **({"harness": version()} if params.harness else {}),
     }
@@ -120,14 +101,7 @@ def version() -> str:
         ) from error
 
 
-def _cuda_version() -> str:
-    """The CUDA that torch is built for, read where planning does not load torch itself."""
-    torch = find_spec("torch")
-    assert torch is not None and torch.origin is not None
-    return str(run_path(str(Path(torch.origin).with_name("version.py")))["cuda"] or "none")
-
-
 def chosen_code(params: ValidateParams) -> tuple[str, ...]:
     """The modules of the measures and of the backend."""
     measures = dict.fromkeys(one.function.partition(":")[0] for one in MEASURES.values())
-    return (*measures, *(() if params.target in TORCH else (module_of(params.target.partition(":")[0]),)))
+    return (*measures, *backend_code(params.target))

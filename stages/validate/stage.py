@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.adapters.targets import CUDA
 from stages.measures.items import HARNESS, ItemSplits, holds_harness, holds_items
 from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Progress, Stage, StageError
 from stages.runtime.parts import FOLDER, gaps, keep, kept
-from stages.validate.params import CUDA, ValidateParams, check_asked_of_text, check_harness, chosen_code, executed_on
+from stages.validate.params import ValidateParams, check_asked_of_text, check_harness, chosen_code, executed_on
 
 if TYPE_CHECKING:
     from stages.measures.documents import Document

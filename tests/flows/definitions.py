@@ -51,6 +51,11 @@ class ValidateParams(Params):
     target: str = "torch:cpu"
 
 
+class BenchParams(Params):
+    split: str = "test"
+    target: str = "torch:cpu"
+
+
 def run(params: Params, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     (output / "file.txt").write_text("made")
     return {"size_bytes": 4.0}
@@ -78,6 +83,9 @@ EXPORT = made("export", NoParams, Kind.ONNX, model=C)
 COMPILE = made("compile", CompileParams, Kind.ENGINE, graph=X)
 VALIDATE = made(
     "validate", ValidateParams, Kind.REPORT, model=C | X | E, text=T, baseline=Input(kinds=C, optional=True)
+)
+BENCH = made(
+    "bench", BenchParams, Kind.REPORT, artifact=C | X | E, text=T, baseline=Input(kinds=C | X | E, optional=True)
 )
 
 

@@ -226,7 +226,7 @@ def test_pools_that_an_overlay_places_stages_in_have_a_worker(overlay: str, gpus
 
     assert served == {pools.place(name).pool for name in STAGES} | {"flows"}
     assert {name for name in STAGES if pools.place(name).pool == "gpu"} == (
-        {"compile", "validate"} if overlay == "gpu" else set()
+        {"compile", "validate", "bench"} if overlay == "gpu" else set()
     )
     (setup,) = of_kind(overlay, "Job")
     assert setup["spec"]["template"]["spec"]["containers"][0]["env"] == [{"name": "ENGINERY_GPUS", "value": gpus}]

@@ -10,10 +10,14 @@ from stages.runtime.cgroup_memory import memory_limit_bytes, memory_peak_bytes, 
 from stages.runtime.contract import StageError
 
 
-def test_pools_by_default_send_compile_and_validate_to_the_gpu_and_the_rest_to_the_cpu():
+def test_pools_by_default_send_compile_and_what_measures_to_the_gpu_and_the_rest_to_the_cpu():
     pools = Pools()
-    assert {name for name in STAGES if pools.place(name).pool == "gpu"} == {"compile", "validate"}
-    assert {name for name in STAGES if pools.place(name).pool == "cpu"} == set(STAGES) - {"compile", "validate"}
+    assert {name for name in STAGES if pools.place(name).pool == "gpu"} == {"compile", "validate", "bench"}
+    assert {name for name in STAGES if pools.place(name).pool == "cpu"} == set(STAGES) - {
+        "compile",
+        "validate",
+        "bench",
+    }
     assert {name for name in STAGES if pools.place(name).network == "outside"} == {"fetch", "corpus", "items"}
     for name in set(STAGES) - {"corpus"}:
         assert pools.image(name) == f"enginery/{stage(name).image}:0.1.0"
@@ -27,7 +31,7 @@ def test_pools_file_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch
     assert pools.place("compile") == Pools().place("compile").model_copy(update={"memory_bytes": 5})
     assert pools.place("recover").minutes == 9
     assert pools.place("share") == Pools().place("share")
-    assert pools.devices_of_stages() == {"compile": "NVIDIA L4 x1", "validate": "NVIDIA L4 x1"}
+    assert pools.devices_of_stages() == dict.fromkeys(("compile", "validate", "bench"), "NVIDIA L4 x1")
 
 
 def test_corpus_that_a_model_writes_runs_where_torch_is_unless_its_place_names_an_image(tmp_path):
