@@ -19,19 +19,18 @@ Bound = Literal["at_most", "at_least"]
 RunVerdict = Literal["passed", "gate failed", "not judged"]
 """`not judged`: no gate was applied, since there is none, or none but those against a champion that is not there."""
 
-
 RunState = Literal["running", "passed", "gate failed", "not judged", "error", "interrupted", "ended"]
 
 
 class StepResult(Frozen):
-    """One step of a run, or one measurement of the judging.
+    """One step or one measurement of a run.
 
     Attributes:
         seconds: wall clock in this run; near zero when cached.
         peak_rss_bytes: of the making, also when cached; 0 when it is not known.
         why: why it was made: the first field in which the nearest sealed artifact differed.
-        measures: the step that a measurement measured, empty for a step of the recipe.
-        corpus: the corpus it was measured on.
+        measures: the step that a measurement measured, on `corpus`; empty for a step of the recipe.
+        device: of a measured speed, which is of this device alone; empty for what is true anywhere.
     """
 
     name: str
@@ -46,6 +45,7 @@ class StepResult(Frozen):
     why: str = ""
     measures: str = ""
     corpus: str = ""
+    device: str = ""
 
 
 class GateResult(Frozen):

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from flows.judging.measured import CHAMPION, JUDGE_MORE, Found, Gate, Report, found, has_any, of_size, on_request
+from flows.judging.speeds import Speeds, of_speed
 from flows.reporting.format import held_words, number
 from flows.results import Bound, GateResult, Held
 from stages.measures.interval import Interval
+from stages.measures.speed import SPEEDS
 from stages.measures.table import MEASURES, known, measure_of
 from stages.runtime.contract import StageError
 
@@ -36,6 +39,7 @@ def judge(
     targets: Mapping[str, str | None],
     *,
     champion: str = "",
+    speeds: Speeds = MappingProxyType({}),
 ) -> Verdict:
     """Apply each gate to each artifact and corpus that it speaks of.
 
@@ -46,6 +50,7 @@ def judge(
         targets: judged artifact -> what it was executed on, None for one that was only compiled.
         champion: the version that stands, empty for none. A gate against one that stands and of which nothing is
             known is an error; only where none stands it holds nothing.
+        speeds: (artifact, baseline) -> content of the `report.json` of `bench`.
 
     Raises:
         StageError: a gate speaks of nothing that was measured, or of documents that cannot be paired.
@@ -57,7 +62,11 @@ def judge(
         applied = [
             result
             for artifact in _artifacts(gate, sizes, targets)
-            for result in _apply(gate, artifact, reports, sizes, executed, stands=stands)
+            for result in (
+                _of_speed(gate, artifact, executed, speeds)
+                if gate.measure in SPEEDS
+                else _apply(gate, artifact, reports, sizes, executed, stands=stands)
+            )
         ]
         if not applied:
             raise StageError(f"the gate on {gate.measure} applies to nothing that was executed", remedy=JUDGE_MORE)
@@ -66,8 +75,8 @@ def judge(
 
 
 def _artifacts(gate: Gate, sizes: Mapping[str, int], targets: Mapping[str, str | None]) -> list[str]:
-    if gate.measure != SIZE and known(gate.measure) is None:
-        raise StageError(f"no gate can measure {gate.measure!r}", limit=", ".join((*MEASURES, SIZE)))
+    if gate.measure not in (SIZE, *SPEEDS) and known(gate.measure) is None:
+        raise StageError(f"no gate can measure {gate.measure!r}", limit=", ".join((*MEASURES, SIZE, *SPEEDS)))
     if gate.artifact is None:
         return [name for name, target in targets.items() if target or gate.measure == SIZE]
     if gate.measure == SIZE and gate.artifact not in sizes:
@@ -77,6 +86,10 @@ def _artifacts(gate: Gate, sizes: Mapping[str, int], targets: Mapping[str, str |
             f"a gate asks for {gate.measure} of {gate.artifact}, which was not executed", remedy=JUDGE_MORE
         )
     return [gate.artifact]
+
+
+def _of_speed(gate: Gate, artifact: str, targets: Mapping[str, str], speeds: Speeds) -> Iterator[GateResult]:
+    yield from _results(gate, artifact, targets[artifact], "", [of_speed(gate, artifact, speeds)])
 
 
 def _apply(

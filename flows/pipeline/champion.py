@@ -104,7 +104,7 @@ def reports_of(session: Session, champion: Champion, serves: str) -> dict[str, d
         return {}
     found: dict[str, dict[str, Any]] = {}
     for step in session.steps:
-        if step.measures not in (CHAMPION, serves) or step.corpus in found:
+        if step.measures not in (CHAMPION, serves) or step.of_speed or step.corpus in found:
             continue
         work = session.planned[step.name].order.work
         identity = fingerprint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flows.judging.gates import Verdict, judge
@@ -19,6 +19,8 @@ from stages.runtime.contract import Kind
 
 Reports = dict[tuple[str, str], dict[str, Any]]
 """(artifact, corpus) -> content of its `report.json`."""
+Speeds = dict[tuple[str, str], dict[str, Any]]
+"""(artifact, baseline that it took turns with) -> content of the `report.json` of `bench`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class Judgement:
         engines: step name -> engine that is judged or asked to be, with what may be said of it.
         champion: the version that stood when the run was judged.
         beside: the measures of the engine that is served, beside the champion's.
+        speeds: what `bench` found, where `judge` asks for it.
     """
 
     verdict: Verdict | None
@@ -38,6 +41,7 @@ class Judgement:
     engines: Mapping[str, Executable]
     champion: Champion
     beside: Sequence[Compared]
+    speeds: Speeds = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -72,26 +76,35 @@ def judged(session: Session, champion: Champion | None = None) -> Judgement:
         Unavailable: the store does not answer.
     """
     champion = champion or champion_of(session.recipe, session.store)
-    reports, engines = _reports(session), _engines(session)
+    reports, speeds, engines = _reports(session), _speeds(session), _engines(session)
     theirs = reports_of(session, champion, _serves(engines))
     verdict = None
     if session.recipe.judge is not None or session.recipe.gates:  # a size is held without a measurement
         if any(gate.against == CHAMPION for gate in session.recipe.gates):
             reports |= {(CHAMPION, corpus): report for corpus, report in theirs.items()}
-        verdict = _verdict(session, reports, champion)
+        verdict = _verdict(session, reports, speeds, champion)
     beside = _beside(session, _serves(engines), reports, theirs, size_of(champion, session.store))
-    return Judgement(verdict=verdict, reports=reports, engines=engines, champion=champion, beside=beside)
+    return Judgement(verdict=verdict, reports=reports, engines=engines, champion=champion, beside=beside, speeds=speeds)
 
 
 def _reports(session: Session) -> Reports:
     return {
         (step.measures, step.corpus): _json(session.store, session.done[step.name].fingerprint, "report.json")
         for step in session.steps
-        if step.measures and step.measures != CHAMPION
+        if step.measures and step.measures != CHAMPION and not step.of_speed
     }
 
 
-def _verdict(session: Session, reports: Reports, champion: Champion) -> Verdict:
+def _speeds(session: Session) -> Speeds:
+    baseline = session.recipe.judge.baseline if session.recipe.judge else ""
+    return {
+        (step.measures, baseline): _json(session.store, session.done[step.name].fingerprint, "report.json")
+        for step in session.steps
+        if step.of_speed
+    }
+
+
+def _verdict(session: Session, reports: Reports, speeds: Speeds, champion: Champion) -> Verdict:
     recipe = session.recipe
     models = [step.name for step in recipe.steps if session.done[step.name].kind in MODELS]
     sizes = {name: model_size(manifest_of(session, name)) for name in models}
@@ -102,7 +115,7 @@ def _verdict(session: Session, reports: Reports, champion: Champion) -> Verdict:
         name: next((r["artifact_target"] for (a, _), r in reports.items() if a == name), None)
         for name in (recipe.judge.artifacts if recipe.judge else ())
     }
-    return judge(recipe.gates, reports, sizes, targets, champion=champion.version)
+    return judge(recipe.gates, reports, sizes, targets, champion=champion.version, speeds=speeds)
 
 
 def _engines(session: Session) -> dict[str, Executable]:

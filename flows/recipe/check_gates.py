@@ -10,6 +10,7 @@ from flows.recipe.located_yaml import Path as Field
 from flows.recipe.model import CHAMPION
 from flows.recipe.seen import Seen
 from flows.recipe.shape import BROKEN, part
+from stages.measures.speed import SPEEDS
 from stages.measures.table import HARNESS_MEASURES, MEASURES, OWN, known, measure_of
 from stages.runtime.contract import Kind
 
@@ -33,6 +34,8 @@ def gate_faults(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) 
     measure = part(gate, "measure")
     if measure == "size_bytes":
         yield from _size_gate(seen, here, gate)
+    elif measure in SPEEDS:
+        yield from _speed_gate(seen, here, gate, measure, wrong)
     elif seen.judge is None and isinstance(measure, str):
         yield Fault((*here, "measure"), f"{measure} needs `judge`; allowed: size_bytes")
     elif seen.judge is not None:
@@ -48,6 +51,26 @@ def _size_gate(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]
         yield Fault((*here, "artifact"), "required, since nothing is judged; allowed: the name of a step")
     if part(gate, "against") != CHAMPION:
         yield from named(seen, (*here, "against"), part(gate, "against"), RUNS)
+
+
+def _speed_gate(seen: Seen, here: Field, gate: dict[str, Any], measure: str, wrong: set[str]) -> Iterator[Fault]:
+    for field in ("corpus", "slice", "worst"):
+        if part(gate, field) not in (None, False, BROKEN):
+            yield Fault((*here, field), "a speed has no corpus and no slices; allowed: leave it out")
+    if seen.judge is BROKEN:
+        return
+    if seen.judge is None or part(seen.judge, "speed", False) is False:
+        text = f"{measure} is not measured, since `judge` asks for no speed"
+        yield Fault((*here, "measure"), f"{text}; allowed: with `speed: true` of `judge`")
+    baseline, executed = part(seen.judge, "baseline"), seen.executed()
+    beside = [baseline] if isinstance(baseline, str) else []
+    for field, allowed, why, of in (
+        ("artifact", executed, "is not judged by execution here", {"artifacts"}),
+        ("against", beside, f"was not measured in turn with it, as {measure} must be", {"baseline"}),
+    ):
+        value = part(gate, field)
+        if isinstance(value, str) and isinstance(seen.judge, dict) and value not in allowed and not of & wrong:
+            yield Fault((*here, field), f"{value!r} {why}; allowed: {', '.join(allowed) or 'none in this recipe'}")
 
 
 def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) -> Iterator[Fault]:

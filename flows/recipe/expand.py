@@ -15,6 +15,9 @@ from stages.adapters.backends import GRAPHS_BACKEND, backend
 from stages.quantize.params import QuantizeParams, block_of
 from stages.runtime.contract import Kind
 
+BENCH = "bench"
+"""The stage that measures speed."""
+
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -39,6 +42,11 @@ class PlannedStep:
     executable: bool = True
     given: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def of_speed(self) -> bool:
+        """Whether it measures how fast its artifact is, which no corpus decides."""
+        return bool(self.measures) and self.stage == BENCH
+
 
 @dataclass(frozen=True)
 class Expanded:
@@ -62,7 +70,7 @@ def expanded(recipe: Recipe) -> Expanded:
         PlannedStep(s.name, s.stage, s.roles(), _in_blocks(s, recipe), executable=executable_here(s))
         for s in recipe.steps
     ]
-    measured = [] if recipe.judge is None else list(_measurements(recipe, recipe.judge))
+    measured = [] if recipe.judge is None else [*_measurements(recipe, recipe.judge), *_speeds(recipe, recipe.judge)]
     steps = (*own, *_named_apart(measured))
     taken = {step.name for step in steps}
     if recipe.judge is None:
@@ -164,6 +172,20 @@ def _measurements(recipe: Recipe, judge: Judge) -> Iterator[PlannedStep]:
         if step.name in between(recipe) and step.name not in judge.artifacts:
             for corpus in (judge.corpora[0], *sets):
                 yield _measurement(recipe, judge, step, corpus, traced=True)
+
+
+def _speeds(recipe: Recipe, judge: Judge) -> Iterator[PlannedStep]:
+    """Each executed artifact in turn with the baseline; prompts come from the first text that is judged on."""
+    if not judge.speed:
+        return
+    text = next(one for one in judge.corpora if not _is_set(recipe, one))
+    for artifact in judge.artifacts:
+        step = recipe.step(artifact)
+        if executable_here(step):
+            inputs = {"artifact": artifact, "text": text}
+            inputs |= {"baseline": judge.baseline} if artifact != judge.baseline else {}
+            params = {"split": judge.split, "target": _target(step)}
+            yield PlannedStep(f"{BENCH}-{artifact}", BENCH, inputs, params, artifact)
 
 
 def _is_set(recipe: Recipe, corpus: str) -> bool:

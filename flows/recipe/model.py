@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from flows.names import Alias, Title
 from stages import STAGES, stage
+from stages.measures.speed import SPEEDS
 from stages.measures.table import BROUGHT, MEASURES
 from stages.runtime.contract import Frozen, StageError
 from stages.validate.params import Own, Variant
@@ -31,7 +32,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 CHAMPION = "champion"
 """What a gate calls the version that the alias stands on; no step is called so."""
 
-_NAMED = (*MEASURES, "size_bytes")
+_NAMED = (*MEASURES, "size_bytes", *SPEEDS)
 _MEASURES = {
     "anyOf": [{"enum": [*_NAMED], "type": "string"}, {"pattern": r"^(own|harness)\.[A-Za-z0-9_-]+$", "type": "string"}]
 }
@@ -56,7 +57,7 @@ else:
     # In the table's order: pydantic's errors and the JSON Schema list them.
     Score = Literal[tuple(MEASURES)]
     Measure = Annotated[str, AfterValidator(_is_measure), WithJsonSchema(_MEASURES)]
-"""`validate` measures a score; `size_bytes` is a fact about the files."""
+"""`validate` measures a score, `bench` a speed; `size_bytes` is a fact about the files."""
 
 
 class RecipeError(StageError):
@@ -101,6 +102,7 @@ class Judge(Frozen):
         trace: also measure each checkpoint between the baseline and the artifacts, on the first corpus and every set.
         trace_items: at most this many items of a set for such a checkpoint, so that it is not said for long where
             right answers went.
+        speed: also measure how fast the artifacts are, each in turn with the baseline: gates on speed need it.
     """
 
     artifacts: list[Name] = Field(min_length=1)
@@ -115,6 +117,7 @@ class Judge(Frozen):
     own: list[Own] = Field(default_factory=list)
     trace: bool = True
     trace_items: int = Field(default=200, ge=1)
+    speed: bool = False
 
 
 class Gate(Frozen):
@@ -124,6 +127,8 @@ class Gate(Frozen):
     judged artifact, without `corpus` on every corpus that has the measure. `at_most` and `at_least` bound the bad end
     of the 95% interval, `value_at_most` and `value_at_least` what was measured itself, `low_at_most` and
     `high_at_least` the good end: such a gate fails where the limit is surely missed, as of the worst of many slices.
+    A speed is of one device and of no corpus, and is compared with the baseline alone, with which it was measured in
+    turn.
 
     Attributes:
         slice: only this slice of the corpus: a source of a mix, an ability of a set of items.

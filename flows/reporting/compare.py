@@ -98,7 +98,9 @@ def _of_run(run: Run) -> _Side:
     measures: dict[str, Any] = {"seconds": result.seconds} if result else {}
     gates: dict[str, Any] = {}
     for step in result.steps if result else ():
-        measures |= {f"{step.name} {name}": value for name, value in step.metrics.items()}
+        # A speed is of one device: figures of two are rows of their own, never a pair with a ratio.
+        where = f" on {step.device}" if step.device else ""
+        measures |= {f"{step.name} {name}{where}": value for name, value in step.metrics.items()}
     for gate in result.gates if result else ():
         against = f" against {gate.against}" if gate.against else ""
         where = f" on {gate.corpus}" if gate.corpus else ""
@@ -122,6 +124,9 @@ def _measures(store: Store, name: str) -> dict[str, float]:
         if report.kind is Kind.REPORT and report.work.inputs.get("model") == identity:
             corpus = report.work.inputs.get("text", "")[:8]
             found |= {f"{key} on {corpus}": value for key, value in report.metrics.items() if key != "size_bytes"}
+        elif report.kind is Kind.REPORT and report.work.inputs.get("artifact") == identity:
+            device = report.work.executor["device"]
+            found |= {f"{key} on {device}": value for key, value in report.metrics.items()}
     return found
 
 

@@ -16,6 +16,7 @@ from flows.running.child_environment import child_environment
 from flows.running.plan import Planned
 from stages import stage
 from stages.admission import Answer, Asked
+from stages.measures.speed import SPEEDS
 from stages.measures.table import MEASURES, known
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Kind, StageError
@@ -139,13 +140,14 @@ def _gates(planned: Mapping[str, Planned], recipe: Recipe, answers: Mapping[str,
     """The gates on a measure that says nothing of the model that is judged."""
     judged = recipe.judge.artifacts if recipe.judge else []
     for gate in recipe.gates:
-        measure = known(gate.measure)
+        table = SPEEDS if gate.measure in SPEEDS else MEASURES
+        measure = SPEEDS.get(gate.measure) or known(gate.measure)
         for name, one in planned.items():
             task = answers[name].task
             if measure is None or not one.measures or not task or task in measure.tasks:
                 continue
             if one.measures in ([gate.artifact] if gate.artifact else judged):
-                fitting = ", ".join(other for other, its in MEASURES.items() if task in its.tasks)
+                fitting = ", ".join(other for other, its in table.items() if task in its.tasks)
                 yield StageError(
                     f"a gate asks for {gate.measure} of {one.measures}, which is not measured of a model of its task",
                     measured=f"its task is {task}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flows.prefect_api.retry import AWAY_S, patiently
-from flows.recipe.expand import Expanded, PlannedStep
+from flows.recipe.expand import BENCH, Expanded, PlannedStep
 from flows.recipe.model import Recipe
 from flows.results import RunResult, StepResult
 from flows.running.admission import refuse_inadmissible
@@ -247,11 +247,12 @@ def _alone(scratch: Path, terminal: Terminal) -> Iterator[Path]:
 
 @contextmanager
 def _slot(session: Session, name: str) -> Iterator[None]:
-    """Steps that compute share the slots; those that only move bytes run beside them."""
+    """Steps that compute share the slots, those that are timed have all; those that only move bytes run beside."""
     if stage((order := session.planned[name].order).stage).image_of(order.params) is Image.BASE:
         yield
         return
-    with session.slots.take(list(session.planned).index(name)):
+    # What is timed would be slower beside another step than it is.
+    with session.slots.take(list(session.planned).index(name), alone=order.stage == BENCH):
         yield
 
 
@@ -270,6 +271,7 @@ def _done(session: Session, planned: Planned, outcome: Outcome, seconds: float, 
         why="" if outcome.cached else planned.why,
         measures=planned.measures,
         corpus=planned.corpus,
+        device=manifest.work.executor["device"] if planned.order.stage == BENCH else "",
     )
     tracked.finished(manifest, outcome.identity, session.store.uri, outcome.cached, session.store)
     session.record.log(

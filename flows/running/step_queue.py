@@ -16,22 +16,23 @@ class Slots:
     """
 
     def __init__(self, count: int) -> None:
-        self._free = count
+        self._count = self._free = count
         self._waiting: list[int] = []
         self._turn = threading.Condition()
 
     @contextmanager
-    def take(self, rank: int) -> Iterator[None]:
-        """Wait for a slot; ranks are distinct, the lowest waiting one goes first."""
+    def take(self, rank: int, *, alone: bool = False) -> Iterator[None]:
+        """Wait for a slot, or `alone` for all of them; ranks are distinct, the lowest waiting one goes first."""
+        wanted = self._count if alone else 1
         with self._turn:
             heapq.heappush(self._waiting, rank)
-            self._turn.wait_for(lambda: self._free > 0 and self._waiting[0] == rank)
+            self._turn.wait_for(lambda: self._free >= wanted and self._waiting[0] == rank)
             heapq.heappop(self._waiting)
-            self._free -= 1
+            self._free -= wanted
             self._turn.notify_all()
         try:
             yield
         finally:
             with self._turn:
-                self._free += 1
+                self._free += wanted
                 self._turn.notify_all()

@@ -24,3 +24,43 @@ def test_gate_on_items_typed_otherwise_needs_the_variants_of_judge(recipe, measu
     assert fault.path == ("gates", len(recipe["gates"]) - 1, "measure") and "variants" in fault.text
     recipe["judge"]["variants"] = ["typos"]
     assert not faults(recipe)
+
+
+FAST = {"measure": "decode_tokens_per_s", "against": "dense", "at_least": 2}
+
+
+def test_gate_on_a_speed_needs_the_speed_of_judge(recipe):
+    recipe["gates"].append(FAST)
+    (fault,) = faults(recipe)
+    assert fault.path == ("gates", len(recipe["gates"]) - 1, "measure")
+    assert "`judge` asks for no speed; allowed: with `speed: true` of `judge`" in fault.text
+    recipe["judge"]["speed"] = True
+    assert not faults(recipe)
+    del recipe["judge"], recipe["register"]
+    recipe["gates"] = [FAST]
+    assert "with `speed: true` of `judge`" in faults(recipe)[0].text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("against", "champion", "was not measured in turn with it, as decode_tokens_per_s must be; allowed: dense"),
+        ("against", "cpu", "was not measured in turn with it"),
+        ("artifact", "dense", "is not judged by execution here; allowed: cpu"),
+        ("corpus", "text", "a speed has no corpus and no slices"),
+        ("slice", "prose", "a speed has no corpus and no slices"),
+        ("worst", True, "a speed has no corpus and no slices"),
+    ],
+)
+def test_gate_on_a_speed_is_of_a_judged_artifact_beside_the_baseline_and_of_no_text(recipe, field, value, said):
+    recipe["judge"]["speed"] = True
+    recipe["gates"].append({**FAST, field: value})
+    (fault,) = faults(recipe)
+    assert fault.path == ("gates", len(recipe["gates"]) - 1, field) and said in fault.text
+
+
+def test_speed_of_judge_needs_a_text(recipe):
+    recipe["judge"] |= {"speed": True, "corpora": ["asked"]}
+    recipe["gates"] = [FAST]
+    (fault,) = faults(recipe)
+    assert fault.path == ("judge", "speed") and "a step of the stage corpus among its corpora" in fault.text

@@ -352,6 +352,20 @@ def test_expanded_measures_baseline_and_executable_artifacts_on_each_corpus(tmp_
     assert traced.inputs == {"model": "int8", "text": "text"} and traced.traced
 
 
+def test_expanded_with_speed_times_each_executable_artifact_in_turn_with_the_baseline(tmp_path):
+    sets = ["judge.speed=true", "judge.artifacts=[cpu, gpu, int8, dense]", "judge.corpora=[other, text]"]
+    planned = expanded(load_recipe(written(tmp_path), sets)).steps
+    timed = {p.name: p for p in planned if p.of_speed}
+    assert [p.name for p in planned][-3:] == list(timed) == ["bench-cpu", "bench-int8", "bench-dense"]
+    cpu = timed["bench-cpu"]
+    assert cpu.inputs == {"artifact": "cpu", "text": "other", "baseline": "dense"}
+    assert cpu.params == {"split": "test", "target": "onnxruntime:cpu"}
+    assert (cpu.measures, cpu.corpus) == ("cpu", "")
+    assert timed["bench-int8"].params["target"] == "torch:cpu"
+    assert timed["bench-dense"].inputs == {"artifact": "dense", "text": "other"}
+    assert not [p for p in expanded(load_recipe(written(tmp_path))).steps if p.stage == "bench"]
+
+
 def test_expanded_without_trace_or_with_few_windows(tmp_path):
     recipe = load_recipe(written(tmp_path), ["judge.trace=false", "judge.windows=3", "judge.artifacts=[cpu, int8]"])
     validated = {p.name: p for p in expanded(recipe).steps if p.stage == "validate"}

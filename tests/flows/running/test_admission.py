@@ -115,6 +115,17 @@ def test_a_gate_on_what_is_not_measured_of_such_a_model_is_refused(store, tmp_pa
     assert "cosine" in str(refused.value.limit)
 
 
+def test_a_gate_on_a_speed_that_such_a_model_has_not_is_refused(store, tmp_path):
+    judged = {"judge": {"artifacts": ["q"], "baseline": "dense", "corpora": ["text"], "speed": True}}
+    gate = {"gates": [{"measure": "decode_tokens_per_s", "against": "dense", "at_least": 2}]}
+    asked = recipe(
+        checkpoint("bert_classes", tmp_path), step("q", "quantize", scheme="int8_weight_only"), **judged, **gate
+    )
+    with pytest.raises(StageError, match="a gate asks for decode_tokens_per_s of q") as refused:
+        admitted(store, asked)
+    assert refused.value.limit == "items_per_s, load_s, peak_rss_bytes"
+
+
 def test_all_that_is_wrong_is_said_at_once(store, tmp_path):
     folder = checkpoint("t5", tmp_path)
     asked = recipe(

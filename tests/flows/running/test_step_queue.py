@@ -54,3 +54,28 @@ def test_slots_body_raises_slot_is_free_again():
         pass
     with slots.take(1):
         pass
+
+
+def test_slots_taken_alone_are_all_there_are_and_the_lowest_rank_still_goes_first():
+    slots, order, beside = Slots(2), [], []
+    running, guard = set(), threading.Lock()
+
+    def work(rank, alone):
+        with slots.take(rank, alone=alone):
+            with guard:
+                order.append(rank)
+                running.add(rank)
+                beside.append((rank, frozenset(running)))
+            time.sleep(0.02)
+            with guard:
+                running.remove(rank)
+
+    with slots.take(0), slots.take(1):
+        threads = [threading.Thread(target=work, args=(rank, rank == 3)) for rank in (5, 3, 4, 2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)  # all wait
+    for thread in threads:
+        thread.join(5)
+    assert order[:2] == [2, 3] and set(order[2:]) == {4, 5}
+    assert dict(beside)[3] == {3}
