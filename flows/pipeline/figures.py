@@ -8,13 +8,15 @@ from flows.reporting.abilities import ItemSet, item_sets
 from flows.results import RunResult
 from flows.running.session import Session
 from flows.tracking.model_metrics import ModelMetric
+from stages.measures.speed import SPEED
 
 
 def metrics(session: Session, judgement: Judgement, result: RunResult) -> dict[str, float]:
     """Metrics by name.
 
     `perplexity.text` is of the engine that an alias would serve, `champion.perplexity.text` of the one it serves,
-    `cpu/perplexity.text` of each judged artifact and of the baseline; `gate/...` is what a gate looked at.
+    `cpu/perplexity.text` of each judged artifact and of the baseline; `gate/...` is what a gate looked at. So it is
+    with speeds: `decode_tokens_per_s`, `cpu/decode_tokens_per_s` and `cpu/decode_tokens_per_s of dense`, the ratio.
     """
     found = {one.key: one.challenger for one in judgement.beside}
     found |= {f"champion.{one.key}": one.champion for one in judgement.beside if one.champion is not None}
@@ -26,11 +28,35 @@ def metrics(session: Session, judgement: Judgement, result: RunResult) -> dict[s
             for name, of in report.get("slices", {}).items():
                 found |= {f"{artifact}/{measure}.{corpus}.{name}": value for measure, value in of.items()}
     found |= {f"{name}/size_bytes": session.done[name].metrics["size_bytes"] for name in judged}
+    found |= _speeds(judgement)
     for gate in result.gates:
         if gate.measured is not None:
             named = [gate.measure, gate.artifact, gate.corpus, "worst" if gate.worst else gate.slice]
             named += [f"against {gate.against}" if gate.against else ""]
             found["gate/" + ".".join(filter(None, named))] = gate.measured
+    return found
+
+
+def _speeds(judgement: Judgement) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for (artifact, baseline), report in judgement.speeds.items():
+        said = report[SPEED]
+        found |= {f"{artifact}/{name}": value for name, value in said["artifact"]["measures"].items()}
+        found |= {f"{artifact}/{name} of {baseline}": three[0] for name, three in said.get("ratios", {}).items()}
+        for name, value in said.get("baseline", {}).get("measures", {}).items():
+            found.setdefault(f"{baseline}/{name}", value)  # as it was first measured
+    return found | _served_speeds(judgement)
+
+
+def _served_speeds(judgement: Judgement) -> dict[str, float]:
+    """Of the engine that an alias would serve, with the ratios to the baseline and the ends of their intervals."""
+    found: dict[str, float] = {}
+    for (artifact, baseline), report in judgement.speeds.items():
+        if artifact == judgement.serves:
+            found |= report[SPEED]["artifact"]["measures"]
+            for name, three in report[SPEED].get("ratios", {}).items():
+                ends = zip(("", " low", " high"), three, strict=True)
+                found |= {f"{name} of {baseline}{end}": value for end, value in ends}
     return found
 
 
@@ -73,6 +99,7 @@ def model_metrics(session: Session, judgement: Judgement) -> list[ModelMetric]:
             on, key = (one.corpus, session.done[one.corpus].fingerprint), f"accuracy.{one.corpus} of {one.baseline}"
             ends = {"": cell.ratio.point, " low": cell.ratio.low, " high": cell.ratio.high}
             found += [ModelMetric(f"{key}{end}", value, on) for end, value in ends.items()]
+    found += [ModelMetric(name, value) for name, value in _served_speeds(judgement).items()]
     return [*found, ModelMetric("size_bytes", session.done[serves].metrics["size_bytes"])]
 
 

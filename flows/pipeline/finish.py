@@ -30,6 +30,7 @@ from flows.registry.model_card import CARD, card
 from flows.registry.projection import Registry, reconcile, release, versions
 from flows.reporting.abilities import whereabouts
 from flows.reporting.report import Drawn, curves_of, write_report
+from flows.reporting.speed import speed_tables
 from flows.results import ModelResult, RunResult
 from flows.running.session import Session, manifest_of
 from flows.tracking.model_metrics import log_model_metrics
@@ -148,7 +149,7 @@ def _report(session: Session, judgement: Judgement, result: RunResult) -> None:
     command = session.record.facts.get("command", [])
     curves = curves_of(session.store, manifests, session.record.events())
     page = _page(session)
-    drawn = Drawn(curves, asked_items(session, judgement))
+    drawn = Drawn(curves, asked_items(session, judgement), speed_tables(judgement.speeds, judgement.reports))
     write_report(result, manifests, judgement.reports, session.record.recipe(), command, page, drawn=drawn)
 
 

@@ -5,14 +5,16 @@ Markdown, which MLflow shows as the version's description.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flows.registry.card_abilities import sections
 from flows.registry.journal import Candidate
 from flows.reporting.abilities import ItemSet
 from flows.reporting.format import markdown_table, number, size
-from flows.results import GateResult, RunResult
+from flows.reporting.timed_steps import timed
+from flows.results import GateResult, RunResult, StepResult
+from stages.measures.speed import SPEEDS
 from stages.measures.table import foremost, title
 
 CARD = "model_card.md"
@@ -102,6 +104,7 @@ def card(
         _gates(result.gates),
         f"## Beside the champion, version {champion}" if champion else "## Measured; there was no champion",
         _beside(beside),
+        *_speed(candidate.serves, steps),
         *(part for one in items for part in sections(one)),
         "## Steps",
         markdown_table(
@@ -159,6 +162,17 @@ def _beside(beside: Sequence[Compared]) -> str:
             for one in beside
         ],
     )
+
+
+def _speed(serves: str, steps: Sequence[StepResult]) -> Iterator[str]:
+    """How fast the engine is that is served, on the device where it was measured."""
+    for device, measured in timed(steps).items():
+        for step in measured:
+            if step.measures == serves:
+                yield f"## Speed on {device}"
+                names = [name for name in SPEEDS if name in step.metrics]
+                rows = [(name, number(step.metrics[name]), number(step.metrics.get(f"{name}_ratio"))) for name in names]
+                yield markdown_table(("measure", "this version", "of the baseline's"), rows)
 
 
 def _against(gate: GateResult) -> str:

@@ -132,6 +132,54 @@ def curve_chart(name: str, points: Sequence[tuple[float, float]]) -> Markup:
     return _svg(width, height, body, said)
 
 
+def pareto_chart(points: Sequence[tuple[str, float, float]], across: str, up: str, *, less_is_better: bool) -> Markup:
+    """Quality against speed, both better towards the upper right; a line joins what nothing beats in both.
+
+    Args:
+        points: name, speed and quality.
+        across: heading of the speeds, of which more is better.
+        up: heading of the qualities.
+        less_is_better: whether less of the quality is better: its axis points down then.
+    """
+    width, height = 560, 300
+    points = [one for one in points if math.isfinite(one[1]) and math.isfinite(one[2])]
+    if len(points) < 2:
+        return Markup("")
+    xs = _padded([x for _, x, _ in points], 70, width - 90)
+    low, high = (26, height - 46) if less_is_better else (height - 46, 26)
+    ys = _padded([y for _, _, y in points], low, high)
+    body = [_text(8, 14, up, "start head"), _text(width - 14, height - 6, across, "end head")]
+    for tick in log_ticks(ys.low, ys.high) if ys.log else ticks(ys.low, ys.high):
+        body.append(_line(70, ys(tick), width - 14, ys(tick), "grid"))
+        body.append(_text(64, ys(tick) + 4, short_number(tick), "end tick"))
+    for tick in log_ticks(xs.low, xs.high) if xs.log else ticks(xs.low, xs.high):
+        body.append(_text(xs(tick), height - 26, short_number(tick), "middle tick"))
+    front = _front(points, less_is_better=less_is_better)
+    joined = " ".join(f"{xs(x)},{ys(y)}" for _, x, y in front)
+    body.append(f'<polyline class="curve front" points="{joined}"/>')
+    best = {name for name, _, _ in front}
+    for name, x, y in points:
+        kind = "series0" if name in best else "series1"
+        said = f"<title>{escape(name)}: {short_number(x)}, {short_number(y)}</title>"
+        body.append(f'<circle class="dot {kind}" cx="{xs(x)}" cy="{ys(y)}" r="5">{said}</circle>')
+        body.append(_text(xs(x) + 7, ys(y) - 7, name, "start name"))  # above the line
+    return _svg(width, height, body, f"{up} against {across}; best in neither way: {_rest(points, best)}")
+
+
+def _front(points: Sequence[tuple[str, float, float]], *, less_is_better: bool) -> list[tuple[str, float, float]]:
+    """The points that no other one beats in both, from the slowest."""
+    sign = -1 if less_is_better else 1
+
+    def beaten(one: tuple[str, float, float]) -> bool:
+        return any(x >= one[1] and sign * y >= sign * one[2] and (x, y) != one[1:] for _, x, y in points)
+
+    return sorted((one for one in points if not beaten(one)), key=lambda one: one[1])
+
+
+def _rest(points: Sequence[tuple[str, float, float]], best: set[str]) -> str:
+    return ", ".join(name for name, _, _ in points if name not in best) or "none"
+
+
 def _padded(values: Sequence[float], start: float, end: float, *, log: bool | None = None) -> Scale:
     low, high = min(values), max(values)
     if log is None:

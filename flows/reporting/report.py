@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flows.reporting.abilities import ItemSet
 from flows.reporting.charts import curve_chart, interval_chart, steps_chart
 from flows.reporting.format import duration, short_number, short_size
+from flows.reporting.speed import SpeedTable
 from flows.results import GateResult, RunResult, StepResult
 from stages.measures.table import BROUGHT, MEASURES, foremost, title
 from stages.runtime.artifacts import BLOBS, Store
@@ -50,10 +51,12 @@ class Drawn:
     Attributes:
         curves: step name -> metric -> (step, value) points, see `curves_of`.
         items: what was asked of dense and the rest, see `flows.reporting.abilities`.
+        speeds: how fast what is judged is, see `flows.reporting.speed`.
     """
 
     curves: Curves = field(default_factory=dict)
     items: Sequence[ItemSet] = ()
+    speeds: Sequence[SpeedTable] = ()
 
 
 def write_report(
@@ -90,6 +93,7 @@ def write_report(
         rows=rows,
         corpora=corpora,
         items=drawn.items,
+        speeds=drawn.speeds,
         measures={name: title(name) for name in (*MEASURES, *own)},
         measurements=[step for step in result.steps if step.kind == "report"],
         chart=steps_chart([(row.step.name, row.size_bytes, row.scores) for row in charted], corpora, title(shown)),

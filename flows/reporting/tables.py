@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flows.reporting.format import duration, held_words, number, size
+from flows.reporting.timed_steps import timed, told
 from flows.results import GateResult, RunResult, RunVerdict, StepResult
+from stages.measures.speed import SPEEDS
 from stages.measures.table import foremost, title
 
 
 def show_result(result: RunResult, console: Console) -> None:
     """The end of a run: steps, gates, what was executed and what only compiled, where the outputs lie."""
-    console.print(steps_table(result))
-    if result.gates:
-        console.print(gates_table(result.gates))
+    for table in _tables(result):
+        console.print(table)
     if result.executed:
         held = "measured" if result.unjudged else "judged"
         console.print(Text(f"executed and {held}: {', '.join(result.executed)}"))
@@ -39,6 +40,14 @@ def show_result(result: RunResult, console: Console) -> None:
         console.print(Text(sentence))
     said = f"{result.verdict} ({result.unjudged}), done" if result.unjudged else result.verdict
     console.print(Text(f"run {result.run}: {said} in {duration(result.seconds)}", style=_STYLES[result.verdict]))
+
+
+def _tables(result: RunResult) -> Iterator[Table]:
+    yield steps_table(result)
+    for device, measured in timed(result.steps).items():
+        yield speed_table(device, measured)
+    if result.gates:
+        yield gates_table(result.gates)
 
 
 _STYLES: Mapping[RunVerdict, str] = {"passed": "bold green", "gate failed": "bold red", "not judged": "bold yellow"}
@@ -75,6 +84,18 @@ def _step_row(step: StepResult, shown: str, measured: dict[str, float]) -> list[
         step.why,
     ]
     return [Text(cell) for cell in cells]
+
+
+def speed_table(device: str, measured: Sequence[StepResult]) -> Table:
+    """How fast artifacts are on one device, with the ratio of each figure to the baseline's."""
+    table = Table(title=f"Speed on {device} (in brackets over the baseline's)", title_justify="left")
+    table.add_column("artifact", overflow="fold")
+    names = [name for name in SPEEDS if any(name in step.metrics for step in measured)]
+    for name in names:
+        table.add_column(SPEEDS[name].title, justify="right")
+    for step in measured:
+        table.add_row(*(Text(cell) for cell in [step.measures, *(told(step, name) for name in names)]))
+    return table
 
 
 def gates_table(gates: list[GateResult]) -> Table:

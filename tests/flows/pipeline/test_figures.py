@@ -36,7 +36,7 @@ def judged():
         asked=SimpleNamespace(chains={"cpu": CHAIN}),
         done={name: SimpleNamespace(fingerprint=of, metrics={"size_bytes": 90.0}) for name, of in done.items()},
     )
-    return model_metrics(session, SimpleNamespace(reports=reports, serves="cpu"))
+    return model_metrics(session, SimpleNamespace(reports=reports, serves="cpu", speeds={}))
 
 
 def test_measures_of_the_served_engine_stand_on_their_datasets(judged):

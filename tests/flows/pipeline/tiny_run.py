@@ -73,12 +73,30 @@ def validated(params, inputs, output, progress):
     return {"perplexity": 8.0}
 
 
+def timed(params, inputs, output, progress):
+    measures = {"decode_tokens_per_s": 30.0, "peak_rss_bytes": 2e8}
+    one = {"target": "onnxruntime:cpu", "threads": 2, "intervals": {"decode_tokens_per_s": [29.0, 31.0]}}
+    said = {
+        "artifact": {**one, "measures": measures},
+        "baseline": {**one, "measures": {"decode_tokens_per_s": 10.0, "peak_rss_bytes": 8e8}},
+        "ratios": {"decode_tokens_per_s": [3.0, 2.5, 3.5], "peak_rss_bytes": [0.25, 0.25, 0.25]},
+    }
+    cell = {"batch": 1, "prompt_tokens": 512, "new_tokens": 32, **said}
+    executor = {"target": params.target, "device": "a processor x2", "runtime": "onnxruntime 1"}
+    report = {"task": "generate", "repeats": 5, "executor": executor, "speed": cell, "cells": [cell]}
+    (output / "report.json").write_text(json.dumps(report))
+    return {**measures, "decode_tokens_per_s_ratio": 3.0, "peak_rss_bytes_ratio": 0.25}
+
+
 FETCH = replace(definitions.FETCH, params=FetchParams, run=weights)
 EXPORT = replace(definitions.EXPORT, run=weights)
 COMPILE = replace(definitions.COMPILE, run=compiled)
 VALIDATE = replace(definitions.VALIDATE, run=validated)
+BENCH = replace(
+    definitions.BENCH, run=timed, executed_on=lambda params: {"target": params.target, "device": "a processor x2"}
+)
 MADE = {name: "tests.flows.definitions" for name in STAGES} | dict.fromkeys(
-    ("fetch", "export", "compile", "validate"), __name__
+    ("fetch", "export", "compile", "validate", "bench"), __name__
 )
 
 
