@@ -82,6 +82,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
         "precisions": described["precisions"],
         "vocabulary": described["vocabulary"],
         "cache": cache if chosen.keeps else None,
+        "pooling": described.get("pooling"),
         "activations": params.activations,
         "components": {"model": _component(described, chosen.keeps, chosen.executable)},
         "maximum_tokens": asked.maximum_tokens,

@@ -19,12 +19,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 
 from stages.graphs.parity import LOGIT_LIMIT, parity
 from stages.models.anatomy.tasks import answer
+from stages.models.checkpoint.pooling import Pooling
 from stages.models.layers import quantized_linear, rounded_cache
 from stages.runtime.contract import StageError
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
 TOKEN_AXIS = {"generate": 1, "fill": 1, "tag": 1, "embed": 1, "answer": 2}
-"""Task -> the axis of its answer that goes along the tokens; `classify` and `score` answer once a sequence."""
+"""Task -> the axis of its answer that goes along the tokens; others, and pooled vectors, are one a text."""
 PADDING = 3
 """Tokens of padding by which it is tried that padding changes nothing."""
 ASKED_TOKENS = 16
@@ -39,12 +40,12 @@ itself once each row was rolled until its padding stands on the right."""
 class AsCalled(nn.Module):
     """The model as engines call it."""
 
-    def __init__(self, model: PreTrainedModel, task: str, way: Way) -> None:
+    def __init__(self, model: PreTrainedModel, task: str, way: Way, pool: Pooling | None = None) -> None:
         super().__init__()
-        self.model, self.task, self.way = model, task, way
+        self.model, self.task, self.way, self.pool = model, task, way, pool
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The answer by the task: [N, T, V], [N, T, C], [N, C], [N, 2, T] or [N, T, H]."""
+        """The answer by the task: [N, T, V], [N, T, C], [N, C], [N, 2, T], [N, T, H] or [N, E]."""
         pad = _padding(self.model)
         if pad is not None:
             # Models look for the id itself: to find the last token that counts, or to count places.
@@ -52,7 +53,11 @@ class AsCalled(nn.Module):
         if self.way == "rolled":
             return self._rolled(input_ids, attention_mask)
         positions = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if self.way == "counted" else {}
-        return answer(self.task, self.model(input_ids=input_ids, attention_mask=attention_mask, **positions))
+        return self._answer(input_ids, attention_mask, **positions)
+
+    def _answer(self, ids_NT: Tensor, mask_NT: Tensor, **positions: Tensor) -> Tensor:
+        said = answer(self.task, self.model(input_ids=ids_NT, attention_mask=mask_NT, **positions))
+        return said if self.pool is None else self.pool.vectors(said, mask_NT)
 
     def _rolled(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
         steps_T = torch.arange(ids_NT.shape[1])
@@ -62,17 +67,21 @@ class AsCalled(nn.Module):
         there_NT = torch.where(there_NT >= count_1, there_NT - count_1, there_NT)
         back_NT = torch.where(back_NT < 0, back_NT + count_1, back_NT)
         ids_NT, mask_NT = ids_NT.gather(1, there_NT), mask_NT.gather(1, there_NT)
-        said = answer(self.task, self.model(input_ids=ids_NT, attention_mask=mask_NT))
-        if self.task not in TOKEN_AXIS:
+        said = self._answer(ids_NT, mask_NT)
+        if self.task not in TOKEN_AXIS or self.pool is not None:
             return said
         axis = TOKEN_AXIS[self.task]
         return said.gather(axis, back_NT.unsqueeze(3 - axis).expand(said.shape))
 
 
 @torch.no_grad()
-def alone(model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64]) -> NDArray[np.float32]:
+def alone(
+    model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], pool: Pooling | None = None
+) -> NDArray[np.float32]:
     """What the model answers to one window by transformers' own ways: no mask, no place is told to it."""
-    found: NDArray[np.float32] = answer(task, model(input_ids=torch.from_numpy(ids_1T))).numpy()
+    ids = torch.from_numpy(ids_1T)
+    said = answer(task, model(input_ids=ids))
+    found: NDArray[np.float32] = (said if pool is None else pool.vectors(said, torch.ones_like(ids))).numpy()
     return found
 
 
@@ -90,14 +99,16 @@ def padded(ids_1T: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
 
 def unpadded(task: str, said_N: NDArray[np.float32]) -> NDArray[np.float32]:
     """The answers on the tokens that count, to what `padded` gives."""
-    if task not in TOKEN_AXIS:
+    if task not in TOKEN_AXIS or said_N.ndim < 3:
         return said_N
     axis = TOKEN_AXIS[task] - 1
     count = said_N.shape[TOKEN_AXIS[task]] - PADDING
     return np.stack([said_N[0].take(range(PADDING, PADDING + count), axis), said_N[1].take(range(count), axis)])
 
 
-def as_called(model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], *, fused: bool) -> AsCalled:
+def as_called(
+    model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], *, fused: bool, pool: Pooling | None = None
+) -> AsCalled:
     """The model with the masks of an exported graph, called so that padding changes nothing.
 
     Args:
@@ -105,6 +116,7 @@ def as_called(model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], *, f
         task: what it is for.
         ids_1T: a window to ask it by.
         fused: attention is one operator, not products and a softmax.
+        pool: makes one vector of each text.
 
     Raises:
         StageError: padding changes what the model answers, however it is called.
@@ -112,13 +124,13 @@ def as_called(model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], *, f
     model.config.use_cache = False
     ids_1T, worst = ids_1T[:, :ASKED_TOKENS], float("inf")
     with unrounded(model):
-        wanted_N = np.concatenate([alone(model, task, ids_1T[:, :-PADDING])] * 2)
+        wanted_N = np.concatenate([alone(model, task, ids_1T[:, :-PADDING], pool)] * 2)
     _name_padding(model, task)
     ids_NT, mask_NT = map(torch.from_numpy, padded(ids_1T))
     for implementation in _attentions(model, fused=fused):
         _attend(model, implementation)
         for way in _ways(model):
-            made = AsCalled(model, task, way).eval()
+            made = AsCalled(model, task, way, pool).eval()
             with torch.no_grad(), unrounded(model), masks():
                 said_N = made(ids_NT, mask_NT).numpy()
             found = parity(None, wanted_N, unpadded(task, said_N)).logit_difference

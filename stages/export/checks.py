@@ -23,6 +23,7 @@ from stages.graphs import onnx_graph
 from stages.graphs.onnx_graph import Held
 from stages.graphs.parity import parity, require_parity
 from stages.models.anatomy.blocks import embedding, named_tensors
+from stages.models.checkpoint.pooling import Pooling
 from stages.models.layers import rounded_cache
 from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear, quantized_modules
 from stages.runtime.contract import StageError
@@ -55,8 +56,10 @@ class Expected:
     shorter_1: NDArray[np.float32]
 
 
-def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64], task: str = "generate") -> Expected:
-    """Read a loaded checkpoint before it is exported."""
+def expected(
+    model: PreTrainedModel, ids_NT: NDArray[np.int64], task: str = "generate", pool: Pooling | None = None
+) -> Expected:
+    """Read a loaded checkpoint before it is exported; `pool` makes one vector of each text."""
     names: dict[int, str] = {}
     for name, tensor in named_tensors(model):
         names.setdefault(id(tensor), name)
@@ -67,8 +70,8 @@ def expected(model: PreTrainedModel, ids_NT: NDArray[np.int64], task: str = "gen
     scales = {names[id(m.weight)]: m.input_scale for m in rounded}
     with called.unrounded(model), _noting(model) as ran:
         # One after the other: a classifier without a token of padding takes no two.
-        answer_N = np.concatenate([called.alone(model, task, ids_T[None]) for ids_T in ids_NT])
-        shorter_1 = called.alone(model, task, ids_NT[:1, : -called.PADDING])
+        answer_N = np.concatenate([called.alone(model, task, ids_T[None], pool) for ids_T in ids_NT])
+        shorter_1 = called.alone(model, task, ids_NT[:1, : -called.PADDING], pool)
     return Expected(
         Counter((bits, values * 8 // bits if bits == 4 else values) for values, bits in weights.values()),
         {name: frozenset({float(scale)}) for name, scale in scales.items() if scale is not None},

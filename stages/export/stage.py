@@ -66,14 +66,16 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
     from stages.export import checks, to_onnx
     from stages.models.anatomy import tasks
     from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
+    from stages.models.checkpoint.pooling import pooled, reads
 
     source, config, tokenizer = inputs["model"], load_config(inputs["model"]), load_tokenizer(inputs["model"])
     _refuse_two_stacks(config)
-    task, most = tasks.task(config), _longest(config, tokenizer, progress)
+    task, most, pool = tasks.task(config), reads(source, config), pooled(source)
+    most = most or _longest(config, tokenizer, progress)
     ids_NT = _windows(inputs, tokenizer, params.parity_windows, _parity_tokens(params, config, most))
     model = load_model(source)
     to_onnx.densify(model)
-    wanted = checks.expected(model, ids_NT, task)
+    wanted = checks.expected(model, ids_NT, task, pool)
     progress.advanced(1, 4)
     layers = _layers(model, params, progress) if task == "generate" and params.cache else ()
     made = _with_cache(model, layers, output, wanted, ids_NT, progress) if layers else None
@@ -81,7 +83,7 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         if layers:  # it was laid out for the exporter
             model, layers = load_model(source), ()
             to_onnx.densify(model)
-        exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1])
+        exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1], pool)
         del model
         made = _written(exported, output, wanted), checks.require_numbers(output / GRAPH, ids_NT, wanted, task)
     written, difference = made
@@ -100,6 +102,7 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         "rounded_products": len(written.rounding),
         "maximum_tokens": most,
         "vocabulary": config.get_text_config().vocab_size,
+        "pooling": None if pool is None else pool.described(),
     }
     (output / "graph.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
     progress.advanced(4, 4)
@@ -175,11 +178,13 @@ def _signature(layers: Sequence[LayerCache], most: int, dtype: str) -> dict[str,
 def admit(params: ExportParams, known: Mapping[str, Any]) -> Subject:
     """The graph of a checkpoint."""
     from stages.models.checkpoint.loading import load_tokenizer
+    from stages.models.checkpoint.pooling import pooled
     from stages.models.text.windows import check_split
 
     check_split(known, "calibrate")
     given: Subject = known["model"]
     _refuse_two_stacks(given.model.config)
+    pooled(given.folder)
     if given.scheme in ("nvfp4", "mxfp4"):
         from stages.export.to_onnx import FOUR_BIT_FLOATS, no_four_bit_floats
 

@@ -25,6 +25,7 @@ from stages.export.called import INPUTS, OUTPUT, as_called, masks
 from stages.export.experts import use_every
 from stages.graphs import onnx_graph
 from stages.models.anatomy import blocks as anatomy
+from stages.models.checkpoint.pooling import Pooling
 from stages.models.layers import quantized_linear
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
 from stages.models.layers.sparse_linear import SparseLinear
@@ -69,7 +70,9 @@ class Product(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def to_onnx(model: PreTrainedModel, opset: int, task: str, ids_1T: NDArray[np.int64]) -> ir.Model:
+def to_onnx(
+    model: PreTrainedModel, opset: int, task: str, ids_1T: NDArray[np.int64], pool: Pooling | None = None
+) -> ir.Model:
     """Export; the model's weights are laid out anew in place, so it is of no use afterwards.
 
     Args:
@@ -77,13 +80,14 @@ def to_onnx(model: PreTrainedModel, opset: int, task: str, ids_1T: NDArray[np.in
         opset: version of the ONNX operators, at least 21.
         task: what the model is for.
         ids_1T: a window to ask the model by how it has to be called.
+        pool: makes one vector of each text.
 
     Raises:
         StageError: padding changes what the model answers, the opset has no four-bit floats, or the exporter refuses,
             with its own text.
     """
     _refuse_fp4(model, opset)
-    called = as_called(model, task, ids_1T, fused=opset >= FUSED_ATTENTION)
+    called = as_called(model, task, ids_1T, fused=opset >= FUSED_ATTENTION, pool=pool)
     first_names = _first_names(model)
     lay_out(model)
     use_every(model)

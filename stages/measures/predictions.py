@@ -29,15 +29,19 @@ class Asking:
         before: tokens that the tokenizer puts before every text; nobody predicts them.
         after: tokens that it puts behind; only an answer that is translated ends with them.
         mask: the token that hides another one, for `fill`.
+        pooled: `embed` answers with one vector of the whole window.
     """
 
     task: str = "generate"
     before: int = 0
     after: int = 0
     mask: int | None = None
+    pooled: bool = False
 
     def rows(self, tokens: int) -> int:
         """R of a window of so many tokens."""
+        if self.pooled:
+            return 1
         return {"classify": 1, "score": 1, "answer": 2, "tag": tokens, "embed": tokens, "translate": tokens}.get(
             self.task, len(self._asked(tokens))
         )

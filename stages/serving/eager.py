@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from stages.adapters.backends import Forward, Steps
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model, load_tokenizer
+from stages.models.checkpoint.pooling import pooled, reads
 from stages.runtime.contract import StageError
 from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
 from stages.serving.translating import Translating, first_token
@@ -32,7 +33,8 @@ class Eager:
     """A checkpoint that answers.
 
     Attributes:
-        forward: (ids_NT, mask_NT) -> what the model answers, in fp32; see `answers`.
+        forward: (ids_NT, mask_NT) -> what the model answers, in fp32; see `answers`; one vector a text where
+            modules of sentence-transformers follow it.
         task: what it is for, see `stages.models.anatomy.tasks`.
         longest: tokens that it reads at once, None for any number.
         steps: begins to keep what it reads, None where it keeps nothing.
@@ -60,7 +62,7 @@ def eager(folder: Path, device: str = CPU) -> Eager:
         require_gpu()
     with computing():
         model = load_model(folder).to(device)
-    task = tasks.task(model.config)
+    task, pool = tasks.task(model.config), pooled(folder)
     placed = "position_ids" in inspect.signature(model.forward).parameters and not _counts_itself(model)
 
     def forward(ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -70,7 +72,9 @@ def eager(folder: Path, device: str = CPU) -> Eager:
         if placed and task == "generate" and not mask.all():
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode(), computing():
-            found: NDArray[np.float32] = answers(model, task, given).float().cpu().numpy()
+            said = answers(model, task, given)
+            said = said if pool is None else pool.vectors(said, mask)
+        found: NDArray[np.float32] = said.float().cpu().numpy()
         return found
 
     def steps() -> Steps:
@@ -79,7 +83,7 @@ def eager(folder: Path, device: str = CPU) -> Eager:
         return _Steps(model, placed=placed, device=device, computing=computing)
 
     keeps = task in ("generate", "translate") and "past_key_values" in inspect.signature(model.forward).parameters
-    return Eager(forward, task, tasks.longest(model.config), steps if keeps else None)
+    return Eager(forward, task, reads(folder, model.config), steps if keeps else None)
 
 
 class _Steps:

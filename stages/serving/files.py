@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.models.checkpoint import layout
+from stages.models.checkpoint.hub_folders import sentence_files
 
 TOKENIZER = "tokenizer.json"
 CARRIED = (
@@ -18,5 +19,5 @@ CARRIED = (
 
 
 def carry(source: Path, output: Path) -> None:
-    """Copy configuration and tokenizer from one artifact to the next; what the source lacks is left out."""
-    layout.carry(source, output, CARRIED)
+    """Copy configuration, tokenizer and what pools from one artifact to the next; what the source lacks is left out."""
+    layout.carry(source, output, (*CARRIED, *sentence_files(source)))

@@ -49,7 +49,9 @@ def embedded(pooling: Pooling, group: list[Question], judged: Answerer, dense: A
 
 def _vectors(pooling: Pooling, rows: Sequence[Sequence[int]], model: Answerer) -> NDArray[np.float64]:
     """Of each row, of length 1."""
-    vector_NE = torch.stack([pooling.vector(hidden_TH) for hidden_TH in by_length(rows, model)])
+    # A model that modules follow answers with one vector already; of another its tokens' are pooled here.
+    said = by_length(rows, model)
+    vector_NE = torch.stack([one.double() if one.ndim == 1 else pooling.vector(one) for one in said])
     length_N = vector_NE.norm(dim=-1, keepdim=True)
     if not bool(((length_N > 0) & length_N.isfinite()).all()):
         raise StageError("the model or its baseline gives a text no direction", measured="zero, NaN or infinity")

@@ -22,7 +22,7 @@ from stages.measures.leaks import leaks
 from stages.measures.own import scored
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_config, load_tokenizer
-from stages.models.checkpoint.pooling import Pooling, pooling
+from stages.models.checkpoint.pooling import Pooling, pooling, reads
 from stages.models.text.token_ids import plain_text
 from stages.models.text.windows import passages
 from stages.runtime.contract import Metrics, Progress, StageError
@@ -156,18 +156,18 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
         if task == "embed"
         else Pooling()
     )
-    reads = [one for one in (tasks.longest(config), of_engine(inputs["model"]), pooled.most) if one is not None]
+    limits = (reads(inputs["model"], config), of_engine(inputs["model"]), pooled.most)
+    most = min((one for one in limits if one is not None), default=None)
     items = list(islice(read_items(inputs["text"], params.split), params.items))
     check_task(task, {one.task for one in items})
     if task == "answer":
         check_contexts(items)
         if progress and getattr(config, "type_vocab_size", 1) > 1 and "token_type_ids" in tokenizer.model_input_names:
             progress.note("question and context are not told apart by segment ids, which engines are not given either")
-    most = min(reads, default=None)
     found = [question(one, tokenizer, most, task) for one in items]
     asked = [one for one in found if one is not None]
     if missing := [item.id for item, one in zip(items, found, strict=True) if one is None]:
-        what = f"{len(missing)} of {len(items)} items are more than the {min(reads, default=0)} tokens that it reads"
+        what = f"{len(missing)} of {len(items)} items are more than the {most} tokens that it reads"
         if not asked:
             raise StageError("the model can read none of the items", measured=what, remedy="Take shorter ones.")
         if progress:

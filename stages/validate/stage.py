@@ -123,6 +123,7 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
 
         require_gpu()
     from stages.models.checkpoint.loading import load_tokenizer
+    from stages.models.checkpoint.pooling import pooled
     from stages.models.checkpoint.subject import vocabularies
     from stages.models.text.windows import check_split
     from stages.validate.questions import check_task
@@ -130,6 +131,7 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
 
     check_split(known, params.split)
     model: Subject = known["model"]
+    pooled(model.folder)
     if model.task == "fill":
         mask_of(load_tokenizer(model.folder))
     if baseline := known.get("baseline"):

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from stages.measures.documents import Document, by_slice, read_documents, score_documents, sliced, summary
 from stages.measures.predictions import Asking
 from stages.models.anatomy import tasks
+from stages.models.checkpoint.hub_folders import gives_vectors
 from stages.models.checkpoint.loading import load_config, load_tokenizer
+from stages.models.checkpoint.pooling import reads
 from stages.models.text.windows import sliced_windows, special_ends
 from stages.runtime.contract import Metrics, Progress, StageError
 from stages.serving.engine import Answerer
@@ -83,14 +85,15 @@ def text_of(params: ValidateParams, inputs: Mapping[str, Path], progress: Progre
     model = inputs["model"]
     config, tokenizer = load_config(model), load_tokenizer(model)
     task = tasks.task(config)
-    tokens = min(params.window_tokens, tasks.longest(config) or params.window_tokens)
+    tokens = min(params.window_tokens, reads(model, config) or params.window_tokens)
     check_length(of_engine(model), tokens)
     mask = mask_of(tokenizer) if task == "fill" else None
     before, after = map(len, special_ends(tokenizer))
     found = sliced_windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows, progress=progress)
     if progress and tokens < params.window_tokens:
         progress.note(f"windows of {tokens} tokens, all that the model reads, not of {params.window_tokens}")
-    return Text(found.ids_NT, Asking(task, before, after, mask), params.split, found.names)
+    asking = Asking(task, before, after, mask, pooled=gives_vectors(model))
+    return Text(found.ids_NT, asking, params.split, found.names)
 
 
 def mask_of(tokenizer: PreTrainedTokenizerBase) -> int:

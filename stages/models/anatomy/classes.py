@@ -41,8 +41,13 @@ TASKS = (
 """transformers' own tables of architectures, by what they answer."""
 
 
-def configuration(read: Mapping[str, Any], where: str) -> PreTrainedConfig:
+def configuration(read: Mapping[str, Any], where: str, *, bare: bool = False) -> PreTrainedConfig:
     """The configuration that config.json holds.
+
+    Args:
+        read: config.json.
+        where: it stands.
+        bare: the model is asked for its tokens' vectors, so that a head plays no part.
 
     Raises:
         StageError: its architecture is not understood, or another tool quantized the checkpoint.
@@ -62,6 +67,10 @@ def configuration(read: Mapping[str, Any], where: str) -> PreTrainedConfig:
         )
     config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict({k: v for k, v in read.items() if k != "auto_map"})
     config.architectures = [_native(config, read, where)]
+    found = AutoModel._model_mapping.get(type(config), ()) if bare else ()
+    headless = [one.__name__ for one in (found if isinstance(found, tuple) else (found,))]
+    if not {*headless} & {*config.architectures}:
+        config.architectures = headless[:1] or config.architectures
     return config
 
 

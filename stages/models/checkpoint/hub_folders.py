@@ -73,13 +73,18 @@ def adapter_alone(folder: Path) -> StageError:
     )
 
 
+def gives_vectors(folder: Path) -> bool:
+    """Whether modules of sentence-transformers follow the model in a folder: it is asked for the vectors of texts."""
+    return (folder / SENTENCES[0]).is_file()
+
+
 def sentence_files(folder: Path) -> dict[str, Path]:
     """Name -> file of what sentence-transformers adds to a checkpoint, and of its further modules; none elsewhere.
 
     Raises:
         StageError: a module is stored as a pickle alone, or modules.json is damaged.
     """
-    if not (folder / SENTENCES[0]).is_file():
+    if not gives_vectors(folder):
         return {}
     found = {name: folder / name for name in SENTENCES if (folder / name).is_file()}
     for name in _modules(folder / SENTENCES[0]):

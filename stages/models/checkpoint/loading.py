@@ -32,6 +32,7 @@ from stages.models.checkpoint import (
     stored_types,
     uneven_sizes,
 )
+from stages.models.checkpoint.hub_folders import gives_vectors
 from stages.models.checkpoint.json_files import read_json, write_json
 from stages.models.checkpoint.layout import (
     CONFIG,
@@ -138,7 +139,9 @@ def _built(
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The model of a folder without its weights, and the tensors under the names that its layers have."""
     compressed = _compressed(read)
-    model = classes.empty(classes.configuration(read, str(folder / CONFIG)), dtype)
+    model = classes.empty(classes.configuration(read, str(folder / CONFIG), bare=gives_vectors(folder)), dtype)
+    if gives_vectors(folder) and getattr(model, "pooler", None) and not any("pooler." in name for name in stored):
+        model.pooler = None  # what pools stands in the modules beside the checkpoint
     with no_init_weights():
         if structure := read_json(folder / STRUCTURE, optional=True):
             with _following(STRUCTURE):
@@ -175,7 +178,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """
     read = read_json(folder / CONFIG)
     _compressed(read)
-    return classes.configuration(read, str(folder / CONFIG))
+    return classes.configuration(read, str(folder / CONFIG), bare=gives_vectors(folder))
 
 
 def _compressed(read: dict[str, Any]) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from stages.models.anatomy import tasks
 from stages.models.checkpoint import layout
 from stages.models.checkpoint.json_files import read_json
 from stages.models.checkpoint.loading import load_tokenizer
+from stages.models.checkpoint.pooling import reads
 from stages.models.layers import low_rank_linear
 from stages.models.layers.quantization_spec import describe
 from stages.models.memory.lean_import import without_compiler
@@ -90,7 +91,7 @@ def subject(
         tensors: its tensors' headers, without those that the architecture does not read.
         left: the names of those.
     """
-    task, most = tasks.task(model.config), tasks.longest(model.config)
+    task, most = tasks.task(model.config), reads(folder, model.config)
     spec = describe(model)
     scheme = str(spec.get("scheme") or "few bits") if spec else ""
     foreign = str((read_json(folder / layout.CONFIG).get("quantization_config") or {}).get("quant_method", ""))

@@ -149,7 +149,8 @@ def test_vector_is_pooled_as_the_modules_beside_the_checkpoint_say(folder, tmp_p
 def test_graph_without_modules_is_pooled_as_its_baseline_is(folder, tmp_path):
     own = sentence_model(folder, tmp_path / "own", "cls_token")
     bare = asked(tmp_path, folder, similar(), baseline=own)
-    assert bare["documents"] == asked(tmp_path, own, similar(), baseline=own)["documents"]
+    for one, other in zip(bare["documents"], asked(tmp_path, own, similar(), baseline=own)["documents"], strict=True):
+        assert one == {key: pytest.approx(value) if isinstance(value, float) else value for key, value in other.items()}
     assert bare["documents"] != asked(tmp_path, folder, similar(), baseline=folder)["documents"]
 
 
