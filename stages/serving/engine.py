@@ -8,8 +8,8 @@ Shapes: N sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from stages.runtime.contract import StageError
 from stages.serving.chat import Chat, Message, chat
 from stages.serving.generate import ROWS, written
 from stages.serving.generation import Generation, generation
+from stages.serving.inputs import require_utf8
 from stages.serving.sampling import Drawing
 from stages.serving.writing import Answer, Writing
 
@@ -48,6 +49,7 @@ class Answerer:
         steps: begins to keep what it reads of some sequences; None where nothing does.
         chat: how conversations are written; None where the tokenizer has no chat template.
         slots: as `steps`, for sequences that come and go.
+        config: what config.json says; `stages.serving.reading` finds the names of classes there.
     """
 
     target: str
@@ -59,6 +61,7 @@ class Answerer:
     steps: Callable[[], Steps] | None = None
     chat: Chat | None = None
     slots: Callable[[], Slots] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def logits(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
         """logits_NTV of whole sequences, or what else a model of its task answers.
@@ -183,15 +186,7 @@ class Answerer:
         return [*ids]
 
     def _tokens(self, text: str, **how: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise StageError(
-                "a prompt is no text",
-                measured=f"{text[error.start : error.end]!r} at character {error.start}",
-                limit="what UTF-8 can write",
-                remedy="Leave it out.",
-            ) from error
+        require_utf8(text, "a prompt")
         ids: list[int] = self.tokenizer.encode(text, **how).ids
         return ids
 
@@ -235,7 +230,7 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
     steps = None if begins is None else partial(begins, most)
     slots = None if opened.slots is None else partial(opened.slots, most)
     ends, talks = _ends(folder, config), chat(folder)
-    return Answerer(opened.target, task, most, tokenizer, ends, opened.forward, steps, talks, slots)
+    return Answerer(opened.target, task, most, tokenizer, ends, opened.forward, steps, talks, slots, config)
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
@@ -245,7 +240,8 @@ def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
     opened = eager(folder, device)
     most = ENDLESS if opened.longest is None else opened.longest
     tokenizer, ends = _bare(fast_tokenizer(folder)), _ends(folder, config)
-    return Answerer(f"torch:{device}", opened.task, most, tokenizer, ends, opened.forward, opened.steps, chat(folder))
+    talks, target = chat(folder), f"torch:{device}"
+    return Answerer(target, opened.task, most, tokenizer, ends, opened.forward, opened.steps, talks, config=config)
 
 
 def _bare(tokenizer: Tokenizer) -> Tokenizer:

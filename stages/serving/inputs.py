@@ -55,6 +55,30 @@ def question(asked: Any) -> Question:
     return Question(asked)
 
 
+def require_text(text: Any, what: str = "a text") -> None:
+    """Raise StageError where something is no text, is empty, or cannot be written as UTF-8."""
+    if not isinstance(text, str):
+        raise StageError(f"{what} is no text", measured=repr(text)[:200], limit="a text", remedy="Give a text.")
+    require_utf8(text, what)
+    if not text.strip():
+        raise StageError(
+            f"{what} is empty", measured=repr(text)[:200], limit="at least one character", remedy="Leave it out."
+        )
+
+
+def require_utf8(text: str, what: str) -> None:
+    """Raise StageError where a text cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise StageError(
+            f"{what} is no text",
+            measured=f"{text[error.start : error.end]!r} at character {error.start}",
+            limit="what UTF-8 can write",
+            remedy="Leave it out.",
+        ) from error
+
+
 def _fields(asked: dict[str, Any]) -> Question:
     if "role" in asked:
         return Question([[asked]], talks=True, alone=True)

@@ -5,11 +5,10 @@ Shapes: T tokens of a part, C tokens of its context.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stages.measures.divergence import kl_divergence
 from stages.measures.documents import Document
@@ -17,6 +16,7 @@ from stages.measures.items import Item
 from stages.measures.spans import scored
 from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
+from stages.serving.reading import best_span
 from stages.validate.asking import Question
 from stages.validate.by_length import by_length
 from stages.validate.places import Part, parts
@@ -86,7 +86,7 @@ def _answer(item: Item, where: Sequence[Part], logits: Sequence[Tensor], none: i
     Source: Devlin et al., BERT, 2019, section 4.3.
     """
     pairs = list(zip(where, logits, strict=True))
-    score, text = max((one for pair in pairs for one in _best(item, *pair)), key=lambda one: one[0])
+    score, text = max((_best(item, *pair) for pair in pairs), key=lambda one: one[0])
     if none is None:
         return text
     return "" if min(_of_none(*pair, none) for pair in pairs) > score else text
@@ -97,11 +97,9 @@ def _of_none(part: Part, logits_2T: Tensor, none: int) -> float:
     return float(logits_2T[0, at] + logits_2T[1, at])
 
 
-def _best(item: Item, part: Part, logits_2T: Tensor) -> Iterator[tuple[float, str]]:
-    """The best span of each length; all of them lie in the context."""
+def _best(item: Item, part: Part, logits_2T: Tensor) -> tuple[float, str]:
+    """The best span that lies in the context."""
     inside = slice(part.start, part.start + len(part.ends))
     starts_C, stops_C = (one[inside].numpy().astype(np.float64) for one in logits_2T)
-    for length in range(min(_LONGEST[item.language], len(starts_C))):
-        scores: NDArray[np.float64] = starts_C[: len(starts_C) - length] + stops_C[length:]
-        at = int(scores.argmax())
-        yield float(scores[at]), item.context[part.ends[at][0] : part.ends[at + length][1]]
+    score, first, last = best_span(starts_C, stops_C, _LONGEST[item.language])
+    return score, item.context[part.ends[first][0] : part.ends[last][1]]
