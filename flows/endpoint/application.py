@@ -19,6 +19,7 @@ from flows.endpoint.bodies import Body, chat, completion, fields
 from flows.endpoint.forms import DONE, Form, event
 from flows.endpoint.metrics import REFUSED, TURNED_AWAY, Metrics
 from flows.endpoint.refusals import Refusal, answer, broken
+from flows.endpoint.vectors import Vectors, wanted
 from stages.runtime.contract import StageError
 from stages.serving.asked import Asked, Heard
 from stages.serving.batching import Batching, Closed, Full
@@ -101,11 +102,13 @@ class Endpoint:
 
     Attributes:
         name: as clients call it.
+        vectors: what answers for a model that gives vectors of texts; None for another.
     """
 
     name: str
     batching: Batching
     metrics: Metrics
+    vectors: Vectors | None = None
 
     async def answered(self, request: Request, read: Read, *, talks: bool) -> Response:
         """The answer to a request.
@@ -164,9 +167,13 @@ def application(endpoint: Endpoint) -> FastAPI:
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
-        endpoint.check(fields(await _bytes(request)).get("model"))
-        task = endpoint.batching.model.task
-        raise Refusal(f"the model gives no vectors of texts; measured its task is {task}; limit embed", param="model")
+        said = fields(await _bytes(request))
+        endpoint.check(said.get("model"))
+        if endpoint.vectors is None:
+            task = endpoint.batching.model.task
+            text = f"the model gives no vectors of texts; measured its task is {task}; limit embed"
+            raise Refusal(text, param="model")
+        return answer(await endpoint.vectors.answered(wanted(said), endpoint.name))
 
     return app
 

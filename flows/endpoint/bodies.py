@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024
 _NEW = "max_new_tokens"
 _DRAWN = ("temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
 """Parameters that are called as `stages.serving.generation.Generation` calls them; two of them OpenAI does not have."""
-_NOTES = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+NOTES = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """What clients note for themselves."""
 _BOTH: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -96,13 +96,18 @@ def chat(said: Mapping[str, Any], maximum_tokens: int) -> Body:
     return Body(prompts=[[_message(one) for one in messages]], how=how, **_stream(said))
 
 
-def _check(said: Mapping[str, Any], own: tuple[str, ...], unfollowed: Mapping[str, tuple[Any, ...]]) -> None:
-    known = {"model", *own, "stream", "stream_options", *_DRAWN, *_NOTES, *unfollowed}
+def check_names(said: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise Refusal where a parameter is unknown."""
     for name in said:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)
             remedy = f"Perhaps {near[0]} is meant." if near else "Leave it out."
             raise Refusal(f"there is no parameter {name!r}. {remedy}", param=name, code="unknown_parameter")
+
+
+def _check(said: Mapping[str, Any], own: tuple[str, ...], unfollowed: Mapping[str, tuple[Any, ...]]) -> None:
+    known = {"model", *own, "stream", "stream_options", *_DRAWN, *NOTES, *unfollowed}
+    check_names(said, known)
     for name, idle in unfollowed.items():
         value = said.get(name)
         if value is not None and not any(_same(value, one) for one in idle):

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from flows.endpoint.application import Endpoint, application
 from flows.endpoint.metrics import Metrics
 from flows.endpoint.refusals import Refusal
+from flows.endpoint.vectors import Vectors
 from flows.running.interruption import unwinding
 from stages.runtime.contract import StageError
 from stages.serving.batching import Batching
@@ -23,6 +24,7 @@ from stages.serving.engine import Answerer
 
 ENDS_S = 2.5
 """What is being written when the server is told to stop may go on for so long; a command may take 4.5 s to end."""
+TASKS = ("generate", "embed")
 _CLOSES_S = 3
 _LOOK_S = 0.05
 
@@ -32,7 +34,7 @@ class Served:
     """What is served, and where.
 
     Attributes:
-        model: it continues texts.
+        model: it continues texts, or gives vectors of them.
         name: as clients call it.
         host: where it listens.
         port: 0 for one that is free.
@@ -52,20 +54,20 @@ def serve(served: Served, say: Callable[[str], None]) -> None:
     """Serve until a signal.
 
     Raises:
-        StageError: the model continues no texts, or the port cannot be listened on.
+        StageError: the model does neither, or the port cannot be listened on.
     """
-    if served.model.task != "generate":
+    if served.model.task not in TASKS:
         raise StageError(
-            f"{served.name} continues no texts",
+            f"{served.name} continues no texts and gives no vectors of them",
             measured=f"its task is {served.model.task}",
-            limit="generate",
+            limit=" or ".join(TASKS),
             remedy="Serve a model that does.",
         )
     listening = _listening(served.host, served.port)
     metrics = Metrics()
     batching = Batching(served.model, rows=served.rows, waiting=served.queue, watch=metrics)
     metrics.follow(batching)
-    app: ASGIApp = application(Endpoint(served.name, batching, metrics))
+    app: ASGIApp = application(Endpoint(served.name, batching, metrics, _vectors(served)))
     if _at_home(served.host):
         app = _called_by_its_own_name(app)
     config = uvicorn.Config(
@@ -75,6 +77,10 @@ def serve(served: Served, say: Callable[[str], None]) -> None:
     line = f"{served.name} on http://{host}:{listening.getsockname()[1]}/v1, executed by {served.model.target}"
     asyncio.run(_served(uvicorn.Server(config), listening, batching, lambda: say(line)))
     batching.join(_LOOK_S)
+
+
+def _vectors(served: Served) -> Vectors | None:
+    return Vectors(served.model, served.queue) if served.model.task == "embed" else None
 
 
 async def _served(

@@ -333,9 +333,10 @@ def test_registered_model_is_served_by_its_name(registered, monkeypatch):
 def test_what_cannot_be_served_is_one_line(folder, address, capsys, tmp_path):
     engine = chain(tmp_path / "vectors")
     described = json.loads((engine / "engine.json").read_text())
-    (engine / "engine.json").write_text(json.dumps({**described, "task": "embed"}))
+    (engine / "engine.json").write_text(json.dumps({**described, "task": "tag"}))
     assert main(["serve", str(engine), "--port", "0"]) == 1
-    assert "error: vectors continues no texts; measured its task is embed" in capsys.readouterr().err
+    said = "error: vectors continues no texts and gives no vectors of them; measured its task is tag; limit generate or"
+    assert said in capsys.readouterr().err
     port = address.rpartition(":")[2]
     assert main(["serve", str(folder), "--port", port]) == 1
     assert f"error: port {port} of 127.0.0.1 cannot be listened on (Address already in use)" in capsys.readouterr().err
