@@ -17,6 +17,8 @@ from stages.models.checkpoint.json_files import read_json
 from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree, imported
 from stages.serving.generation import NEW_TOKENS, Generation
 from stages.serving.inputs import PROMPT
+from stages.serving.told import COLUMNS, OPTIONAL
+from stages.serving.told import PARAMETERS as READING
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -124,17 +126,32 @@ def _save(path: Path, engine: Path, code: Path, model_id: str, run_id: str) -> N
         python_model=str(SERVED),
         artifacts={"engine": str(engine), "digests": str(digests)},
         code_paths=[str(code)],
-        signature=_signature(int(_described(engine).get("maximum_tokens", NEW_TOKENS))),
-        input_example=([{PROMPT: EXAMPLE}], {"max_new_tokens": 1}),
+        signature=_signature(_task(engine), int(_described(engine).get("maximum_tokens", NEW_TOKENS))),
+        input_example=_example(_task(engine)),
         pip_requirements=[f"{name}=={pins[name]}" if name in pins else name for name in needed],
         mlflow_model=Model(artifact_path=None, run_id=run_id, model_uuid=model_id, model_id=model_id),
     )
 
 
-def _signature(maximum_tokens: int) -> Any:
+def _task(engine: Path) -> str:
+    return str(_described(engine).get("task", "generate"))
+
+
+def _example(task: str) -> Any:
+    if task not in COLUMNS:
+        return [{PROMPT: EXAMPLE}], {"max_new_tokens": 1}
+    texts = {"question": "What is the capital of France?", "context": f"{EXAMPLE} Paris."}
+    return [{name: texts.get(name, EXAMPLE) for name in COLUMNS[task] if name not in OPTIONAL}]
+
+
+def _signature(task: str, maximum_tokens: int) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    if task in COLUMNS:
+        columns = [ColSpec(DataType.string, name, required=name not in OPTIONAL) for name in COLUMNS[task]]
+        switches = [ParamSpec(name, "boolean", False) for name in READING]
+        return ModelSignature(inputs=Schema(columns), params=ParamSchema(switches))
     kinds = {"max_new_tokens": "long", "top_k": "long", "seed": "long", "stop": "string"}
     plain = Generation()
     defaults = asdict(plain) | {"max_new_tokens": plain.most(maximum_tokens), "stop": []}

@@ -25,6 +25,8 @@ from mlflow.pyfunc import PythonModel
 from stages.runtime.contract import StageError
 from stages.serving.generation import PARAMETERS, generation
 from stages.serving.inputs import MESSAGES, PROMPT, Question, question
+from stages.serving.told import COLUMNS, told
+from stages.serving.told import PARAMETERS as READING
 
 
 class Served(PythonModel):
@@ -54,21 +56,26 @@ class Served(PythonModel):
 
     # MLflow would derive a signature from any other hint and drop the stated one, with its params.
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
-        """Continue each prompt, or answer each conversation.
+        """Continue each prompt, or answer each conversation; of a model of another task, say what it says of each text.
 
         Args:
             context: not used.
             model_input: a text or a list of texts; a conversation or a list of them, each a list of messages with
                 `role` and `content`; a dictionary, or a list of them, with `prompt` or `messages`; a table with a
-                column of either name, or whose first column holds texts.
-            params: see `stages.serving.generation.Generation`.
+                column of either name, or whose first column holds texts. Of another task a text, a list of texts or of
+                rows, or a table, with the columns of `stages.serving.told.COLUMNS`.
+            params: see `stages.serving.generation.Generation`, or PARAMETERS of `stages.serving.told`.
 
         Returns:
-            A list of texts; to a conversation a completion as OpenAI's chat has it, to several a list of them.
+            A list of texts; to a conversation a completion as OpenAI's chat has it, to several a list of them. Of
+            another task see `stages.serving.told.told`.
 
         Raises:
             MlflowException: of the code BAD_REQUEST, where what is asked is refused.
         """
+        if self._engine.task != "generate":
+            with _refusing():
+                return told(self._engine, _table(model_input, self._engine.task), params or {})
         with _refusing():
             asked = _question(model_input)
             answers = self._engine.answers(asked.prompts, generation({**asked.given, **(params or {})}))
@@ -131,6 +138,35 @@ def _question(model_input: Any) -> Question:
     return question((model_input[PROMPT] if both else model_input.iloc[:, 0]).tolist())
 
 
+def _table(model_input: Any, task: str) -> Mapping[str, list[Any]]:
+    """Column -> values: a list of texts is the first column."""
+    if isinstance(model_input, pd.Series):
+        model_input = model_input.tolist()
+    if isinstance(model_input, pd.DataFrame):
+        plain = model_input.astype(object).where(model_input.notna(), None)
+        return {str(name): plain[name].tolist() for name in plain.columns}
+    if isinstance(model_input, dict):
+        columns = {str(name): _listed(one) for name, one in model_input.items()}
+        if len({len(one) for one in columns.values()}) > 1:
+            raise StageError(
+                "columns are of different lengths",
+                measured=", ".join(f"{name} {len(one)}" for name, one in columns.items()),
+                limit="one length",
+                remedy="Give as many of each.",
+            )
+        return columns
+    rows = _listed(model_input)
+    if rows and all(isinstance(one, dict) for one in rows):
+        names = dict.fromkeys(name for one in rows for name in one)
+        return {str(name): [one.get(name) for one in rows] for name in names}
+    return {COLUMNS.get(task, ("text",))[0]: rows}
+
+
+def _listed(value: Any) -> list[Any]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 @contextmanager
 def _refusing() -> Iterator[None]:
     """What is refused is a bad request to MLflow's server, whose answer then says why; anything else is its own."""
@@ -152,7 +188,7 @@ def _hear_all() -> None:
         return
 
     def validate(data: Any, params: Any, input_schema: Any, params_schema: Any, *rest: Any, **named: Any) -> Any:
-        if {one.name for one in params_schema or ()} != set(PARAMETERS):
+        if {one.name for one in params_schema or ()} not in (set(PARAMETERS), set(READING)):
             return checked(data, params, input_schema, params_schema, *rest, **named)
         if not isinstance(params or {}, Mapping):
             raise MlflowException(f"params are no dictionary: {params!r}", error_code=BAD_REQUEST)

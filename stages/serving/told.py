@@ -1,0 +1,92 @@
+"""What a model that continues no text is asked by a table of texts, and its answers as plain values.
+
+A server hands over columns and parameters; what a model of its task does not take is refused. It travels inside the
+registered model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from stages.runtime.contract import StageError
+from stages.serving.engine import Answerer
+from stages.serving.reading import answer, classify, embed, tag
+
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "embed": ("text",), "classify": ("text", "pair"), "score": ("text", "pair"), "tag": ("text",),
+    "answer": ("question", "context"),
+}  # fmt: skip
+"""Task -> the columns that it is asked by."""
+OPTIONAL = frozenset({"pair"})
+PARAMETERS: Mapping[str, frozenset[str]] = {
+    "truncate": frozenset({"embed", "classify", "score"}),
+    "unanswerable": frozenset({"answer"}),
+}
+"""Parameter, false unless it is asked for -> the tasks that take it."""
+
+
+def told(model: Answerer, table: Mapping[str, Sequence[Any]], params: Mapping[str, Any]) -> list[Any]:
+    """What a model says of each row.
+
+    Args:
+        model: its task is one of COLUMNS.
+        table: columns of COLUMNS; a pair may be None.
+        params: see PARAMETERS.
+
+    Returns:
+        A list of numbers; the likeliest class as {"label", "score", "scores"}; a list of {"label", "score", "start",
+        "end", "text"}; or {"text", "score", "start", "end"}.
+
+    Raises:
+        StageError: columns or parameters that the task does not take, or see `stages.serving.reading`.
+    """
+    _check(model.task, table, params)
+    asked = dict(params)
+    if model.task == "answer":
+        return [asdict(answer(model, *row, **asked)) for row in zip(table["question"], table["context"], strict=True)]
+    texts = table["text"]
+    if model.task == "embed":
+        return list(embed(model, texts, **asked).tolist())
+    if model.task == "tag":
+        return [[asdict(one) for one in found] for found in tag(model, texts)]
+    others = table.get("pair", [None] * len(texts))
+    rows = [text if other is None else (text, other) for text, other in zip(texts, others, strict=True)]
+    return [
+        asdict(found[0]) | {"scores": {one.label: one.score for one in found}}
+        for found in classify(model, rows, **asked)
+    ]
+
+
+def _check(task: str, table: Mapping[str, Sequence[Any]], params: Mapping[str, Any]) -> None:
+    columns = COLUMNS.get(task, ())
+    if not columns:
+        raise StageError(
+            "the model is not asked by texts",
+            measured=f"its task is {task}",
+            limit=", ".join(COLUMNS),
+            remedy="Ask its engine for `logits`.",
+        )
+    strange = [name for name in table if name not in columns]
+    missing = [name for name in columns if name not in table and name not in OPTIONAL]
+    if strange or missing:
+        raise StageError(
+            "the columns are not those that the model is asked by",
+            measured=", ".join(map(str, table)) or "none",
+            limit=", ".join(columns),
+            remedy="Name them so.",
+        )
+    for name, value in params.items():
+        if task not in PARAMETERS.get(name, ()):
+            known = [one for one, tasks in PARAMETERS.items() if task in tasks]
+            raise StageError(
+                f"there is no parameter {name!r}",
+                measured=f"its task is {task}",
+                limit=", ".join(known) or "none",
+                remedy="Leave it out.",
+            )
+        if not isinstance(value, bool):
+            raise StageError(
+                f"{name} is neither true nor false", measured=repr(value)[:200], limit="true, false", remedy="Give one."
+            )
