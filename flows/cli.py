@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands import catalog, check, compare, deploy, generate, init, inspect, manage, run, serve, ui, watch
+from flows.commands import (
+    catalog,
+    check,
+    compare,
+    deploy,
+    export_to,
+    generate,
+    init,
+    inspect,
+    manage,
+    run,
+    serve,
+    ui,
+    watch,
+)
 from flows.running import interruption
 
 if TYPE_CHECKING:
@@ -29,7 +43,7 @@ for _command in (
     *(check.check, init.init, run.plan, run.run, run.recipes),
     *(watch.watch, watch.hooks, deploy.deploy, ui.ui),
     *(inspect.runs, inspect.ls, inspect.inspect, inspect.explain, compare.compare, inspect.logs, inspect.verify),
-    *(catalog.models, catalog.stages, generate.generate, serve.serve),
+    *(catalog.models, catalog.stages, generate.generate, serve.serve, export_to.export_to),
     *(manage.cancel, manage.promote, manage.rollback, manage.reconcile, manage.sweep, manage.doctor),
 ):
     app.command()(_command)
