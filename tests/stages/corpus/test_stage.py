@@ -221,7 +221,6 @@ def test_descriptions_of_pinned_libraries_are_a_corpus(seal: Seal, store: Store)
     outcome = seal("corpus", {"source": "descriptions://constraints", "splits": HALVES})
     names = {line["id"].split("#")[0] for lines in read(store, outcome.identity).values() for line in lines}
     assert {"numpy", "pydantic"} <= names and outcome.manifest.metrics["characters"] > 300_000
-    assert outcome.manifest.provenance.seconds < 10
 
 
 def test_forced_run_reproduces_every_byte(seal: Seal, store: Store) -> None:
