@@ -65,7 +65,7 @@ families: install  ## every family of models through every technique: a table; A
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.families $(ARGS)
 
 engines-test: install  ## every family of README's table as graph, engine and plan, dense and compressed; ENGINERY_ENGINES=fifth for the day's fifth
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -n 2 --durations 5 $(ARGS) tests/benchmarks
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -n 2 --durations 5 $(ARGS) tests/benchmarks tests/stages/export
 
 service-test: install  ## minutes on real servers: gigabytes through S3, a run whose documents are scattered, pages in Chromium, a minute of 16 clients
 	@$(BIN)/python -m pytest -m service $(ARGS) tests/services tests/flows

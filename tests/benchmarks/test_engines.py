@@ -4,8 +4,6 @@
 so that five days in a row have all.
 """
 
-import os
-
 import pytest
 
 from stages import stage
@@ -23,17 +21,16 @@ from tests.benchmarks.families import (
     shown,
     text,
 )
-from tests.cases.day import today
+from tests.cases.day import fifth
 
 TABLE = read_table(PAGE.read_text(encoding="utf-8"))
-DRAWN = [*ROWS][today() % 5 :: 5] if os.environ.get("ENGINERY_ENGINES") == "fifth" else [*ROWS]
 COMPRESSED = ("channels", "W8A8", "INT8", "INT4", "FP8")
 ROUNDED = 1e-3
 """Nats: activations that lie between two steps fall to either, and so small a model forgives none."""
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("title", DRAWN)
+@pytest.mark.parametrize("title", fifth([*ROWS]))
 def test_family_runs_elsewhere_as_the_table_says_dense_and_compressed(title, tmp_path):
     dense, wrong = checkpoint(ROWS[title], tmp_path), {}
     found = run_elsewhere(dense, tmp_path)

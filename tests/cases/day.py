@@ -1,4 +1,7 @@
-"""Which cases a day has: with $ENGINERY_CASES=third every third one, so that three days in a row have all of them."""
+"""Which cases a day has: with $ENGINERY_CASES=third every third one, so that three days in a row have all of them.
+
+The same for families as engines, with $ENGINERY_ENGINES=fifth in five days.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-ASKED, DAY = "ENGINERY_CASES", "ENGINERY_CASES_DAY"
+ASKED, DAY, ENGINES = "ENGINERY_CASES", "ENGINERY_CASES_DAY", "ENGINERY_ENGINES"
 
 
 def today() -> int:
@@ -17,3 +20,8 @@ def today() -> int:
 def drawn(names: Sequence[str]) -> list[str]:
     """All cases, or the third of the day."""
     return [*names] if os.environ.get(ASKED) != "third" else [*names[today() % 3 :: 3]]
+
+
+def fifth(names: Sequence[str]) -> list[str]:
+    """All families, or the fifth of the day."""
+    return [*names] if os.environ.get(ENGINES) != "fifth" else [*names[today() % 5 :: 5]]
