@@ -21,6 +21,7 @@ from stages.adapters.tensorrt_build import Shapes, build_plan
 from stages.runtime.contract import DoesNotFit, Interrupted, Progress, StageError
 from stages.runtime.ending import end_process
 from stages.runtime.fingerprint import ROOT
+from stages.runtime.peak_memory import peak_rss_bytes, tell_peak_beside
 
 MINUTES, DEFAULT_MINUTES = "ENGINERY_BUILD_MINUTES", 60.0
 _KINDS = {kind.__name__: kind for kind in (StageError, DoesNotFit, Interrupted)}
@@ -106,6 +107,8 @@ def _heard(child: subprocess.Popen[str], asked: dict[str, Any], progress: Progre
             raise _KINDS[said.pop("kind")](said.pop("what"), **said)
         if "note" in said:
             progress.note(said["note"])
+        elif "peak_bytes" in said:
+            tell_peak_beside(said["peak_bytes"])
         else:
             progress.advanced(said["done"], 1.0)
 
@@ -169,6 +172,7 @@ def _answer(asked: dict[str, Any], says: _Says) -> None:
         shapes = Shapes(**asked["shapes"])
         plan = build_plan(Path(asked["graph"]), asked["backend"], asked["architectures"], shapes, says)
         Path(asked["target"]).write_bytes(plan)
+        says.say(peak_bytes=peak_rss_bytes())
     except StageError as error:
         parts = {name: None if part is None else str(part) for name, part in vars(error).items()}
         says.say(kind=type(error).__name__, **{name: parts[name] for name in ("what", "measured", "limit", "remedy")})

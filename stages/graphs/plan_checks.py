@@ -34,7 +34,7 @@ def measure(model: ir.Model, plan: Path, progress: Progress) -> Metrics:
     times = _times(data, {line for some in lines.values() for line in some})
     owners = Counter(line for some in lines.values() for line in set(some))
     sizes = {name: tensor.nbytes for name, tensor in _weights(model)}
-    found = {name: max(0.0, sum(times[line] / owners[line] for line in set(some))) for name, some in lines.items()}
+    found = {name: sum(times[line] / owners[line] for line in set(some)) for name, some in lines.items()}
     twice = sorted(name for name, count in found.items() if count > 1)
     besides = len(data) - held
     if twice:

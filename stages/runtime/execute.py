@@ -42,6 +42,7 @@ from stages.runtime.fingerprint import (
     required,
     stage_digest,
 )
+from stages.runtime.peak_memory import peak_rss_bytes, reset_peak_rss
 from stages.runtime.stores import LocalObjects
 
 
@@ -201,7 +202,7 @@ def _claim_partial(draft: Path, work: Work, *, fresh: bool) -> None:
 def _run(
     stage: Stage[Any], params: Params, work: Work, store: Store, progress: Progress, draft: Path, step: str
 ) -> Manifest:
-    _reset_peak_rss()
+    reset_peak_rss()
     started = time.monotonic()
     metrics = stage.run(params, checked_out(work, store, progress), draft, progress)
     files = entries(draft)
@@ -276,22 +277,3 @@ def device_name() -> str:
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()} x{os.cpu_count()}"
     return f"{platform.processor() or platform.machine()} x{os.cpu_count()}"
-
-
-def _reset_peak_rss() -> None:
-    # Writing 5 resets VmHWM (proc_pid_clear_refs(5)); without it an inline step would report an earlier step's peak.
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process since the stage began. VmHWM, since ru_maxrss survives exec."""
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

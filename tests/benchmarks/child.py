@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from stages.models.memory.lean_import import import_transformers
 from stages.runtime.contract import StageError
-from stages.runtime.execute import peak_rss_bytes
+from stages.runtime.peak_memory import peak_rss_bytes
 from stages.runtime.progress import JsonLines
 from tests.benchmarks.techniques import CONTROLS
 

@@ -14,8 +14,8 @@ from stages.adapters.connect import connect
 from stages.adapters.s3 import multipart as s3_multipart
 from stages.adapters.s3.client import client
 from stages.runtime.contract import Manifest
-from stages.runtime.execute import peak_rss_bytes
 from stages.runtime.fingerprint import fingerprint
+from stages.runtime.peak_memory import peak_rss_bytes
 from stages.runtime.progress import Silent
 
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from stages.adapters import tensorrt_child
 from stages.adapters.tensorrt_build import Shapes
 from stages.runtime.contract import DoesNotFit, StageError
+from stages.runtime.peak_memory import peak_rss_bytes
 from tests.engines import Hears
 
 SMALL = Shapes(maximum_batch=2, maximum_tokens=8)
@@ -73,7 +74,7 @@ def test_builders_refusal_arrives_with_the_node_and_a_missing_library_with_its_r
     assert not (tmp_path / "model.plan").exists()
 
 
-def test_plan_notes_and_progress_arrive(tmp_path):
+def test_plan_progress_and_memory_arrive(tmp_path):
     value = helper.make_tensor_value_info
     node = helper.make_node("Cast", ["input_ids"], ["logits"], to=TensorProto.FLOAT)
     graph = helper.make_graph(
@@ -82,8 +83,9 @@ def test_plan_notes_and_progress_arrive(tmp_path):
     )  # fmt: skip
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10),
               tmp_path / "model.onnx")  # fmt: skip
-    heard = Hears()
+    heard, before = Hears(), peak_rss_bytes()
     build(tmp_path, "tensorrt_rtx", heard)
+    assert peak_rss_bytes() > before + 50_000_000  # the library alone takes more, and not in this process
     assert (tmp_path / "model.plan").stat().st_size > 1000
     assert heard.fractions == sorted(heard.fractions) and heard.fractions[-1] == 1
 

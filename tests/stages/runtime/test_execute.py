@@ -10,8 +10,9 @@ import pytest
 from stages.runtime import execute as module
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import PARTIAL, DoesNotFit, Image, Kind, StageError, Work
-from stages.runtime.execute import check_kinds, execute, peak_rss_bytes, work_of
+from stages.runtime.execute import check_kinds, execute, work_of
 from stages.runtime.fingerprint import canonical, fingerprint, required
+from stages.runtime.peak_memory import peak_rss_bytes
 from stages.runtime.progress import Silent
 from stages.runtime.stores import LocalObjects
 from tests.stages.runtime.trial import TRIAL, TrialParams
