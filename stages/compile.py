@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -56,6 +56,7 @@ class CompileParams(Params):
 
 def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write the executable and `engine.json`, with the tokenizer beside them."""
+    from stages.graphs import components, ort_engine
     from stages.serving.files import carry
 
     source, chosen = inputs["graph"], backend(params.backend)
@@ -64,6 +65,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     refuse_impossible(params.backend, architectures, described["precisions"])
     _refuse_rounding(params)
     _refuse_halves(params, described.get("dtype", WHOLE))
+    _refuse_stacks(params, described["task"])
     longest = _longest(params, described["maximum_tokens"])
     if longest < (params.maximum_tokens or 0):
         progress.note(f"the engine reads {longest} tokens, all that its graph reads, not {params.maximum_tokens}")
@@ -73,9 +75,10 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
         architectures=architectures,
         maximum_tokens=longest,
         maximum_batch=params.maximum_batch,
-        lower=partial(_lower, layers=cache["layers"] if cache else ()),
+        lower=partial(ort_engine.lower, layers=cache["layers"] if cache else ()),
     )
-    engine: dict[str, Any] = {
+    told = {"answers": described["answers"]} if "answers" in described else {}
+    engine: dict[str, Any] = told | {
         "backend": params.backend,
         "architectures": list(architectures),
         "task": described["task"],
@@ -84,7 +87,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
         "cache": cache if chosen.keeps else None,
         "pooling": described.get("pooling"),
         "activations": params.activations,
-        "components": {"model": _component(described, chosen.keeps, chosen.executable)},
+        "components": _components(described, chosen.keeps, chosen.executable),
         "maximum_tokens": asked.maximum_tokens,
         "executable": chosen.executable,
         # One plan for several architectures has not run on any of them when it was built ahead of time.
@@ -98,7 +101,8 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
             metrics = _for_processor(chosen, asked, source, output, progress)
             if params.activations == "int8":
                 metrics |= _rounding(chosen, source, output)
-    size = sum(path.stat().st_size for path in output.glob(f"{chosen.executable}*"))
+    files = {*output.glob(f"{chosen.executable}*"), *components.files(output / chosen.executable)}
+    size = sum(path.stat().st_size for path in files)
     carry(source, output)
     (output / "engine.json").write_text(json.dumps(engine, indent=1, sort_keys=True), encoding="utf-8")
     return {"size_bytes": float(size)} | metrics
@@ -109,12 +113,15 @@ def _described(source: Path) -> dict[str, Any]:
     return found
 
 
-def _component(described: Mapping[str, Any], keeps: bool, executable: str) -> dict[str, Any]:
-    """What the executable takes and gives, so that any program can call it."""
+def _components(described: Mapping[str, Any], keeps: bool, executable: str) -> dict[str, Any]:
+    """What the executable takes and gives, so that any program can call it; an encoder's graph keeps its name."""
     if described.get("cache") and keeps:
-        return {**described["components"]["model"], "file": executable}
+        given: Mapping[str, Any] = described["components"]
+        return {
+            name: {**one, "file": executable if one["file"] == GRAPH else one["file"]} for name, one in given.items()
+        }
     names = {"inputs": ["input_ids", "attention_mask"], "outputs": ["logits"]}
-    return {"file": executable, **names, "state": {}}
+    return {"model": {"file": executable, **names, "state": {}}}
 
 
 def _plan(chosen: Backend, asked: Asked, engine: dict[str, Any], output: Path, progress: Progress) -> Metrics:
@@ -127,7 +134,7 @@ def _plan(chosen: Backend, asked: Asked, engine: dict[str, Any], output: Path, p
         engine["cache"] = {**engine["cache"], "maximum": asked.maximum_tokens}
         engine["profiles"] = plans.profiles(asked.maximum_batch, asked.maximum_tokens)
     elif engine["cache"]:
-        engine |= {"cache": None, "components": {"model": _component({}, False, chosen.executable)}}
+        engine |= {"cache": None, "components": _components({}, False, chosen.executable)}
     return metrics
 
 
@@ -138,6 +145,7 @@ def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:
     refuse_impossible(params.backend, architectures, (*_PRECISIONS.get(graph.scheme, ()), graph.dtype))
     _refuse_rounding(params)
     _refuse_halves(params, graph.dtype)
+    _refuse_stacks(params, graph.task)
     return replace(graph, built=_longest(params, graph.built))
 
 
@@ -158,6 +166,16 @@ def _refuse_halves(params: CompileParams, dtype: str) -> None:
             measured=f"a graph in {dtype}",
             limit=WHOLE,
             remedy="Export another graph without `dtype` for the processor; this one is for TensorRT.",
+        )
+
+
+def _refuse_stacks(params: CompileParams, task: str) -> None:
+    if task == "translate" and params.architectures:
+        raise StageError(
+            f"{params.backend} builds no plan of a model with an encoder and a decoder yet",
+            measured="two graphs that share their weights",
+            limit="one",
+            remedy="Choose backend: onnxruntime.",
         )
 
 
@@ -192,49 +210,26 @@ def _without_cache(asked: Asked, output: Path) -> Iterator[Asked]:
         yield replace(asked, graph=Path(folder) / GRAPH)
 
 
-def _lower(graph: Path, target: Path, layers: Sequence[Mapping[str, Any]]) -> Metrics:
-    from stages.graphs import merged_products, onnx_graph, ort_cache_lowering, ort_lowering, ort_norms
-
-    model = onnx_graph.load(graph)
-    merged = merged_products.merge_products(model)
-    lowered = ort_lowering.lower(model)
-    attentions = ort_cache_lowering.lower_cache(model, layers)
-    ort_norms.fuse_norms(model)
-    onnx_graph.save(model, target)
-    kinds = {
-        "integer_products": ort_lowering.INTEGER_PRODUCT,
-        "split_products": ort_lowering.SPLIT_PRODUCT,
-        "few_bits_products": ort_lowering.FEW_BITS_PRODUCT,
-    }
-    products = {name: float(lowered.get(kind, 0)) for name, kind in kinds.items()} | {"merged_products": float(merged)}
-    return products | ({"cached_attentions": float(attentions)} if layers else {})
-
-
 def _for_processor(chosen: Backend, asked: Asked, source: Path, output: Path, progress: Progress) -> Metrics:
     """The engine, proven to compute what the graph computes."""
-    import numpy as np
-
-    from stages.adapters.onnxruntime import CachedSession, open_session
-    from stages.graphs import onnx_graph, ort_checks
-    from stages.graphs.stepping import by_steps
+    from stages.graphs import components, onnx_graph, ort_checks, stepping
 
     described, ids_NT = _described(source), _prose(source)
+    said_NT = _said(described, ids_NT)
     engine = output / chosen.executable
     metrics = chosen.build(asked, output, progress)
     if engine.suffix == asked.graph.suffix:
-        _require_lowered(onnx_graph.held(onnx_graph.load(engine)).precisions, described)
+        _require_lowered(onnx_graph.held(*components.load(engine)).precisions, described)
     progress.advanced(1, 3)
 
     def built(graph: Path, folder: Path) -> None:
         chosen.build(replace(asked, graph=graph), folder, Silent())
 
     def logits(folder: Path) -> np.ndarray:
-        return chosen.execute(folder / chosen.executable, (), True).forward(ids_NT, np.ones_like(ids_NT))
+        return stepping.at_once(chosen.execute(folder / chosen.executable, (), True), ids_NT, said_NT)
 
     def stepped(folder: Path) -> np.ndarray:
-        session = open_session(folder / chosen.executable)
-        assert isinstance(session, CachedSession)
-        return by_steps(session, ids_NT)
+        return stepping.one_by_one(folder / chosen.executable, ids_NT, said_NT)
 
     difference = ort_checks.require_same_numbers(
         asked.graph,
@@ -243,34 +238,34 @@ def _for_processor(chosen: Backend, asked: Asked, source: Path, output: Path, pr
         built,
         [logits, stepped] if described.get("cache") and chosen.keeps else [logits],
         predicts=described["task"] == "generate",
+        said_NT=said_NT,
     )
     progress.advanced(2, 3)
     if engine.suffix == asked.graph.suffix:
-        ort_checks.require_exact_products(engine, ids_NT)
+        ort_checks.require_exact_products(engine, ids_NT, said_NT)
     progress.advanced(3, 3)
     return metrics | {"parity_logit_difference": difference}
 
 
 def _rounding(chosen: Backend, source: Path, output: Path) -> Metrics:
     """Let the proven engine round activations, and say how far that takes it from what it was."""
-    import numpy as np
-
-    from stages.graphs import onnx_graph, ort_few_bits
+    from stages.graphs import components, ort_few_bits, stepping
     from stages.graphs.parity import divergence
 
     engine, ids_NT = output / chosen.executable, _prose(source)
+    said_NT = _said(_described(source), ids_NT)
 
     def logits() -> np.ndarray:
-        return chosen.execute(engine, (), True).forward(ids_NT, np.ones_like(ids_NT))
+        return stepping.at_once(chosen.execute(engine, (), True), ids_NT, said_NT)
 
-    before_NTV, model = logits(), onnx_graph.load(engine)
-    products = ort_few_bits.round_activations(model)
+    before_NTV, models = logits(), components.load(engine)
+    products = sum(ort_few_bits.round_activations(model) for model in models)
     if not products:
         raise StageError(
             "no activations can be rounded: the graph has no product of INT4 weights and float activations",
             remedy="Leave `activations` out, or quantize by int4_weight_only.",
         )
-    onnx_graph.save(model, engine)
+    components.save(models, engine)
     found = divergence(before_NTV, logits())
     if not found <= ROUNDING_LIMIT:
         raise StageError(
@@ -280,6 +275,17 @@ def _rounding(chosen: Backend, source: Path, output: Path) -> Metrics:
             remedy="Leave `activations` out.",
         )
     return {"rounded_activations": float(products), "rounding_kl_divergence": found}
+
+
+def _said(described: Mapping[str, Any], ids_NT: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """What a decoder behind an encoder reads when it is asked for windows; None for a model of one graph."""
+    import numpy as np
+
+    from stages.serving.answering import manner
+
+    if "answers" not in described:
+        return None
+    return manner(described["answers"]).shifted(ids_NT, np.full(len(ids_NT), ids_NT.shape[1]))
 
 
 def _prose(source: Path) -> NDArray[np.int64]:

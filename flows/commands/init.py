@@ -83,7 +83,7 @@ def _steps(source: str) -> dict[str, Any]:
     if not source.startswith("file://"):
         typer.echo("what the checkpoint is cannot be seen from here: `enginery plan` downloads it and says so")
         cuts = {name: name != "zeros" for name, _, _ in _CUTS}
-        return _told("generate", cuts, recovers=True, scheme=_SCHEMES[0], exported=True) | {
+        return _told("generate", cuts, recovers=True, scheme=_SCHEMES[0], exported=True, planned=True) | {
             "asked": True,
             "writes": True,
         }
@@ -97,6 +97,8 @@ def _steps(source: str) -> dict[str, Any]:
     teacher = _READS | {"teacher": "dense"}
     asked += [Asked(name="recovers", stage="recover", params={"tokens": 100_000}, inputs=teacher)]
     asked += [Asked(name="exported", stage="export", params={}, inputs={"model": "dense"})]
+    plan = {"backend": "tensorrt_rtx", "architectures": ["sm_89", "sm_120"]}
+    asked += [Asked(name="planned", stage="compile", params=plan, inputs={"graph": "exported"})]
     written = {"source": "model://self", "splits": {"calibrate": 1.0}}
     asked += [Asked(name="writes", stage="corpus", params=written, inputs={"model": "dense"})]
     answers = {one.step: one for one in ask(asked)}
@@ -109,9 +111,9 @@ def _steps(source: str) -> dict[str, Any]:
     cuts = {name: _takes(answers[name]) for name, _, _ in _CUTS}
     cuts["zeros"] = cuts["zeros"] and not cuts["channels"] and not cuts["bases"]
     scheme = next((one for one in _SCHEMES if _takes(answers[one])), "")
-    recovers, exported = (_takes(answers[name]) for name in ("recovers", "exported"))
+    recovers, exported, planned = (_takes(answers[name]) for name in ("recovers", "exported", "planned"))
     task = answers["dense"].task
-    made = _told(task, cuts, recovers=recovers, scheme=scheme, exported=exported)
+    made = _told(task, cuts, recovers=recovers, scheme=scheme, exported=exported, planned=planned)
     asks = task == "generate"
     return made | {"asked": asks, "writes": asks and _takes(answers["writes"])}
 
@@ -120,7 +122,9 @@ def _takes(answer: Answer) -> bool:
     return answer.refusal is None and not answer.unknown
 
 
-def _told(task: str, cuts: Mapping[str, bool], *, recovers: bool, scheme: str, exported: bool) -> dict[str, Any]:
+def _told(
+    task: str, cuts: Mapping[str, bool], *, recovers: bool, scheme: str, exported: bool, planned: bool
+) -> dict[str, Any]:
     """Each step of the template with the step that it reads, in a row."""
     last, told = "dense", dict[str, Any](cuts)
     for cut, name in (("bases", "shared"), ("channels", "pruned"), ("zeros", "sparse")):
@@ -132,9 +136,10 @@ def _told(task: str, cuts: Mapping[str, bool], *, recovers: bool, scheme: str, e
     told |= {"scheme": scheme, "small": small, "small_of": last}
     last = small if scheme else last
     measure, own, other = _GATES[task]
-    judged = ["cpu", "gpu"] if exported else [last]
+    judged = (["cpu", "gpu"] if planned else ["cpu"]) if exported else [last]
     return told | {
         "exported": exported,
+        "planned": planned,
         "graph_of": last,
         "judged": judged,
         "gate": measure,

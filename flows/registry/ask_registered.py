@@ -15,9 +15,9 @@ warnings.filterwarnings("ignore")
 
 
 def asked(model: Any, texts: list[str], tokens: int) -> list[Any]:
-    """What a registered model answers: a text's continuation, or the logits of a model that continues none."""
+    """What a registered model answers: a text's continuation or answer, or the logits of a model that writes none."""
     engine = model.unwrap_python_model()._engine
-    if engine.task == "generate":
+    if engine.task in ("generate", "translate"):
         return list(model.predict(texts, params={"max_new_tokens": tokens}))
     import numpy as np
 

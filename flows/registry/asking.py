@@ -54,10 +54,10 @@ def engines_answers(engine: Path, texts: list[str]) -> Answers:
     """What an engine answers, opened from its folder, whose bytes are verified."""
     import numpy as np
 
-    from stages.serving.engine import open_engine
+    from stages.serving.engine import WRITES, open_engine
 
     opened = open_engine(engine, verified=True)
-    if opened.task == "generate":
+    if opened.task in WRITES:
         return opened.generate(texts, max_new_tokens=TOKENS)
     return [opened.logits(np.array([opened.tokenizer.encode(text).ids])).ravel().tolist() for text in texts]
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+ENCODER = "encoder.onnx"
+"""The graph beside one that answers, which reads what is answered to."""
 GRAPHS_BACKEND = "onnxruntime"
 """What answers for a graph that was not compiled."""
 
@@ -36,6 +38,20 @@ class Steps(Protocol):
 
     def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read one more token of each sequence; returns the logits of what comes next, [N, V]."""
+
+
+class Begun(Protocol):
+    """A decoder that keeps what it has said of some texts."""
+
+    def read(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read more tokens of each answer; returns the logits of what comes next to each, [N, T, V]."""
+
+
+class Stacks(Protocol):
+    """A model with an encoder that reads texts and a decoder that answers them."""
+
+    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64], places: int) -> Begun:
+        """Read texts, padded on their right; their answers have room for so many tokens to begin with."""
 
 
 class Slots(Protocol):
@@ -57,15 +73,17 @@ class Execution:
 
     Attributes:
         target: what executes it, `onnxruntime:cpu`.
-        forward: answers to whole sequences.
+        forward: answers to whole sequences; None where `stacks` does, for who knows how an answer begins.
         steps: begins to keep what it reads, of sequences of so many tokens at most; None where nothing is kept.
         slots: the same for sequences that come and go.
+        stacks: both stacks of a model that has an encoder and a decoder.
     """
 
     target: str
-    forward: Forward
+    forward: Forward | None
     steps: Callable[[int], Steps] | None = None
     slots: Callable[[int], Slots] | None = None
+    stacks: Stacks | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +91,8 @@ class Asked:
     """What is to be built.
 
     Attributes:
-        graph: model.onnx; external data beside it. It takes and gives keys and values if the backend `keeps` them.
+        graph: model.onnx; external data beside it, and an encoder's graph if the model has one. It takes and gives keys
+            and values if the backend `keeps` them.
         architectures: GPUs it is for, none for the processor.
         maximum_tokens: the longest sequence.
         maximum_batch: the largest batch.

@@ -49,10 +49,13 @@ class Session:
         """
         return self._run(["logits"], ids_NT, np.ones_like(ids_NT) if mask_NT is None else mask_NT)[0]
 
-    def outputs(self, ids_NT: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    def outputs(
+        self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Every output of the graph by its name; errors as of `logits`."""
         names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, self._run(names, ids_NT, np.ones_like(ids_NT)), strict=True))
+        mask_NT = np.ones_like(ids_NT) if mask_NT is None else mask_NT
+        return dict(zip(names, self._run(names, ids_NT, mask_NT), strict=True))
 
     def _run(
         self, names: list[str], ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]
@@ -89,10 +92,10 @@ class CachedSession:
             logits_TV[mask_T > 0] = found_TV[:count]
         return logits_NTV
 
-    def outputs(self, ids_NT: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-        """Every output of the graph but the cache, by its name; errors as of `logits`."""
+    def outputs(self, ids_NT: NDArray[np.int64], kept: Kept | None = None) -> dict[str, NDArray[np.float32]]:
+        """Every output of the graph but the cache, by its name; an empty one unless given. Errors as of `logits`."""
         names = [one.name for one in self.session.get_outputs() if one.name not in self.state.values()]
-        kept = self.begin(*ids_NT.shape)
+        kept = kept or self.begin(*ids_NT.shape)
         feeds = kept.feeds(ids_NT, np.tile(np.arange(ids_NT.shape[1]), (len(ids_NT), 1)))
         return dict(zip(names, _ran(lambda: self.session.run(names, feeds | kept.places)), strict=True))
 
@@ -107,10 +110,10 @@ class CachedSession:
 
 
 class Kept:
-    """What was read of some rows, in buffers that the graph writes into where they are."""
+    """What was read of some rows, in buffers that the graph writes into; `beside` goes in at each call."""
 
     def __init__(self, opened: CachedSession, rows: int, places: int) -> None:
-        self.opened = opened
+        self.opened, self.beside = opened, dict[str, NDArray[Any]]()
         past = [one for one in opened.session.get_inputs() if one.name in opened.state]
         with room_for(rows, places):
             self.lengths_N = np.zeros(rows, np.int64)
@@ -118,9 +121,9 @@ class Kept:
                 one.name: np.zeros((rows, one.shape[1], places, one.shape[3]), KEPT_AS[one.type]) for one in past
             }
 
-    def feeds(self, ids_NT: NDArray[np.int64], asked_NK: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    def feeds(self, ids_NT: NDArray[np.int64], asked_NK: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """What goes in beside the cache."""
-        return {"input_ids": ids_NT, "past_lengths": self.lengths_N, "logits_at": asked_NK}
+        return {"input_ids": ids_NT, "past_lengths": self.lengths_N, "logits_at": asked_NK, **self.beside}
 
     def read(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-from stages.adapters.backends import Asked, Backend, Execution
+from stages.adapters.backends import ENCODER, Asked, Backend, Execution
 from stages.runtime.contract import Metrics, Progress, StageError
 
 GRAPH = "model.onnx"
@@ -39,7 +39,10 @@ def execute(executable: Path, architectures: Sequence[str], verified: bool) -> E
     """A session; a graph holds no code, so nobody need have verified it."""
     from stages.adapters.onnxruntime import CachedSession, Stepping, open_session
     from stages.adapters.onnxruntime_slots import RowSlots
+    from stages.adapters.onnxruntime_stacks import open_stacks
 
+    if executable.with_name(ENCODER).is_file():
+        return Execution("onnxruntime:cpu", None, stacks=open_stacks(executable))
     opened = open_session(executable)
     if not isinstance(opened, CachedSession):
         return Execution("onnxruntime:cpu", opened.logits)

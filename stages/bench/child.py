@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.runtime.contract import DoesNotFit, StageError
-from stages.runtime.execute import peak_rss_bytes
+from stages.runtime.peak_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from stages.serving.engine import Answerer

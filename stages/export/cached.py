@@ -75,15 +75,8 @@ class Decoder(nn.Module):
         """(logits_NKV, keys and values of each layer with the new ones written, [N, G, M, D])."""
         positions_NT = lengths_N[:, None] + torch.arange(ids_NT.shape[1])
         cache = Given(past, lengths_N, self._rounding)
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        # Before the head, not behind it: rows of the vocabulary that nobody asks for are not made.
-        hook = head.register_forward_pre_hook(lambda _module, args: (_rows(args[0], asked_NK),))
-        try:
-            with at(positions_NT):
-                answer = self.model(**arguments(self.model, ids_NT, positions_NT, cache))
-        finally:
-            hook.remove()
+        with at(positions_NT), asked_of(self.model, asked_NK):
+            answer = self.model(**arguments(self.model, ids_NT, positions_NT, cache))
         present = [cache.present.get(layer) for layer in range(self.layers)]
         return answer.logits, *(tensor for pair in present if pair is not None for tensor in pair)
 
@@ -186,13 +179,24 @@ def at(positions_NT: Tensor) -> Iterator[None]:
         _positions.pop()
 
 
+@contextmanager
+def asked_of(model: PreTrainedModel, asked_NK: Tensor) -> Iterator[None]:
+    """Within it, the model's head reads these tokens alone."""
+    head = model.get_output_embeddings()
+    assert head is not None
+    # Before the head, not behind it: rows of the vocabulary that nobody asks for are not made.
+    hook = head.register_forward_pre_hook(lambda _module, args: (_rows(args[0], asked_NK),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _rows(hidden: Tensor, asked_NK: Tensor) -> Tensor:
     return hidden.gather(1, asked_NK[:, :, None].expand(-1, -1, hidden.shape[2]))
 
 
-def _seen(
-    batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], **others: Any
-) -> Tensor:
+def seen(batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], **others: Any) -> Tensor:
     """Which places of the cache each new token attends to, bool [N, 1, T, M]."""
     if others.get("use_vmap"):
         raise NotCached("it attends by a pattern of its own")
@@ -201,9 +205,10 @@ def _seen(
     return mask_function(sequence_N111, head, _positions[-1][:, None, :, None], place_M[None, None, None])
 
 
-def _attend(
+def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    """Attention as one operator over all that is given, in transformers' face of it."""
     for heard in _heard:
         heard(module, key, value, attention_mask)
     if unknown := [name for name in ("s_aux", "position_bias", "head_mask") if kwargs.get(name) is not None]:
@@ -223,13 +228,13 @@ def _attend(
     return found_NQTD.transpose(1, 2), None
 
 
-AttentionInterface.register(_NAME, _attend)
-AttentionMaskInterface.register(_NAME, _seen)
+AttentionInterface.register(_NAME, attend)
+AttentionMaskInterface.register(_NAME, seen)
 
 
 def _added(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
     """The same as what is added to the products of queries and keys."""
-    return torch.where(_seen(*args, **kwargs), 0.0, torch.finfo(dtype).min)
+    return torch.where(seen(*args, **kwargs), 0.0, torch.finfo(dtype).min)
 
 
 @contextmanager
@@ -240,7 +245,7 @@ def attending(model: PreTrainedModel) -> Iterator[None]:
         # By products and a softmax: torch's fused operator may be called with fewer heads of keys than of queries,
         # which the exporter does not take.
         model.config._attn_implementation = "eager"
-        ours = {sdpa_mask: _seen, eager_mask: _added}
+        ours = {sdpa_mask: seen, eager_mask: _added}
         changed = {name: made for name, made in ALL_MASK_ATTENTION_FUNCTIONS.items() if made in ours}
         ALL_MASK_ATTENTION_FUNCTIONS.update({name: ours[made] for name, made in changed.items()})
         try:

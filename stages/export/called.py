@@ -22,6 +22,7 @@ from stages.models.anatomy.tasks import answer
 from stages.models.checkpoint.pooling import Pooling
 from stages.models.layers import quantized_linear, rounded_cache
 from stages.runtime.contract import StageError
+from stages.serving.eager import answers
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
 TOKEN_AXIS = {"generate": 1, "fill": 1, "tag": 1, "embed": 1, "answer": 2}
@@ -80,7 +81,7 @@ def alone(
 ) -> NDArray[np.float32]:
     """What the model answers to one window by transformers' own ways: no mask, no place is told to it."""
     ids = torch.from_numpy(ids_1T)
-    said = answer(task, model(input_ids=ids))
+    said = answers(model, task, {"input_ids": ids}) if task == "translate" else answer(task, model(input_ids=ids))
     found: NDArray[np.float32] = (said if pool is None else pool.vectors(said, torch.ones_like(ids))).numpy()
     return found
 

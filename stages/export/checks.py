@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.adapters.onnxruntime import CachedSession, Session, open_session
+from stages.adapters.onnxruntime_stacks import StackSessions, open_stacks
 from stages.export import called
-from stages.graphs import onnx_graph
+from stages.graphs import components, onnx_graph
 from stages.graphs.onnx_graph import Held
 from stages.graphs.parity import parity, require_parity
 from stages.models.anatomy.blocks import embedding, named_tensors
@@ -121,13 +122,26 @@ def require_effect(written: Held, wanted: Expected) -> None:
 
 def unrounded_session(path: Path) -> Session | CachedSession:
     """A graph as it is written, but for the rounding of activations and caches, and with four-bit floats widened."""
+    with _unrounded(path) as twin:
+        return open_session(twin, literal=True)
+
+
+def unrounded_stacks(path: Path) -> StackSessions:
+    """The same of an encoder's graph and a decoder's."""
+    with _unrounded(path) as twin:
+        return open_stacks(twin, literal=True)
+
+
+@contextmanager
+def _unrounded(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".parity-") as folder:
-        model = onnx_graph.load(path)
-        changed = onnx_graph.drop_rounding(model) + onnx_graph.widen_fp4(model)
+        models = components.load(path)
+        changed = sum(onnx_graph.drop_rounding(model) + onnx_graph.widen_fp4(model) for model in models)
         twin = Path(folder) / path.name if changed else path
         if changed:
-            onnx_graph.save(model, twin)
-        return open_session(twin, literal=True)
+            components.save(models, twin)
+        del models
+        yield twin
 
 
 def require_numbers(path: Path, ids_NT: NDArray[np.int64], wanted: Expected, task: str = "generate") -> float:

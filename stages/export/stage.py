@@ -37,6 +37,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")
 BEYOND_WINDOW = 16
 HALVES: Mapping[str, Literal["float16", "bfloat16"]] = {"fp16": "float16", "bf16": "bfloat16"}
 """`dtype` -> what a graph calls it."""
+WHOLE = "float32"
 _NOTHING_KEPT = "engines read the whole text again for each token, as no graph keeps what it has read"
 
 
@@ -62,31 +63,37 @@ class ExportParams(Params):
 
 
 def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
-    """Write `model.onnx` and `graph.json`, with the tokenizer beside them."""
-    from stages.export import checks, to_onnx
-    from stages.models.anatomy import tasks
+    """Write `model.onnx` and `graph.json`, with the tokenizer beside them; and `encoder.onnx` if there is one."""
+    from stages.export import checks, stacked, to_onnx
+    from stages.models.anatomy import classes, tasks
     from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
     from stages.models.checkpoint.pooling import pooled, reads
 
     source, config, tokenizer = inputs["model"], load_config(inputs["model"]), load_tokenizer(inputs["model"])
-    _refuse_two_stacks(config)
     task, most, pool = tasks.task(config), reads(source, config), pooled(source)
+    if config.is_encoder_decoder:
+        stacked.refuse_unwritten(
+            classes.model_class(config), task, params.opset, cache=params.cache, whole=params.dtype not in HALVES
+        )
     most = most or _longest(config, tokenizer, progress)
     ids_NT = _windows(inputs, tokenizer, params.parity_windows, _parity_tokens(params, config, most))
     model = load_model(source)
     to_onnx.densify(model)
     wanted = checks.expected(model, ids_NT, task, pool)
     progress.advanced(1, 4)
-    layers = _layers(model, params, progress) if task == "generate" and params.cache else ()
-    made = _with_cache(model, layers, output, wanted, ids_NT, progress) if layers else None
-    if made is None:
-        if layers:  # it was laid out for the exporter
-            model, layers = load_model(source), ()
-            to_onnx.densify(model)
-        exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1], pool)
-        del model
-        made = _written(exported, output, wanted), checks.require_numbers(output / GRAPH, ids_NT, wanted, task)
-    written, difference = made
+    if config.is_encoder_decoder:
+        written, difference, signature = stacked.export_stacks(model, output / GRAPH, wanted, ids_NT, most)
+    else:
+        layers = _layers(model, params, progress) if task == "generate" and params.cache else ()
+        made = _with_cache(model, layers, output, wanted, ids_NT, progress) if layers else None
+        if made is None:
+            if layers:  # it was laid out for the exporter
+                model, layers = load_model(source), ()
+                to_onnx.densify(model)
+            exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1], pool)
+            del model
+            made = _written(exported, output, wanted), checks.require_numbers(output / GRAPH, ids_NT, wanted, task)
+        (written, difference), signature = made, _signature(layers, most, HALVES.get(params.dtype, WHOLE))
     halving: Metrics = {}
     if half := HALVES.get(params.dtype):
         from stages.export.halving import halve
@@ -94,9 +101,9 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         written, halving = halve(output / GRAPH, half, ids_NT, wanted.answer_N, predicts=task == "generate")
     progress.advanced(3, 4)
     _carry(source, output)
-    described = _signature(layers, most, half or "float32") | {
+    described = signature | {
         "opset": written.opset,
-        "dtype": half or "float32",
+        "dtype": half or WHOLE,
         "task": task,
         "precisions": sorted(written.precisions),
         "rounded_products": len(written.rounding),
@@ -108,7 +115,7 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
     progress.advanced(4, 4)
     return {
         "parity_logit_difference": difference,
-        "size_bytes": float(sum(path.stat().st_size for path in output.glob(f"{GRAPH}*"))),
+        "size_bytes": float(sum(path.stat().st_size for path in output.glob("*.onnx*"))),
         "nodes": float(written.nodes),
         "quantized_matrices": float(written.quantized.total()),
     } | halving
@@ -183,27 +190,22 @@ def admit(params: ExportParams, known: Mapping[str, Any]) -> Subject:
 
     check_split(known, "calibrate")
     given: Subject = known["model"]
-    _refuse_two_stacks(given.model.config)
     pooled(given.folder)
+    if given.model.config.is_encoder_decoder:
+        from stages.export.stacked import refuse_unwritten
+
+        refuse_unwritten(
+            type(given.model), given.task, params.opset, cache=params.cache, whole=params.dtype not in HALVES
+        )
     if given.scheme in ("nvfp4", "mxfp4"):
         from stages.export.to_onnx import FOUR_BIT_FLOATS, no_four_bit_floats
 
         if params.opset < FOUR_BIT_FLOATS:
             raise no_four_bit_floats(params.opset, f"the scheme {given.scheme}")
-    given = replace(given, dtype=HALVES.get(params.dtype, "float32"))
+    given = replace(given, dtype=HALVES.get(params.dtype, WHOLE))
     if given.reads is not None or given.folder.is_file():
         return replace(given, built=given.reads)
     return replace(given, built=_longest(given.model.config, load_tokenizer(given.folder), Silent()))
-
-
-def _refuse_two_stacks(config: PreTrainedConfig) -> None:
-    if config.is_encoder_decoder:
-        raise StageError(
-            f"{(config.architectures or ['the model'])[0]} has an encoder and a decoder: it cannot be exported yet",
-            measured="two stacks of blocks",
-            limit="one",
-            remedy="Take `export` and what follows it out of the recipe, and judge the checkpoint itself.",
-        )
 
 
 def _longest(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> int:

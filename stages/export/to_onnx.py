@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.export import cached
+from stages.export import cached, two_stacks
 from stages.export.cached import LayerCache
 from stages.export.called import INPUTS, OUTPUT, as_called, masks
 from stages.export.experts import use_every
@@ -127,11 +127,40 @@ def with_cache(model: PreTrainedModel, layers: Sequence[LayerCache]) -> ir.Model
             exported = _traced(decoder, arguments, (inputs, outputs), cached.shapes(layers), FUSED_ATTENTION)
     except torch.onnx.OnnxExporterError as error:
         raise cached.NotCached(_first_cause(error)) from error
+    _finish(exported, first_names)
+    return exported
+
+
+def with_two_stacks(model: PreTrainedModel, caches: tuple[list[LayerCache], list[LayerCache]]) -> dict[str, ir.Model]:
+    """Export a model with an encoder and a decoder, laid out anew in place, to two graphs that share their weights.
+
+    Args:
+        model: from `load_model`.
+        caches: from `two_stacks.layer_caches`.
+
+    Raises:
+        NotCached: the exporter refuses.
+    """
+    layers, first_names = len(caches[0]), _first_names(model)
+    lay_out(model)
+    use_every(model)
+    names, arguments, shapes = two_stacks.names(layers), two_stacks.sample(*caches), two_stacks.shapes(layers)
+    made: dict[str, ir.Model] = {}
+    for name, module in (("encoder", two_stacks.Reading(model)), ("decoder", two_stacks.Saying(model))):
+        try:
+            with two_stacks.attending(model):
+                made[name] = _traced(module.eval(), arguments[name], names[name][:2], shapes[name], FUSED_ATTENTION)
+        except torch.onnx.OnnxExporterError as error:
+            raise cached.NotCached(_first_cause(error)) from error
+        _finish(made[name], first_names)
+    return made
+
+
+def _finish(exported: ir.Model, first_names: Mapping[str, str]) -> None:
     clean(exported, first_names)
     exported.opset_imports[""] = cached.OPSET
     for node in exported.graph:
         node.version = None
-    return exported
 
 
 def _traced(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,11 +124,12 @@ def size_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def held(model: ir.Model) -> Held:
-    """Count what a graph holds."""
+def held(*models: ir.Model) -> Held:
+    """Count what a graph holds, or several that share their weights."""
     quantized: Counter[tuple[int, int]] = Counter()
     precisions: set[str] = set()
-    for value in model.graph.initializers.values():
+    constants = _distinct(models)
+    for value in constants:
         tensor = value.const_value
         if tensor is None or tensor.dtype not in _PRECISIONS:
             continue
@@ -140,10 +142,28 @@ def held(model: ir.Model) -> Held:
         # Scales of NVFP4 blocks are themselves of few bits.
         if any(use != _AS_SCALE for use in uses):
             quantized[tensor.dtype.bitwidth, tensor.size] += 1
-    rounding, caches = _rounding(model)
-    return Held(
-        quantized, frozenset(precisions), rounding, caches, size_bytes(model), len(model.graph), model.opset_imports[""]
-    )
+    rounding: dict[str, frozenset[float]] = {}
+    caches: Counter[float] = Counter()
+    for model in models:
+        products, others = _rounding(model)
+        rounding |= {name: rounding.get(name, frozenset()) | scales for name, scales in products.items()}
+        caches += others
+    size = sum(one.const_value.nbytes for one in constants if one.const_value is not None)
+    nodes, opset = sum(len(model.graph) for model in models), models[0].opset_imports[""]
+    return Held(quantized, frozenset(precisions), rounding, caches, size, nodes, opset)
+
+
+def _distinct(models: Sequence[ir.Model]) -> list[ir.Value]:
+    """The constants of graphs, without those that lie where an earlier graph's lie."""
+    found: list[ir.Value] = []
+    known: set[tuple[str, int | None]] = set()
+    for model in models:
+        values = list(model.graph.initializers.values())
+        tensors = [(value, value.const_value) for value in values]
+        places = {value: (str(one.path), one.offset) for value, one in tensors if isinstance(one, ir.ExternalTensor)}
+        found += [value for value in values if places.get(value) not in known]
+        known |= set(places.values())
+    return found
 
 
 def drop_rounding(model: ir.Model) -> int:

@@ -10,7 +10,7 @@ Shapes: N windows, T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from stages.adapters.onnxruntime import open_session
-from stages.graphs import onnx_graph, ort_lowering
+from stages.adapters.onnxruntime_stacks import open_stacks
+from stages.graphs import components, onnx_graph, ort_lowering
 from stages.graphs.parity import parity, require_parity
 from stages.runtime.contract import StageError
 
@@ -34,6 +35,7 @@ def require_same_numbers(
     answers: Sequence[Callable[[Path], NDArray[np.float32]]],
     *,
     predicts: bool = True,
+    said_NT: NDArray[np.int64] | None = None,
 ) -> float:
     """Compare engine and graph end to end, without the rounding of activations.
 
@@ -44,6 +46,7 @@ def require_same_numbers(
         build: builds an engine of a graph into a folder, as the one in `output` was built.
         answers: what the engine in a folder answers to `ids_NT`, in each of the ways that it can be asked.
         predicts: whether the answer is the next token of each; else only its numbers are compared.
+        said_NT: what a decoder behind an encoder reads beside `ids_NT`.
 
     Returns:
         The largest logit difference, in standard deviations.
@@ -52,11 +55,15 @@ def require_same_numbers(
         StageError: they differ, or the engine's own logits are not finite.
     """
     with tempfile.TemporaryDirectory(dir=output, prefix=".twin-") as folder:
-        twin, model = Path(folder) / source.name, onnx_graph.load(source)
-        rounded = onnx_graph.drop_rounding(model)
-        onnx_graph.save(model, twin)
-        del model
-        reference_NTV = open_session(twin, literal=True).logits(ids_NT)
+        twin, models = Path(folder) / source.name, components.load(source)
+        rounded = sum(onnx_graph.drop_rounding(model) for model in models)
+        components.save(models, twin)
+        del models
+        if said_NT is None:
+            reference_NTV = open_session(twin, literal=True).logits(ids_NT)
+        else:
+            stacks = open_stacks(twin, literal=True)
+            reference_NTV = stacks.begin(ids_NT, np.ones_like(ids_NT), said_NT.shape[1]).read(said_NT)
         if rounded:
             output = Path(folder) / "engine"
             output.mkdir()
@@ -67,8 +74,13 @@ def require_same_numbers(
     return max(one.logit_difference for one in found)
 
 
-def require_exact_products(engine: Path, ids_NT: NDArray[np.int64]) -> float:
+def require_exact_products(engine: Path, ids_NT: NDArray[np.int64], said_NT: NDArray[np.int64] | None = None) -> float:
     """Compute every integer product again in float64 from the activations that the engine saw.
+
+    Args:
+        engine: its graph; an encoder's may stand beside it.
+        ids_NT: what it reads.
+        said_NT: what a decoder behind an encoder reads beside that.
 
     Returns:
         The largest difference over the largest value of its product; 0 without integer products.
@@ -76,14 +88,24 @@ def require_exact_products(engine: Path, ids_NT: NDArray[np.int64]) -> float:
     Raises:
         StageError: a product differs.
     """
-    model = onnx_graph.load(engine)
-    products = [node for node in model.graph if node.op_type == ort_lowering.INTEGER_PRODUCT and _rounds(node)]
-    if not products:
+    models = components.load(engine)
+    products = [
+        [node for node in model.graph if node.op_type == ort_lowering.INTEGER_PRODUCT and _rounds(node)]
+        for model in models
+    ]
+    if not any(products):
         return 0.0
     with tempfile.TemporaryDirectory(dir=engine.parent, prefix=".products-") as folder:
         exposed = Path(folder) / engine.name
-        onnx_graph.save(_exposed(model, products), exposed)
-        seen = open_session(exposed).outputs(ids_NT)
+        components.save([_exposed(*pair) for pair in zip(models, products, strict=True)], exposed)
+        if said_NT is None:
+            outputs = [open_session(exposed).outputs(ids_NT)]
+        else:
+            outputs = open_stacks(exposed).outputs(ids_NT, said_NT)
+    return max(_worst(*pair) for pair in zip(products, outputs, strict=True))
+
+
+def _worst(products: list[ir.Node], seen: Mapping[str, NDArray[np.float32]]) -> float:
     worst = 0.0
     for node in products:
         x, scale = _activation(node)

@@ -5,10 +5,14 @@ Shapes: N windows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.onnxruntime import CachedSession
+from stages.adapters.backends import Execution
+from stages.adapters.onnxruntime import CachedSession, open_session
+from stages.adapters.onnxruntime_stacks import StackSessions, open_stacks
 
 STEPS = 32
 """Tokens at most that are read one by one."""
@@ -34,8 +38,35 @@ def by_steps(session: CachedSession, ids_NT: NDArray[np.int64]) -> NDArray[np.fl
     return logits_NTV
 
 
+def said_by_steps(
+    stacks: StackSessions, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64], said_NT: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """logits_NTV of answers to texts: their beginnings read at once, and the rest one by one to the last place."""
+    tokens = said_NT.shape[1]
+    kept, first = stacks.begin(ids_NT, mask_NT, tokens), max(tokens - STEPS, tokens // 2)
+    parts = [said_NT[:, :first], *np.split(said_NT[:, first:], tokens - first, axis=1)]
+    return np.concatenate([kept.read(part) for part in parts if part.shape[1]], axis=1)
+
+
 def in_two(session: CachedSession, ids_1T: NDArray[np.int64]) -> NDArray[np.float32]:
     """The same of one window in two parts."""
     kept, half = session.begin(1, ids_1T.shape[1]), ids_1T.shape[1] // 2 or 1
     parts = [kept.read(part) for part in (ids_1T[:, :half], ids_1T[:, half:]) if part.shape[1]]
     return np.concatenate(parts, axis=1)
+
+
+def at_once(opened: Execution, ids_NT: NDArray[np.int64], said_NT: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    """What an engine answers to whole windows, by what its decoder reads if it has one behind an encoder."""
+    if opened.stacks is not None and said_NT is not None:
+        return opened.stacks.begin(ids_NT, np.ones_like(ids_NT), said_NT.shape[1]).read(said_NT)
+    assert opened.forward is not None
+    return opened.forward(ids_NT, np.ones_like(ids_NT))
+
+
+def one_by_one(path: Path, ids_NT: NDArray[np.int64], said_NT: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    """The same through the cache of a graph in parts."""
+    if said_NT is not None:
+        return said_by_steps(open_stacks(path), ids_NT, np.ones_like(ids_NT), said_NT)
+    session = open_session(path)
+    assert isinstance(session, CachedSession)
+    return by_steps(session, ids_NT)

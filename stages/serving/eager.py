@@ -24,8 +24,9 @@ from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.checkpoint.pooling import pooled, reads
 from stages.runtime.contract import StageError
+from stages.serving.answering import Answering
 from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
-from stages.serving.translating import Translating, first_token
+from stages.serving.translating import Translating, manner_of, shifted
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def eager(folder: Path, device: str = CPU) -> Eager:
 
     def steps() -> Steps:
         if task == "translate":
-            return Translating(model, device=device, computing=computing)
+            return Answering(Translating(model, device=device, computing=computing), manner_of(model))
         return _Steps(model, placed=placed, device=device, computing=computing)
 
     keeps = task in ("generate", "translate") and "past_key_values" in inspect.signature(model.forward).parameters
@@ -136,7 +137,7 @@ def answers(model: PreTrainedModel, task: str, given: dict[str, Any]) -> Tensor:
         StageError: the decoder does not say how an answer begins.
     """
     if task == "translate" or (task == "embed" and model.config.is_encoder_decoder):
-        given = given | {"decoder_input_ids": _shifted(model, given["input_ids"])}
+        given = given | {"decoder_input_ids": shifted(model, given["input_ids"])}
     if task in ("generate", "translate") and "use_cache" in inspect.signature(model.forward).parameters:
         given = given | {"use_cache": False}
     return tasks.answer(task, model(**given, return_dict=True))
@@ -163,11 +164,3 @@ def _counts_itself(model: PreTrainedModel) -> bool:
     """Whether positions begin behind padding's own: such a model leaves padding out when it counts (RoBERTa)."""
     most = tasks.longest(model.config)
     return most != getattr(model.config.get_text_config(), "max_position_embeddings", most)
-
-
-def _shifted(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
-    """The decoder's input when it is asked for these tokens, by the architecture's own way to shift them."""
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        own: Tensor = model.prepare_decoder_input_ids_from_labels(labels=ids_NT)
-        return own
-    return torch.cat([torch.full_like(ids_NT[:, :1], first_token(model)), ids_NT[:, :-1]], dim=1)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from stages.adapters.backends import GRAPHS_BACKEND, Execution, Forward, Slots, Steps, backend, refuse_impossible
 from stages.models.checkpoint.json_files import read_json
 from stages.runtime.contract import StageError
+from stages.serving.answering import Answering, manner, whole
 from stages.serving.chat import Chat, Message, chat
 from stages.serving.generate import ROWS, written
 from stages.serving.generation import Generation, generation
@@ -29,6 +30,8 @@ from stages.serving.sampling import Drawing
 from stages.serving.writing import Answer, Writing
 
 GRAPH, DESCRIBED, ENGINE = "model.onnx", "graph.json", "engine.json"
+WRITES = ("generate", "translate")
+"""The tasks of models that write: what continues a text, and a decoder that answers what an encoder reads."""
 ENDLESS = 2**31 - 1
 """Tokens that a model reads whose positions have no end."""
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -37,7 +40,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model that answers.
+    """A model that answers; to one with an encoder and a decoder, a prompt is what the encoder reads.
 
     Attributes:
         target: what executes it: `onnxruntime:cpu`, `torch:cpu`, `torch:cuda`, `tensorrt_rtx:sm_89`, ...
@@ -74,7 +77,7 @@ class Answerer:
         return self.forward(ids_NT, np.ones_like(ids_NT))
 
     def generate(self, prompts: Sequence[Prompt], **asked: Any) -> list[str]:
-        """Continue each prompt, up to the first token that ends a sequence.
+        """Continue or answer each prompt, up to the first token that ends a sequence.
 
         Args:
             prompts: texts and tokens, taken as they stand, and conversations.
@@ -123,7 +126,13 @@ class Answerer:
         def goes_on(number: int) -> bool:
             return self.goes_on(len(rows[number]), new[number], writings[number], most)
 
-        return written(self.steps() if self.steps else self.forward, rows, new, goes_on, Drawing(how, len(rows)))
+        draw = Drawing(how, len(rows))
+
+        def choose(number: int, row: Sequence[int], logits_V: NDArray[np.float32]) -> int:
+            # What an encoder reads is not said before: a decoder may well say it again.
+            return draw(number, row[len(rows[number]) :] if self.task == "translate" else row, logits_V)
+
+        return written(self.steps() if self.steps else self.forward, rows, new, goes_on, choose)
 
     def goes_on(self, prompt_tokens: int, new: list[int], writing: Writing, most: int) -> bool:
         """Whether another token of an answer is wanted.
@@ -134,9 +143,13 @@ class Answerer:
             writing: their text.
             most: at most so many of them.
         """
-        if len(new) >= min(most, self.maximum_tokens - prompt_tokens):
+        if len(new) >= min(most, self.maximum_tokens - self._before(prompt_tokens)):
             return False
         return not new or not (new[-1] in self.ends or (writing.stop and writing.ends(new)))
+
+    def _before(self, prompt_tokens: int) -> int:
+        """Tokens that stand before an answer; a decoder behind an encoder reads one, and not the prompt."""
+        return 1 if self.task == "translate" else prompt_tokens
 
     def answer(self, prompt_tokens: int, new: list[int], writing: Writing) -> Answer:
         """What was said, once no token follows; see `goes_on`."""
@@ -146,11 +159,11 @@ class Answerer:
 
     def admitted(self, prompts: Sequence[Prompt], how: Generation) -> tuple[int, list[list[int]]]:
         """At most so many new tokens, and the tokens of each prompt; refuses as `generate` does."""
-        if self.task != "generate":
+        if self.task not in WRITES:
             raise StageError(
                 "the model continues no text",
                 measured=f"its task is {self.task}",
-                limit="generate",
+                limit=" or ".join(WRITES),
                 remedy="Ask it for its `logits`.",
             )
         most, encoded = how.most(self.maximum_tokens), [self._encoded(prompt) for prompt in prompts]
@@ -226,11 +239,20 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
     if not (folder / "tokenizer.json").is_file():
         raise StageError(f"{folder.name} has no tokenizer.json", remedy="Make the artifact again.")
     task, most = described.get("task", "generate"), int(described["maximum_tokens"])
-    tokenizer, begins = _bare(Tokenizer.from_file(str(folder / "tokenizer.json"))), opened.steps
-    steps = None if begins is None else partial(begins, most)
+    tokenizer = _bare(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    forward, steps = _asked(opened, described, most)
     slots = None if opened.slots is None else partial(opened.slots, most)
     ends, talks = _ends(folder, config), chat(folder)
-    return Answerer(opened.target, task, most, tokenizer, ends, opened.forward, steps, talks, slots, config)
+    return Answerer(opened.target, task, most, tokenizer, ends, forward, steps, talks, slots, config)
+
+
+def _asked(opened: Execution, described: dict[str, Any], most: int) -> tuple[Forward, Callable[[], Steps] | None]:
+    """How whole sequences are answered, and how what is read is kept."""
+    if opened.stacks is not None:
+        how = manner(described["answers"])
+        return partial(whole, opened.stacks, how), partial(Answering, opened.stacks, how)
+    assert opened.forward is not None
+    return opened.forward, None if opened.steps is None else partial(opened.steps, most)
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:

@@ -1,4 +1,4 @@
-"""A checkpoint with an encoder and a decoder that writes, one token after the other, and keeps what it has read.
+"""A checkpoint with an encoder and a decoder by torch: it keeps what it has read.
 
 Shapes: N sequences, T tokens, V vocabulary.
 """
@@ -12,56 +12,77 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.runtime.contract import StageError
-from stages.serving.generate import padded
+from stages.serving.answering import Manner
 
-_NEVER = -1e30
-"""The logit of what must not be said: finite, so that two models that must not say it differ by nothing there."""
+_ASKED = 3
+"""Tokens by which a model is asked how it shifts a text."""
 
 
 class Translating:
-    """See `stages.serving.generate.Steps`: prompts are what the encoder reads, and the decoder says what comes next.
-
-    As by transformers' own greedy generation the checkpoint's settings force the first token (a language's) and leave
-    out single tokens (padding); those that ask for lengths, beams or no repetition are not followed.
-    """
+    """See `stages.adapters.backends.Stacks`."""
 
     def __init__(
         self, model: PreTrainedModel, *, device: str, computing: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         self.model, self.device, self.computing = model, device, computing
-        self.mask, self.read, self.kept = torch.empty(0), None, None
-        self.left_out = [one[0] for one in _setting(model, "bad_words_ids") or () if len(one) == 1]
 
-    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See Steps. The encoder counts positions from the first column, so that its rows are padded behind."""
-        rows = [ids_T[mask_T > 0].tolist() for ids_T, mask_T in zip(ids_NT, mask_NT, strict=True)]
-        ids, self.mask = (torch.from_numpy(one).to(self.device) for one in padded(rows))
+    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64], places: int) -> _Begun:
+        """Read the texts; torch makes room as tokens come."""
+        ids, mask = (torch.from_numpy(one).to(self.device) for one in (ids_NT, mask_NT))
         with torch.inference_mode(), self.computing():
-            self.read = self.model.get_encoder()(input_ids=ids, attention_mask=self.mask, return_dict=True)
-        self.kept = None
-        logits_NV = self.next(np.full(len(rows), first_token(self.model), dtype=np.int64))
-        forced = _setting(self.model, "forced_bos_token_id")
-        if forced is not None:
-            logits_NV[:] = _NEVER
-            logits_NV[:, forced] = 0
-        return logits_NV
+            read = self.model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
+        return _Begun(self, {"encoder_outputs": read, "attention_mask": mask})
 
-    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See Steps."""
-        given: dict[str, Any] = {"encoder_outputs": self.read, "attention_mask": self.mask}
-        given |= {"decoder_input_ids": torch.from_numpy(tokens_N[:, None]).to(self.device)}
-        with torch.inference_mode(), self.computing():
-            out = self.model(**given, past_key_values=self.kept, use_cache=True, return_dict=True)
+
+class _Begun:
+    def __init__(self, opened: Translating, given: dict[str, Any]) -> None:
+        self.opened, self.given, self.kept = opened, given, None
+
+    def read(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        given = self.given | {"decoder_input_ids": torch.from_numpy(ids_NT).to(self.opened.device)}
+        with torch.inference_mode(), self.opened.computing():
+            out = self.opened.model(**given, past_key_values=self.kept, use_cache=True, return_dict=True)
         self.kept = out.past_key_values
-        logits_NV: NDArray[np.float32] = out.logits[:, -1].float().cpu().numpy().copy()
-        logits_NV[:, self.left_out] = _NEVER
-        return logits_NV
+        logits_NTV: NDArray[np.float32] = out.logits.float().cpu().numpy()
+        return logits_NTV
 
 
-def first_token(model: PreTrainedModel) -> int:
+def manner_of(model: PreTrainedModel) -> Manner:
+    """How a model's answers begin.
+
+    Raises:
+        StageError: it does not say so, or shifts a text in a way of its own.
+    """
+    start, forced = _first_token(model), _setting(model, "forced_bos_token_id")
+    left_out = tuple(int(one[0]) for one in _setting(model, "bad_words_ids") or () if len(one) == 1)
+    special = {start, model.config.pad_token_id, model.config.eos_token_id}
+    ids_1T = torch.tensor([[one for one in range(_ASKED + len(special)) if one not in special][:_ASKED]])
+    wanted = [Manner(start, None if forced is None else int(forced), left_out, wraps) for wraps in (False, True)]
+    found = shifted(model, ids_1T).numpy()
+    for one in wanted:
+        if np.array_equal(found, one.shifted(ids_1T.numpy(), np.array([_ASKED]))):
+            return one
+    raise StageError(
+        f"{type(model).__name__} shifts a text that it is asked for in a way of its own",
+        measured=f"{ids_1T[0].tolist()} to {found[0].tolist()}",
+        limit=f"{start} or the last token first, and the others behind it",
+        remedy="Take `export` and what follows it out of the recipe, and judge the checkpoint itself.",
+    )
+
+
+def shifted(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
+    """The decoder's input when it is asked for these tokens, by the architecture's own way to shift them."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        own: Tensor = model.prepare_decoder_input_ids_from_labels(labels=ids_NT)
+        return own
+    return torch.cat([torch.full_like(ids_NT[:, :1], _first_token(model)), ids_NT[:, :-1]], dim=1)
+
+
+def _first_token(model: PreTrainedModel) -> int:
     """The token that an answer begins behind.
 
     Raises:

@@ -203,10 +203,12 @@ def test_endless_model_reads_as_much_as_its_tokenizer_or_a_length_that_is_told(t
     assert len(heard.notes) == 1
 
 
-def test_model_of_two_stacks_is_refused_before_its_weights_are_read(tiny, tmp_path):
+def test_model_of_two_stacks_that_writes_nothing_is_refused_before_its_weights_are_read(tiny, tmp_path):
     folder = family("t5", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["T5ForSequenceClassification"]}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny / name).read_bytes())
     (folder / "model.safetensors").unlink()
-    with pytest.raises(StageError, match=r"T5ForConditionalGeneration has an encoder and a decoder.*Take `export`"):
+    with pytest.raises(StageError, match=r"T5ForSequenceClassification has an encoder and a decoder.*Take `export`"):
         export(ExportParams(), {"model": folder}, tmp_path, Hears())

@@ -1,0 +1,86 @@
+"""What a model with an encoder and a decoder says of a text, whatever executes both.
+
+Shapes: N sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.adapters.backends import Begun, Stacks
+from stages.serving.generate import padded
+
+NEVER = -1e30
+"""The logit of what must not be said: finite, so that two models that must not say it differ by nothing there."""
+ROOM = 64
+"""Tokens that an answer's cache begins with; room for more is made as they come."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How answers begin.
+
+    As by transformers' own greedy generation the checkpoint's settings force the first token (a language's) and leave
+    out single tokens (padding); those that ask for lengths, beams or no repetition are not followed.
+
+    Attributes:
+        start: the token that the decoder reads first.
+        forced: the first token that it says; None for what it likes.
+        left_out: tokens that it never says.
+        wraps: where the decoder is asked for a text itself, it reads the text's last token first, not `start`.
+    """
+
+    start: int
+    forced: int | None
+    left_out: tuple[int, ...]
+    wraps: bool
+
+    def shifted(self, ids_NT: NDArray[np.int64], counts_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What the decoder reads when it is asked for texts, right-padded, of which so many tokens count."""
+        first_N1 = ids_NT[np.arange(len(ids_NT)), counts_N - 1][:, None]
+        return np.concatenate([first_N1 if self.wraps else np.full_like(first_N1, self.start), ids_NT[:, :-1]], axis=1)
+
+
+def manner(described: Mapping[str, Any]) -> Manner:
+    """As `graph.json` and `engine.json` say it."""
+    return Manner(**{**described, "left_out": tuple(described["left_out"])})
+
+
+class Answering:
+    """See `stages.adapters.backends.Steps`: prompts are what the encoder reads; the decoder says what comes next."""
+
+    def __init__(self, stacks: Stacks, how: Manner) -> None:
+        self.stacks, self.how = stacks, how
+        self._begun: Begun | None = None
+
+    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Steps. The encoder counts positions from the first column, so that its rows are padded behind."""
+        rows = [ids_T[mask_T > 0].tolist() for ids_T, mask_T in zip(ids_NT, mask_NT, strict=True)]
+        self._begun = self.stacks.begin(*padded(rows), ROOM)
+        logits_NV = self.next(np.full(len(rows), self.how.start, dtype=np.int64))
+        if self.how.forced is not None:
+            logits_NV[:] = NEVER
+            logits_NV[:, self.how.forced] = 0
+        return logits_NV
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Steps."""
+        assert self._begun is not None
+        logits_NV = self._begun.read(tokens_N[:, None])[:, -1].copy()
+        logits_NV[:, list(self.how.left_out)] = NEVER
+        return logits_NV
+
+
+def whole(stacks: Stacks, how: Manner, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+    """logits_NTV of texts that the decoder is asked for itself, each token from those before it; 0 beside them."""
+    rows_NT, kept_NT = padded([ids_T[mask_T > 0].tolist() for ids_T, mask_T in zip(ids_NT, mask_NT, strict=True)])
+    said_NT = how.shifted(rows_NT, kept_NT.sum(1))
+    found_NTV = stacks.begin(rows_NT, kept_NT, said_NT.shape[1]).read(said_NT)
+    logits_NTV = np.zeros((*ids_NT.shape, found_NTV.shape[2]), np.float32)
+    logits_NTV[mask_NT > 0] = found_NTV[kept_NT > 0]
+    return logits_NTV

@@ -1,0 +1,196 @@
+"""An encoder and a decoder as two graphs: what they answer is what transformers answers, however it is asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from stages.adapters.onnxruntime_stacks import open_stacks
+from stages.compile import CompileParams, compile_engine
+from stages.export.cache_checks import require_answered_numbers
+from stages.export.checks import expected
+from stages.export.stage import ExportParams, export
+from stages.graphs import components, onnx_graph
+from stages.models.checkpoint.loading import load_model
+from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
+from stages.serving.answering import manner
+from stages.serving.engine import open_engine
+from stages.serving.generate import greedy, padded
+from stages.validate.params import ValidateParams
+from tests.stages.validate.test_questions import asked
+from tests.stages.validate.test_written import REFERENCES, SOURCES, item
+from tests.stages.validate.words import lively, model
+
+ROWS = [[5, 6, 7], [9, 8, 12, 13, 30], [11, 12, 13, 14, 15, 16, 17]]
+SLOW = [pytest.param(name, marks=pytest.mark.fault) for name in ("bart", "mbart", "marian", "t5_plain")]
+FORCED = 40
+
+
+def made(folder, root, params=None):
+    """The graph of a checkpoint and its engine."""
+    for name in ("graph", "engine"):
+        (root / name).mkdir()
+    export(ExportParams(**(params or {"parity_tokens": 24})), {"model": folder}, root / "graph", Silent())
+    compile_engine(CompileParams(backend="onnxruntime"), {"graph": root / "graph"}, root / "engine", Silent())
+    return root / "graph", root / "engine"
+
+
+def forcing(folder, root):
+    """The same checkpoint whose settings force the first token and leave one out."""
+    shutil.copytree(folder, root / "forced")
+    padding = {"pad_token_id": 0}  # the tokenizer's own
+    settings = padding | {"forced_bos_token_id": FORCED, "bad_words_ids": [[3], [7]]}
+    for name, more in (("config.json", padding), ("generation_config.json", settings)):
+        path = root / "forced" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    return root / "forced"
+
+
+@pytest.fixture(scope="module", params=["t5", *SLOW])
+def engines(request, tmp_path_factory):
+    """A checkpoint that forces a token, its graph and its engine."""
+    root = tmp_path_factory.mktemp(request.param)
+    folder = forcing(lively(request.param, root) if request.param != "marian" else model("marian", root), root)
+    return folder, *made(folder, root)
+
+
+def test_engine_says_what_transformers_says_to_texts_of_unequal_length(engines):
+    folder, *both = engines
+    library = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ends = frozenset({library.generation_config.eos_token_id})
+    wanted = []
+    for row in ROWS:
+        given = {"input_ids": torch.tensor([row]), "do_sample": False, "num_beams": 1, "max_new_tokens": 12}
+        wanted.append(library.generate(**given)[0, 1:].tolist())
+    for one in both:
+        found = greedy(open_engine(one).steps(), ROWS, ends=ends, max_new_tokens=12, maximum_tokens=60)
+        assert found == wanted
+    assert {row[0] for row in wanted} == {FORCED} and len({tuple(row) for row in wanted}) > 1
+
+
+def test_engine_asked_for_texts_themselves_has_transformers_logits(engines):
+    folder, *both = engines
+    library = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for one in both:
+        logits_NTV = open_engine(one).forward(*padded(ROWS))
+        for row, found_TV in zip(ROWS, logits_NTV, strict=True):
+            with torch.no_grad():
+                wanted_TV = library(input_ids=torch.tensor([row]), labels=torch.tensor([row])).logits[0].numpy()
+            np.testing.assert_allclose(found_TV[: len(row)], wanted_TV, atol=1e-3 * wanted_TV.std())
+            assert not found_TV[len(row) :].any()
+
+
+def test_each_weight_lies_once_in_the_file_that_both_graphs_read(engines):
+    folder, *both = engines
+    shared = load_model(folder).get_input_embeddings().weight.detach().numpy()
+    for one in both:
+        weights = [
+            (path.name, name, value.const_value)
+            for path in components.files(one / "model.onnx")
+            for name, value in ir.load(path).graph.initializers.items()
+            if isinstance(value.const_value, ir.ExternalTensor)
+        ]
+        tables = {
+            (tensor.location, tensor.offset)
+            for _, _, tensor in weights
+            if tensor.shape == shared.shape and np.array_equal(tensor.numpy(), shared)
+        }
+        assert len(tables) == 1 and {at[0] for at in tables} == {"model.onnx.data"}
+        assert {name for name, _, _ in weights} == {"model.onnx", "encoder.onnx"}
+        assert not any(path.stat().st_size > 64_000 for path in components.files(one / "model.onnx"))
+
+
+def test_description_names_what_each_graph_takes_and_gives(engines):
+    _, *both = engines
+    for one, name in zip(both, ("graph.json", "engine.json"), strict=True):
+        described = json.loads((one / name).read_text())
+        assert set(described["components"]) == {"encoder", "decoder"}
+        for part in described["components"].values():
+            graph = ir.load(one / part["file"]).graph
+            assert [value.name for value in graph.inputs] == part["inputs"]
+            assert [value.name for value in graph.outputs] == part["outputs"]
+            assert set(part["state"]) <= set(part["inputs"]) and set(part["state"].values()) <= set(part["outputs"])
+        assert described["answers"]["forced"] == FORCED and described["task"] == "translate"
+
+
+def test_text_that_an_engine_writes_is_the_checkpoints(engines):
+    folder, *both = engines
+    prompts, most = list(SOURCES), {"max_new_tokens": 12}
+    wanted = open_engine(folder).generate(prompts, **most)
+    library, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompts[0], return_tensors="pt")["input_ids"]
+    first = library.generate(input_ids=ids, do_sample=False, num_beams=1, **most)
+    assert wanted[0] == tokenizer.decode(first[0], skip_special_tokens=True)
+    for one in both:
+        assert open_engine(one).generate(prompts, **most) == wanted
+        assert "".join(open_engine(one).stream(prompts[1], **most)) == wanted[1]
+        with pytest.raises(StageError, match="longer than the model reads"):
+            open_engine(one).generate([[5] * 5000], **most)
+
+
+def test_verdict_on_an_engine_is_the_one_on_its_checkpoint(engines, tmp_path):
+    folder, _, engine = engines
+    items = [item(n, *pair[:1], pair[1:]) for n, pair in enumerate(zip(SOURCES, REFERENCES, strict=True))]
+    ours = asked(tmp_path, engine, items, ValidateParams(target="onnxruntime:cpu"), baseline=folder)
+    theirs = asked(tmp_path, folder, items, baseline=folder)
+    assert [one["answer"] for one in ours["documents"]] == [one["answer"] for one in theirs["documents"]]
+    for name in ("bleu", "chrf"):
+        assert ours["measures"][name] == theirs["measures"][name]
+    assert abs(ours["measures"]["kl_divergence"]) < 1e-6
+
+
+@pytest.mark.fault
+def test_graphs_that_hand_over_something_else_are_not_sealed(tmp_path):
+    folder = model("bart", tmp_path)
+    (tmp_path / "graph").mkdir()
+    export(ExportParams(parity_tokens=24), {"model": folder}, tmp_path / "graph", Silent())
+    path = tmp_path / "graph" / "model.onnx"
+    ids_NT = np.arange(40).reshape(2, 20) * 7 % 60
+    how = manner(json.loads((tmp_path / "graph" / "graph.json").read_text())["answers"])
+    wanted = expected(load_model(folder), ids_NT, "translate")
+    assert require_answered_numbers(path, ids_NT, wanted, how) < 1e-4
+    encoder = onnx_graph.load(path.with_name("encoder.onnx"))
+    outputs = encoder.graph.outputs
+    outputs[0], outputs[2] = outputs[2], outputs[0]
+    outputs[0].name, outputs[2].name = "cross.0.key", "cross.1.key"
+    onnx_graph.save(encoder, path.with_name("encoder.onnx"))
+    with pytest.raises(StageError, match="texts in the two graphs and the torch model differ"):
+        require_answered_numbers(path, ids_NT, wanted, how)
+
+
+def test_padding_of_a_text_is_hidden_by_the_mask_alone(engines):
+    _, graph, _ = engines
+    stacks, (ids_NT, mask_NT) = open_stacks(graph / "model.onnx"), padded(ROWS)
+    other_NT = np.where(mask_NT > 0, ids_NT, 21)
+    said_NT = np.array([[2, 5, 6]] * len(ROWS))
+    hidden, same, seen = (
+        stacks.begin(ids, mask, 3).read(said_NT)
+        for ids, mask in ((ids_NT, mask_NT), (other_NT, mask_NT), (other_NT, np.ones_like(mask_NT)))
+    )
+    np.testing.assert_allclose(hidden, same, atol=1e-5 * hidden.std())
+    assert np.abs(hidden[0] - seen[0]).max() > 1e-3 * hidden.std()
+
+
+@pytest.mark.parametrize(
+    ("params", "why"), [({"opset": 21}, "measured opset 21; limit opset 23"), ({"cache": False}, "with a cache alone")]
+)
+def test_what_two_stacks_are_not_written_by_is_refused(tmp_path, params, why):
+    with pytest.raises(StageError, match=why):
+        export(ExportParams(**params), {"model": model("t5", tmp_path)}, tmp_path, Silent())
+
+
+def test_plan_of_two_stacks_is_refused_by_name_before_any_work(tmp_path):
+    described = {"task": "translate", "precisions": ["float32"], "maximum_tokens": 64, "vocabulary": 96}
+    (tmp_path / "graph.json").write_text(json.dumps(described))
+    (tmp_path / "out").mkdir()
+    params = CompileParams(backend="tensorrt_rtx", architectures=("sm_89",))
+    with pytest.raises(StageError, match=r"tensorrt_rtx builds no plan.*limit one.*Choose backend: onnxruntime"):
+        compile_engine(params, {"graph": tmp_path}, tmp_path / "out", Silent())
+    assert not list((tmp_path / "out").iterdir())
