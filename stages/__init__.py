@@ -17,7 +17,7 @@ STAGES = {
     "recover": "stages.recover.stage:RECOVER",
     "quantize": "stages.quantize.stage:QUANTIZE",
     "export": "stages.export.stage:EXPORT",
-    "compile": "stages.compile:COMPILE",
+    "compile": "stages.compile.stage:COMPILE",
     "items": "stages.items.stage:ITEMS",
     "validate": "stages.validate.stage:VALIDATE",
     "bench": "stages.bench.stage:BENCH",

@@ -3,7 +3,12 @@
 Queries, keys and values, or gate and up, become one product with their weights side by side, whose result is split:
 a token's time goes into as many calls as there are. Each number is the same sum as before.
 
-Shapes: I inputs, O outputs, B blocks of inputs.
+Products of weights that blocks share are written as TensorRT-RTX 1.7 can build them. It joins products of the same
+activations into one by itself, and ends in an error of its own, or a crash, where the weights of one of them are used
+again elsewhere, beside others. So those that stand beside each other everywhere are merged before, and of the rest
+each reads its activations turned, [T, N, I], by which it no longer is beside them.
+
+Shapes: N sequences, T tokens, I inputs, O outputs, B blocks of inputs.
 """
 
 from __future__ import annotations
@@ -17,8 +22,9 @@ import onnx_ir as ir
 from stages.graphs.ort_nodes import constant, sweep
 
 INTEGERS = frozenset({ir.DataType.INT8, ir.DataType.INT4})
-SHARED = 2
+_SHARED = 2
 """Activations that weights multiply which blocks share."""
+_TURN = [1, 0, 2]
 
 
 def merge_products(model: ir.Model, *, shared: bool = False) -> int:
@@ -32,8 +38,8 @@ def merge_products(model: ir.Model, *, shared: bool = False) -> int:
     for node in graph:
         if node.op_type != "MatMul" or (weight := _integers(node.inputs[1])) is None:
             continue
-        reading = readers(weight.outputs[0])
-        if reading is not None and not (shared and len(reading) < SHARED):
+        reading = _readers(weight.outputs[0])
+        if reading is not None and not (shared and len(reading) < _SHARED):
             groups[node.inputs[0], reading, _kind(weight)].append(node)
     merged = [nodes for nodes in groups.values() if len(nodes) > 1]
     for nodes in merged:
@@ -43,7 +49,7 @@ def merge_products(model: ir.Model, *, shared: bool = False) -> int:
     return sum(len(nodes) - 1 for nodes in merged)
 
 
-def readers(weight: ir.Value) -> frozenset[ir.Value | None] | None:
+def _readers(weight: ir.Value) -> frozenset[ir.Value | None] | None:
     """The activations that a weight multiplies: with others that multiply the same it goes into one, there once.
 
     None where something else reads it.
@@ -105,3 +111,35 @@ def _array(value: ir.Value | None) -> np.ndarray:
     assert value is not None and value.const_value is not None
     found: np.ndarray = value.const_value.numpy()
     return found
+
+
+def mend_shared(model: ir.Model) -> int:
+    """Rewrite the graph in place. Returns how many products are others now."""
+    graph, changed = model.graph, merge_products(model, shared=True)
+    for node in list(graph):
+        x = node.inputs[0] if node.op_type == "MatMul" else None
+        weight = None if x is None or node.inputs[1] is None else node.inputs[1].producer()
+        if x is None or weight is None or weight.op_type != "DequantizeLinear" or not _is_rows(x):
+            continue
+        beside = [user for user, place in x.uses() if (user.op_type, place) == ("MatMul", 0)]
+        if len(_readers(weight.outputs[0]) or ()) < _SHARED or len(beside) < _SHARED:
+            continue
+        turned = _turned(x)
+        product = ir.Node("", "MatMul", [turned.outputs[0], node.inputs[1]], num_outputs=1)
+        back = _turned(product.outputs[0])
+        graph.insert_before(node, [turned, product, back])
+        old, new = node.outputs[0], back.outputs[0]
+        new.shape, new.type, name = old.shape, old.type, old.name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        new.name = name
+        changed += 1
+    return changed
+
+
+def _turned(value: ir.Value) -> ir.Node:
+    return ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", _TURN)], num_outputs=1)
+
+
+def _is_rows(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) == len(_TURN)

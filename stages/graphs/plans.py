@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.adapters.backends import Asked, Backend
-from stages.graphs import onnx_graph, plan_checks, plan_constants, shared_products, static_cache, uncached
+from stages.graphs import merged_products, onnx_graph, plan_checks, plan_constants, static_cache, uncached
 from stages.runtime.contract import DoesNotFit, Metrics, Progress, StageError
 
 GRAPH = "model.onnx"
@@ -47,7 +47,7 @@ def build(chosen: Backend, asked: Asked, output: Path, progress: Progress) -> tu
 
 def _loaded(asked: Asked) -> ir.Model:
     model = onnx_graph.load(asked.graph)
-    shared_products.mend_shared(model)
+    merged_products.mend_shared(model)
     return model
 
 

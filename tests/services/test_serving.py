@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.compile import CompileParams, compile_engine
+from stages.compile.stage import CompileParams, compile_engine
 from tests.benchmarks.serving import CLIENTS, SECONDS, measure, told
 from tests.engines import Hears, mixed, mixed_graph
 

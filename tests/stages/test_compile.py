@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stages.adapters.backends import backend, refuse_impossible
 from stages.adapters.tensorrt_build import Shapes, build_plan
-from stages.compile import CompileParams, compile_engine
+from stages.compile.stage import CompileParams, compile_engine
 from stages.export.stage import ExportParams, export
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.serving.engine import open_engine
@@ -231,11 +231,11 @@ def test_a_product_that_is_not_exact_is_refused(cpu, tmp_path):
 
 
 def test_a_rewriting_that_loses_a_precision_is_refused(mixed_graph, tmp_path):  # noqa: F811
-    from stages.compile import _require_lowered
+    from stages.compile.processor import require_lowered
 
-    _require_lowered(frozenset({"int8"}), {"precisions": ["int8"]})
+    require_lowered(frozenset({"int8"}), {"precisions": ["int8"]})
     with pytest.raises(StageError, match="lost a number format"):
-        _require_lowered(frozenset({"float32"}), {"precisions": ["float32", "int8"]})
+        require_lowered(frozenset({"float32"}), {"precisions": ["float32", "int8"]})
 
 
 def test_plan_for_two_architectures_holds_the_integers(gpu, mixed_graph):  # noqa: F811
@@ -321,7 +321,7 @@ def test_refusal_needs_no_heavy_library():
     import subprocess
 
     code = (
-        "import sys; from stages.compile import refuse_impossible; refuse_impossible('onnxruntime', []);"
+        "import sys; from stages.compile.stage import refuse_impossible; refuse_impossible('onnxruntime', []);"
         "sys.exit(any(n in sys.modules for n in ('torch', 'onnx', 'onnxruntime', 'tensorrt_rtx', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

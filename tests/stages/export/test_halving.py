@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages import stage
-from stages.compile import CompileParams, compile_engine
+from stages.compile.stage import CompileParams, compile_engine
 from stages.export.halving import LIMITS, halve
 from stages.export.stage import ExportParams, export
 from stages.graphs import half_floats, onnx_graph

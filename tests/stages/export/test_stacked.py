@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from stages.adapters.onnxruntime_stacks import open_stacks
-from stages.compile import CompileParams, compile_engine
+from stages.compile.stage import CompileParams, compile_engine
 from stages.export.cache_checks import require_answered_numbers
 from stages.export.checks import expected
 from stages.export.stage import ExportParams, export

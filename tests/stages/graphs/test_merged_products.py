@@ -10,8 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stages.adapters.onnxruntime import open_session
 from stages.graphs import ort_lowering
-from stages.graphs.merged_products import merge_products
-from stages.graphs.shared_products import mend_shared
+from stages.graphs.merged_products import mend_shared, merge_products
 
 INPUTS, ROWS, BLOCK = 64, 96, 16
 WIDTHS = {"q": 24, "k": 8, "v": 40}

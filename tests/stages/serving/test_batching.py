@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from stages.compile import CompileParams, compile_engine
+from stages.compile.stage import CompileParams, compile_engine
 from stages.runtime.contract import StageError
 from stages.serving.batching import Batching, Closed, Full
 from stages.serving.engine import open_engine

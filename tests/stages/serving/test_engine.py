@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from stages.compile import CompileParams, compile_engine
+from stages.compile.stage import CompileParams, compile_engine
 from stages.runtime.contract import StageError
 from stages.serving.engine import open_engine
 from stages.serving.generation import Generation

@@ -12,7 +12,7 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from stages.compile import COMPILE
+from stages.compile.stage import COMPILE
 from stages.export.stage import EXPORT
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent

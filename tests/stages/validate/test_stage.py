@@ -17,7 +17,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.judging.gates import judge
-from stages.compile import COMPILE, CompileParams
+from stages.compile.stage import COMPILE, CompileParams
 from stages.export.stage import EXPORT, ExportParams
 from stages.fetch import FETCH, FetchParams
 from stages.models.text.windows import windows

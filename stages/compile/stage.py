@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,19 +14,12 @@ from pydantic import Field
 
 from stages.adapters.backends import Asked, Backend, backend, backends, module_of, refuse_impossible
 from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
-from stages.runtime.progress import Silent
 
 GRAPH = "model.onnx"
-PARITY_TOKENS = 64
 DEFAULT_TOKENS = 2048
 WHOLE = "float32"
-ROUNDING_LIMIT = 0.1
-"""Nats a token, of KL(as the graph says || with rounded activations)."""
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from stages.models.checkpoint.subject import Subject
 
     BackendName = str
@@ -56,11 +48,12 @@ class CompileParams(Params):
 
 def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write the executable and `engine.json`, with the tokenizer beside them."""
+    from stages.compile.processor import build_proven, describe, round_activations, without_cache
     from stages.graphs import components, ort_engine
     from stages.serving.files import carry
 
     source, chosen = inputs["graph"], backend(params.backend)
-    described = _described(source)
+    described = describe(source)
     architectures = tuple(dict.fromkeys(params.architectures))
     refuse_impossible(params.backend, architectures, described["precisions"])
     _refuse_rounding(params)
@@ -97,20 +90,15 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     if architectures:
         metrics = _plan(chosen, asked, engine, output, progress)
     else:
-        with _without_cache(asked, output) if cache and not chosen.keeps else nullcontext(asked) as asked:
-            metrics = _for_processor(chosen, asked, source, output, progress)
+        with without_cache(asked, output) if cache and not chosen.keeps else nullcontext(asked) as asked:
+            metrics = build_proven(chosen, asked, source, output, progress)
             if params.activations == "int8":
-                metrics |= _rounding(chosen, source, output)
+                metrics |= round_activations(chosen, source, output)
     files = {*output.glob(f"{chosen.executable}*"), *components.files(output / chosen.executable)}
     size = sum(path.stat().st_size for path in files)
     carry(source, output)
     (output / "engine.json").write_text(json.dumps(engine, indent=1, sort_keys=True), encoding="utf-8")
     return {"size_bytes": float(size)} | metrics
-
-
-def _described(source: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((source / "graph.json").read_text(encoding="utf-8"))
-    return found
 
 
 def _components(described: Mapping[str, Any], keeps: bool, executable: str) -> dict[str, Any]:
@@ -195,117 +183,6 @@ _PRECISIONS = {
     "mxfp4": ("fp4", "float32"),
 }
 """Formats in the graph of a checkpoint that is quantized so, as far as they are always there."""
-
-
-@contextmanager
-def _without_cache(asked: Asked, output: Path) -> Iterator[Asked]:
-    """The same, of a graph that reads whole sequences."""
-    from stages.graphs import onnx_graph, uncached
-
-    with tempfile.TemporaryDirectory(dir=output, prefix=".whole-") as folder:
-        model = onnx_graph.load(asked.graph)
-        uncached.without_cache(model)
-        onnx_graph.save(model, Path(folder) / GRAPH)
-        del model
-        yield replace(asked, graph=Path(folder) / GRAPH)
-
-
-def _for_processor(chosen: Backend, asked: Asked, source: Path, output: Path, progress: Progress) -> Metrics:
-    """The engine, proven to compute what the graph computes."""
-    from stages.graphs import components, onnx_graph, ort_checks, stepping
-
-    described, ids_NT = _described(source), _prose(source)
-    said_NT = _said(described, ids_NT)
-    engine = output / chosen.executable
-    metrics = chosen.build(asked, output, progress)
-    if engine.suffix == asked.graph.suffix:
-        _require_lowered(onnx_graph.held(*components.load(engine)).precisions, described)
-    progress.advanced(1, 3)
-
-    def built(graph: Path, folder: Path) -> None:
-        chosen.build(replace(asked, graph=graph), folder, Silent())
-
-    def logits(folder: Path) -> np.ndarray:
-        return stepping.at_once(chosen.execute(folder / chosen.executable, (), True), ids_NT, said_NT)
-
-    def stepped(folder: Path) -> np.ndarray:
-        return stepping.one_by_one(folder / chosen.executable, ids_NT, said_NT)
-
-    difference = ort_checks.require_same_numbers(
-        asked.graph,
-        output,
-        ids_NT,
-        built,
-        [logits, stepped] if described.get("cache") and chosen.keeps else [logits],
-        predicts=described["task"] == "generate",
-        said_NT=said_NT,
-    )
-    progress.advanced(2, 3)
-    if engine.suffix == asked.graph.suffix:
-        ort_checks.require_exact_products(engine, ids_NT, said_NT)
-    progress.advanced(3, 3)
-    return metrics | {"parity_logit_difference": difference}
-
-
-def _rounding(chosen: Backend, source: Path, output: Path) -> Metrics:
-    """Let the proven engine round activations, and say how far that takes it from what it was."""
-    from stages.graphs import components, ort_few_bits, stepping
-    from stages.graphs.parity import divergence
-
-    engine, ids_NT = output / chosen.executable, _prose(source)
-    said_NT = _said(_described(source), ids_NT)
-
-    def logits() -> np.ndarray:
-        return stepping.at_once(chosen.execute(engine, (), True), ids_NT, said_NT)
-
-    before_NTV, models = logits(), components.load(engine)
-    products = sum(ort_few_bits.round_activations(model) for model in models)
-    if not products:
-        raise StageError(
-            "no activations can be rounded: the graph has no product of INT4 weights and float activations",
-            remedy="Leave `activations` out, or quantize by int4_weight_only.",
-        )
-    components.save(models, engine)
-    found = divergence(before_NTV, logits())
-    if not found <= ROUNDING_LIMIT:
-        raise StageError(
-            "the engine answers otherwise once it rounds activations",
-            measured=f"KL divergence {found:.3g} nats a token",
-            limit=ROUNDING_LIMIT,
-            remedy="Leave `activations` out.",
-        )
-    return {"rounded_activations": float(products), "rounding_kl_divergence": found}
-
-
-def _said(described: Mapping[str, Any], ids_NT: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """What a decoder behind an encoder reads when it is asked for windows; None for a model of one graph."""
-    import numpy as np
-
-    from stages.serving.answering import manner
-
-    if "answers" not in described:
-        return None
-    return manner(described["answers"]).shifted(ids_NT, np.full(len(ids_NT), ids_NT.shape[1]))
-
-
-def _prose(source: Path) -> NDArray[np.int64]:
-    from tokenizers import Tokenizer
-
-    from stages.graphs.parity import prose_ids
-
-    tokenizer, longest = Tokenizer.from_file(str(source / "tokenizer.json")), _described(source)["maximum_tokens"]
-    return prose_ids(lambda text: list(tokenizer.encode(text).ids), 2, min(PARITY_TOKENS, longest))
-
-
-def _require_lowered(precisions: frozenset[str], described: Mapping[str, Any]) -> None:
-    lost = set(described["precisions"]) - precisions
-    if lost:
-        raise StageError(
-            "the engine lost a number format of the graph",
-            measured=", ".join(sorted(precisions)),
-            limit=", ".join(described["precisions"]),
-            remedy="Report it with graph.json.",
-        )
 
 
 COMPILE = Stage(
