@@ -1,8 +1,9 @@
-"""Constants laid out so that a plan holds each weight once and no kernel for each number.
+"""Constants laid out so that a plan holds each weight once and fewer kernels.
 
 A builder writes a constant number into the text of the kernel that uses it: thirty layers that round by thirty scales
 are thirty kernels of 145 KB of text. And a table that is looked up by rows and multiplied by columns it stores in both
-orders. Neither rewriting changes a bit of what is computed.
+orders. Neither rewriting changes a bit of what the graph says. Kernels that sum over a row and read a vector, as norms
+do, name it in their text, and stay one a layer.
 
 Shapes: N sequences, T tokens, V vocabulary, H hidden.
 """
