@@ -46,7 +46,7 @@ STAGES_SIDE = (
     ("stages.algorithms",),
     ("stages.adapters.lm_eval_harness",),
     ("stages.adapters",),
-    ("stages.adapters.s3",),
+    ("stages.adapters.s3", "stages.adapters.tensorrt"),
     ("stages.runtime",),
 )
 LAYERS = (*FLOWS, *STAGES_SIDE)

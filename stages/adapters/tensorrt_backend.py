@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from stages.adapters import tensorrt_child
 from stages.adapters.backends import Asked, Backend, Execution
-from stages.adapters.tensorrt_build import Shapes
+from stages.adapters.tensorrt import child
+from stages.adapters.tensorrt.build import Shapes
 from stages.runtime.contract import Metrics, Progress, StageError
 
 PLAN = "model.plan"
@@ -45,7 +45,7 @@ def made(library: str, architectures: tuple[str, ...], *, lacks: Mapping[str, st
         shapes = Shapes(
             maximum_batch=asked.maximum_batch, maximum_tokens=asked.maximum_tokens, sparse=asked.two_in_four
         )
-        tensorrt_child.build(asked.graph, library, asked.architectures, shapes, output / PLAN, progress)
+        child.build(asked.graph, library, asked.architectures, shapes, output / PLAN, progress)
         return {"architectures": float(len(asked.architectures))}
 
     def execute(executable: Path, built_for: Sequence[str], verified: bool) -> Execution:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.adapters.backends import aligned
-from stages.adapters.cuda_memory import Device
-from stages.adapters.tensorrt_build import ASKED, DECODE, LENGTHS, PAST, PREFILL
+from stages.adapters.tensorrt.build import ASKED, DECODE, LENGTHS, PAST, PREFILL
+from stages.adapters.tensorrt.device import Device
 from stages.runtime.contract import DoesNotFit, StageError
 
 IDS, LOGITS, PRESENT = "input_ids", "logits", "present"

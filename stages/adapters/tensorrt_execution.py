@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.adapters.backends import Execution
-from stages.adapters.cuda_memory import open_device
-from stages.adapters.tensorrt_build import PAST
+from stages.adapters.tensorrt.build import PAST
+from stages.adapters.tensorrt.device import open_device
 from stages.adapters.tensorrt_cache import CachedPlan, DeviceSteps, infer
 from stages.runtime.contract import StageError
 

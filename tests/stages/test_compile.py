@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from stages.adapters.backends import backend, refuse_impossible
-from stages.adapters.tensorrt_build import Shapes, build_plan
+from stages.adapters.tensorrt.build import Shapes, build_plan
 from stages.compile.stage import CompileParams, compile_engine
 from stages.export.stage import ExportParams, export
 from stages.runtime.contract import DoesNotFit, StageError

@@ -8,7 +8,7 @@ import torch
 
 from stages import stage
 from stages.adapters.backends import backend
-from stages.adapters.cuda_memory import Device, open_device
+from stages.adapters.tensorrt.device import Device, open_device
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.runtime.cuda_driver import gpu_name, loaded
 from stages.runtime.progress import Silent

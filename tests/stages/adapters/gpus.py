@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 
-from stages.adapters import tensorrt_build
+from stages.adapters.tensorrt import build as tensorrt_build
 
 
 class Driver:

@@ -3,7 +3,7 @@
 import pytest
 import tensorrt_rtx
 
-from stages.adapters.tensorrt_build import configure, timings
+from stages.adapters.tensorrt.build import configure, timings
 
 
 @pytest.fixture(scope="module")

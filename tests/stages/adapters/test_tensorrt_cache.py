@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stages.adapters import tensorrt_build
-from stages.adapters.tensorrt_build import DECODE, PREFILL, Shapes
+from stages.adapters.tensorrt import build as tensorrt_build
+from stages.adapters.tensorrt.build import DECODE, PREFILL, Shapes
 from stages.adapters.tensorrt_execution import execute_plan
 from stages.graphs import onnx_graph, static_cache
 from stages.runtime.contract import DoesNotFit, StageError

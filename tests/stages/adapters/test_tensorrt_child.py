@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from stages.adapters import tensorrt_child
-from stages.adapters.tensorrt_build import Shapes
+from stages.adapters.tensorrt import child as tensorrt_child
+from stages.adapters.tensorrt.build import Shapes
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.runtime.peak_memory import peak_rss_bytes
 from tests.engines import Hears

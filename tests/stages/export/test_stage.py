@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from stages.adapters.backends import refuse_impossible
-from stages.adapters.tensorrt_build import Shapes, build_plan
+from stages.adapters.tensorrt.build import Shapes, build_plan
 from stages.export import to_onnx
 from stages.export.checks import SLACK_BYTES, expected, require_effect, require_numbers
 from stages.export.stage import ExportParams, export

@@ -1,4 +1,4 @@
-"""A plan built by TensorRT-RTX or TensorRT in this process; `tensorrt_child` has it built in one of its own.
+"""A plan built by TensorRT-RTX or TensorRT in this process; `child` has it built in one of its own.
 
 Their Python faces are the same; only the targets differ. Nothing is imported before it is needed, so that targets can
 be checked where neither is installed.

@@ -1,6 +1,6 @@
 """A plan is built in a process of its own: a builder that crashes or never ends takes nothing else along.
 
-`python -m stages.adapters.tensorrt_child` is that process. It reads what is asked from its standard input as JSON and
+`python -m stages.adapters.tensorrt.child` is that process. It reads what is asked from its standard input as JSON and
 answers on its standard output, a line of JSON for each thing that it says; the plan goes into a file.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from stages.adapters.tensorrt_build import Shapes, build_plan
+from stages.adapters.tensorrt.build import Shapes, build_plan
 from stages.runtime.contract import DoesNotFit, Interrupted, Progress, StageError
 from stages.runtime.ending import end_process
 from stages.runtime.fingerprint import ROOT
