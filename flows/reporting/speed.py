@@ -79,7 +79,7 @@ def _table(
     for name, role, report in _contestants(some):
         own, ratios = report[SPEED][role], report[SPEED].get("ratios", {}) if role == "artifact" else {}
         lines.append(Line(name, _target(own), [_figure(one, own["measures"], ratios) for one in names]))
-        points.append((name, own["measures"][speed]))
+        points.append((name, _placed(speed, role, report, some)))
         for cell in report["cells"]:
             which = (cell["batch"], cell["prompt_tokens"])
             values = cell[role]["measures"]
@@ -106,6 +106,17 @@ def _contestants(some: Mapping[tuple[str, str], Report]) -> Iterator[tuple[str, 
     for (artifact, _), report in some.items():
         if artifact not in seen:
             yield artifact, "artifact", report
+
+
+def _placed(speed: str, role: str, report: Report, some: Mapping[tuple[str, str], Report]) -> float:
+    """A speed on the chart: what an artifact is beside its baseline's turns, so that a busier hour moves no point."""
+    own = float(report[SPEED][role]["measures"][speed])
+    ratio = report[SPEED].get("ratios", {}).get(speed) if role == "artifact" else None
+    if ratio is None:
+        return own
+    baseline = next(one for (_, one), its in some.items() if its is report)
+    first = next(its for (_, one), its in some.items() if one == baseline and "baseline" in its[SPEED])
+    return float(first[SPEED]["baseline"]["measures"][speed]) * float(ratio[0])
 
 
 def _target(own: Report) -> str:

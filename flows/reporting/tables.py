@@ -89,12 +89,11 @@ def _step_row(step: StepResult, shown: str, measured: dict[str, float]) -> list[
 def speed_table(device: str, measured: Sequence[StepResult]) -> Table:
     """How fast artifacts are on one device, with the ratio of each figure to the baseline's."""
     table = Table(title=f"Speed on {device} (in brackets over the baseline's)", title_justify="left")
-    table.add_column("artifact", overflow="fold")
-    names = [name for name in SPEEDS if any(name in step.metrics for step in measured)]
-    for name in names:
-        table.add_column(SPEEDS[name].title, justify="right")
+    table.add_column("measure", overflow="fold")
     for step in measured:
-        table.add_row(*(Text(cell) for cell in [step.measures, *(told(step, name) for name in names)]))
+        table.add_column(step.measures, justify="right", overflow="fold")
+    for name in (name for name in SPEEDS if any(name in step.metrics for step in measured)):
+        table.add_row(*(Text(cell) for cell in [SPEEDS[name].title, *(told(step, name) for step in measured)]))
     return table
 
 

@@ -62,7 +62,8 @@ def main() -> int:
             found = timed(model, asked["prompts"], asked["new_tokens"])
             _say(out, {**found, "peak_rss_bytes": peak_rss_bytes()})
     except StageError as error:
-        said = {"what": error.what, "measured": str(error.measured), "limit": str(error.limit), "remedy": error.remedy}
+        measured, limit = (None if one is None else str(one) for one in (error.measured, error.limit))
+        said = {"what": error.what, "measured": measured, "limit": limit, "remedy": error.remedy}
         _say(out, {"refused": said, "does_not_fit": isinstance(error, DoesNotFit)})
         return 1
     return 0

@@ -27,9 +27,9 @@ class BenchParams(Params):
 
     split: Literal["calibrate", "train", "validate", "test"] = "test"
     prompt_tokens: tuple[Count, ...] = Field((128, 512), min_length=1)
-    new_tokens: int = Field(32, ge=2)
+    new_tokens: int = Field(20, ge=2)
     batches: tuple[Count, ...] = Field((1, 4), min_length=1)
-    repeats: int = Field(5, ge=2)
+    repeats: int = Field(4, ge=2)
     target: Target = "torch:cpu"
 
     @field_validator("prompt_tokens", "batches")

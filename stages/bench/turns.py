@@ -57,8 +57,7 @@ class Contestant:
         found: dict[str, Any] = json.loads(line)
         if refused := found.get("refused"):
             kind = DoesNotFit if found["does_not_fit"] else StageError
-            parts = {name: refused[name] if refused[name] != "None" else None for name in ("measured", "limit")}
-            raise kind(f"the {self._role}: {refused['what']}", **parts, remedy=refused["remedy"])
+            raise kind(f"the {self._role}: {refused.pop('what')}", **refused)
         return found
 
 

@@ -74,6 +74,16 @@ def test_chart_joins_what_nothing_beats_and_names_every_point():
     assert joined == " ".join(f"{x},{y}" for x, y in (points["dense"], points["cpu"]))
 
 
+def test_chart_places_by_the_ratio_what_was_measured_in_a_busier_hour():
+    busy = speed(4)
+    for role in ("artifact", "baseline"):
+        busy["speed"][role] = busy["speed"][role] | {"measures": {name: at / 2 for name, at in MEASURES.items()}}
+    twice = {("cpu", "dense"): speed(4), ("again", "dense"): busy}
+    (table,) = speed_tables(twice, QUALITY | {("again", "text"): quality(23)})
+    points = {name: x for name, x, _ in placed(str(table.chart))}
+    assert points["again"] == points["cpu"] > points["dense"]
+
+
 def placed(chart):
     dots = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="5"><title>([^:]+):', chart)
     return [(name, float(x), float(y)) for x, y, name in dots]
@@ -125,4 +135,5 @@ def test_report_and_terminal_show_speed_with_its_device(tmp_path):
     console = Console(width=160, record=True, file=io.StringIO())
     show_result(result, console)
     said = console.export_text()
-    assert "Speed on a <processor> x2" in said and re.search(r"cpu *│ *40 \(4\) *│ *220 MB", said)
+    assert "Speed on a <processor> x2" in said and re.search(r"tokens/s written *│ *40 \(4\) *│", said)
+    assert re.search(r"peak memory *│ *220 MB *│", said)
