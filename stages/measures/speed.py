@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,7 @@ _WRITES = frozenset({"generate", "translate"})
 _READS = frozenset({"fill", "classify", "score", "tag", "answer", "embed"})
 SPEED = "speed"
 """The key of a report that is of speed."""
+_METHOD: Literal["averaged_inverted_cdf"] = "averaged_inverted_cdf"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def of_rounds(rounds: Sequence[Sequence[float]], quantile: float = 0.5) -> Inter
 
     Args:
         rounds: the values of each.
-        quantile: the smallest value is taken that so much of the whole does not exceed.
+        quantile: the value that so much of the whole does not exceed; the mean of two neighbours where both are it.
     """
     values_K = np.array([one for some in rounds for one in some], dtype=np.float64)
     round_K = np.repeat(np.arange(len(rounds)), [len(some) for some in rounds])
@@ -70,9 +72,10 @@ def of_rounds(rounds: Sequence[Sequence[float]], quantile: float = 0.5) -> Inter
 
     def statistic(weights_RD: Floats) -> Floats:
         reached_RK = weights_RD[:, round_K].cumsum(1)
-        # A trillionth less: 0.95 times 20 must not be more than the 19 values that it is.
-        wanted_R1 = reached_RK[:, -1:] * quantile * (1 - 1e-12)
-        found_R: Floats = sorted_K[(reached_RK >= wanted_R1).argmax(1)]
+        wanted_R1 = reached_RK[:, -1:] * quantile
+        # A trillionth either way: 0.95 times 20 must not be more than the 19 values that it is.
+        at_R, behind_R = ((reached_RK >= wanted_R1 * near).argmax(1) for near in (1 - 1e-12, 1 + 1e-12))
+        found_R: Floats = (sorted_K[at_R] + sorted_K[behind_R]) / 2
         return found_R
 
     return resampled(np.ones(len(rounds)), statistic)
@@ -85,4 +88,4 @@ def of_ratios(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
 
 
 def _quantile(values: Sequence[float], quantile: float) -> float:
-    return float(np.quantile(values, quantile, method="inverted_cdf"))
+    return float(np.quantile(values, quantile, method=_METHOD))
