@@ -40,8 +40,8 @@ ROWS = {
     "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma": "gemma", "Gemma 2": "gemma2",
     "Gemma 3": "gemma3", "Phi-3": "phi3", "OPT": "opt", "GPT-2": "gpt2", "GPT-NeoX": "neox", "Falcon": "falcon",
     "BLOOM": "bloom", "SmolLM3": "smollm3", "Granite": "granite", "Mixtral": "mixtral", "BERT": "bert_masked",
-    "RoBERTa": "roberta", "DistilBERT": "distilbert", "ELECTRA": "electra", "ALBERT": "albert", "T5": "t5",
-    "BART": "bart", "Marian": "marian",
+    "RoBERTa": "roberta", "DistilBERT": "distilbert", "ELECTRA": "electra", "ALBERT": "albert",
+    "DeBERTa": "deberta", "T5": "t5", "BART": "bart", "Marian": "marian",
 }  # fmt: skip
 """As people call it -> the checkpoint of the tests."""
 PAGE, MARK, WRITE = Path(__file__).parents[2] / "README.md", "<!-- families -->", "--write"
@@ -254,16 +254,29 @@ def shown(cell: Cell) -> str:
     return "yes" if cell.distance < EQUAL else f"{cell.distance:.2g}"
 
 
-def table(cells: Mapping[str, Mapping[str, Cell]]) -> str:
-    """The table in Markdown, and below it each reason with where it stands."""
-    lines = [f"| family | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    reasons: dict[str, list[str]] = {}
+def table(cells: Mapping[str, Mapping[str, Cell]], before: str = "") -> str:
+    """The table in Markdown, and below it each reason with where it stands.
+
+    Args:
+        cells: title -> column -> cell.
+        before: such a table, of which the rows of other titles stay.
+    """
+    lines, reasons = dict[str, str](), dict[str, list[str]]()
+    for line in before.splitlines():
+        if line.startswith("| ") and not line.startswith("| family"):
+            lines[line.split("|")[1].strip()] = line
+        elif line.startswith("- "):
+            where, _, why = line.removeprefix("- ").removesuffix(".").partition(": ")
+            kept = [one for one in where.split(", ") if one.rpartition(" ")[0] not in cells]
+            reasons |= {why: kept} if kept else {}
     for title, found in cells.items():
-        lines.append(f"| {title} | {' | '.join(shown(found[column]) for column in COLUMNS)} |")
+        lines[title] = f"| {title} | {' | '.join(shown(found[column]) for column in COLUMNS)} |"
         for column in COLUMNS:
             if found[column].distance is None:
                 reasons.setdefault(_kind(found[column].why), []).append(f"{title} {column}")
-    return "\n".join(lines) + "\n\n" + "\n".join(f"- {', '.join(where)}: {why}." for why, where in reasons.items())
+    rows = [f"| family | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    rows += [lines[title] for title in ROWS if title in lines]
+    return "\n".join(rows) + "\n\n" + "\n".join(f"- {', '.join(where)}: {why}." for why, where in reasons.items())
 
 
 def far(cells: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -294,7 +307,7 @@ def _kind(why: str) -> str:
 
 
 def main() -> int:
-    """Print the table of the families that are named, or of all; `--write`: put that of all into README."""
+    """Print the table of the families that are named, or of all; `--write`: put these rows into README's."""
     asked = [one for one in sys.argv[1:] if one != WRITE]
     with tempfile.TemporaryDirectory() as folder:
         cells = {}
@@ -306,9 +319,9 @@ def main() -> int:
     if "Llama" in cells:
         beyond = far({title: {column: shown(one) for column, one in found.items()} for title, found in cells.items()})
         sys.stdout.write(f"\nbeyond {MOST} times the Llama's: {'; '.join(beyond) or 'none'}\n")
-    if WRITE in sys.argv and not asked:
-        before, _, after = PAGE.read_text(encoding="utf-8").split(MARK)
-        PAGE.write_text(f"{before}{MARK}\n{made}\n{MARK}{after}", encoding="utf-8")
+    if WRITE in sys.argv:
+        before, old, after = PAGE.read_text(encoding="utf-8").split(MARK)
+        PAGE.write_text(f"{before}{MARK}\n{table(cells, old if asked else '')}\n{MARK}{after}", encoding="utf-8")
     return 0
 
 

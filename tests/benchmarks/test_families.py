@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.benchmarks.families import COLUMNS, EQUAL, MOST, PAGE, ROWS, far, read_table, row, shown
+from tests.benchmarks.families import COLUMNS, EQUAL, MARK, MOST, PAGE, ROWS, Cell, far, read_table, row, shown, table
 from tests.cases.day import today
 
 CELLS = read_table(PAGE.read_text(encoding="utf-8"))
@@ -21,6 +21,17 @@ def test_cell_beyond_three_times_the_llamas_is_named():
     cells = {"Llama": {"INT4": "0.01", "tie": "yes"}, "Other": {"INT4": "0.031", "tie": "no"}}
     assert far(cells) == ["Other INT4: 0.031, 3.1 times"]
     assert far(cells | {"Other": {"INT4": f"{0.01 * MOST}", "tie": "yes"}}) == []
+
+
+def test_row_that_is_written_anew_leaves_all_others_as_they_were():
+    old = PAGE.read_text(encoding="utf-8").split(MARK)[1].strip("\n")
+    assert table({}, old) == old
+    new = {column: Cell(None, "it is gone") if column == "graph" else Cell(0.5) for column in COLUMNS}
+    made = table({"T5": new}, old)
+    told, first = (read_table(f"{MARK}\n{one}\n{MARK}") for one in (made, old))
+    assert [*told] == [*first] and {**told, "T5": 0} == {**first, "T5": 0}
+    assert told["T5"] == {column: "no" if column == "graph" else "0.5" for column in COLUMNS}
+    assert "- T5 graph: it is gone." in made.splitlines() and "T5 plan" not in made and "BLOOM heads: the" in made
 
 
 @pytest.mark.fault

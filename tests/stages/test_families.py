@@ -63,7 +63,7 @@ def outline(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["opt", "gpt2", "falcon", "phi3", "bloom", "bert_masked", "roberta", "distilbert", "electra"]
+    "name", ["opt", "gpt2", "falcon", "phi3", "bloom", "bert_masked", "roberta", "distilbert", "electra", "deberta"]
 )
 def test_family_loses_a_block_and_answers_as_what_is_left(name, root, tmp_path):
     folder = family(name, root)

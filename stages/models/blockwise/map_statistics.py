@@ -209,7 +209,7 @@ def _forward(block: Block, x_NTH: Tensor, way: _Way, place: int, into: MapStatis
 
 
 def _keep_input(inputs: dict[str, Tensor], path: str, x: Tensor, _y: Tensor) -> None:
-    inputs[path] = x.detach()
+    inputs.setdefault(path, x.detach())  # of the first run, see `sites.sites`
 
 
 def _backward(
@@ -243,4 +243,4 @@ def _backward(
 
 
 def _keep(outputs: dict[str, Tensor], path: str, _x: Tensor, y: Tensor) -> None:
-    outputs[path] = y
+    outputs.setdefault(path, y)

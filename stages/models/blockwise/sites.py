@@ -56,6 +56,8 @@ def float_maps(block: Block) -> dict[str, nn.Linear]:
 def sites(block: Block, x_1TH: Tensor, kwargs: Mapping[str, Any], *, idle: bool = False) -> list[list[str]]:
     """Paths of the maps that read one tensor, in the order in which they run.
 
+    Of a map that runs several times in a block its first run counts: DeBERTa's read the tokens, then the distances.
+
     Raises:
         StageError: a map does not run, and none may be `idle`.
     """
@@ -64,12 +66,15 @@ def sites(block: Block, x_1TH: Tensor, kwargs: Mapping[str, Any], *, idle: bool 
     with _hooked([(one, _noting(read, path)) for path, one in found.items()]):
         _call(block, x_1TH, kwargs)
     order: dict[tuple[object, ...], list[str]] = {}
+    first: dict[str, Tensor] = {}
     for path, x in read:
+        first.setdefault(path, x)
+    for path, x in first.items():
         order.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(path)
     silent = sorted(found.keys() - {path for path, _ in read})
     if silent and not idle:
         raise StageError(f"{block.name}.{silent[0]} read nothing: it takes no part in the model's answer")
-    return [list(dict.fromkeys(site)) for site in order.values()]
+    return list(order.values())
 
 
 def added_to(block: Block, paths: Iterable[str], x_1TH: Tensor, kwargs: Mapping[str, Any]) -> dict[str, str]:
@@ -111,12 +116,13 @@ def listening(
     wanted = len(inputs) + len(added) + len(norms) + (OUTPUT in added.values())
 
     def put(into: dict[str, Tensor], path: str, value: Tensor) -> None:
-        into[path] = value
+        into.setdefault(path, value)
         if stop and len(heard.inputs) + len(heard.outputs) + len(heard.sums) == wanted:
             raise Reached
 
     def hear(path: str, value: Tensor) -> None:
-        reached()
+        if path not in heard.inputs:
+            reached()
         put(heard.inputs, path, value)
 
     def at(path: str) -> nn.Module:

@@ -79,6 +79,9 @@ WIDER: dict[str, tuple[str, str, dict[str, object]]] = {
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _DECODER | {"num_key_value_heads": 2, "pad_token_id": 0}),
     "electra": ("ElectraForMaskedLM", "ElectraConfig", _ENCODER | {"embedding_size": WIDTH}),
     "albert": ("AlbertForMaskedLM", "AlbertConfig", _ENCODER | {"embedding_size": 16}),
+    "deberta": ("DebertaV2ForMaskedLM", "DebertaV2Config", _ENCODER | {"relative_attention": True, "type_vocab_size": 0,
+                "pos_att_type": ["p2c", "c2p"], "position_buckets": 16, "norm_rel_ebd": "layer_norm",
+                "share_att_key": True, "position_biased_input": False, "pooler_hidden_size": WIDTH}),
     "mamba": ("MambaForCausalLM", "MambaConfig", {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "state_size": 4}),
 }  # fmt: skip
 """Those whose modules do more than their weights say, and others that not every technique takes."""
