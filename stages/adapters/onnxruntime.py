@@ -263,7 +263,8 @@ def _give_back() -> None:
 def _ran(call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except VENDOR_ERRORS as error:
+    # What runs with buffers of its own raises no type of the vendor's.
+    except (*VENDOR_ERRORS, RuntimeError) as error:
         raise _told(error, "run") from error
 
 
@@ -292,4 +293,5 @@ def _told(error: Exception, verb: str) -> StageError:
     remedy = "Use fewer or shorter windows, or a larger machine." if kind is DoesNotFit else "Export the graph again."
     if isinstance(error, vendor.NotImplemented):
         remedy = "Take `export` and what follows it out of the recipe, and judge the checkpoint itself."
-    return kind(f"ONNX Runtime could not {verb} the graph", measured=text, remedy=remedy)
+    limit = f"what ONNX Runtime {onnxruntime.__version__} takes"
+    return kind(f"ONNX Runtime could not {verb} the graph", measured=text, limit=limit, remedy=remedy)

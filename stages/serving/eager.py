@@ -72,9 +72,17 @@ def eager(folder: Path, device: str = CPU) -> Eager:
         # Where a row is padded on its left its text begins at the first position all the same.
         if placed and task == "generate" and not mask.all():
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.inference_mode(), computing():
-            said = answers(model, task, given)
-            said = said if pool is None else pool.vectors(said, mask)
+        try:
+            with torch.inference_mode(), computing():
+                said = answers(model, task, given)
+                said = said if pool is None else pool.vectors(said, mask)
+        except IndexError as error:
+            raise StageError(
+                "the model has no such token",
+                measured=f"tokens up to {ids_NT.max()}",
+                limit=f"below {model.config.get_text_config().vocab_size}",
+                remedy="Give tokens of its own tokenizer.",
+            ) from error
         found: NDArray[np.float32] = said.float().cpu().numpy()
         return found
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from stages.adapters.backends import GRAPHS_BACKEND, Execution, Forward, Slots, Steps, backend, refuse_impossible
-from stages.models.checkpoint.json_files import read_json
 from stages.runtime.contract import StageError
 from stages.serving.answering import Answering, manner, whole
+from stages.serving.artifact_files import bare, described_by, ends_of, read_beside, read_tokenizer
 from stages.serving.chat import Chat, Message, chat
 from stages.serving.generate import ROWS, written
 from stages.serving.generation import Generation, generation
@@ -32,6 +32,8 @@ from stages.serving.writing import Answer, Writing
 GRAPH, DESCRIBED, ENGINE = "model.onnx", "graph.json", "engine.json"
 WRITES = ("generate", "translate")
 """The tasks of models that write: what continues a text, and a decoder that answers what an encoder reads."""
+_ENGINE_FIELDS = {"backend": str, "executable": str, "architectures": list, "maximum_tokens": int}
+_GRAPH_FIELDS = {"precisions": list, "maximum_tokens": int}
 ENDLESS = 2**31 - 1
 """Tokens that a model reads whose positions have no end."""
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -70,9 +72,16 @@ class Answerer:
         """logits_NTV of whole sequences, or what else a model of its task answers.
 
         Raises:
-            StageError: they are longer than the model reads.
+            StageError: they are none, or longer than the model reads.
         """
         ids_NT = np.ascontiguousarray(ids_NT, dtype=np.int64)
+        if ids_NT.ndim != 2 or not ids_NT.size or ids_NT.min() < 0:
+            raise StageError(
+                "these are no sequences of tokens",
+                measured=f"shape {ids_NT.shape}, from {ids_NT.min() if ids_NT.size else 'none'}",
+                limit="[sequences, tokens], at least one of each, from 0 on",
+                remedy="Give whole sequences of one length, as the tokenizer has them.",
+            )
         self._check(ids_NT.shape[1])
         return self.forward(ids_NT, np.ones_like(ids_NT))
 
@@ -177,6 +186,13 @@ class Answerer:
         if isinstance(prompt, str):
             # A tokenizer may put a token before every text, of which there is none here.
             return self._tokens(prompt) if prompt else []
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+            raise StageError(
+                "a prompt is neither text nor tokens nor a conversation",
+                measured=f"{type(prompt).__name__} {prompt!r:.60}",
+                limit="str, a list of token numbers, or a list of messages",
+                remedy="Turn it into text.",
+            )
         if prompt and isinstance(prompt[0], int):
             return self._known(cast(Sequence[int], prompt))
         if self.chat is None:
@@ -192,7 +208,7 @@ class Answerer:
     def _known(self, ids: Sequence[int]) -> list[int]:
         most = self.tokenizer.get_vocab_size()
         for one in ids:
-            if not 0 <= one < most:
+            if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < most:
                 raise StageError(
                     "there is no such token", measured=one, limit=f"0 to {most - 1}", remedy="Give text instead."
                 )
@@ -226,23 +242,21 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
         StageError: the folder is none of the three, damaged, or a graph of numbers that no processor multiplies here.
         DoesNotFit: the engine is for a device that this machine has not.
     """
-    config = _read(folder / "config.json")
+    config = read_beside(folder / "config.json")
     if not any((folder / name).is_file() for name in (ENGINE, GRAPH)):
         return _checkpoint(folder, config, device)
     if (folder / ENGINE).is_file():
-        described = _read(folder / ENGINE)
+        described = described_by(folder / ENGINE, _ENGINE_FIELDS)
         opened = _executable(folder, described, verified=verified)
     else:
-        described = _read(folder / DESCRIBED)
+        described = described_by(folder / DESCRIBED, _GRAPH_FIELDS)
         refuse_impossible(GRAPHS_BACKEND, (), described["precisions"])
         opened = backend(GRAPHS_BACKEND).execute(folder / GRAPH, (), False)
-    if not (folder / "tokenizer.json").is_file():
-        raise StageError(f"{folder.name} has no tokenizer.json", remedy="Make the artifact again.")
     task, most = described.get("task", "generate"), int(described["maximum_tokens"])
-    tokenizer = _bare(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
     forward, steps = _asked(opened, described, most)
     slots = None if opened.slots is None else partial(opened.slots, most)
-    ends, talks = _ends(folder, config), chat(folder)
+    ends, talks = ends_of(folder, config), chat(folder)
     return Answerer(opened.target, task, most, tokenizer, ends, forward, steps, talks, slots, config)
 
 
@@ -261,33 +275,11 @@ def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
 
     opened = eager(folder, device)
     most = ENDLESS if opened.longest is None else opened.longest
-    tokenizer, ends = _bare(fast_tokenizer(folder)), _ends(folder, config)
+    tokenizer, ends = bare(fast_tokenizer(folder)), ends_of(folder, config)
     talks, target = chat(folder), f"torch:{device}"
     return Answerer(target, opened.task, most, tokenizer, ends, opened.forward, opened.steps, talks, config=config)
-
-
-def _bare(tokenizer: Tokenizer) -> Tokenizer:
-    """A tokenizer that neither pads nor cuts."""
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> Execution:
     chosen = backend(described["backend"])
     return chosen.execute(folder / described["executable"], described["architectures"], verified)
-
-
-def _ends(folder: Path, config: dict[str, Any]) -> frozenset[int]:
-    path = folder / "generation_config.json"
-    found = (_read(path) if path.is_file() else config).get("eos_token_id", config.get("eos_token_id"))
-    return frozenset() if found is None else frozenset(found if isinstance(found, list) else [found])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    absent = StageError(
-        f"{path.parent.name} holds no engine, graph or checkpoint",
-        measured=f"{path.name} is missing",
-        remedy="Give the folder of such an artifact.",
-    )
-    return read_json(path, absent=absent)

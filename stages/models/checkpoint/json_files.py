@@ -9,6 +9,8 @@ from typing import Any
 
 from stages.runtime.contract import StageError
 
+_AGAIN = "Make or fetch what it belongs to again."
+
 
 def read_json(path: Path, *, optional: bool = False, absent: StageError | None = None) -> dict[str, Any]:
     """A JSON object; {} for an optional file that is absent.
@@ -25,9 +27,11 @@ def read_json(path: Path, *, optional: bool = False, absent: StageError | None =
             f"{path.parent.name} has no {path.name}", remedy="Give a checkpoint in Hugging Face layout."
         ) from error
     except ValueError as error:
-        raise StageError(f"{path.name} is not JSON", measured=str(error)) from error
+        raise StageError(f"{path.name} is not JSON", measured=error, limit="a JSON object", remedy=_AGAIN) from error
     if not isinstance(value, dict):
-        raise StageError(f"{path.name} is no JSON object", measured=type(value).__name__)
+        raise StageError(
+            f"{path.name} is no JSON object", measured=type(value).__name__, limit="a JSON object", remedy=_AGAIN
+        )
     return value
 
 

@@ -1,0 +1,89 @@
+"""What an engine or a graph says of itself, and its tokenizer: read strictly, since a folder may be anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Tokenizer
+
+from stages.models.checkpoint.json_files import read_json
+from stages.runtime.contract import StageError
+
+EXECUTABLE = "executable"
+"""The field of `engine.json` that names a file beside it."""
+_AGAIN = "Make the artifact again."
+
+
+def read_beside(path: Path) -> dict[str, Any]:
+    """A JSON file without which a folder is none of the three.
+
+    Raises:
+        StageError: it is missing or no JSON object.
+    """
+    absent = StageError(
+        f"{path.parent.name} holds no engine, graph or checkpoint",
+        measured=f"{path.name} is missing",
+        remedy="Give the folder of such an artifact.",
+    )
+    return read_json(path, absent=absent)
+
+
+def described_by(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
+    """`engine.json` or `graph.json`.
+
+    Args:
+        path: of the file.
+        fields: what it has to say, of which type.
+
+    Raises:
+        StageError: it says something else, or its executable lies elsewhere.
+    """
+    found = read_beside(path)
+    for name, kind in fields.items():
+        value = found.get(name)
+        outside = name == EXECUTABLE and isinstance(value, str) and value != Path(value).name
+        if not isinstance(value, kind) or isinstance(value, bool) or outside:
+            raise StageError(
+                f"{path.name} of {path.parent.name} is damaged",
+                measured=f"{name}: {value!r:.60}",
+                limit="the name of a file beside it" if outside else kind.__name__,
+                remedy=_AGAIN,
+            )
+    return found
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A `tokenizer.json`; it neither pads nor cuts.
+
+    Raises:
+        StageError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise StageError(f"{path.parent.name} has no {path.name}", limit="one beside the executable", remedy=_AGAIN)
+    try:
+        return bare(Tokenizer.from_file(str(path)))
+    # The library raises nothing more exact.
+    except Exception as error:
+        raise StageError(
+            f"{path.name} of {path.parent.name} is damaged",
+            measured=error,
+            limit=f"what tokenizers {tokenizers.__version__} reads",
+            remedy=_AGAIN,
+        ) from error
+
+
+def bare(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that neither pads nor cuts."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def ends_of(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """Tokens that end a sequence."""
+    path = folder / "generation_config.json"
+    found = (read_beside(path) if path.is_file() else config).get("eos_token_id", config.get("eos_token_id"))
+    return frozenset() if found is None else frozenset(found if isinstance(found, list) else [found])
