@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,8 +96,6 @@ def _write_checkpoint(form: Format, source: Path, draft: Path, dtype: Stored, st
 
 
 def _write_graph(form: Format, source: Path, draft: Path, store: str | None) -> None:
-    import shutil
-
     from stages.graphs import genai
     from stages.models.checkpoint.json_files import read_json
     from stages.runtime.contract import Kind

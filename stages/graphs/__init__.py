@@ -1,4 +1,5 @@
 """ONNX graphs without torch: reading, editing, lowering to ONNX Runtime, checks of what became of them.
 
-May be imported from here: anything, by `export` and `compile`. Never comes in: torch; the TensorRT image has none.
+May be imported from here: anything, by `export`, `compile` and the command `export-to`. Never comes in: torch; the
+TensorRT image has none.
 """

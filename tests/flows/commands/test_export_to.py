@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, F811 - fixtures that other modules define are imported and then named as arguments
 
+import importlib.util
 import json
 import shutil
 
@@ -17,11 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.cli import main
 from flows.registry.journal import Candidate, Executable
 from flows.registry.projection import Registry, reconcile, release
+from stages.adapters.gguf import dequantize
 from stages.models.checkpoint.loading import load_model, save_model
+from stages.models.layers import quantized_linear, rounded_cache
+from stages.models.layers.quantization_spec import annotate
+from stages.models.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from stages.runtime.progress import Silent
 from stages.runtime.stores import LocalObjects
 from stages.serving.engine import open_engine
 from tests.conftest import sealer
-from tests.engines import mixed, mixed_graph, one_block, token_windows
+from tests.engines import mixed, mixed_graph, one_block, rounded, token_windows
 from tests.flows.recorded import tracking_in
 from tests.flows.registry.test_served import chain
 from tests.stages.models.families import FAMILIES
@@ -61,9 +67,15 @@ def by_transformers(folder, ids, **how):
 
 
 def by_gguf(folder, ids):
-    """transformers' own reader of such files, which wants accelerate."""
-    pytest.importorskip("accelerate")
-    return by_transformers(folder, ids, gguf_file="model.gguf")
+    """What such a file answers as `fetch` brings it, and by transformers' own loader, which wants accelerate."""
+    read = folder.parent / "read"
+    shutil.rmtree(read, ignore_errors=True)
+    read.mkdir()
+    dequantize(folder / "model.gguf", read, Silent())
+    found = by_transformers(read, ids)
+    if importlib.util.find_spec("accelerate"):
+        assert np.allclose(by_transformers(folder, ids, gguf_file="model.gguf"), found, rtol=0, atol=1e-4)
+    return found
 
 
 def test_checkpoint_for_transformers_has_the_same_bytes_and_the_chat_template(knowing, handed):
@@ -118,6 +130,26 @@ def test_blocks_of_unequal_size_are_filled_up_and_answer_the_same(tiny, tmp_path
     folder, _ = handed(source, "gguf", "--dtype", "f32")
     found = by_gguf(folder, ids)
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_rounded_table_and_cache_become_floats_and_it_is_said(tiny, tmp_path, handed):
+    model, plain = load_model(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    table, head = QuantizedEmbedding(768, 64), QuantizedLinear(64, 768)
+    table.weight, table.weight_scale = rounded(model.model.embed_tokens.weight.data)
+    head.weight, head.weight_scale = table.weight, table.weight_scale
+    quantized_linear.replace(model, "model.embed_tokens", table)
+    quantized_linear.replace(model, "lm_head", head)
+    rounded_cache.put(model, "int8", {f"model.layers.{block}.self_attn": (0.05, 0.05) for block in range(6)})
+    annotate(model, rounded_cache.described(model), {})
+    save_model(model, tmp_path / "rounded", like=tiny)
+    folder, said = handed(tmp_path / "rounded", "hf")
+    assert "note: keys and values are rounded no more in 6 layers" in said and "table of INT8 rows" in said
+    ids = token_windows(2, 40)
+    with torch.no_grad():
+        plain.model.embed_tokens.weight.copy_(table.weight * table.weight_scale[:, None])
+        wanted = plain.eval()(torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(by_transformers(folder, ids) - wanted).max() < 1e-4 * np.abs(wanted).max()
+    assert np.abs(open_engine(tmp_path / "rounded").logits(ids) - wanted).max() > 1e-3 * np.abs(wanted).max()
 
 
 def test_quantized_maps_stay_quantized_where_transformers_has_the_layout(shared_store, tiny, tmp_path, handed):
