@@ -41,7 +41,7 @@ ROWS = {
     "Gemma 3": "gemma3", "Phi-3": "phi3", "OPT": "opt", "GPT-2": "gpt2", "GPT-NeoX": "neox", "Falcon": "falcon",
     "BLOOM": "bloom", "SmolLM3": "smollm3", "Granite": "granite", "Mixtral": "mixtral", "BERT": "bert_masked",
     "RoBERTa": "roberta", "DistilBERT": "distilbert", "ELECTRA": "electra", "ALBERT": "albert",
-    "DeBERTa": "deberta", "T5": "t5", "BART": "bart", "Marian": "marian",
+    "DeBERTa": "deberta", "T5": "t5", "BART": "bart", "mBART": "mbart", "Marian": "marian",
 }  # fmt: skip
 """As people call it -> the checkpoint of the tests."""
 PAGE, MARK, WRITE = Path(__file__).parents[2] / "README.md", "<!-- families -->", "--write"
