@@ -25,8 +25,10 @@ class StackSessions:
 
     def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64], places: int) -> Kept:
         """Read the texts."""
-        kept = self.decoder.begin(len(ids_NT), places)
-        kept.beside = {"attention_mask": mask_NT, **self.encoder.outputs(ids_NT, mask_NT)}
+        kept, found = self.decoder.begin(len(ids_NT), places), self.encoder.outputs(ids_NT, mask_NT)
+        taken = {one.name for one in self.decoder.session.get_inputs()}
+        # Who looks into a graph has it give more than the decoder takes.
+        kept.beside = {"attention_mask": mask_NT, **{name: one for name, one in found.items() if name in taken}}
         return kept
 
     def outputs(self, ids_NT: NDArray[np.int64], said_NT: NDArray[np.int64]) -> list[dict[str, NDArray[np.float32]]]:

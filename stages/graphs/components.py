@@ -29,10 +29,7 @@ def load(graph: Path) -> list[ir.Model]:
 
 
 def save(models: Sequence[ir.Model], graph: Path) -> None:
-    """Write what `load` gives; of two graphs the weights lie in `<graph>.data`, each tensor of a name once.
-
-    The models are changed: they read those weights from there.
-    """
+    """Write what `load` gives; of two graphs the weights lie in `<graph>.data`, each tensor of a name once."""
     if len(models) == 1:
         onnx_graph.save(models[0], graph)
         return
@@ -62,7 +59,10 @@ def save(models: Sequence[ir.Model], graph: Path) -> None:
             )
             moved.append((value, place))
     written.replace(data)
-    for value, tensor in moved:
-        value.const_value = tensor
+    held = [value.const_value for value, _ in moved]
+    for value, place in moved:
+        value.const_value = place
     for model, path in zip(models, (graph, graph.with_name(ENCODER)), strict=True):
         ir.save(model, path)
+    for (value, _), own in zip(moved, held, strict=True):  # they may outlive the folder
+        value.const_value = own

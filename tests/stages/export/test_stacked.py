@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from flows.registry.package import travelling_code
+from flows.tracking.connect import quiet
+from stages import stage
 from stages.adapters.onnxruntime_stacks import open_stacks
 from stages.compile.stage import CompileParams, compile_engine
 from stages.export.cache_checks import require_answered_numbers
@@ -19,6 +25,7 @@ from stages.export.stage import ExportParams, export
 from stages.graphs import components, onnx_graph
 from stages.models.checkpoint.loading import load_model
 from stages.runtime.contract import StageError
+from stages.runtime.fingerprint import digest_file
 from stages.runtime.progress import Silent
 from stages.serving.answering import manner
 from stages.serving.engine import open_engine
@@ -26,7 +33,7 @@ from stages.serving.generate import greedy, padded
 from stages.validate.params import ValidateParams
 from tests.stages.validate.test_questions import asked
 from tests.stages.validate.test_written import REFERENCES, SOURCES, item
-from tests.stages.validate.words import lively, model
+from tests.stages.validate.words import WORDS, lively, model
 
 ROWS = [[5, 6, 7], [9, 8, 12, 13, 30], [11, 12, 13, 14, 15, 16, 17]]
 SLOW = [pytest.param(name, marks=pytest.mark.fault) for name in ("bart", "mbart", "marian", "t5_plain")]
@@ -135,6 +142,30 @@ def test_text_that_an_engine_writes_is_the_checkpoints(engines):
             open_engine(one).generate([[5] * 5000], **most)
 
 
+def test_registered_model_answers_by_both_stacks_where_there_is_no_torch(engines, tmp_path):
+    _, _, engine = engines
+    wanted = open_engine(engine).generate(list(SOURCES), max_new_tokens=8)
+    code = travelling_code(tmp_path, "onnxruntime").parent
+    script = (
+        "import json, sys; sys.modules['torch'] = sys.modules['transformers'] = None; sys.path.insert(0, sys.argv[1]);"
+        "from pathlib import Path; from stages.serving.engine import open_engine;"
+        "made = open_engine(Path(sys.argv[2]), verified=True).generate(sys.argv[3:], max_new_tokens=8);"
+        "ours = [one.__file__ for name, one in sys.modules.items() if name.partition('.')[0] == 'stages'];"
+        "assert all(one.startswith(sys.argv[1]) for one in ours), ours; print(json.dumps(made))"
+    )
+    words = [sys.executable, "-P", "-c", script, str(code), str(engine), *SOURCES]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout) == wanted
+    (tmp_path / "digests.json").write_text(json.dumps({"encoder.onnx": digest_file(engine / "encoder.onnx")}))
+    quiet()
+    from flows.registry.served import Served
+
+    served, artifacts = Served(), {"engine": str(engine), "digests": str(tmp_path / "digests.json")}
+    served.load_context(SimpleNamespace(artifacts=artifacts))
+    assert served.predict(None, list(SOURCES), {"max_new_tokens": 8}) == wanted
+    assert "".join(served.predict_stream(None, SOURCES[1], {"max_new_tokens": 8})) == wanted[1]
+
+
 def test_verdict_on_an_engine_is_the_one_on_its_checkpoint(engines, tmp_path):
     folder, _, engine = engines
     items = [item(n, *pair[:1], pair[1:]) for n, pair in enumerate(zip(SOURCES, REFERENCES, strict=True))]
@@ -176,6 +207,40 @@ def test_padding_of_a_text_is_hidden_by_the_mask_alone(engines):
     )
     np.testing.assert_allclose(hidden, same, atol=1e-5 * hidden.std())
     assert np.abs(hidden[0] - seen[0]).max() > 1e-3 * hidden.std()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("scheme", ["int8_weight_only", "int4_weight_only", "int8_w8a8"])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_engine_of_a_quantized_checkpoint_is_that_checkpoint(name, scheme, tmp_path, text_of_words):
+    (tmp_path / "small").mkdir()
+    quantize = stage("quantize")
+    params = {"scheme": scheme} | ({"block": 8} if "int4" in scheme else {})
+    params |= {} if scheme == "int8_weight_only" else {"windows": 4, "window_tokens": 16}
+    inputs = {"model": lively(name, tmp_path), "text": text_of_words}
+    quantize.run(quantize.params.model_validate(params), inputs, tmp_path / "small", Silent())
+    _, engine = made(tmp_path / "small", tmp_path)
+    kept = onnx_graph.held(*components.load(engine / "model.onnx"))
+    assert ("int4" if "int4" in scheme else "int8") in kept.precisions
+    ours, theirs = open_engine(engine), open_engine(tmp_path / "small")
+    found, wanted = ours.forward(*padded(ROWS)), theirs.forward(*padded(ROWS))
+    for row, one, other in zip(ROWS, found, wanted, strict=True):
+        # Where activations are rounded, one that lies between two steps may fall to either.
+        far = np.abs(one[: len(row)] - other[: len(row)])
+        assert (far.mean() if scheme == "int8_w8a8" else far.max()) < 2e-2 * wanted.std()
+
+
+@pytest.fixture(scope="module")
+def text_of_words(tmp_path_factory):
+    """A corpus of the words that these models know."""
+    root = tmp_path_factory.mktemp("words")
+    draw = np.random.default_rng(0)
+    (root / "a.txt").write_text("\n\n".join(" ".join(draw.choice(WORDS, 300)) for _ in range(40)))
+    corpus = stage("corpus")
+    (root / "text").mkdir()
+    params = {"source": (root / "a.txt").as_uri(), "splits": {"calibrate": 0.6, "test": 0.4}}
+    corpus.run(corpus.params.model_validate(params), {}, root / "text", Silent())
+    return root / "text"
 
 
 @pytest.mark.parametrize(
