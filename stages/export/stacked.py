@@ -94,9 +94,9 @@ def export_stacks(
     from stages.export.cache_checks import require_answered_numbers
     from stages.export.checks import require_effect
     from stages.graphs import components, onnx_graph
-    from stages.serving.translating import manner_of
+    from stages.serving.translating import whole_manner_of
 
-    how, name = manner_of(model), type(model).__name__
+    how, name = whole_manner_of(model), type(model).__name__
     try:
         own, cross = two_stacks.layer_caches(model)
         made = to_onnx.with_two_stacks(model, (own, cross))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,18 +53,28 @@ class _Begun:
 
 
 def manner_of(model: PreTrainedModel) -> Manner:
-    """How a model's answers begin.
+    """How a model's answers begin; texts that it is asked for itself are `shifted` by the model.
 
     Raises:
-        StageError: it does not say so, or shifts a text in a way of its own.
+        StageError: it does not say so.
     """
-    start, forced = _first_token(model), _setting(model, "forced_bos_token_id")
+    forced = _setting(model, "forced_bos_token_id")
     left_out = tuple(int(one[0]) for one in _setting(model, "bad_words_ids") or () if len(one) == 1)
+    return Manner(_first_token(model), None if forced is None else int(forced), left_out, wraps=False)
+
+
+def whole_manner_of(model: PreTrainedModel) -> Manner:
+    """The same for who shifts texts without the model.
+
+    Raises:
+        StageError: it does not say how answers begin, or shifts a text in a way of its own.
+    """
+    how = manner_of(model)
+    start = how.start
     special = {start, model.config.pad_token_id, model.config.eos_token_id}
     ids_1T = torch.tensor([[one for one in range(_ASKED + len(special)) if one not in special][:_ASKED]])
-    wanted = [Manner(start, None if forced is None else int(forced), left_out, wraps) for wraps in (False, True)]
     found = shifted(model, ids_1T).numpy()
-    for one in wanted:
+    for one in (how, replace(how, wraps=True)):
         if np.array_equal(found, one.shifted(ids_1T.numpy(), np.array([_ASKED]))):
             return one
     raise StageError(
