@@ -195,7 +195,8 @@ def _reading(scratch: Path) -> tuple[Tracking | None, str]:
     from mlflow import MlflowClient
 
     if uri.startswith(_LITE):
-        uri = f"{_LITE}file:{quote(str(path))}?mode=ro&uri=true"
+        # With the driver in its name: of a plain one MLflow makes the folder that it takes `file:/...` to be.
+        uri = f"sqlite+pysqlite:///file:{quote(str(path))}?mode=ro&uri=true"
     try:
         with answered(uri):
             return Tracking(MlflowClient(tracking_uri=uri, registry_uri=uri), uri, ""), ""

@@ -73,7 +73,7 @@ class Served(PythonModel):
         Raises:
             MlflowException: of the code BAD_REQUEST, where what is asked is refused.
         """
-        if self._engine.task != "generate":
+        if self._engine.task in COLUMNS:
             with _refusing():
                 return told(self._engine, _table(model_input, self._engine.task), params or {})
         with _refusing():

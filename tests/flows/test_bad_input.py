@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from flows.cli import main
 from flows.tracking.connect import quiet
-from stages.compile import CompileParams, compile_engine
+from stages.compile.stage import CompileParams, compile_engine
 from stages.export.stage import ExportParams, export
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent

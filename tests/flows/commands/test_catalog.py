@@ -67,7 +67,9 @@ def listed(capsys):
     return valid(capsys.readouterr().out, "models")
 
 
-def test_models_lists_versions_with_figures_size_and_digest(registered, capsys):
+def test_models_lists_versions_with_figures_size_and_digest(registered, capsys, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     (one,) = listed(capsys)["models"]
     engine = next(identity for identity, manifest in registered.manifests() if manifest.kind == "engine")
     assert (one["model"], one["version"], one["aliases"], one["mlflow"]) == ("m", "1", ["champion"], ["champion"])
@@ -80,6 +82,7 @@ def test_models_lists_versions_with_figures_size_and_digest(registered, capsys):
     assert engine in said and "!" not in said and "MLflow was not asked" not in said
     assert main(["models", "none"]) == 1
     assert "no recipe registered a model 'none'; limit m" in capsys.readouterr().err
+    assert not [*(tmp_path / "here").iterdir()]  # who looks leaves nothing
 
 
 def test_models_marks_what_mlflow_has_elsewhere_and_what_it_lost(registered, capsys):
