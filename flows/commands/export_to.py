@@ -38,12 +38,16 @@ class Stored(StrEnum):
 
 def export_to(
     model: AskedArgument,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to: absent or empty.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder to write, absent or empty.")],
     form: Annotated[
         Format,
-        typer.Option("--format", help="For transformers, ONNX Runtime, onnxruntime-genai, or llama.cpp."),
+        typer.Option(
+            "--format", help="hf: transformers; onnx: ONNX Runtime; genai: onnxruntime-genai; gguf: one GGUF file."
+        ),
     ],
-    dtype: Annotated[Stored | None, typer.Option("--dtype", help="Of a GGUF file's matrices. Default: f16.")] = None,
+    dtype: Annotated[
+        Stored | None, typer.Option("--dtype", help="Type of a GGUF file's matrices. Default: f16.")
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Write a model as another tool opens it.

@@ -12,7 +12,9 @@ from flows.commands.options import StoreOption
 
 def generate(
     model: AskedArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text to continue, or to answer for an encoder-decoder.")
+    ],
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a message, to answer by the chat template.")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", metavar="N", help="At most so many new tokens. Default: 32.")

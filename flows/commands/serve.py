@@ -34,8 +34,8 @@ def serve(
 ) -> None:
     """Serve a model as OpenAI's API has it, until Ctrl-C.
 
-    Completions and conversations, whole or streamed, of many clients at once, or vectors of a model that gives them;
-    /health and /metrics say how it is.
+    Completions and conversations, whole or streamed, of many clients at once; embeddings, where the model gives
+    vectors. /health and /metrics say how it is.
     """
     from flows.endpoint.server import Served, serve
     from stages.serving.engine import open_engine

@@ -50,7 +50,8 @@ class ExportParams(Params):
         cache: a model that continues texts takes and gives the keys and values of what it has read, so that a new token
             costs what it is, not all before it. Backends without a cache are given the same graph without.
         dtype: of the numbers that are not quantized: activations, keys and values, norms. 16 bits are for TensorRT's
-            plans, `bf16` from sm_80 on; the graph is proven in 32 bits first, then how far 16 take it.
+            plans, `bf16` from sm_80 on; the graph is proven in 32 bits first; then it is measured how far
+            16 take it.
         parity_windows: windows of text on which graph and torch must agree.
         parity_tokens: their length; they are longer where layers attend to so many tokens at most.
     """

@@ -86,8 +86,15 @@ def genai_config(
         generation: `generation_config.json`.
 
     Raises:
-        StageError: onnxruntime-genai cannot keep what the graph keeps, or the model never ends a text.
+        StageError: onnxruntime-genai cannot keep what the graph keeps, or the model continues no text or never ends one.
     """
+    if described["task"] != "generate":
+        raise StageError(
+            "onnxruntime-genai is handed only models that continue texts",
+            measured=f"its task is {described['task']}",
+            limit="generate",
+            remedy="Take --format onnx, whose graphs any program can call.",
+        )
     layer = _like_each_other(described)
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
     first = (ends if isinstance(ends, list) else [ends])[0]

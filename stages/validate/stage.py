@@ -1,6 +1,4 @@
-"""Measure one artifact on one corpus or set of items, on one executor: perplexity, distance from a baseline, right
-answers, size.
-"""
+"""Measure one artifact on one corpus or set of items, on one executor: perplexity, distance, right answers, size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README's table of families and techniques is what this code does: two families a day, all of them in twelve days."""
+"""README's table of families and techniques is what this code does: two or three families a day, all in twelve days."""
 
 import pytest
 
