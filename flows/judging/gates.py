@@ -78,7 +78,8 @@ def _artifacts(gate: Gate, sizes: Mapping[str, int], targets: Mapping[str, str |
     if gate.measure not in (SIZE, *SPEEDS) and known(gate.measure) is None:
         raise StageError(f"no gate can measure {gate.measure!r}", limit=", ".join((*MEASURES, SIZE, *SPEEDS)))
     if gate.artifact is None:
-        return [name for name, target in targets.items() if target or gate.measure == SIZE]
+        itself = gate.against if gate.measure in SPEEDS else None  # nothing takes turns with itself
+        return [name for name, target in targets.items() if (target or gate.measure == SIZE) and name != itself]
     if gate.measure == SIZE and gate.artifact not in sizes:
         raise StageError(f"the size of {gate.artifact} is not known", remedy=JUDGE_MORE)
     if gate.measure != SIZE and not targets.get(gate.artifact):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
@@ -36,6 +37,12 @@ def executor(target: str) -> dict[str, str]:
 def backend_code(target: str) -> tuple[str, ...]:
     """The module that executes on a target, where the target's name chooses it."""
     return () if target in TORCH else (module_of(target.partition(":")[0]),)
+
+
+def refuse_unexecuted(target: str, precisions: Collection[str]) -> None:
+    """Refuse before any work what a target's backend cannot execute; see `backends.refuse_impossible`."""
+    if target not in TORCH:
+        backend(target.partition(":")[0]).refuse("", precisions)
 
 
 def _cuda_version() -> str:

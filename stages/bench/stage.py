@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.adapters.targets import CUDA
+from stages.adapters.targets import CUDA, refuse_unexecuted
 from stages.bench.bytes_read import copy_bytes_per_s, weight_bytes
 from stages.bench.child import WRITES
 from stages.bench.figures import Cell, headline
@@ -155,6 +155,7 @@ def admit(params: BenchParams, known: Mapping[str, Any]) -> Subject:
         )
     check_split(known, params.split)
     artifact: Subject = known["artifact"]
+    refuse_unexecuted(params.target, artifact.precisions)
     if baseline := known.get("baseline"):
         _refuse_another(*vocabularies(artifact, baseline), artifact.task, baseline.task)
     return artifact

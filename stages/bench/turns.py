@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -86,3 +86,6 @@ def contestant(role: str, folder: Path, device: str) -> Iterator[Contestant]:
             yield Contestant(role, process, errors)
         finally:
             process.kill()
+            with suppress(BrokenPipeError):  # what it was not told any more
+                if process.stdin is not None:
+                    process.stdin.close()

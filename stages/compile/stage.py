@@ -130,7 +130,7 @@ def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:
     """The engine of a graph."""
     graph: Subject = known["graph"]
     architectures = tuple(dict.fromkeys(params.architectures))
-    refuse_impossible(params.backend, architectures, (*_PRECISIONS.get(graph.scheme, ()), graph.dtype))
+    refuse_impossible(params.backend, architectures, graph.precisions)
     _refuse_rounding(params)
     _refuse_halves(params, graph.dtype)
     _refuse_stacks(params, graph.task)
@@ -171,18 +171,6 @@ def _longest(params: CompileParams, most: int | None) -> int:
     """Tokens that the engine of a graph reads that reads so many itself."""
     asked = params.maximum_tokens or DEFAULT_TOKENS
     return asked if most is None else min(asked, most)
-
-
-_PRECISIONS = {
-    "int8_w8a8": ("int8", "float32"),
-    "int8_weight_only": ("int8", "float32"),
-    "fp8_e4m3": ("fp8", "float32"),
-    "int4_weight_only": ("int4", "float32"),
-    "auto": ("int4", "int8", "float32"),
-    "nvfp4": ("fp4", "fp8", "float32"),
-    "mxfp4": ("fp4", "float32"),
-}
-"""Formats in the graph of a checkpoint that is quantized so, as far as they are always there."""
 
 
 COMPILE = Stage(

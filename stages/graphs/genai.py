@@ -86,15 +86,10 @@ def genai_config(
         generation: `generation_config.json`.
 
     Raises:
-        StageError: onnxruntime-genai cannot keep what the graph keeps, or the model continues no text or never ends one.
+        StageError: onnxruntime-genai cannot keep what the graph keeps, or the model writes no text, or none
+            that ends.
     """
-    if described["task"] != "generate":
-        raise StageError(
-            "onnxruntime-genai is handed only models that continue texts",
-            measured=f"its task is {described['task']}",
-            limit="generate",
-            remedy="Take --format onnx, whose graphs any program can call.",
-        )
+    _refuse_others(described)
     layer = _like_each_other(described)
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
     first = (ends if isinstance(ends, list) else [ends])[0]
@@ -132,6 +127,24 @@ def genai_config(
         },
         "search": search,
     }
+
+
+def _refuse_others(described: Mapping[str, Any]) -> None:
+    """Raise StageError for what onnxruntime-genai does not write by."""
+    if described["task"] != "generate":
+        raise StageError(
+            "onnxruntime-genai is handed only models that continue texts",
+            measured=f"its task is {described['task']}",
+            limit="generate",
+            remedy="Take --format onnx, whose graphs any program can call.",
+        )
+    if (dtype := described.get("dtype", "float32")) != "float32":
+        raise StageError(
+            "onnxruntime-genai is handed only graphs in float32 here",
+            measured=dtype,
+            limit="float32",
+            remedy="Export another graph without `dtype`.",
+        )
 
 
 def _like_each_other(described: Mapping[str, Any]) -> Mapping[str, Any]:

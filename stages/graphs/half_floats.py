@@ -20,6 +20,12 @@ WIDE = frozenset(
     {"Pow", "ReduceMean", "ReduceSum", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log", "Softmax", "Softplus", "CumSum"}
 )
 """Operators whose values leave what 16 bits hold, or are sums of many: they are fed and read in 32."""
+_SUMS = {"ReduceSum", "ReduceMean"}
+_REACHING = frozenset(
+    {"Add", "Sub", "Mul", "MatMul", "Gemm", "Attention", "RMSNormalization", "LayerNormalization", "RotaryEmbedding"}
+)
+REACH, MOST_IN_HALF = "reach", 65520.0
+"""An output of `tell_reach`; from here on float16 is infinite."""
 _SCALES = {("QuantizeLinear", 1), ("DequantizeLinear", 1)}
 _SMALLEST = 2.0**-14
 """From here down a 16-bit scale loses digits."""
@@ -37,7 +43,9 @@ def halve(model: ir.Model, dtype: str) -> None:
         if value.dtype == ir.DataType.FLOAT:
             value.dtype = rewriting.half
             rewriting.halves.add(value)
-    wide = _wide(graph)
+    wide = _wide(graph) | {
+        node for node in graph if node.op_type == "QuantizeLinear" and rewriting.loses(node.inputs[1])
+    }
     for node in list(graph):
         rewriting.feed(node, wide=node in wide)
         if node not in wide and _says_floats(node):
@@ -62,8 +70,10 @@ class _Rewriting:
             if value is None or not (value in self.halves or _is_float(value)):
                 continue
             if value in self.graph.initializers.values():
-                if not wide and not ((node.op_type, place) in _SCALES and self._loses(value)):
+                if not wide and not ((node.op_type, place) in _SCALES and self.loses(value)):
                     node.replace_input_with(place, self._constant(value))
+            elif (node.op_type, place) in _SCALES:
+                continue  # scales of scales are as they are computed, and what they scale is of their type
             elif wide == (value in self.halves):
                 node.replace_input_with(place, self._cast(node, value, ir.DataType.FLOAT if wide else self.half))
 
@@ -88,8 +98,10 @@ class _Rewriting:
                 made.name = before.name
                 self.graph.register_initializer(made)
 
-    def _loses(self, scale: ir.Value) -> bool:
-        assert scale.const_value is not None
+    def loses(self, scale: ir.Value | None) -> bool:
+        """Whether a scale loses digits in 16 bits."""
+        if scale is None or scale.const_value is None:
+            return False
         return self.half == ir.DataType.FLOAT16 and float(np.abs(scale.const_value.numpy()).min()) < _SMALLEST
 
     def _constant(self, value: ir.Value) -> ir.Value:
@@ -110,6 +122,34 @@ class _Rewriting:
             self.graph.insert_before(before, made)
             self._casts[value, to] = made.outputs[0]
         return self._casts[value, to]
+
+
+def tell_reach(model: ir.Model) -> None:
+    """Give as a further output of a halved graph the largest magnitude of what its nodes hand on in 16 bits.
+
+    Scores that a softmax alone reads are left out: those of places that nobody sees may be infinite.
+    """
+    graph, largest = model.graph, list[ir.Value | None]()
+    for node in list(graph):
+        value = node.outputs[0]
+        if node.op_type not in _REACHING or value.dtype not in _ARRAYS or _is_score(value):
+            continue
+        size = ir.Node("", "Abs", [value], num_outputs=1)
+        most = ir.Node("", "ReduceMax", [size.outputs[0]], [ir.AttrInt64("keepdims", 0)], num_outputs=1)
+        graph.extend([size, most])
+        largest.append(most.outputs[0])
+    reach = ir.Node("", "Max", largest, num_outputs=1)
+    graph.append(reach)
+    value = reach.outputs[0]
+    value.name, value.dtype, value.shape = REACH, ir.DataType.FLOAT, ir.Shape([])
+    graph.outputs.append(value)
+
+
+def _is_score(value: ir.Value) -> bool:
+    users = [user for user, _ in value.uses()]
+    casts = [user.outputs[0] for user in users if user.op_type == "Cast"]
+    users = [user for user in users if user.op_type != "Cast"] + [user for cast in casts for user, _ in cast.uses()]
+    return bool(users) and all(user.op_type == "Softmax" for user in users)
 
 
 def in_floats(model: ir.Model) -> None:
@@ -140,7 +180,9 @@ def _wide(graph: ir.Graph) -> set[ir.Node]:
             inner = any(one in of_numbers for one in given) and not moving
         if inner:
             of_numbers.update(node.outputs)
-        if inner or node.op_type in WIDE:
+        makers = {made.op_type for one in given if (made := one.producer()) is not None}
+        summed = node.op_type in ("Add", "Div") and bool(makers & _SUMS)  # before a sum of many is small again
+        if inner or summed or node.op_type in WIDE:
             found.add(node)
     return found
 

@@ -18,6 +18,8 @@ from stages.runtime.contract import StageError
 EXTERNAL_BYTES = 1_500_000_000
 """From here on weights lie beside the graph: one protobuf message ends at 2 GiB."""
 BYTE = 8
+_PLACE = "place"
+"""Of a constant, under `Value.meta`: the file and the offset that it was read from."""
 
 _PRECISIONS = {
     ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
@@ -68,6 +70,7 @@ def load(path: Path) -> ir.Model:
     beside: dict[Path, np.memmap[Any, np.dtype[np.uint8]]] = {}
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
+            value.meta[_PLACE] = str(path.parent / value.const_value.location), value.const_value.offset
             value.const_value = _mapped(value.const_value, path, beside)
     return model
 
@@ -79,9 +82,12 @@ def _mapped(
 
     onnx and onnx_ir refuse a file that has more than one name, and what a store shows has: its bytes lie there once.
     """
-    file = (graph.parent / tensor.location).resolve()
+    named = graph.parent / tensor.location
+    file = named.resolve()
     if file not in beside:
-        if file.parent != graph.parent.resolve() or not file.is_file():
+        # Where a store is only looked into, the graph is a link itself.
+        near = file.parent == graph.parent.resolve() or (graph.is_symlink() and named.parent == graph.parent)
+        if not near or not file.is_file():
             raise StageError(
                 f"the weights of {graph.name} are not beside it",
                 measured=f"{tensor.location}: {'in another folder' if file.is_file() else 'no such file'}",
@@ -159,8 +165,7 @@ def _distinct(models: Sequence[ir.Model]) -> list[ir.Value]:
     known: set[tuple[str, int | None]] = set()
     for model in models:
         values = list(model.graph.initializers.values())
-        tensors = [(value, value.const_value) for value in values]
-        places = {value: (str(one.path), one.offset) for value, one in tensors if isinstance(one, ir.ExternalTensor)}
+        places = {value: value.meta[_PLACE] for value in values if _PLACE in value.meta}
         found += [value for value in values if places.get(value) not in known]
         known |= set(places.values())
     return found
@@ -212,6 +217,8 @@ def _scales(value: ir.Value | None) -> NDArray[np.float32]:
         return found
     node = value.producer()
     assert node is not None
+    if node.op_type == "Cast":
+        return _scales(node.inputs[0])
     return _scales(node.inputs[0]) * _scales(node.inputs[1])
 
 

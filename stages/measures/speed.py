@@ -49,7 +49,7 @@ SPEEDS: Mapping[str, Speed] = {
     "token_latency_p99_ms": Speed("token p99, ms"),
     "load_s": Speed("load, s", _WRITES | _READS, once=True),
     "peak_rss_bytes": Speed("peak memory", _WRITES | _READS, once=True),
-    "bandwidth_share": Speed("of copy bandwidth", faster=True, once=True),
+    "bandwidth_share": Speed("of copy bandwidth", frozenset({"generate"}), faster=True, once=True),
 }
 
 

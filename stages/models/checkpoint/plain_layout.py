@@ -83,6 +83,8 @@ def plain(model: PreTrainedModel, progress: Progress) -> PreTrainedModel:
     """
     _leave_float(model, progress)
     made, padded = classes.empty(_configuration(model), torch.float32), 0
+    if hasattr(made, "pooler") and model.pooler is None:
+        made.pooler = None  # as it was left out of the model
     for name, to in anatomy.named_tensors(made):
         owner, _, attribute = name.rpartition(".")
         value = _value(model.get_submodule(owner), attribute)

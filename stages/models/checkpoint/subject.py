@@ -25,6 +25,17 @@ from stages.models.layers.quantization_spec import describe
 from stages.models.memory.lean_import import without_compiler
 from stages.runtime.contract import StageError
 
+_PRECISIONS = {
+    "int8_w8a8": ("int8", "float32"),
+    "int8_weight_only": ("int8", "float32"),
+    "fp8_e4m3": ("fp8", "float32"),
+    "int4_weight_only": ("int4", "float32"),
+    "auto": ("int4", "int8", "float32"),
+    "nvfp4": ("fp4", "fp8", "float32"),
+    "mxfp4": ("fp4", "float32"),
+}
+"""Scheme -> formats that are always in a graph of it."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -55,6 +66,11 @@ class Subject:
     masked: bool = False
     loose: int = 0
     facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Formats in its graph, as far as they are always there."""
+        return (*_PRECISIONS.get(self.scheme, ()), self.dtype)
 
     @property
     def structured(self) -> bool:

@@ -106,10 +106,29 @@ def test_model_whose_numbers_leave_16_bits_is_refused_and_goes_in_bf16(dense, tm
     path = tmp_path / "model.onnx"
     onnx_graph.save(made, path)
     kept = path.read_bytes()
-    with pytest.raises(StageError, match=r"graph in float16 does not answer .* Export in bf16"):
+    with pytest.raises(StageError, match=r"numbers leave what float16 holds; .* Export in bf16"):
         halve(path, "float16", ids, answer, predicts=True)
     path.write_bytes(kept)
     assert halve(path, "bfloat16", ids, answer, predicts=True)[1]["halving_kl_divergence"] < LIMITS["bfloat16"]
+
+
+def test_numbers_that_leave_fp16_between_two_nodes_are_seen(dense, tmp_path):
+    """Every weight fits into 16 bits, a sum of products of two of them does not."""
+    model, ids = load_model(dense), token_windows(1, 16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight *= 2000
+        model.model.layers[0].mlp.gate_proj.weight *= 50
+        model.model.layers[0].mlp.down_proj.weight /= 100_000
+        answer = model(input_ids=torch.from_numpy(ids)).logits.numpy()
+    made = onnx_graph.load(whole_graph(dense, tmp_path))
+    for name, by in (("up", 2000), ("gate", 50), ("down", 1e-5)):
+        value = made.graph.initializers[f"model.layers.0.mlp.{name}_proj.weight"]
+        value.const_value = ir.tensor((value.const_value.numpy() * by).astype(np.float32), name=value.name)
+        assert np.abs(value.const_value.numpy()).max() < 60_000
+    path = tmp_path / "model.onnx"
+    onnx_graph.save(made, path)
+    with pytest.raises(StageError, match=r"numbers leave what float16 holds; measured \d+"):
+        halve(path, "float16", ids, answer, predicts=True)
 
 
 def whole_graph(dense, tmp_path):
