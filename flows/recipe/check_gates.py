@@ -71,7 +71,7 @@ def _speed_gate(seen: Seen, here: Field, gate: dict[str, Any], measure: str, wro
         value = part(gate, field)
         if isinstance(value, str) and isinstance(seen.judge, dict) and value not in allowed and not of & wrong:
             yield Fault((*here, field), f"{value!r} {why}; allowed: {', '.join(allowed) or 'none in this recipe'}")
-    if isinstance(baseline, str) and part(gate, "artifact") == part(gate, "against") == baseline:
+    if baseline in executed and part(gate, "artifact") == part(gate, "against") == baseline:
         yield Fault((*here, "artifact"), f"{baseline!r} takes no turns with itself; allowed: another artifact")
 
 

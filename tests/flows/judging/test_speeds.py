@@ -80,3 +80,8 @@ def test_gate_on_a_speed_that_was_not_measured_is_an_error_with_a_remedy():
     assert "decode_tokens_per_s" in caught.value.remedy
     with pytest.raises(StageError, match="which was not executed"):
         only(measure="decode_tokens_per_s", artifact="gpu", at_least=2)
+
+
+def test_gate_on_a_speed_of_all_leaves_out_the_baseline_that_is_judged_itself():
+    targets = {"cpu": "onnxruntime:cpu", "dense": "torch:cpu"}
+    assert only(targets=targets, measure="decode_tokens_per_s", at_least=2).artifact == "cpu"

@@ -64,3 +64,12 @@ def test_speed_of_judge_needs_a_text(recipe):
     recipe["gates"] = [FAST]
     (fault,) = faults(recipe)
     assert fault.path == ("judge", "speed") and "a step of the stage corpus among its corpora" in fault.text
+
+
+def test_gate_on_a_speed_of_the_baseline_against_itself_is_refused_and_one_of_all_leaves_it_out(recipe):
+    recipe["judge"] |= {"speed": True, "artifacts": ["cpu", "dense"]}
+    recipe["gates"].append(FAST)
+    assert not faults(recipe)
+    recipe["gates"][-1] = {**FAST, "artifact": "dense"}
+    (fault,) = faults(recipe)
+    assert "'dense' takes no turns with itself" in fault.text
