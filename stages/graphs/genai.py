@@ -131,10 +131,10 @@ def genai_config(
 
 def _refuse_others(described: Mapping[str, Any]) -> None:
     """Raise StageError for what onnxruntime-genai does not write by."""
-    if described["task"] != "generate":
+    if (task := described.get("task", "generate")) != "generate":
         raise StageError(
             "onnxruntime-genai is handed only models that continue texts",
-            measured=f"its task is {described['task']}",
+            measured=f"its task is {task}",
             limit="generate",
             remedy="Take --format onnx, whose graphs any program can call.",
         )
