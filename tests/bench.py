@@ -16,7 +16,7 @@ from typing import Any
 from flows.running.run_records import records
 from stages import stage
 from stages.adapters.connect import connect
-from stages.measures.speed import SPEED, SPEEDS
+from stages.measures.table import SPEED, SPEEDS
 from stages.runtime.artifacts import Store
 from stages.runtime.execute import execute, work_of
 from stages.runtime.progress import Silent

@@ -16,8 +16,7 @@ from flows.judging.speeds import Speeds, of_speed
 from flows.reporting.format import held_words, number
 from flows.results import Bound, GateResult, Held
 from stages.measures.interval import Interval
-from stages.measures.speed import SPEEDS
-from stages.measures.table import MEASURES, known, measure_of
+from stages.measures.table import MEASURES, SPEEDS, known, measure_of
 from stages.runtime.contract import StageError
 
 SIZE = "size_bytes"

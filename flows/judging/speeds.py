@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from flows.judging.measured import Found, Gate, Report
 from stages.measures.interval import Interval
-from stages.measures.speed import SPEED, SPEEDS
+from stages.measures.table import SPEED, SPEEDS
 from stages.runtime.contract import StageError
 
 Speeds = Mapping[tuple[str, str], Report]

@@ -17,6 +17,7 @@ from flows.registry.journal import Executable, Promotion, history, last, standin
 from flows.running.placement import load_pools
 from flows.running.plan import resolve
 from flows.running.session import Session, model_size, run_step
+from stages.measures.table import BENCH
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import fingerprint
@@ -104,7 +105,7 @@ def reports_of(session: Session, champion: Champion, serves: str) -> dict[str, d
         return {}
     found: dict[str, dict[str, Any]] = {}
     for step in session.steps:
-        if step.measures not in (CHAMPION, serves) or step.of_speed or step.corpus in found:
+        if step.measures not in (CHAMPION, serves) or step.stage == BENCH or step.corpus in found:
             continue
         work = session.planned[step.name].order.work
         identity = fingerprint(

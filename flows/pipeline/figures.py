@@ -8,7 +8,7 @@ from flows.reporting.abilities import ItemSet, item_sets
 from flows.results import RunResult
 from flows.running.session import Session
 from flows.tracking.model_metrics import ModelMetric
-from stages.measures.speed import SPEED
+from stages.measures.table import SPEED
 
 
 def metrics(session: Session, judgement: Judgement, result: RunResult) -> dict[str, float]:

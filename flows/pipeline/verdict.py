@@ -14,6 +14,7 @@ from flows.registry.journal import Executable
 from flows.registry.model_card import Compared, compared
 from flows.results import GateResult, RunVerdict, run_verdict
 from flows.running.session import MODELS, Session, manifest_of, model_size
+from stages.measures.table import BENCH
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Kind
 
@@ -91,7 +92,7 @@ def _reports(session: Session) -> Reports:
     return {
         (step.measures, step.corpus): _json(session.store, session.done[step.name].fingerprint, "report.json")
         for step in session.steps
-        if step.measures and step.measures != CHAMPION and not step.of_speed
+        if step.measures and step.measures != CHAMPION and step.stage != BENCH
     }
 
 
@@ -100,7 +101,7 @@ def _speeds(session: Session) -> Speeds:
     return {
         (step.measures, baseline): _json(session.store, session.done[step.name].fingerprint, "report.json")
         for step in session.steps
-        if step.of_speed
+        if step.measures and step.stage == BENCH
     }
 
 

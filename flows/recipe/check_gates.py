@@ -10,8 +10,7 @@ from flows.recipe.located_yaml import Path as Field
 from flows.recipe.model import CHAMPION
 from flows.recipe.seen import Seen
 from flows.recipe.shape import BROKEN, part
-from stages.measures.speed import SPEEDS
-from stages.measures.table import HARNESS_MEASURES, MEASURES, OWN, known, measure_of
+from stages.measures.table import HARNESS_MEASURES, MEASURES, OWN, SPEEDS, known, measure_of
 from stages.runtime.contract import Kind
 
 RUNS = frozenset({Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE})

@@ -12,11 +12,9 @@ from typing import Any
 from flows.recipe.model import CHAMPION, Judge, Recipe, Step
 from stages import stage
 from stages.adapters.backends import GRAPHS_BACKEND, backend
+from stages.measures.table import BENCH
 from stages.quantize.params import QuantizeParams, block_of
 from stages.runtime.contract import Kind
-
-BENCH = "bench"
-"""The stage that measures speed."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,6 @@ class PlannedStep:
     traced: bool = False
     executable: bool = True
     given: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def of_speed(self) -> bool:
-        """Whether it measures how fast its artifact is, which no corpus decides."""
-        return bool(self.measures) and self.stage == BENCH
 
 
 @dataclass(frozen=True)

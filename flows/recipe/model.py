@@ -21,8 +21,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from flows.names import Alias, Title
 from stages import STAGES, stage
-from stages.measures.speed import SPEEDS
-from stages.measures.table import BROUGHT, MEASURES
+from stages.measures.table import BROUGHT, MEASURES, SPEEDS
 from stages.runtime.contract import Frozen, StageError
 from stages.validate.params import Own, Variant
 

@@ -14,8 +14,7 @@ from flows.reporting.abilities import ItemSet
 from flows.reporting.format import markdown_table, number, size
 from flows.reporting.timed_steps import timed
 from flows.results import GateResult, RunResult, StepResult
-from stages.measures.speed import SPEEDS
-from stages.measures.table import foremost, title
+from stages.measures.table import SPEEDS, foremost, title
 
 CARD = "model_card.md"
 """Among the files of MLflow's run: the whole card."""

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.reporting.charts import pareto_chart
 from flows.reporting.format import number, short_number, short_size
-from stages.measures.speed import SPEED, SPEEDS, foremost_speed
-from stages.measures.table import foremost, title
+from stages.measures.table import SPEED, SPEEDS, foremost, foremost_speed, title
 
 if TYPE_CHECKING:
     from markupsafe import Markup

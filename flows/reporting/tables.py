@@ -11,8 +11,7 @@ from rich.text import Text
 from flows.reporting.format import duration, held_words, number, size
 from flows.reporting.timed_steps import timed, told
 from flows.results import GateResult, RunResult, RunVerdict, StepResult
-from stages.measures.speed import SPEEDS
-from stages.measures.table import foremost, title
+from stages.measures.table import SPEEDS, foremost, title
 
 
 def show_result(result: RunResult, console: Console) -> None:

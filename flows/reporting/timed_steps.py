@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from flows.reporting.format import number, short_size
 from flows.results import StepResult
-
-BENCH = "bench"
-"""The stage that measures speed."""
+from stages.measures.table import BENCH
 
 
 def timed(steps: Sequence[StepResult]) -> dict[str, list[StepResult]]:

@@ -16,8 +16,7 @@ from flows.running.child_environment import child_environment
 from flows.running.plan import Planned
 from stages import stage
 from stages.admission import Answer, Asked
-from stages.measures.speed import SPEEDS
-from stages.measures.table import MEASURES, known
+from stages.measures.table import MEASURES, SPEEDS, known
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Kind, StageError
 from stages.runtime.fingerprint import canonical, digest_bytes

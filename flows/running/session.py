@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flows.prefect_api.retry import AWAY_S, patiently
-from flows.recipe.expand import BENCH, Expanded, PlannedStep
+from flows.recipe.expand import Expanded, PlannedStep
 from flows.recipe.model import Recipe
 from flows.results import RunResult, StepResult
 from flows.running.admission import refuse_inadmissible
@@ -33,6 +33,7 @@ from flows.tracking.runs import RecipeRun
 from flows.tracking.steps import StepRun
 from stages import stage
 from stages.measures.size import size_bytes
+from stages.measures.table import BENCH
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import Image, Interrupted, Kind, Manifest, Progress, StageError
 from stages.runtime.execute import Outcome

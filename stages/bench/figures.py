@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.measures.interval import Interval
-from stages.measures.speed import SPEEDS, of_ratios, of_rounds
+from stages.measures.interval import Interval, of_ratios, of_rounds
+from stages.measures.table import SPEEDS
 
 _QUANTILES = {"token_latency_p50_ms": 0.5, "token_latency_p95_ms": 0.95, "token_latency_p99_ms": 0.99}
 

@@ -16,7 +16,7 @@ from stages.bench.figures import Cell, headline
 from stages.bench.params import BenchParams, chosen_code, executed_on
 from stages.bench.turns import Contestant, contestant
 from stages.measures.items import ItemSplits
-from stages.measures.speed import SPEED
+from stages.measures.table import SPEED
 from stages.runtime.contract import Image, Input, Kind, Metrics, Progress, Stage, StageError
 
 if TYPE_CHECKING:

@@ -1,14 +1,18 @@
 """How sure a mean over documents is: 95% bootstrap intervals, paired where two models are compared.
 
-Shapes: D documents, R resamples.
+Figures of several rounds are quantiles, and medians of ratios, bootstrapped over rounds, which are few: the interval is
+as wide as the rounds differ.
+
+Shapes: D documents or rounds, K values, R resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +21,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES, SEED, CHUNK = 10_000, 20_111, 1_000
 CONFIDENCE = 0.95
+_METHOD: Literal["averaged_inverted_cdf"] = "averaged_inverted_cdf"
 
 
 @dataclass(frozen=True)
@@ -102,3 +107,36 @@ def _expanded_tail(documents: int) -> float:
     z = normal.inv_cdf((1 + CONFIDENCE) / 2)
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     return normal.cdf(-t * math.sqrt(documents / freedom))
+
+
+def of_rounds(rounds: Sequence[Sequence[float]], quantile: float = 0.5) -> Interval:
+    """A quantile of all values of all rounds.
+
+    Args:
+        rounds: the values of each.
+        quantile: the value that so much of the whole does not exceed; the mean of two neighbours where both are it.
+    """
+    values_K = np.array([one for some in rounds for one in some], dtype=np.float64)
+    round_K = np.repeat(np.arange(len(rounds)), [len(some) for some in rounds])
+    order_K = values_K.argsort(kind="stable")
+    sorted_K, round_K = values_K[order_K], round_K[order_K]
+
+    def statistic(weights_RD: Floats) -> Floats:
+        reached_RK = weights_RD[:, round_K].cumsum(1)
+        wanted_R1 = reached_RK[:, -1:] * quantile
+        # A trillionth either way: 0.95 times 20 must not be more than the 19 values that it is.
+        at_R, behind_R = ((reached_RK >= wanted_R1 * near).argmax(1) for near in (1 - 1e-12, 1 + 1e-12))
+        found_R: Floats = (sorted_K[at_R] + sorted_K[behind_R]) / 2
+        return found_R
+
+    return resampled(np.ones(len(rounds)), statistic)
+
+
+def of_ratios(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], quantile: float = 0.5) -> Interval:
+    """The median over rounds of the ratio of a quantile to another's in the same round."""
+    pairs = zip(ours, theirs, strict=True)
+    return of_rounds([[_quantile(mine, quantile) / _quantile(other, quantile)] for mine, other in pairs])
+
+
+def _quantile(values: Sequence[float], quantile: float) -> float:
+    return float(np.quantile(values, quantile, method=_METHOD))

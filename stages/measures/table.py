@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 TOKENS = frozenset({"generate", "translate"})
 """Tasks whose answer is a token after the other."""
+_READS = frozenset({"fill", "classify", "score", "tag", "answer", "embed"})
+BENCH, SPEED = "bench", "speed"
+"""The stage that measures how fast an artifact is, which no corpus decides, and the key of its report."""
 
 
 @dataclass(frozen=True)
@@ -171,3 +174,39 @@ def title(measure: str) -> str:
     """A measure's heading."""
     found = known(measure)
     return (found.title if found else "") or measure
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What `bench` measures of an artifact.
+
+    Attributes:
+        title: its heading.
+        tasks: what the models are for that it says something of.
+        faster: whether more of it is better.
+        once: it is seen once, and has no interval.
+    """
+
+    title: str
+    tasks: frozenset[str] = TOKENS
+    faster: bool = False
+    once: bool = False
+
+
+SPEEDS: Mapping[str, Speed] = {
+    "decode_tokens_per_s": Speed("tokens/s written", faster=True),
+    "prefill_tokens_per_s": Speed("tokens/s read", faster=True),
+    "items_per_s": Speed("items/s", _READS, faster=True),
+    "time_to_first_token_ms": Speed("first token, ms"),
+    "token_latency_p50_ms": Speed("token p50, ms"),
+    "token_latency_p95_ms": Speed("token p95, ms"),
+    "token_latency_p99_ms": Speed("token p99, ms"),
+    "load_s": Speed("load, s", TOKENS | _READS, once=True),
+    "peak_rss_bytes": Speed("peak memory", TOKENS | _READS, once=True),
+    "bandwidth_share": Speed("of copy bandwidth", frozenset({"generate"}), faster=True, once=True),
+}
+
+
+def foremost_speed(task: str) -> str:
+    """The measure that stands for the speed of a model of this task: the first of the table that it has."""
+    return next(name for name, one in SPEEDS.items() if task in one.tasks)

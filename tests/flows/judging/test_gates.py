@@ -301,7 +301,6 @@ def test_module_reads_writes_and_asks_nothing(module):
         "flows.results",
         "stages.measures.interval",
         "stages.measures.paired",
-        "stages.measures.speed",
         "stages.measures.table",
         "stages.runtime.contract",
     }

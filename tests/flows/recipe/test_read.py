@@ -355,7 +355,7 @@ def test_expanded_measures_baseline_and_executable_artifacts_on_each_corpus(tmp_
 def test_expanded_with_speed_times_each_executable_artifact_in_turn_with_the_baseline(tmp_path):
     sets = ["judge.speed=true", "judge.artifacts=[cpu, gpu, int8, dense]", "judge.corpora=[other, text]"]
     planned = expanded(load_recipe(written(tmp_path), sets)).steps
-    timed = {p.name: p for p in planned if p.of_speed}
+    timed = {p.name: p for p in planned if p.measures and p.stage == "bench"}
     assert [p.name for p in planned][-3:] == list(timed) == ["bench-cpu", "bench-int8", "bench-dense"]
     cpu = timed["bench-cpu"]
     assert cpu.inputs == {"artifact": "cpu", "text": "other", "baseline": "dense"}

@@ -13,7 +13,7 @@ from stages.bench.bytes_read import copy_bytes_per_s
 from stages.bench.stage import BENCH, BenchParams
 from stages.bench.turns import contestant
 from stages.measures.items import ItemSplits
-from stages.measures.speed import SPEEDS
+from stages.measures.table import SPEEDS
 from stages.runtime.contract import StageError
 from stages.runtime.execute import device_name, execute, work_of
 from tests.conftest import sealer

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.measures.speed import SPEEDS, foremost_speed, of_ratios, of_rounds
+from stages.measures.interval import of_ratios, of_rounds
+from stages.measures.table import SPEEDS, foremost_speed
 
 ROUNDS = st.lists(st.lists(st.floats(0.1, 1e6), min_size=1, max_size=6), min_size=2, max_size=6)
 
