@@ -12,6 +12,7 @@ products read the same rounded activations. These rewritings mend that:
   read once, a byte each. What is left is 2^-24 of the row's largest value, as in fp32; of 2^-16, which two digits
   leave, models with massive activations make a hundredth of what is usual beside them. `MatMulNBits` at the accuracy
   level that multiplies in float takes ten times as long, and its faster level rounds the activations.
+- A Relu before rounding to FP8 is a maximum, since ONNX Runtime leaves the Relu out.
 - A product of float activations and INT4 weights keeps them in half a byte each, see `ort_few_bits`.
 """
 
@@ -28,6 +29,7 @@ from stages.graphs.ort_nodes import VENDOR, constant, placed, sweep
 
 INTEGER_PRODUCT, RAW_ROWS, SPLIT_PRODUCT = "MatMulIntegerToFloat", "raw_rows", "split_products"
 FEW_BITS_PRODUCT = PRODUCT
+FP8 = frozenset({ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2})
 DIGITS, STEP, FINER = 3, 1 / 127, 1 / 254
 """Of a row over its largest value: the step of the first digit; each other's, over that of the one before, of which it
 says at most half."""
@@ -54,11 +56,30 @@ def lower(model: ir.Model) -> dict[str, int]:
         graph.remove(node, safe=True)
         new.name = name
         counts[kind] += 1
+    _keep_relus(graph)
     if counts.total() > counts[RAW_ROWS]:
         model.opset_imports[VENDOR] = 1
     if counts:
         sweep(graph)
     return dict(counts)
+
+
+def _keep_relus(graph: ir.Graph) -> None:
+    """Write a Relu before rounding to FP8 as a maximum: ONNX Runtime 1.31 leaves the Relu out, as if no value there
+    were negative.
+    """
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
+            continue
+        zero, relu = node.inputs[2], _producer(node.inputs[0])
+        if zero is None or zero.dtype not in FP8 or relu is None or relu.op_type != "Relu":
+            continue
+        made = placed(graph, relu, "Max", [relu.inputs[0], _number(graph, "no_less", 0.0)])
+        old, new = relu.outputs[0], made.outputs[0]
+        new.shape, new.type, name = old.shape, old.type, old.name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(relu, safe=True)
+        new.name = name
 
 
 def _integer_product(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
