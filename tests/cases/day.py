@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import TypeVar
 
+T = TypeVar("T")
 ASKED, DAY, ENGINES = "ENGINERY_CASES", "ENGINERY_CASES_DAY", "ENGINERY_ENGINES"
 
 
@@ -22,6 +24,6 @@ def drawn(names: Sequence[str]) -> list[str]:
     return [*names] if os.environ.get(ASKED) != "third" else [*names[today() % 3 :: 3]]
 
 
-def fifth(names: Sequence[str]) -> list[str]:
+def fifth(names: Sequence[T]) -> list[T]:
     """All families, or the fifth of the day."""
     return [*names] if os.environ.get(ENGINES) != "fifth" else [*names[today() % 5 :: 5]]

@@ -31,12 +31,14 @@ from stages.serving.answering import manner
 from stages.serving.engine import open_engine
 from stages.serving.generate import greedy, padded
 from stages.validate.params import ValidateParams
+from tests.cases.day import fifth
 from tests.stages.validate.test_questions import asked
 from tests.stages.validate.test_written import REFERENCES, SOURCES, item
 from tests.stages.validate.words import WORDS, lively, model
 
 ROWS = [[5, 6, 7], [9, 8, 12, 13, 30], [11, 12, 13, 14, 15, 16, 17]]
 SLOW = [pytest.param(name, marks=pytest.mark.fault) for name in ("bart", "mbart", "marian", "t5_plain")]
+QUANTIZED = [(name, how) for name in ("bart", "t5") for how in ("int8_weight_only", "int4_weight_only", "int8_w8a8")]
 FORCED = 40
 
 
@@ -211,9 +213,8 @@ def test_padding_of_a_text_is_hidden_by_the_mask_alone(engines):
     assert np.abs(hidden[0] - seen[0]).max() > 1e-3 * hidden.std()
 
 
-@pytest.mark.fault
-@pytest.mark.parametrize("scheme", ["int8_weight_only", "int4_weight_only", "int8_w8a8"])
-@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.engine
+@pytest.mark.parametrize(("name", "scheme"), fifth(QUANTIZED))
 def test_engine_of_a_quantized_checkpoint_is_that_checkpoint(name, scheme, tmp_path, text_of_words):
     (tmp_path / "small").mkdir()
     quantize = stage("quantize")
