@@ -2,13 +2,13 @@
 
 # ruff: noqa: F401, F811 - fixtures that other modules define are imported and then named as arguments
 
-import importlib.util
 import json
 import shutil
 
 import gguf
 import numpy as np
 import onnxruntime
+import onnxruntime_genai as genai
 import pytest
 import torch
 import transformers
@@ -73,8 +73,7 @@ def by_gguf(folder, ids):
     read.mkdir()
     dequantize(folder / "model.gguf", read, Silent())
     found = by_transformers(read, ids)
-    if importlib.util.find_spec("accelerate"):
-        assert np.allclose(by_transformers(folder, ids, gguf_file="model.gguf"), found, rtol=0, atol=1e-4)
+    assert np.allclose(by_transformers(folder, ids, gguf_file="model.gguf"), found, rtol=0, atol=1e-4)
     return found
 
 
@@ -166,7 +165,6 @@ def test_quantized_maps_stay_quantized_where_transformers_has_the_layout(shared_
     assert stored["model.layers.0.mlp.up_proj.weight_packed"].dtype == torch.int32
     ids = token_windows(2, 17)
     wanted = open_engine(source).logits(ids)
-    pytest.importorskip("compressed_tensors")
     found = by_transformers(folder, ids)
     assert np.abs(found - wanted).max() < 1e-3 * np.abs(wanted).max()
 
@@ -205,7 +203,6 @@ def test_graph_of_an_engine_is_run_by_a_plain_loop_of_onnxruntime(shared_store, 
 
 
 def by_genai(folder, prompts, new):
-    genai = pytest.importorskip("onnxruntime_genai")
     model = genai.Model(str(folder))
     tokenizer = genai.Tokenizer(model)
     rows = [[int(one) for one in tokenizer.encode(prompt)] for prompt in prompts]
