@@ -223,8 +223,9 @@ def _listed(seen: Seen, field: str) -> list[Any]:
 def _measured(seen: Seen) -> Iterator[Fault]:
     recipe = seen.sound()
     taken = {step.name for step in recipe.steps}
-    compiled = any(step.index in seen.unsound for step in seen.steps if step.stage == "compile")
-    if recipe.judge is None or compiled or not {*recipe.judge.artifacts, recipe.judge.baseline} <= taken:
+    # Their params say what is executed, and what a cut width is a multiple of.
+    unsound = any(step.index in seen.unsound for step in seen.steps if step.stage in ("compile", "prune", "quantize"))
+    if recipe.judge is None or unsound or not {*recipe.judge.artifacts, recipe.judge.baseline} <= taken:
         return  # which measurements there will be cannot be told
     for name in [step.name for step in expanded(recipe).steps if step.measures and step.name in taken]:
         yield Fault(("judge",), f"a step is called {name!r} as this measurement would be; allowed: another name")

@@ -18,16 +18,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from stages.adapters.backends import Asked, Backend
-from stages.graphs import components, onnx_graph, ort_checks, ort_few_bits, stepping, uncached
-from stages.graphs.parity import divergence, prose_ids
+from stages.graphs import components, onnx_graph, ort_checks, stepping, uncached
+from stages.graphs.parity import prose_ids
 from stages.runtime.contract import Metrics, Progress, StageError
 from stages.runtime.progress import Silent
 from stages.serving.answering import manner
 
 GRAPH = "model.onnx"
 PARITY_TOKENS = 64
-ROUNDING_LIMIT = 0.1
-"""Nats a token, of KL(as the graph says || with rounded activations)."""
 
 
 def describe(source: Path) -> dict[str, Any]:
@@ -49,8 +47,8 @@ def without_cache(asked: Asked, output: Path) -> Iterator[Asked]:
 
 def build_proven(chosen: Backend, asked: Asked, source: Path, output: Path, progress: Progress) -> Metrics:
     """The engine, proven to compute what the graph computes."""
-    described, ids_NT = describe(source), _prose(source)
-    said_NT = _said(described, ids_NT)
+    described, ids_NT = describe(source), prose(source)
+    said_NT = said(described, ids_NT)
     engine = output / chosen.executable
     metrics = chosen.build(asked, output, progress)
     if engine.suffix == asked.graph.suffix:
@@ -82,42 +80,15 @@ def build_proven(chosen: Backend, asked: Asked, source: Path, output: Path, prog
     return metrics | {"parity_logit_difference": difference}
 
 
-def round_activations(chosen: Backend, source: Path, output: Path) -> Metrics:
-    """Let the proven engine round activations, and say how far that takes it from what it was."""
-    engine, ids_NT = output / chosen.executable, _prose(source)
-    said_NT = _said(describe(source), ids_NT)
-
-    def logits() -> np.ndarray:
-        return stepping.at_once(chosen.execute(engine, (), True), ids_NT, said_NT)
-
-    before_NTV, models = logits(), components.load(engine)
-    products = sum(ort_few_bits.round_activations(model) for model in models)
-    if not products:
-        raise StageError(
-            "no activations can be rounded: the graph has no product of INT4 weights and float activations",
-            remedy="Leave `activations` out, or quantize by int4_weight_only.",
-        )
-    components.save(models, engine)
-    found = divergence(before_NTV, logits())
-    if not found <= ROUNDING_LIMIT:
-        raise StageError(
-            "the engine answers otherwise once it rounds activations",
-            measured=f"KL divergence {found:.3g} nats a token",
-            limit=ROUNDING_LIMIT,
-            remedy="Leave `activations` out.",
-        )
-    return {"rounded_activations": float(products), "rounding_kl_divergence": found}
-
-
-def _said(described: Mapping[str, Any], ids_NT: NDArray[np.int64]) -> NDArray[np.int64] | None:
+def said(described: Mapping[str, Any], ids_NT: NDArray[np.int64]) -> NDArray[np.int64] | None:
     """What a decoder behind an encoder reads when it is asked for windows; None for a model of one graph."""
     if "answers" not in described:
         return None
     return manner(described["answers"]).shifted(ids_NT, np.full(len(ids_NT), ids_NT.shape[1]))
 
 
-def _prose(source: Path) -> NDArray[np.int64]:
-
+def prose(source: Path) -> NDArray[np.int64]:
+    """ids_NT of English, by the tokenizer in a graph's folder."""
     tokenizer, longest = Tokenizer.from_file(str(source / "tokenizer.json")), describe(source)["maximum_tokens"]
     return prose_ids(lambda text: list(tokenizer.encode(text).ids), 2, min(PARITY_TOKENS, longest))
 

@@ -35,8 +35,11 @@ class CompileParams(Params):
         architectures: GPUs a TensorRT plan is for, `sm_89`, ...; one plan serves them all. None for onnxruntime.
         maximum_tokens: the longest sequence; null for as many as the model reads, at most 2,048.
         maximum_batch: the largest batch of a TensorRT plan.
-        activations: how onnxruntime multiplies INT4 weights: with activations as the graph has them, or rounded to INT8
-            in blocks, which is faster. An engine that rounds is judged as it rounds, as any other.
+        activations: how onnxruntime multiplies INT4 and INT8 weights of float activations: with activations as the
+            graph has them, or rounded to INT8 as they come, in blocks for INT4, by rows for INT8, which is faster. An
+            engine that rounds is judged as it rounds, as any other.
+        fine: with `activations: int8`, the largest share of the INT8 weights that meet activations in sixteen bits,
+            where eight move the answers most: a kind of map in all layers, or none of it.
     """
 
     backend: BackendName
@@ -44,11 +47,13 @@ class CompileParams(Params):
     maximum_tokens: int | None = Field(None, ge=1)
     maximum_batch: int = Field(8, ge=1)
     activations: Literal["as_graph", "int8"] = "as_graph"
+    fine: float = Field(0, ge=0, le=1)
 
 
 def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write the executable and `engine.json`, with the tokenizer beside them."""
-    from stages.compile.processor import build_proven, describe, round_activations, without_cache
+    from stages.compile.processor import build_proven, describe, without_cache
+    from stages.compile.rounding import round_activations
     from stages.graphs import components, ort_engine
     from stages.serving.files import carry
 
@@ -93,7 +98,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
         with without_cache(asked, output) if cache and not chosen.keeps else nullcontext(asked) as asked:
             metrics = build_proven(chosen, asked, source, output, progress)
             if params.activations == "int8":
-                metrics |= round_activations(chosen, source, output)
+                metrics |= round_activations(chosen, source, output, params.fine)
     files = {*output.glob(f"{chosen.executable}*"), *components.files(output / chosen.executable)}
     size = sum(path.stat().st_size for path in files)
     carry(source, output)
@@ -138,6 +143,13 @@ def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:
 
 
 def _refuse_rounding(params: CompileParams) -> None:
+    if params.fine and params.activations == "as_graph":
+        raise StageError(
+            "`fine` says which activations are not rounded to INT8, and none are",
+            measured=f"activations: {params.activations}",
+            limit="activations: int8",
+            remedy="Set `activations: int8`, or leave `fine` out.",
+        )
     if params.activations != "as_graph" and params.backend != "onnxruntime":
         raise StageError(
             f"`activations` is for onnxruntime, not for {params.backend}",

@@ -12,6 +12,7 @@ products read the same rounded activations. These rewritings mend that:
   read once, a byte each. What is left is 2^-24 of the row's largest value, as in fp32; of 2^-16, which two digits
   leave, models with massive activations make a hundredth of what is usual beside them. `MatMulNBits` at the accuracy
   level that multiplies in float takes ten times as long, and its faster level rounds the activations.
+  `round_activations` leaves one digit or two, where an engine may: INT8 or INT16 with a scale for each row.
 - A Relu before rounding to FP8 is a maximum, since ONNX Runtime leaves the Relu out.
 - A product of float activations and INT4 weights keeps them in half a byte each, see `ort_few_bits`.
 """
@@ -19,6 +20,7 @@ products read the same rounded activations. These rewritings mend that:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,11 +124,62 @@ def _split_product(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, Digits]
     step, zero = _number(graph, "digit_0", STEP), _unsigned_zero(graph)
     inputs: list[ir.Value | None] = [known[x].all, found[0], step, found[1], zero]
     product = placed(graph, node, INTEGER_PRODUCT, inputs, domain=VENDOR).outputs[0]
-    worth = np.array([FINER**place for place in range(DIGITS)], np.float32).reshape(-1, *[1] * len(x.shape))
-    told = placed(graph, node, "Mul", [product, constant(graph, f"worth_{len(x.shape)}", worth)]).outputs[0]
+    told = placed(graph, node, "Mul", [product, _worth(graph, DIGITS, len(x.shape))]).outputs[0]
     first = constant(graph, "first_axis", np.array([0], dtype=np.int64))
     whole = placed(graph, node, "ReduceSum", [told, first], keepdims=0).outputs[0]
     return placed(graph, node, "Mul", [whole, known[x].largest])
+
+
+def round_activations(model: ir.Model, digits: Callable[[str], int]) -> int:
+    """Let products of digits keep the first of them alone, which is INT8 with a scale for each row, or two.
+
+    A head that is the table of tokens keeps all: it says logits, of few rows, and its time goes into its weights.
+
+    Args:
+        model: lowered.
+        digits: how many, by the name of the weights; DIGITS leave the product as it is.
+
+    Returns:
+        How many products have fewer now.
+    """
+    graph, rounded = model.graph, 0
+    for node in split_products(model):
+        (told, _), *_ = node.outputs[0].uses()
+        (whole, _), *_ = told.outputs[0].uses()
+        every, left = _known(node.inputs[0]).producer(), digits(str(_known(node.inputs[1]).name))
+        assert every is not None
+        if left == DIGITS:
+            continue
+        rounded += 1
+        if left > 1:
+            node.replace_input_with(0, placed(graph, node, "Concat", list(every.inputs[:left]), axis=0).outputs[0])
+            told.replace_input_with(1, _worth(graph, left, len(_known(told.inputs[1]).shape or ()) - 1))
+            continue
+        unsqueezed = _producer(every.inputs[0])
+        assert unsqueezed is not None
+        product = placed(graph, node, INTEGER_PRODUCT, [unsqueezed.inputs[0], *node.inputs[1:]], domain=VENDOR)
+        made, old = product.outputs[0], whole.outputs[0]
+        made.shape, made.type = old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, made)
+    if rounded:
+        sweep(graph)
+    return rounded
+
+
+def split_products(model: ir.Model) -> list[ir.Node]:
+    """Products of digits whose weights are no table of tokens."""
+    found = []
+    for node in model.graph:
+        if node.op_type == INTEGER_PRODUCT and node.inputs[1] is not None and node.inputs[1].const_value is not None:
+            digits = _producer(node.inputs[0])
+            found += [node] if digits is not None and digits.op_type == "Concat" else []
+    return found
+
+
+def _worth(graph: ir.Graph, digits: int, axes: int) -> ir.Value:
+    """What each digit is worth, [digits, 1, ...] with `axes` ones."""
+    worth = np.array([FINER**place for place in range(digits)], np.float32).reshape(-1, *[1] * axes)
+    return constant(graph, f"worth_{axes}" if digits == DIGITS else f"worth_{axes}_of_{digits}", worth)
 
 
 def _columns(graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Value] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -149,17 +150,22 @@ def test_engine_may_round_activations_and_says_how_far_that_takes_it(mixed_graph
     folder.mkdir()
     params = CompileParams(backend="onnxruntime", activations="int8")
     made = compile_engine(params, {"graph": mixed_graph}, folder, Hears())
-    assert made["rounded_activations"] == cpu[1]["few_bits_products"] > 0
+    split_maps = cpu[1]["split_products"] - 1  # the head keeps all digits
+    assert made["rounded_activations"] == cpu[1]["few_bits_products"] + split_maps
     assert 0 < made["rounding_kl_divergence"] < 0.01
     ids = token_windows(2, 33)
     exact, fast = (open_engine(one).logits(ids).astype(np.float64) for one in (cpu[0], folder))
     assert 1e-6 < np.abs(exact - fast).max() / exact.std() < 0.3
+    nodes = onnx.load(folder / "model.onnx").graph.node
     levels = [
         next(one.i for one in node.attribute if one.name == "accuracy_level")
-        for node in onnx.load(folder / "model.onnx").graph.node
+        for node in nodes
         if node.op_type == "MatMulNBits"
     ]
-    assert set(levels) == {4}
+    assert len(levels) == cpu[1]["few_bits_products"] > 0 and set(levels) == {4}
+    makers = {out: node.op_type for node in nodes for out in node.output}
+    read = Counter(makers[node.input[0]] for node in nodes if node.op_type == "MatMulIntegerToFloat")
+    assert read == {"QuantizeLinear": cpu[1]["integer_products"] + split_maps, "Concat": 1}
 
 
 def test_rounding_where_there_is_nothing_to_round_is_refused(tiny, tmp_path):
@@ -167,7 +173,7 @@ def test_rounding_where_there_is_nothing_to_round_is_refused(tiny, tmp_path):
     for name in ("graph", "engine"):
         (tmp_path / name).mkdir()
     export(ExportParams(), {"model": checkpoint}, tmp_path / "graph", Hears())
-    with pytest.raises(StageError, match="no product of INT4 weights and float activations"):
+    with pytest.raises(StageError, match="no product of INT4 or INT8 weights and float activations"):
         params = CompileParams(backend="onnxruntime", activations="int8")
         compile_engine(params, {"graph": tmp_path / "graph"}, tmp_path / "engine", Hears())
     with pytest.raises(StageError, match="`activations` is for onnxruntime, not for tensorrt_rtx"):

@@ -125,6 +125,18 @@ def test_anything_anywhere_is_refused_in_words_or_is_a_recipe(data):
         Recipe.model_validate_json(json.dumps(recipe), strict=True)
 
 
+@pytest.mark.parametrize(
+    "right, wrong, where",
+    [
+        ("{scheme: int8_w8a8}", "{scheme: int8_w8a8, keep: 0.7}", "9: steps.int8.params.keep"),
+        ("{keep: 0.9}", "{method: [channels]}", "7: steps.shared.params.method"),
+    ],
+)
+def test_wrong_params_of_steps_that_say_how_wide_blocks_are_are_named(right, wrong, where):
+    text = GOOD.replace("stage: share,", "stage: prune,").replace(right, wrong)
+    assert named(text) == [where]
+
+
 def test_judge_misspelled_is_all_that_is_said_of_what_needs_it():
     assert named(GOOD.replace("judge:", "jugde:")) == ["13: jugde"]
 

@@ -63,6 +63,29 @@ def test_product_of_float_activations_is_exact_beside_massive_ones(tmp_path, mas
     assert not found[7].any()
 
 
+@pytest.mark.parametrize("digits, steps", [(1, 127), (2, 127 * 254)])
+def test_rounded_product_is_that_of_integers_with_a_scale_for_each_row(tmp_path, digits, steps):
+    table = RNG.standard_normal((ROWS, INPUTS)).astype(np.float32)
+    table[3], table[7] = table[3] * 3000, 0  # massive, and without any largest value
+    weight = RNG.integers(-127, 128, (INPUTS, OUTPUTS), dtype=np.int8)
+    scale = RNG.uniform(0.001, 0.02, OUTPUTS).astype(np.float32)
+    made = model(table, weight, scale)
+    ort_lowering.lower(made)
+    assert ort_lowering.round_activations(made, {"weight": ort_lowering.DIGITS}.__getitem__) == 0
+    assert ort_lowering.round_activations(made, {"weight": digits}.__getitem__) == 1
+    kinds = Counter(node.op_type for node in made.graph)
+    assert kinds["MatMulIntegerToFloat"] == 1 and kinds["QuantizeLinear"] == digits
+    assert kinds["ReduceSum"] == (digits > 1)
+    ir.save(made, tmp_path / "model.onnx")
+    found = open_session(tmp_path / "model.onnx").logits(np.arange(ROWS).reshape(2, ROWS // 2)).reshape(ROWS, OUTPUTS)
+    step = np.abs(table.astype(np.float64)).max(1, keepdims=True) / steps
+    codes = np.rint(np.divide(table, step, out=np.zeros(table.shape), where=step > 0))
+    expected = codes @ weight.astype(np.float64) * step * scale
+    # A value halfway between two codes may go to either.
+    assert (np.abs(found - expected) > 1e-5 * np.abs(expected).max(1, keepdims=True)).mean() < 0.01
+    assert not found[7].any()
+
+
 def test_activations_that_several_products_read_are_split_once():
     table = RNG.standard_normal((ROWS, INPUTS)).astype(np.float32)
     made = model(table, RNG.integers(-127, 128, (INPUTS, OUTPUTS), dtype=np.int8), np.full(OUTPUTS, 0.01, np.float32))
