@@ -24,6 +24,8 @@ from stages.runtime.contract import StageError
 
 WHOLE_ATTENTION = 256
 """Up to this many tokens the plain product of queries and keys takes half the time of torch's fused one in bfloat16."""
+OF_A_WINDOW = {"classify": 1, "score": 1, "answer": 2}
+"""Task -> the answers to a window, where these are not one a token."""
 LOGIT_TOLERANCE = 0.02
 """Difference, over the largest logit, that two roundings to bfloat16 explain."""
 
@@ -48,6 +50,7 @@ class Apart:
 
     An encoder-decoder's windows hold S tokens for the encoder, then T for the decoder, NOTHING where an answer ended.
     A classifier's head is what gives its logits as they are: these are its hidden states, one a window or one a token.
+    What finds answers says two things of a window, where one begins and where it ends: its classes are the tokens.
 
     Attributes:
         model: gives hidden states.
@@ -66,7 +69,7 @@ class Apart:
     scale: float = 1.0
 
     def hidden(self, ids_NT: Tensor) -> Tensor:
-        """The last hidden states, [N, T, H]; of a classifier its logits, [N, T, C] or [N, 1, C]."""
+        """The last hidden states, [N, T, H]; of a classifier its logits, [N, T, C], [N, 1, C] or [N, 2, T]."""
         read = {"input_ids": ids_NT}
         if self.source:
             source_NS, answer_NT = ids_NT[:, : self.source], ids_NT[:, self.source :].clamp_min(0)
@@ -76,7 +79,7 @@ class Apart:
     def states(self, said: Any) -> Tensor:
         """The same of what the model has just said."""
         if self.taken is None:
-            logits: Tensor = said.logits
+            logits = tasks.answer(self.task, said)
             return logits if logits.ndim == 3 else logits[:, None]
         states, self.taken.states = self.taken.states, None
         assert states is not None
@@ -87,9 +90,8 @@ class Apart:
         return self.counted(ids_NT[:1]).shape[1]
 
     def counted(self, ids_NT: Tensor) -> Tensor:
-        """Whether an answer counts: [N, T], or [N, 1] where a window has one."""
-        tokens_NT = self.counted_tokens(ids_NT)
-        return tokens_NT[:, :1] if self.task in ("classify", "score") else tokens_NT
+        """Whether an answer counts: [N, T], or [N, 1] or [N, 2] where a window has so many."""
+        return self.counted_tokens(ids_NT)[:, : OF_A_WINDOW.get(self.task)]
 
     def counted_tokens(self, ids_NT: Tensor) -> Tensor:
         """Whether a token's states count, [N, T]."""
@@ -125,7 +127,7 @@ def load_apart(folder: Path, tokens: int) -> Apart:
     if tokens <= WHOLE_ATTENTION:
         rounded_cache.use(model, "eager")
     if task in CLASSES:
-        return _classifier(model, task)
+        return _classifier(model, task, tokens)
     two = bool(model.config.is_encoder_decoder)
     ids_1T = torch.arange(min(tokens, 8))[None] % model.config.get_text_config().vocab_size
     read = {"input_ids": ids_1T} | ({"decoder_input_ids": ids_1T} if two else {})
@@ -150,7 +152,7 @@ def load_apart(folder: Path, tokens: int) -> Apart:
     return made
 
 
-def _classifier(model: PreTrainedModel, task: str) -> Apart:
+def _classifier(model: PreTrainedModel, task: str, tokens: int) -> Apart:
     """What comes after the blocks of a classifier is small and its answers are few: they keep float32."""
     for child in model.children():
         if child is not model.base_model:
@@ -160,7 +162,7 @@ def _classifier(model: PreTrainedModel, task: str) -> Apart:
     if getattr(config, "pad_token_id", None) is None:
         # Windows hold no padding, but a decoder takes no two of them without knowing which token that is.
         config.pad_token_id = -1
-    return Apart(model, Head(torch.eye(model.config.num_labels)), task)
+    return Apart(model, Head(torch.eye(tokens if task == "answer" else model.config.num_labels)), task)
 
 
 def _scale_and_cap(model: PreTrainedModel, read: dict[str, Tensor], taken: Taken) -> tuple[float, float | None]:

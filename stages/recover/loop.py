@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.algorithms.schedule import batch, cosine
 from stages.recover import student
+from stages.recover.headless import OF_A_WINDOW
 from stages.recover.held_out import NOTHING_LOST, HeldOut, Score, mean_kl, score, worst
 from stages.recover.student import Learner, Record
 from stages.runtime.contract import Progress, StageError
@@ -18,10 +19,11 @@ from stages.runtime.contract import Progress, StageError
 LARGEST_JUMP = 4.0
 """A loss this many times the median of the last ones is a jump: batches of one text differ by less than 2."""
 LARGEST_JUMP_OF_FEW = 16.0
-"""The same where a window has one answer: of a batch of four, one squared error outweighs the others."""
+"""The same where a window has one answer or two: of a batch of four, one squared error outweighs the others."""
 REMEMBERED = 16
 LITTLE = 0.1
-"""Held-out score, nats: a cut that costs no more may leave nothing that so short a training can mend."""
+"""Nats: a cut that costs no more of a held-out score may leave nothing that so short a training can mend, and losses
+of batches that are all lower may differ by any factor."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +136,18 @@ def take_what_helped(
 
 
 def jumped(loss: float, losses: Sequence[float], largest: float = LARGEST_JUMP) -> bool:
-    """Whether a loss is not finite, or more than `largest` times the median of those before it."""
+    """Whether a loss is not finite, or more than `largest` times the median of those before it.
+
+    Where that is next to nothing a teacher is sure of nearly all: the one window of which it is not is no jump.
+    """
     # A comparison with NaN is false, so that this order catches it too.
     if not loss < float("inf"):
         return True
-    return len(losses) >= REMEMBERED // 2 and loss > largest * sorted(losses)[len(losses) // 2]
+    return len(losses) >= REMEMBERED // 2 and loss > largest * max(LITTLE, sorted(losses)[len(losses) // 2])
 
 
 def _largest_jump(made: Learner) -> float:
-    return LARGEST_JUMP if made.labels_NT.shape[1] > 1 else LARGEST_JUMP_OF_FEW
+    return LARGEST_JUMP_OF_FEW if made.student.task in OF_A_WINDOW else LARGEST_JUMP
 
 
 def _tell_rate(tokens: int, seconds: float, progress: Progress) -> None:

@@ -18,7 +18,8 @@ from stages.models.anatomy.tasks import task
 from stages.models.checkpoint.editing import readable
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.text.decoder_answers import answered
-from stages.models.text.windows import sliced_windows, special_ends, windows
+from stages.models.text.text_ends import special_ends
+from stages.models.text.windows import Each, sliced_windows, windows
 from stages.recover.headless import Apart, load_apart
 from stages.recover.held_out import HeldOut, by_source, held_out
 from stages.recover.matched_blocks import listened
@@ -51,16 +52,19 @@ def side_by_side(
         StageError: a text is shorter than one window, or a model cannot learn, teach or write as asked.
     """
     tokenizer, tokens = load_tokenizer(inputs["model"]), readable(inputs["model"], params.window_tokens, progress)
-    ids_NT = windows(inputs["text"], "train", tokenizer, tokens, progress=progress)
+    made_for = task(saved.config)
+    ids_NT = windows(inputs["text"], "train", tokenizer, tokens, progress=progress, task=made_for)
     judged: dict[str, Tensor] = {}
     for role in ("text", "other"):
         if role in inputs:
-            each = params.check_windows
-            held = sliced_windows(inputs[role], "validate", tokenizer, tokens, each=each, progress=progress)
+            each = Each(params.check_windows)
+            held = sliced_windows(
+                inputs[role], "validate", tokenizer, tokens, most=each, progress=progress, task=made_for
+            )
             judged |= by_source(role, held)
-    if task(saved.config) == "fill":
+    if made_for == "fill":
         ids_NT, judged = _with_gaps(tokenizer, ids_NT, judged, params.seed, progress)
-    if task(saved.config) == "translate":
+    if made_for == "translate":
         ids_NT = ids_NT[: params.steps * params.batch_windows]
         ids_NT, judged = _with_answers(inputs["teacher"], ids_NT, judged, partial, progress)
     student, teacher = (load_apart(inputs[role], tokens) for role in ("model", "teacher"))

@@ -162,8 +162,6 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     check_task(task, {one.task for one in items})
     if task == "answer":
         check_contexts(items)
-        if progress and getattr(config, "type_vocab_size", 1) > 1 and "token_type_ids" in tokenizer.model_input_names:
-            progress.note("question and context are not told apart by segment ids, which engines are not given either")
     found = [question(one, tokenizer, most, task) for one in items]
     asked = [one for one in found if one is not None]
     if missing := [item.id for item, one in zip(items, found, strict=True) if one is None]:

@@ -14,7 +14,8 @@ from stages.models.anatomy import tasks
 from stages.models.checkpoint.hub_folders import gives_vectors
 from stages.models.checkpoint.loading import load_config, load_tokenizer
 from stages.models.checkpoint.pooling import reads
-from stages.models.text.windows import sliced_windows, special_ends
+from stages.models.text.text_ends import special_ends
+from stages.models.text.windows import sliced_windows
 from stages.runtime.contract import Metrics, Progress, StageError
 from stages.serving.engine import Answerer
 
@@ -89,7 +90,9 @@ def text_of(params: ValidateParams, inputs: Mapping[str, Path], progress: Progre
     check_length(of_engine(model), tokens)
     mask = mask_of(tokenizer) if task == "fill" else None
     before, after = map(len, special_ends(tokenizer))
-    found = sliced_windows(inputs["text"], params.split, tokenizer, tokens, most=params.windows, progress=progress)
+    found = sliced_windows(
+        inputs["text"], params.split, tokenizer, tokens, most=params.windows, progress=progress, task=task
+    )
     if progress and tokens < params.window_tokens:
         progress.note(f"windows of {tokens} tokens, all that the model reads, not of {params.window_tokens}")
     asking = Asking(task, before, after, mask, pooled=gives_vectors(model))

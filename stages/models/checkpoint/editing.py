@@ -55,7 +55,8 @@ def sliced_calibration(inputs: Mapping[str, Path], tokens: int, most: int, progr
     check_text(inputs)
     tokens = readable(inputs["model"], tokens, progress)
     tokenizer = load_tokenizer(inputs["model"])
-    found = sliced_windows(inputs["text"], "calibrate", tokenizer, tokens, most=most, progress=progress)
+    task = tasks.task(load_config(inputs["model"]))
+    found = sliced_windows(inputs["text"], "calibrate", tokenizer, tokens, most=most, progress=progress, task=task)
     if len(found.ids_NT) < most:
         progress.note(f"the calibrate split gives {len(found.ids_NT)} of {most} windows")
     del tokenizer  # a vocabulary takes as much memory as a small model's block

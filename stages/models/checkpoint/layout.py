@@ -264,12 +264,17 @@ def check_headers(folder: Path, weights: Mapping[str, Path]) -> dict[str, dict[s
 
 def check_tokenizer(folder: Path) -> None:
     """Raise StageError unless tokenizer files stand in the folder."""
-    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
+    if not has_tokenizer(folder):
         raise StageError(
             f"{folder} has no tokenizer",
             limit="; ".join(" with ".join(names) for names in TOKENIZERS),
             remedy=f"Add the tokenizer's files: tokenizer.save_pretrained({str(folder)!r}).",
         )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer: transformers makes one up where there are none."""
+    return any(all((folder / name).is_file() for name in names) for names in TOKENIZERS)
 
 
 def parameters(tensors: Mapping[str, Mapping[str, Any]]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,14 @@ from stages.models.checkpoint.layout import (
     QUANTIZATION,
     STRUCTURE,
     TOKENIZER_FILES,
-    TOKENIZERS,
     WEIGHTS,
     carry,
+    has_tokenizer,
     travelling,
 )
 from stages.models.layers import low_rank_linear, quantization_spec, rounded_cache, sparse_linear
 from stages.models.memory.lean_import import without_compiler
+from stages.models.text import segments
 from stages.runtime.contract import PARTIAL, Progress, StageError
 from stages.runtime.progress import Silent
 
@@ -60,7 +61,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A checkpoint as a model in eval mode, with its surgery and its quantized layers.
 
-    The class is the one that the configuration names. The files are mapped, not copied: at `dtype` equal to the stored
+    The class is the one that the configuration names. One that learned to tell two texts apart is told which is which
+    (`segments`). The files are mapped, not copied: at `dtype` equal to the stored
     one, a weight takes memory when it is read, and `pages.release` gives it back. Nothing that the model does to its
     weights reaches the file. Every linear map is an nn.Linear, whatever way its architecture lays the file out.
 
@@ -81,6 +83,9 @@ def load_model(
     sparse_linear.check(model)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
+    if segments.learned(model) and has_tokenizer(folder):
+        with suppress(StageError):
+            segments.tell(model, load_tokenizer(folder))
     return model.eval()
 
 
@@ -126,9 +131,8 @@ def merged(base: Path, folder: Path, output: Path, progress: Progress) -> None:
     named = getattr(torch, str(read.get("dtype") or read.get("torch_dtype")).removeprefix("torch."), None)
     model = load_model(base, dtype=named if isinstance(named, torch.dtype) else torch.float32)
     adapter.merge(model, base, folder, output / PARTIAL, progress)
-    own = any(all((folder / name).is_file() for name in names) for names in TOKENIZERS)
     save_model(model, output, like=base)
-    if own:
+    if has_tokenizer(folder):
         for name in TOKENIZER_FILES:
             (output / name).unlink(missing_ok=True)
         carry(folder, output, TOKENIZER_FILES)

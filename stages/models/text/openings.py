@@ -10,8 +10,8 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from stages.models.text.text_ends import special_ends
 from stages.models.text.token_ids import chat_template
-from stages.models.text.windows import special_ends
 from stages.runtime.contract import StageError
 
 _SPOKEN = "QUESTION"

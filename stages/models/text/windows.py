@@ -6,9 +6,8 @@ Shapes: N windows, T tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from stages.models.text.text_ends import pair_ends, special_ends
 from stages.models.text.token_ids import chat_template, conversation_ids, plain_text, spelt_words, text_ids
 from stages.runtime.contract import Progress, StageError
 
 SPLITS = ("calibrate", "train", "validate", "test")
 _ITEMS = "items"
 """A corpus whose record has this key is asked, see `stages.measures.items`, which lies above this room."""
-_WORDS = ("the", "a", "0")
-"""Asked in turn, then the vocabulary's own: one that knows no character of a word may say nothing."""
+QUESTION_TOKENS = 12
+"""Of a text without questions, the tokens at its beginning that stand for one."""
 
 
 def check_split(known: Mapping[str, Any], split: str, role: str = "text") -> None:
@@ -61,6 +61,10 @@ def passages(corpus: Path, split: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+class Each(int):
+    """So many windows of each source."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """Windows of a split.
@@ -87,9 +91,10 @@ def windows(
     *,
     most: int | None = None,
     progress: Progress | None = None,
+    task: str = "",
 ) -> Tensor:
     """The windows of `sliced_windows` alone: ids_NT, int64."""
-    return sliced_windows(corpus, split, tokenizer, tokens, most=most, progress=progress).ids_NT
+    return sliced_windows(corpus, split, tokenizer, tokens, most=most, progress=progress, task=task).ids_NT
 
 
 def sliced_windows(
@@ -99,22 +104,24 @@ def sliced_windows(
     tokens: int,
     *,
     most: int | None = None,
-    each: int | None = None,
     progress: Progress | None = None,
+    task: str = "",
 ) -> Windows:
     """Token windows of a split. Each begins and ends as the tokenizer begins and ends a text, and is text in between.
 
     A window holds text of one source alone. However many are taken, they are a mix of the sources by their shares.
+    Of a model that finds answers (`answer`) a window is a question and its context: of a conversation what is said
+    first and what follows, of other text its first tokens and the rest.
 
     Args:
         corpus: folder of a CORPUS artifact.
         split: calibrate, train, validate or test.
         tokenizer: the model's own.
         tokens: T, the length of a window.
-        most: at most this many windows, the first ones; None for all.
-        each: at most this many of each source, its first ones; None for all.
+        most: at most this many windows, the first ones, of all or of Each source; None for all.
         progress: told where conversations are read as plain text, for want of a chat template, and which source has
             no window.
+        task: what the model is for; empty for one that reads text as it stands.
 
     Returns:
         The windows. The last, shorter piece of each source is left out.
@@ -122,18 +129,19 @@ def sliced_windows(
     Raises:
         StageError: the split is shorter than one window, or a window has no room for text.
     """
-    prefix, suffix = special_ends(tokenizer)
-    room = tokens - len(prefix) - len(suffix)
-    if room < 1:
+    ends = pair_ends(tokenizer) if task == "answer" else special_ends(tokenizer)
+    added = sum(map(len, ends))
+    room = tokens - added
+    if room < len(ends) - 1:
         raise StageError(
             "a window has no room for text between what the tokenizer begins and ends it with",
             measured=f"{tokens} tokens",
-            limit=f"{len(prefix) + len(suffix) + 1} tokens",
+            limit=f"{added + len(ends) - 1} tokens",
             remedy="Make the windows longer.",
         )
-    shares, read = _shares(corpus), _Reading(corpus, split, tokenizer, room, progress)
-    streams = {name: _cut(read.pieces(name), prefix, room) for name in shares}
-    found, names = _interleaved(streams, shares, most, each)
+    shares, read = _shares(corpus), _Reading(corpus, split, tokenizer, room, progress, task)
+    streams = {name: _cut(read.pieces(name), ends, room) for name in shares}
+    found, names = _interleaved(streams, shares, most)
     if not found:
         left = sum(len(piece.ids) for name in shares for piece in read.pieces(name))
         raise StageError(
@@ -145,7 +153,7 @@ def sliced_windows(
     for name in sorted(shares.keys() - set(names)):
         if progress and next(streams[name], None) is None:
             progress.note(f"source {name} has no window of {tokens} tokens in split {split!r}")
-    return Windows(torch.tensor([[*prefix, *ids, *suffix] for ids in found], dtype=torch.int64), tuple(names))
+    return Windows(torch.tensor(found, dtype=torch.int64), tuple(names))
 
 
 def _shares(corpus: Path) -> dict[str, float]:
@@ -155,15 +163,15 @@ def _shares(corpus: Path) -> dict[str, float]:
 
 
 def _interleaved(
-    streams: Mapping[str, Iterator[list[int]]], shares: Mapping[str, float], most: int | None, each: int | None
+    streams: Mapping[str, Iterator[list[int]]], shares: Mapping[str, float], most: int | None
 ) -> tuple[list[list[int]], list[str]]:
     """Windows in turn, each of the source that lags its share most, while it has any."""
-    got, left = dict.fromkeys(shares, 0), dict(shares)
+    got, left, each = dict.fromkeys(shares, 0), dict(shares), isinstance(most, Each)
     found: list[list[int]] = []
     names: list[str] = []
-    while left and len(found) != most:
+    while left and (each or len(found) != most):
         name = max(left, key=lambda one: left[one] * (len(found) + 1) - got[one])
-        ids = None if got[name] == each else next(streams[name], None)
+        ids = None if each and got[name] == most else next(streams[name], None)
         if ids is None:
             del left[name]
             continue
@@ -173,17 +181,18 @@ def _interleaved(
     return found, names
 
 
-def _cut(pieces: Iterator[_Piece], prefix: list[int], room: int) -> Iterator[list[int]]:
-    """The text of each window: pieces in order, of which those that have a beginning of their own begin a window.
+def _cut(pieces: Iterator[_Piece], ends: Sequence[Sequence[int]], room: int) -> Iterator[list[int]]:
+    """Each window: pieces in order, of which those that have a beginning of their own begin a window.
 
     Where what is left of a window is too short for such a piece, its beginning fills that, and it stands whole in the
     next one.
     """
-    ids: list[int] = []
+    prefix, ids, asked = list(ends[0]), list[int](), 0
     for piece in pieces:
         if piece.begins and ids and len(ids) + len(piece.ids) > room:
-            yield (ids + piece.ids)[:room]
+            yield _whole(ends, (ids + piece.ids)[:room], asked)
             ids = []
+        asked = asked if ids else piece.asked
         ids += piece.ids
         start = 0
         while True:
@@ -191,56 +200,48 @@ def _cut(pieces: Iterator[_Piece], prefix: list[int], room: int) -> Iterator[lis
                 start += len(prefix)  # a chat template begins a conversation itself
             if len(ids) - start < room:
                 break
-            yield ids[start : start + room]
-            start += room
+            yield _whole(ends, ids[start : start + room], asked)
+            start, asked = start + room, 0
         del ids[:start]
 
 
-def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after every text, found by asking it.
-
-    Returns:
-        ids before and ids after; both empty for a tokenizer that adds nothing.
-    """
-    for word in chain(_WORDS, _own_words(tokenizer)):
-        bare = list(tokenizer(word, add_special_tokens=False)["input_ids"])
-        whole = list(tokenizer(word)["input_ids"])
-        if bare:
-            break
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start], whole[start + len(bare) :]
-    raise StageError(
-        "the tokenizer writes a word otherwise where it adds special tokens",
-        measured=f"{whole} for {word!r}",
-        limit=f"{bare} within",
-        remedy="Take a checkpoint whose tokenizer adds special tokens around a text only.",
-    )
-
-
-def _own_words(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    special = set(tokenizer.all_special_ids)
-    for one in range(len(tokenizer)):
-        if one not in special:
-            yield str(tokenizer.decode([one]))
+def _whole(ends: Sequence[Sequence[int]], ids: list[int], asked: int) -> list[int]:
+    """A window: its text between two ends; between three a question, as long as is known, and the text after it."""
+    if len(ends) == 2:
+        return [*ends[0], *ids, *ends[1]]
+    at = min(asked or QUESTION_TOKENS, len(ids) // 2)
+    return [*ends[0], *ids[:at], *ends[1], *ids[at:], *ends[2]]
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """The ids of one passage, and whether a model reads them from the beginning of a window."""
+    """The ids of one passage.
+
+    Attributes:
+        ids: of its text.
+        begins: a model reads them from the beginning of a window.
+        asked: so many of them are a question about the others.
+    """
 
     ids: list[int]
     begins: bool
+    asked: int = 0
 
 
 class _Reading:
-    """The passages of a split as a tokenizer writes them."""
+    """The passages of a split as a tokenizer writes them for a model of some task."""
 
     def __init__(
-        self, corpus: Path, split: str, tokenizer: PreTrainedTokenizerBase, room: int, progress: Progress | None
+        self,
+        corpus: Path,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        room: int,
+        progress: Progress | None,
+        task: str,
     ) -> None:
         self._corpus, self._split, self._tokenizer = corpus, split, tokenizer
-        self._room, self._progress = room, progress
+        self._room, self._progress, self._task = room, progress, task
         self._template = chat_template(tokenizer)
         self._spelt = None if _record(corpus).get("control_tokens") == "parse" else spelt_words(tokenizer)
 
@@ -251,7 +252,13 @@ class _Reading:
                 continue
             begins = bool(passage.get("begins"))
             if "messages" not in passage:
-                yield _Piece(text_ids(self._tokenizer, f"{passage['text']}\n\n", self._spelt), begins)
+                yield _Piece(self._ids(passage["text"]), begins)
+            elif self._task == "answer":
+                yield self._question(passage["messages"])
+            elif self._task == "translate":
+                # What is answered is the decoder's: an encoder reads what is asked.
+                asked = [one for one in passage["messages"] if one["role"] != "assistant"]
+                yield _Piece(self._ids(plain_text(asked)), begins)
             elif self._template:
                 ids = conversation_ids(
                     self._tokenizer,
@@ -265,7 +272,17 @@ class _Reading:
                 if self._progress:
                     self._progress.note("the tokenizer has no chat template: conversations are read as plain text")
                     self._progress = None
-                yield _Piece(text_ids(self._tokenizer, f"{plain_text(passage['messages'])}\n\n", self._spelt), begins)
+                yield _Piece(self._ids(plain_text(passage["messages"])), begins)
+
+    def _question(self, messages: list[dict[str, str]]) -> _Piece:
+        asked, rest = (
+            text_ids(self._tokenizer, messages[0]["content"], self._spelt),
+            self._ids(plain_text(messages[1:])),
+        )
+        return _Piece(asked + rest, len(asked) + len(rest) <= self._room, len(asked))
+
+    def _ids(self, text: str) -> list[int]:
+        return text_ids(self._tokenizer, f"{text}\n\n", self._spelt)
 
 
 def _record(corpus: Path) -> dict[str, Any]:

@@ -40,21 +40,21 @@ def test_head_of_a_decoders_hidden_states_is_the_whole_model(tmp_path, name):
     assert (made.labels(windows_NT) == -1).all()
 
 
-@pytest.mark.parametrize("name", ["bert_bare", "bert_answers"])
-def test_model_that_answers_neither_tokens_nor_classes_is_refused(tmp_path, name):
+def test_model_that_answers_neither_tokens_nor_classes_is_refused(tmp_path):
     with pytest.raises(StageError, match="no output head"):
-        load_apart(family(name, tmp_path), 12)
+        load_apart(family("bert_bare", tmp_path), 12)
 
 
-@pytest.mark.parametrize("name", ["bert_classes", "bert_tokens"])
-def test_classifiers_logits_are_its_answers(tmp_path, name):
+@pytest.mark.parametrize(("name", "answers"), [("bert_classes", 1), ("bert_tokens", 12), ("bert_answers", 2)])
+def test_classifiers_logits_are_its_answers(tmp_path, name, answers):
     made, whole = load_apart(family(name, tmp_path), 12), load_model(tmp_path / name)
     with torch.no_grad():
-        expected = whole(input_ids=IDS).logits
+        said = whole(input_ids=IDS)
+        expected = torch.stack([said.start_logits, said.end_logits], 1) if name == "bert_answers" else said.logits
         apart = made.head.logits(made.hidden(IDS))
     assert apart.dtype == torch.float32
     assert apart.shape[:2] == made.counted(IDS).shape == made.labels(IDS).shape
-    assert made.length(IDS) == (1 if name == "bert_classes" else 12)
+    assert made.length(IDS) == answers
     assert made.counted_tokens(IDS).shape == IDS.shape
     assert (made.labels(IDS) == -1).all()
     torch.testing.assert_close(apart.view_as(expected), expected, atol=0.03 * float(expected.abs().max()), rtol=0)

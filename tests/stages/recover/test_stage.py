@@ -335,6 +335,8 @@ def test_a_jump_is_a_loss_far_above_the_median_of_the_last(loss, expected):
 
     assert jumped(loss, [1.0, 0.9, 1.1, 1.0, 1.0, 1.2, 0.8, 1.0]) is expected
     assert jumped(4.1, [1.0]) is False
+    # Of next to nothing any factor may be one window that the teacher is not sure of.
+    assert [jumped(loss, [0.006] * 16, 16.0) for loss in (0.21, 1.5, 1.7)] == [False, False, True]
 
 
 def test_recover_judges_by_both_texts_when_another_is_given(folders, tmp_path):

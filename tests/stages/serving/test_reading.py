@@ -60,8 +60,7 @@ def encoded(folder, *texts):
 
 @torch.no_grad()
 def theirs(folder, kind, *texts):
-    given = {key: one for key, one in encoded(folder, *texts).items() if key != "token_type_ids"}
-    return kind.from_pretrained(folder, dtype=torch.float32).eval()(**given)
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()(**encoded(folder, *texts))
 
 
 def test_texts_and_pairs_are_classified_as_by_transformers_each_as_if_alone(classes):

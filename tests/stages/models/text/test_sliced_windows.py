@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from stages.models.text.windows import sliced_windows, special_ends, windows
+from stages.models.text.text_ends import special_ends
+from stages.models.text.windows import Each, sliced_windows, windows
 from stages.runtime.contract import StageError
 from tests.stages.models.text.test_windows import PROSE, TEMPLATE, Heard, byte_level, chat, with_bos
 
@@ -63,7 +64,7 @@ def test_window_is_of_one_source_and_any_first_ones_are_the_mix(tmp_path: Path, 
         assert all(abs(got[name] - share * count) < 1 for name, share in shares.items())
     few = sliced_windows(folder, "test", tokenizer, 32, most=7)
     assert few.names == found.names[:7] and few.ids_NT.equal(found.ids_NT[:7])
-    each = sliced_windows(folder, "test", tokenizer, 32, each=5)
+    each = sliced_windows(folder, "test", tokenizer, 32, most=Each(5))
     assert Counter(each.names) == {"a": 5, "b": 5, "c": 5}
     for name in rows:
         first, all_of = ([n for n, one in enumerate(some.names) if one == name] for some in (each, found))

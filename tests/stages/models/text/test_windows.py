@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import BertTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from stages.models.text.windows import special_ends, windows
+from stages.models.text.text_ends import pair_ends, special_ends
+from stages.models.text.windows import QUESTION_TOKENS, windows
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.tiny import tiny_tokenizer
@@ -251,3 +252,38 @@ def test_ends_of_a_vocabulary_that_knows_no_latin_letter_are_found_by_its_own_wo
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<b>", eos_token="<e>")
     assert special_ends(tokenizer) == ([0], [1])
+
+
+def test_windows_of_a_reader_are_questions_with_their_contexts(tmp_path: Path) -> None:
+    words = "who where is lives anna boris rome oslo in and plain words of a text that asks nothing at all".split()
+    tokenizer = BertTokenizer(vocab={one: at for at, one in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])})
+    rows = [
+        [{"role": "user", "content": f"where is {who}"}, {"role": "assistant", "content": f"{who} lives in {town}"}]
+        for who, town in (("anna", "rome"), ("boris", "oslo"), ("anna", "oslo"))
+    ]
+    found = windows(corpus(tmp_path, rows), "test", tokenizer, 12, task="answer")
+    assert tokenizer.batch_decode(found) == [
+        # What follows fills a window; what it then has no room for stands whole in the next.
+        "[CLS] where is anna [SEP] anna lives in rome where is [SEP]",
+        "[CLS] where is boris [SEP] boris lives in oslo where is [SEP]",
+    ]
+    plain = windows(corpus(tmp_path, [" ".join(words * 3)]), "test", tokenizer, 30, task="answer")
+    for row, start in zip(plain.tolist(), range(0, 54, 27), strict=True):
+        ids = [4 + at % len(words) for at in range(start, start + 27)]
+        assert row == [2, *ids[:QUESTION_TOKENS], 3, *ids[QUESTION_TOKENS:], 3]
+    # Half of a short window is left to the context.
+    assert windows(tmp_path, "test", tokenizer, 9, task="answer")[0].tolist() == [2, 4, 5, 6, 3, 7, 8, 9, 3]
+    with pytest.raises(StageError, match=r"no room for text between .* measured 4 tokens; limit 5 tokens"):
+        windows(tmp_path, "test", tokenizer, 4, task="answer")
+
+
+def test_an_encoder_reads_what_is_asked_and_not_what_is_answered(tmp_path: Path, reference: str) -> None:
+    tokenizer = byte_level(reference)
+    rows = [[{"role": "user", "content": "one two"}, {"role": "assistant", "content": "eins zwei"}]] * 6
+    said = tokenizer.decode(windows(corpus(tmp_path, rows), "test", tokenizer, 16, task="translate")[0])
+    assert "one two" in said and "eins" not in said and "zwei" not in said
+
+
+def test_tokenizer_that_puts_nothing_between_two_texts_has_no_ends_there(reference: str) -> None:
+    assert pair_ends(byte_level(reference)) == ([], [], [])
+    assert pair_ends(BertTokenizer(vocab={"[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4})) == ([2], [3], [3])
