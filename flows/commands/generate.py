@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.commands.asked import AskedArgument, asked_folder
 from flows.commands.options import StoreOption
 
+if TYPE_CHECKING:
+    from stages.serving.engine import Answerer, Prompt
+
 
 def generate(
     model: AskedArgument,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The text to continue, or to answer for an encoder-decoder.")
+        str,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to continue, or to answer for an encoder-decoder; to other models a text or a question.",
+        ),
     ],
+    context: Annotated[
+        str | None,
+        typer.Option("--context", metavar="TEXT", help="What a question is about; the other text of a pair."),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a message, to answer by the chat template.")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", metavar="N", help="At most so many new tokens. Default: 32.")
@@ -39,11 +52,11 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed draws the same text.")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Ask a model, and print its answer as it comes.
+    """Ask a model, and print its answer as it comes; one line of JSON of a model that writes no text.
 
     Checkpoints, graphs, engines and registered models alike. Nothing is written.
     """
-    from stages.serving.engine import open_engine
+    from stages.serving.engine import WRITES, open_engine
     from stages.serving.generation import generation
 
     given = {
@@ -58,6 +71,43 @@ def generate(
     generation(given)
     with asked_folder(model, store) as (folder, verified):
         engine = open_engine(folder, verified=verified)
-        for piece in engine.stream([{"role": "user", "content": prompt}] if chat else prompt, **given):
-            typer.echo(piece, nl=False)
-        typer.echo()
+        if engine.task in WRITES:
+            _write(engine, [{"role": "user", "content": prompt}] if chat else prompt, context, given)
+        else:
+            _tell(engine, prompt, context, given | {"chat": chat or None})
+
+
+def _write(engine: Answerer, prompt: Prompt, context: str | None, given: Mapping[str, Any]) -> None:
+    """Print an answer as it comes.
+
+    Raises:
+        StageError: there is a context, which has no place of its own in a prompt.
+    """
+    from stages.runtime.contract import StageError
+
+    if context is not None:
+        raise StageError("a model that writes takes no context", remedy="Write it into the prompt.")
+    for piece in engine.stream(prompt, **given):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def _tell(engine: Answerer, prompt: str, context: str | None, given: Mapping[str, Any]) -> None:
+    """Print what a model that writes no text says: classes, entities, an answer's place, a vector.
+
+    Raises:
+        StageError: it is asked to write, or without what it is asked about.
+    """
+    from stages.runtime.contract import StageError
+    from stages.serving.told import COLUMNS, told
+
+    if asked := [name for name, value in given.items() if value is not None]:
+        raise StageError(
+            "the model continues no text, so that there is nothing to say of how",
+            measured=", ".join(f"--{name.replace('_', '-')}" for name in asked),
+            limit="--context",
+            remedy="Leave it out.",
+        )
+    columns = COLUMNS.get(engine.task, ("text",))
+    row = {columns[0]: prompt} | ({} if context is None else {columns[1] if len(columns) > 1 else "context": context})
+    typer.echo(json.dumps(told(engine, {name: [value] for name, value in row.items()}, {})[0], ensure_ascii=False))

@@ -6,10 +6,12 @@ import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 import typer
 
 from flows.commands.options import absolute_source
+from stages.models.checkpoint.json_files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +38,25 @@ _GATES: Mapping[str, tuple[str, ...]] = {
     "score": ("measure: relative_error", "at_most: 0.2", "at_most: 0.3"),
 }
 """Task -> what a gate holds, and its limits on one's own text and on another."""
+_ITEMS: Mapping[str, tuple[str, ...]] = {
+    "generate": ("answers", "measure: accuracy, against: dense, value_at_least: 0.9"),
+    "translate": ("translate", "measure: chrf, against: dense, value_at_least: 0.95, at_least: 0.9"),
+    "classify": (
+        "classify",
+        "measure: accuracy, against: dense, value_at_least: 0.95, at_least: 0.9",
+        "measure: flips, against: dense, value_at_most: 0.1",
+    ),
+    "tag": ("tag", "measure: tag_accuracy, against: dense, value_at_least: 0.95, at_least: 0.9"),
+    "answer": (
+        "question",
+        "measure: answer_f1, against: dense, value_at_least: 0.95, at_least: 0.85",
+        "measure: exact_match, against: dense, value_at_least: 0.9",
+    ),
+    "embed": ("similarity", "measure: spearman, against: dense, value_at_least: 0.95"),
+}
+"""Task -> the task of one's own items that name none, and gates on what they measure."""
+_ENTITIES = "measure: entity_f1, against: dense, value_at_least: 0.95, at_least: 0.85"
+"""Where labels begin and go on."""
 
 
 def init(
@@ -48,8 +69,12 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the recipe.")] = Path(
         "recipe.yaml"
     ),
+    items: Annotated[
+        str | None,
+        typer.Option("--items", metavar="ITEMS", help="Judge by items of your own: a .jsonl, .csv or .parquet file."),
+    ] = None,
 ) -> None:
-    """Write a recipe for your own checkpoint and text."""
+    """Write a recipe for your own checkpoint and text, and for items that it is judged by."""
     from jinja2 import Environment, StrictUndefined
 
     from flows.recipe.read import load_recipe
@@ -61,6 +86,7 @@ def init(
     stem = re.split(r"[/\\]", checkpoint.rstrip("/"))[-1]
     name = re.sub(r"[^a-z0-9.-]+", "-", stem.lower().removesuffix(".gguf")).strip("-.") or "model"
     steps = _steps(source)
+    steps |= _judged_by(None if items is None else absolute_source(items), steps["task"], source)
     # YAML, not HTML: values are quoted as JSON.
     jinja = Environment(  # noqa: S701
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -118,6 +144,30 @@ def _steps(source: str) -> dict[str, Any]:
     return made | {"asked": asks, "writes": asks and _takes(answers["writes"])}
 
 
+def _judged_by(items: str | None, task: str, source: str) -> dict[str, Any]:
+    """What the template asks of one's own items.
+
+    Raises:
+        StageError: models of this task are put no items.
+    """
+    from stages.runtime.contract import StageError
+
+    if items is None:
+        return {"items": "", "kind": "", "gates": ()}
+    if task not in _ITEMS:
+        raise StageError(
+            "items are put to no model of this task",
+            measured=f"its task is {task}",
+            limit=", ".join(_ITEMS),
+            remedy="Leave `--items` out.",
+        )
+    kind, *gates = _ITEMS[task]
+    if task == "tag" and source.startswith("file://"):
+        named = read_json(Path(unquote(urlsplit(source).path)) / "config.json", optional=True).get("id2label") or {}
+        gates += [_ENTITIES] if any(str(one).startswith("B-") for one in named.values()) else []
+    return {"items": _quoted(items), "kind": kind, "gates": gates}
+
+
 def _takes(answer: Answer) -> bool:
     return answer.refusal is None and not answer.unknown
 
@@ -138,6 +188,7 @@ def _told(
     measure, own, other = _GATES[task]
     judged = (["cpu", "gpu"] if planned else ["cpu"]) if exported else [last]
     return told | {
+        "task": task,
         "exported": exported,
         "planned": planned,
         "graph_of": last,

@@ -14,14 +14,19 @@ from typing import Any
 warnings.filterwarnings("ignore")
 
 
-def asked(model: Any, texts: list[str], tokens: int) -> list[Any]:
-    """What a registered model answers: a text's continuation or answer, or the logits of a model that writes none."""
+def asked(model: Any, texts: list[list[str]], tokens: int) -> list[Any]:
+    """What a registered model answers: a text's continuation or answer, or the logits of a model that writes none.
+
+    The latter is asked as users ask it, too: whatever it says of classes, entities and places comes from these logits.
+    """
     engine = model.unwrap_python_model()._engine
     if engine.task in ("generate", "translate"):
-        return list(model.predict(texts, params={"max_new_tokens": tokens}))
-    import numpy as np
+        return list(model.predict([text for text, *_ in texts], params={"max_new_tokens": tokens}))
+    from stages.serving.told import asked_by, numbers
 
-    return [engine.logits(np.array([engine.tokenizer.encode(text).ids])).ravel().tolist() for text in texts]
+    if columns := asked_by(engine, texts):
+        model.predict(columns)
+    return numbers(engine, texts)
 
 
 def main() -> dict[str, Any]:

@@ -26,43 +26,45 @@ NEAR = 1e-3
 SCRIPT = Path(__file__).with_name("ask_registered.py")
 
 Answers = list[Any]
+Asked = tuple[str, ...]
+"""A text, or a question with its context."""
 
 
-def questions(corpora: Sequence[Path], split: str) -> list[str]:
-    """The first texts of some corpora, taken in turn: beginnings of documents, prompts of items."""
+def questions(corpora: Sequence[Path], split: str) -> list[Asked]:
+    """The first texts of some corpora, taken in turn: beginnings of documents, prompts of items with their contexts."""
     found = [list(_beginnings(corpus, split)) for corpus in corpora]
     turns = (texts[turn] for turn in range(TEXTS) for texts in found if turn < len(texts))
     return list(dict.fromkeys(turns))[:TEXTS]
 
 
-def _beginnings(corpus: Path, split: str) -> list[str]:
+def _beginnings(corpus: Path, split: str) -> list[Asked]:
     if holds_items(corpus):
-        return [item.prompt for _, item in zip(range(TEXTS), read_items(corpus, split), strict=False)]
-    found: list[str] = []
+        items = [item for _, item in zip(range(TEXTS), read_items(corpus, split), strict=False)]
+        return [(one.prompt, one.context) if one.context.strip() else (one.prompt,) for one in items]
+    found: list[Asked] = []
     with (corpus / f"{split}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
             text = row.get("text") or " ".join(str(one.get("content", "")) for one in row.get("messages", ()))
             if begins := text.strip()[:CHARACTERS].strip():
-                found.append(begins)
+                found.append((begins,))
             if len(found) == TEXTS:
                 break
     return found
 
 
-def engines_answers(engine: Path, texts: list[str]) -> Answers:
+def engines_answers(engine: Path, texts: Sequence[Asked]) -> Answers:
     """What an engine answers, opened from its folder, whose bytes are verified."""
-    import numpy as np
-
     from stages.serving.engine import WRITES, open_engine
+    from stages.serving.told import numbers
 
     opened = open_engine(engine, verified=True)
     if opened.task in WRITES:
-        return opened.generate(texts, max_new_tokens=TOKENS)
-    return [opened.logits(np.array([opened.tokenizer.encode(text).ids])).ravel().tolist() for text in texts]
+        return opened.generate([text for text, *_ in texts], max_new_tokens=TOKENS)
+    return numbers(opened, texts)
 
 
-def registered_answers(tracking: Tracking, model: str, alias: str, texts: list[str]) -> tuple[str, Answers | str]:
+def registered_answers(tracking: Tracking, model: str, alias: str, texts: Sequence[Asked]) -> tuple[str, Answers | str]:
     """What the model under an alias answers in a fresh process: its logged model, and the answers or why there is none.
 
     Raises:

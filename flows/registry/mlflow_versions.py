@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flows.registry.journal import Candidate
 from flows.registry.model_card import about_model, described
+from flows.registry.package import TASK
 from flows.tracking.errors import MISSING, STANDS, Refused
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ IDENTITY, CANDIDATE, CARRIER = "enginery.identity", "enginery.candidate", "engin
 def create_version(client: MlflowClient, candidate: Candidate, carrier: LoggedModel, card: str) -> str:
     """Register a candidate by the logged model that carries its engine; returns the version's number."""
     served = candidate.executables[candidate.serves]
-    _create_model(client, candidate.model)
+    _create_model(client, candidate.model, carrier.tags.get(TASK, "generate"))
     made = client.create_model_version(
         candidate.model,
         carrier.artifact_location,  # not models:/ID, which MLflow looks up wherever its global URI points
@@ -49,9 +50,9 @@ def aliases(client: MlflowClient, model: str) -> dict[str, str] | None:
         return None
 
 
-def _create_model(client: MlflowClient, model: str) -> None:
+def _create_model(client: MlflowClient, model: str, task: str) -> None:
     """The registered model, with a description where it has none; a person's is left alone."""
-    about = about_model(model)
+    about = about_model(model, task)
     try:
         client.create_registered_model(model, description=about)
     except Refused as error:

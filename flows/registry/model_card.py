@@ -5,11 +5,13 @@ Markdown, which MLflow shows as the version's description.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flows.registry.card_abilities import sections
 from flows.registry.journal import Candidate
+from flows.registry.package import example
 from flows.reporting.abilities import ItemSet
 from flows.reporting.format import markdown_table, number, size
 from flows.reporting.timed_steps import timed
@@ -59,14 +61,14 @@ def compared(
     ]
 
 
-def about_model(model: str) -> str:
-    """What MLflow's page of a registered model says of all its versions."""
+def about_model(model: str, task: str) -> str:
+    """What MLflow's page of a registered model says of all its versions, and how one of its task is asked."""
     return (
         "Versions that held the gates of an Enginery recipe. Each carries its engine and tokenizer; its description is "
         "its model card.\n\nAn alias follows the promotion journal in Enginery's store. Move it by "
         f"`enginery promote {model} VERSION` or `enginery rollback {model}`: one that is moved by hand is put back.\n\n"
         f'```python\nmodel = mlflow.pyfunc.load_model("models:/{model}@champion")\n'
-        'model.predict(["The capital of France is"])\n```\n'
+        f"model.predict({json.dumps(example(task))})\n```\n"
     )
 
 

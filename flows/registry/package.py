@@ -30,7 +30,7 @@ EXAMPLE = "The capital of France is"
 """What a model's page and its server show as an example of what can be asked."""
 REQUIREMENTS = ("jinja2", "mlflow", "numpy", "pydantic", "tokenizers")
 """Beside the library that executes the engine."""
-PACKAGE = "enginery.package"
+PACKAGE, TASK = "enginery.package", "enginery.task"
 
 
 def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, run_id: str) -> LoggedModel:
@@ -58,6 +58,7 @@ def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, 
                 tags={
                     PACKAGE: package,
                     "enginery.fingerprint": fingerprint,
+                    TASK: _task(engine),
                     NOTE: f"The engine `{fingerprint[:12]}` of {name} with its tokenizer and the code that opens it.",
                 },
                 model_type="enginery",
@@ -127,7 +128,7 @@ def _save(path: Path, engine: Path, code: Path, model_id: str, run_id: str) -> N
         artifacts={"engine": str(engine), "digests": str(digests)},
         code_paths=[str(code)],
         signature=_signature(_task(engine), int(_described(engine).get("maximum_tokens", NEW_TOKENS))),
-        input_example=_example(_task(engine)),
+        input_example=_with_params(_task(engine)),
         pip_requirements=[f"{name}=={pins[name]}" if name in pins else name for name in needed],
         mlflow_model=Model(artifact_path=None, run_id=run_id, model_uuid=model_id, model_id=model_id),
     )
@@ -137,11 +138,14 @@ def _task(engine: Path) -> str:
     return str(_described(engine).get("task", "generate"))
 
 
-def _example(task: str) -> Any:
-    if task not in COLUMNS:
-        return [{PROMPT: EXAMPLE}], {"max_new_tokens": 1}
+def example(task: str) -> list[dict[str, str]]:
+    """What a model can be asked, in the columns of its task."""
     texts = {"question": "What is the capital of France?", "context": f"{EXAMPLE} Paris."}
-    return [{name: texts.get(name, EXAMPLE) for name in COLUMNS[task] if name not in OPTIONAL}]
+    return [{name: texts.get(name, EXAMPLE) for name in COLUMNS.get(task, (PROMPT,)) if name not in OPTIONAL}]
+
+
+def _with_params(task: str) -> Any:
+    return example(task) if task in COLUMNS else (example(task), {"max_new_tokens": 1})
 
 
 def _signature(task: str, maximum_tokens: int) -> Any:

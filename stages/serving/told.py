@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
 from stages.serving.reading import answer, classify, embed, tag
@@ -57,6 +59,28 @@ def told(model: Answerer, table: Mapping[str, Sequence[Any]], params: Mapping[st
         asdict(found[0]) | {"scores": {one.label: one.score for one in found}}
         for found in classify(model, rows, **asked)
     ]
+
+
+def numbers(model: Answerer, asked: Sequence[Sequence[str]]) -> list[list[float]]:
+    """What a model's answers are made of, by texts or by questions with their contexts; of a long one its beginning."""
+    return [model.logits(np.array([_ids(model, one)[: model.maximum_tokens]])).ravel().tolist() for one in asked]
+
+
+def asked_by(model: Answerer, asked: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """The columns that ask a model the same, but for what is longer than it reads; none where it is asked by none.
+
+    Args:
+        model: whose task says the columns.
+        asked: texts, or questions with their contexts; a text alone is its own context.
+    """
+    names = [name for name in COLUMNS.get(model.task, ()) if name not in OPTIONAL]
+    fit = [one for one in asked if len(_ids(model, one)) <= model.maximum_tokens]
+    return {name: [one[min(at, len(one) - 1)] for one in fit] for at, name in enumerate(names)} if fit else {}
+
+
+def _ids(model: Answerer, asked: Sequence[str]) -> list[int]:
+    found: list[int] = model.tokenizer.encode(asked[0], asked[1] if len(asked) > 1 else None).ids
+    return found
 
 
 def _check(task: str, table: Mapping[str, Sequence[Any]], params: Mapping[str, Any]) -> None:

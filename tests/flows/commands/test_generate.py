@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, F811 - fixtures that other modules define are imported and then named as arguments
 
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import main
 from stages.serving.engine import open_engine
+from stages.serving.reading import answer as answer_in
+from stages.serving.reading import classify, tag
 from tests.conftest import sealer
 from tests.engines import mixed, mixed_graph
 from tests.flows.registry.test_served import answer, registered
 from tests.flows.test_cli import opened, own_store, sealed
+from tests.stages.serving.test_reading import checkpoint
 
 PROMPT = "The for statement is used to"
 
@@ -124,3 +128,34 @@ def test_answer_is_printed_while_it_is_written(tiny):
     assert child.returncode == 0 and first and rest and running
     (whole,) = open_engine(tiny).generate([PROMPT], max_new_tokens=200)
     assert (first + rest).decode() == whole + "\n"
+
+
+def test_model_that_writes_no_text_says_what_it_is_for_as_json(tmp_path, capsys):
+    tagger, reader, classes = (checkpoint(name, tmp_path) for name in ("bert_tokens", "bert_answers", "bert_classes"))
+    found = [vars(one) for one in tag(open_engine(tagger), ["a b c"])[0]]
+    assert json.loads(said(capsys, tagger, "a b c")) == found
+    told = json.loads(said(capsys, reader, "a b", "--context", "c d e f"))
+    assert told == vars(answer_in(open_engine(reader), "a b", "c d e f"))
+    pair, alone = (json.loads(said(capsys, classes, "a", *more)) for more in (["--context", "b"], []))
+    wanted = [classify(open_engine(classes), [one])[0][0] for one in (("a", "b"), "a")]
+    assert [one["score"] for one in (pair, alone)] == [one.score for one in wanted]
+    for words, text in (
+        (
+            [reader, "a b"],
+            "the columns are not those that the model is asked by; measured question; limit",
+        ),
+        ([tagger, "a", "--context", "b"], "measured text, context; limit text"),
+        (
+            [tagger, "a", "--top-k", 3],
+            "so that there is nothing to say of how; measured --top-k; limit --context",
+        ),
+        ([tagger, "a", "--chat"], "measured --chat"),
+    ):
+        assert main(["generate", *map(str, words)]) == 1
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1, error
+
+
+def test_model_that_writes_takes_no_context(tiny, capsys):
+    assert main(["generate", str(tiny), PROMPT, "--context", "a"]) == 1
+    assert "a model that writes takes no context" in capsys.readouterr().err

@@ -94,3 +94,49 @@ def test_model_that_cannot_write_by_itself_is_asked_all_the_same(tmp_path, capsy
     assert "model://self" not in (tmp_path / "mine.yaml").read_text()
     assert {"accuracy", "endless", "leaks"} <= {gate.measure for gate in recipe.gates}
     assert "abilities" in recipe.judge.corpora
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "gates"),
+    [
+        ("t5", "translate", {"chrf"}),
+        ("bert_tokens", "tag", {"tag_accuracy"}),
+        ("bert_classes", "classify", {"accuracy", "flips"}),
+        ("bert_answers", "question", {"answer_f1", "exact_match"}),
+        ("bert_bare", "similarity", {"spearman"}),
+        ("llama", "answers", {"accuracy"}),
+    ],
+)
+def test_items_of_ones_own_judge_by_what_the_checkpoint_is_for(name, kind, gates, tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "mine.jsonl").write_text("{}")
+    model, out = checkpoint(name, tmp_path), tmp_path / "mine.yaml"
+    words = [str(model), str(tmp_path / "a.txt"), "-o", str(out), "--items", str(tmp_path / "mine.jsonl")]
+    assert main(["init", *words]) == 0
+    recipe = load_recipe(out)
+    params = recipe.step("items").params
+    assert (params["source"], params["task"]) == ((tmp_path / "mine.jsonl").as_uri(), kind)
+    assert "items" in recipe.judge.corpora
+    assert {gate.measure for gate in recipe.gates if gate.corpus == "items"} == gates
+    assert all(step.inputs.get("text") != "items" for step in recipe.steps)
+
+
+def test_labels_that_begin_and_go_on_are_held_as_entities(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    model = checkpoint("bert_tokens", tmp_path)
+    config = model / "config.json"
+    labels = {"id2label": dict(enumerate(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]))}
+    config.write_text(json.dumps(json.loads(config.read_text()) | labels))
+    (tmp_path / "a.csv").write_text("prompt,labels")
+    words = [str(model), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml"), "--items", str(tmp_path / "a.csv")]
+    assert main(["init", *words]) == 0
+    gates = {gate.measure for gate in load_recipe(tmp_path / "mine.yaml").gates if gate.corpus == "items"}
+    assert gates == {"tag_accuracy", "entity_f1"}
+
+
+def test_items_for_a_model_that_is_put_none_are_refused(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("words")
+    words = [str(checkpoint("bert_masked", tmp_path)), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml")]
+    assert main(["init", *words, "--items", str(tmp_path / "a.txt")]) == 1
+    assert "items are put to no model of this task; measured its task is fill" in capsys.readouterr().err
+    assert not (tmp_path / "mine.yaml").exists()

@@ -203,25 +203,31 @@ def test_alias_that_another_moved_meanwhile_is_left_where_it_stands(place, monke
 
 def test_questions_are_beginnings_and_prompts_of_each_corpus_in_turn(tmp_path):
     one, two = tmp_path / "text", tmp_path / "items"
+
+    def item(n):
+        about = {"task": "question", "context": "It is here."} if n == 1 else {}
+        return {"id": str(n), "ability": "a", "prompt": f"{n} is", "answers": ["x"]} | about
+
     for folder, lines, about in (
         (one, [{"id": "a", "text": f"\n{n} " + "word " * 40} for n in range(3)], {}),
         (one, [{"id": "b", "messages": [{"role": "user", "content": "Say it"}]}], {}),
-        (two, [{"id": str(n), "ability": "a", "prompt": f"{n} is", "answers": ["x"]} for n in range(30)], {ITEMS: []}),
+        (two, [item(n) for n in range(30)], {ITEMS: []}),
     ):
         folder.mkdir(exist_ok=True)
         (folder / "corpus.json").write_text(json.dumps(about))
         with (folder / "test.jsonl").open("a") as stream:
             stream.writelines(json.dumps(line) + "\n" for line in lines)
     found = questions([one, two], "test")
-    assert len(found) == TEXTS and found[1:6:2] == ["0 is", "1 is", "2 is"] and found[6] == "Say it"
-    assert found[0].startswith("0 word") and len(found[0]) <= 60 and found[-1] == "5 is"
+    assert len(found) == TEXTS and found[1:6:2] == [("0 is",), ("1 is", "It is here."), ("2 is",)]
+    assert found[6] == ("Say it",) and found[-1] == ("5 is",)
+    assert found[0][0].startswith("0 word") and len(found[0][0]) <= 60
 
 
 def test_logits_are_alike_but_for_the_order_of_sums(tmp_path):
     folder = chain(tmp_path / "engine")
     facts = json.loads((folder / "engine.json").read_text()) | {"task": "embed"}
     (folder / "engine.json").write_text(json.dumps(facts))
-    said = engines_answers(folder, ["the capital", "is"])
+    said = engines_answers(folder, [("the capital",), ("is",)])
     assert len(said[0]) == 2 * len(WORDS) and said[1][WORDS.index(FOLLOWS["is"])] == 9
     near = [list(np.array(one) * (1 + NEAR / 2)) for one in said]
     assert alike(said, near) == 2 and alike(said, [near[0], [0.0] * len(WORDS)]) == 1 and alike(said, [[], []]) == 0

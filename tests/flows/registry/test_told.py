@@ -7,12 +7,13 @@ from mlflow import pyfunc
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
+from flows.registry.ask_registered import asked as asked_far
 from flows.registry.package import _save, travelling_code
 from flows.tracking.connect import quiet
 from stages.runtime.contract import StageError
 from stages.serving.engine import open_engine
 from stages.serving.reading import answer, classify, embed, tag
-from stages.serving.told import told
+from stages.serving.told import asked_by, numbers, told
 from tests.stages.export.test_pooled import modules
 from tests.stages.serving.test_reading import TEXTS, checkpoint, compiled
 
@@ -105,3 +106,28 @@ def test_entities_and_answers_are_told_as_plain_values(root):
         told(reader, {"text": ["a"]}, {})
     with pytest.raises(StageError, match="the model is not asked by texts; measured its task is fill"):
         told(open_engine(checkpoint("bert_masked", root)), {"text": ["a"]}, {})
+
+
+def test_proof_asks_registered_models_by_their_columns_and_hears_the_engines_numbers(root, vectors, classes):
+    """What does not fit is read from its beginning, and not asked by columns, which refuse it."""
+    for engine, _, model in (vectors, classes):
+        wanted = [engine.logits(np.array([engine.tokenizer.encode(one).ids])).ravel().tolist() for one in TEXTS]
+        long = "a b " * engine.maximum_tokens
+        said = asked_far(model, [[one] for one in [*TEXTS, long]], 8)
+        assert said[: len(TEXTS)] == wanted
+        cut = np.array([engine.tokenizer.encode(long).ids[: engine.maximum_tokens]])
+        assert said[-1] == engine.logits(cut).ravel().tolist()
+    reader = open_engine(checkpoint("bert_answers", root))
+    pairs = [("a", "b c d"), ("a b",)]
+    assert asked_by(reader, pairs) == {"question": ["a", "a b"], "context": ["b c d", "a b"]}
+    assert (
+        numbers(reader, pairs)[0]
+        == reader.logits(np.array([reader.tokenizer.encode("a", "b c d").ids])).ravel().tolist()
+    )
+    assert asked_by(open_engine(checkpoint("bert_masked", root)), pairs) == {}
+
+
+def test_model_that_does_not_answer_as_users_ask_it_has_not_answered(vectors, monkeypatch):
+    monkeypatch.setattr(type(vectors[2].unwrap_python_model()), "predict", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        asked_far(vectors[2], [["a"]], 8)
