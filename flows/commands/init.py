@@ -152,8 +152,13 @@ def _judged_by(items: str | None, task: str, source: str) -> dict[str, Any]:
     """
     from stages.runtime.contract import StageError
 
+    # What is right of items says more of a model that is for one thing than what it makes of a text elsewhere, and of
+    # a translator than how it copies a text.
+    elsewhere, read = items is None or task == "generate", items is None or task != "translate"
+    there = {"text": read, "other": elsewhere, "abilities": task == "generate"}
+    corpora = [name for name, judges in there.items() if judges]
     if items is None:
-        return {"items": "", "kind": "", "gates": ()}
+        return {"items": "", "kind": "", "gates": (), "elsewhere": True, "corpora": corpora}
     if task not in _ITEMS:
         raise StageError(
             "items are put to no model of this task",
@@ -165,7 +170,8 @@ def _judged_by(items: str | None, task: str, source: str) -> dict[str, Any]:
     if task == "tag" and source.startswith("file://"):
         named = read_json(Path(unquote(urlsplit(source).path)) / "config.json", optional=True).get("id2label") or {}
         gates += [_ENTITIES] if any(str(one).startswith("B-") for one in named.values()) else []
-    return {"items": _quoted(items), "kind": kind, "gates": gates}
+    judged = {"elsewhere": elsewhere, "corpora": [*corpora, "items"]}
+    return {"items": _quoted(items), "kind": kind, "gates": gates, **judged}
 
 
 def _takes(answer: Answer) -> bool:

@@ -116,7 +116,10 @@ def test_items_of_ones_own_judge_by_what_the_checkpoint_is_for(name, kind, gates
     recipe = load_recipe(out)
     params = recipe.step("items").params
     assert (params["source"], params["task"]) == ((tmp_path / "mine.jsonl").as_uri(), kind)
-    assert "items" in recipe.judge.corpora
+    # A translator is not held to copying a text, and none of these to what it makes of another one.
+    texts = {"llama": ["text", "other", "abilities"], "t5": []}.get(name, ["text"])
+    assert list(recipe.judge.corpora) == [*texts, "items"]
+    assert ("other" in {step.name for step in recipe.steps}) == (name == "llama")
     assert {gate.measure for gate in recipe.gates if gate.corpus == "items"} == gates
     assert all(step.inputs.get("text") != "items" for step in recipe.steps)
 
