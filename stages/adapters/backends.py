@@ -20,14 +20,19 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+TYPES = "token_type_ids"
+"""The input of a graph that is told which segment each token is of."""
 ENCODER = "encoder.onnx"
 """The graph beside one that answers, which reads what is answered to."""
 GRAPHS_BACKEND = "onnxruntime"
 """What answers for a graph that was not compiled."""
 
 # Text, since recipes are checked without numpy.
-Forward = Callable[["NDArray[np.int64]", "NDArray[np.int64]"], "NDArray[np.float32]"]
-"""(ids_NT, mask_NT) -> logits_NTV; the mask is 0 where a row is padded: on its right, if it is a decoder's."""
+Forward = Callable[..., "NDArray[np.float32]"]
+"""(ids_NT, mask_NT) -> logits_NTV; the mask is 0 where a row is padded: on its right, if it is a decoder's.
+
+What `tells_segments` takes type_NT besides, the segment that each token is of; without it all are of the first.
+"""
 
 
 class Steps(Protocol):
@@ -77,6 +82,7 @@ class Execution:
         steps: begins to keep what it reads, of sequences of so many tokens at most; None where nothing is kept.
         slots: the same for sequences that come and go.
         stacks: both stacks of a model that has an encoder and a decoder.
+        tells_segments: `forward` takes the segments of tokens, too.
     """
 
     target: str
@@ -84,6 +90,7 @@ class Execution:
     steps: Callable[[int], Steps] | None = None
     slots: Callable[[int], Slots] | None = None
     stacks: Stacks | None = None
+    tells_segments: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 
-from stages.adapters.backends import aligned
+from stages.adapters.backends import TYPES, aligned
 from stages.runtime.contract import DoesNotFit, StageError
 
 VENDOR_ERRORS = (
@@ -32,37 +32,42 @@ PAST, PRESENT = "past_key_values", "present"
 ROOM = 64
 """Places for tokens to come that a cache begins with; it doubles when they are taken."""
 _PROCESSOR = Path("/proc/cpuinfo")
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded graph with inputs `input_ids` and `attention_mask` and an output `logits`."""
+    """A loaded graph with inputs `input_ids` and `attention_mask`, maybe `token_type_ids`, and an output `logits`."""
 
     session: Any
 
-    def logits(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """logits_NTV; without a mask every token counts.
+    @property
+    def tells_segments(self) -> bool:
+        """Whether it takes the segments of tokens."""
+        return any(one.name == TYPES for one in self.session.get_inputs())
+
+    def logits(self, ids_NT: Ints, mask_NT: Ints | None = None, type_NT: Ints | None = None) -> NDArray[np.float32]:
+        """logits_NTV; without a mask every token counts, without segments all are of the first.
 
         Raises:
             StageError: the runtime refuses, with its own text.
             DoesNotFit: memory ran out.
         """
-        return self._run(["logits"], ids_NT, np.ones_like(ids_NT) if mask_NT is None else mask_NT)[0]
+        return self.outputs(ids_NT, mask_NT, type_NT, ("logits",))["logits"]
 
     def outputs(
-        self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64] | None = None
+        self,
+        ids_NT: Ints,
+        mask_NT: Ints | None = None,
+        type_NT: Ints | None = None,
+        names: Sequence[str] = (),
     ) -> dict[str, NDArray[np.float32]]:
-        """Every output of the graph by its name; errors as of `logits`."""
-        names = [output.name for output in self.session.get_outputs()]
-        mask_NT = np.ones_like(ids_NT) if mask_NT is None else mask_NT
-        return dict(zip(names, self._run(names, ids_NT, mask_NT), strict=True))
-
-    def _run(
-        self, names: list[str], ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]
-    ) -> list[NDArray[np.float32]]:
-        feeds = {"input_ids": ids_NT, "attention_mask": mask_NT}
-        found: list[NDArray[np.float32]] = _ran(lambda: self.session.run(names, feeds))
-        return found
+        """Every output of the graph by its name, or those that are named; errors as of `logits`."""
+        names = [*names] or [output.name for output in self.session.get_outputs()]
+        feeds = {"input_ids": ids_NT, "attention_mask": np.ones_like(ids_NT) if mask_NT is None else mask_NT}
+        if self.tells_segments:
+            feeds[TYPES] = np.zeros_like(ids_NT) if type_NT is None else type_NT
+        return dict(zip(names, _ran(lambda: self.session.run(names, feeds)), strict=True))
 
 
 WRONG = ["ReluQuantRewrite"]
@@ -83,7 +88,7 @@ class CachedSession:
     session: Any
     state: dict[str, str]
 
-    def logits(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def logits(self, ids_NT: Ints, mask_NT: Ints | None = None) -> NDArray[np.float32]:
         """logits_NTV of whole windows; 0 where the mask is. Errors as of `Session.logits`."""
         rows, counts_N = aligned(ids_NT, mask_NT)
         found_NTV = self.begin(len(rows), rows.shape[1]).read(rows)
@@ -127,12 +132,7 @@ class Kept:
         """What goes in beside the cache."""
         return {"input_ids": ids_NT, "past_lengths": self.lengths_N, "logits_at": asked_NK, **self.beside}
 
-    def read(
-        self,
-        ids_NT: NDArray[np.int64],
-        counts_N: NDArray[np.int64] | None = None,
-        asked_NK: NDArray[np.int64] | None = None,
-    ) -> NDArray[np.float32]:
+    def read(self, ids_NT: Ints, counts_N: Ints | None = None, asked_NK: Ints | None = None) -> NDArray[np.float32]:
         """logits_NKV of new tokens, which stand behind those read before.
 
         Args:

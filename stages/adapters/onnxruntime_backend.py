@@ -45,7 +45,7 @@ def execute(executable: Path, architectures: Sequence[str], verified: bool) -> E
         return Execution("onnxruntime:cpu", None, stacks=open_stacks(executable))
     opened = open_session(executable)
     if not isinstance(opened, CachedSession):
-        return Execution("onnxruntime:cpu", opened.logits)
+        return Execution("onnxruntime:cpu", opened.logits, tells_segments=opened.tells_segments)
     return Execution("onnxruntime:cpu", opened.logits, partial(Stepping, opened), partial(RowSlots, opened))
 
 

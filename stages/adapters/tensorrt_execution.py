@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.backends import Execution
+from stages.adapters.backends import TYPES, Execution
 from stages.adapters.tensorrt.build import PAST
 from stages.adapters.tensorrt.device import open_device
 from stages.adapters.tensorrt_cache import CachedPlan, DeviceSteps, infer
@@ -48,14 +48,20 @@ def execute_plan(plan: Path, backend: str, architectures: Sequence[str], *, veri
     if getattr(engine, "streamable_weights_size", 0) > device.free_bytes():
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
     target = f"{backend}:{device.architecture}"
-    if any(str(engine.get_tensor_name(number)).startswith(PAST) for number in range(engine.num_io_tensors)):
+    names = {str(engine.get_tensor_name(number)) for number in range(engine.num_io_tensors)}
+    if any(name.startswith(PAST) for name in names):
         # The runtime and its logger must outlive what they made.
         opened = CachedPlan(device, engine, (runtime, logger))
         return Execution(target, opened.logits, partial(DeviceSteps, opened))
     context = engine.create_execution_context()
 
-    def run(ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+    def run(
+        ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64], type_NT: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         _ = runtime, logger
-        return infer(device, context, {"input_ids": ids_NT, "attention_mask": mask_NT})
+        given = {"input_ids": ids_NT, "attention_mask": mask_NT}
+        if TYPES in names:
+            given[TYPES] = np.zeros_like(ids_NT) if type_NT is None else type_NT
+        return infer(device, context, given)
 
-    return Execution(target, run)
+    return Execution(target, run, tells_segments=TYPES in names)

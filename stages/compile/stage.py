@@ -113,8 +113,10 @@ def _components(described: Mapping[str, Any], keeps: bool, executable: str) -> d
         return {
             name: {**one, "file": executable if one["file"] == GRAPH else one["file"]} for name, one in given.items()
         }
-    names = {"inputs": ["input_ids", "attention_mask"], "outputs": ["logits"]}
-    return {"model": {"file": executable, **names, "state": {}}}
+    # What a graph with a cache takes without it, and any other as it stands.
+    one = described.get("components", {}).get("model", {}) if not described.get("cache") else {}
+    inputs = one.get("inputs", ["input_ids", "attention_mask"])
+    return {"model": {"file": executable, "inputs": inputs, "outputs": ["logits"], "state": {}}}
 
 
 def _plan(chosen: Backend, asked: Asked, engine: dict[str, Any], output: Path, progress: Progress) -> Metrics:

@@ -1,5 +1,7 @@
 """A model as engines call it: token ids and their mask go in, one tensor comes out, whichever side a row is padded on.
 
+A model that tells segments apart is given them, too.
+
 Shapes: N sequences, T tokens, V vocabulary, C classes, H hidden.
 """
 
@@ -17,14 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
-from stages.graphs.parity import LOGIT_LIMIT, parity
+from stages.adapters.backends import TYPES
+from stages.graphs.parity import LOGIT_LIMIT, halves, parity
 from stages.models.anatomy.tasks import answer
 from stages.models.checkpoint.pooling import Pooling
 from stages.models.layers import quantized_linear, rounded_cache
 from stages.runtime.contract import StageError
 from stages.serving.eager import answers
 
-INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
+OUTPUT = "logits"
 TOKEN_AXIS = {"generate": 1, "fill": 1, "tag": 1, "embed": 1, "answer": 2}
 """Task -> the axis of its answer that goes along the tokens; others, and pooled vectors, are one a text."""
 PADDING = 3
@@ -38,6 +41,11 @@ Way = Literal["counted", "own", "rolled"]
 itself once each row was rolled until its padding stands on the right."""
 
 
+def inputs_of(*, tells_segments: bool) -> list[str]:
+    """What a graph without a cache takes."""
+    return ["input_ids", "attention_mask", *([TYPES] if tells_segments else [])]
+
+
 class AsCalled(nn.Module):
     """The model as engines call it."""
 
@@ -45,22 +53,23 @@ class AsCalled(nn.Module):
         super().__init__()
         self.model, self.task, self.way, self.pool = model, task, way, pool
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """The answer by the task: [N, T, V], [N, T, C], [N, C], [N, 2, T], [N, T, H] or [N, E]."""
         pad = _padding(self.model)
         if pad is not None:
             # Models look for the id itself: to find the last token that counts, or to count places.
             input_ids = torch.where(attention_mask > 0, input_ids, pad)
         if self.way == "rolled":
-            return self._rolled(input_ids, attention_mask)
+            return self._rolled(input_ids, attention_mask, token_type_ids)
         positions = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if self.way == "counted" else {}
-        return self._answer(input_ids, attention_mask, **positions)
+        return self._answer(input_ids, attention_mask, token_type_ids, **positions)
 
-    def _answer(self, ids_NT: Tensor, mask_NT: Tensor, **positions: Tensor) -> Tensor:
-        said = answer(self.task, self.model(input_ids=ids_NT, attention_mask=mask_NT, **positions))
+    def _answer(self, ids_NT: Tensor, mask_NT: Tensor, type_NT: Tensor | None, **positions: Tensor) -> Tensor:
+        more = positions if type_NT is None else positions | {TYPES: type_NT}
+        said = answer(self.task, self.model(input_ids=ids_NT, attention_mask=mask_NT, **more))
         return said if self.pool is None else self.pool.vectors(said, mask_NT)
 
-    def _rolled(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    def _rolled(self, ids_NT: Tensor, mask_NT: Tensor, type_NT: Tensor | None) -> Tensor:
         steps_T = torch.arange(ids_NT.shape[1])
         first_N1, count_1 = mask_NT.argmax(1, keepdim=True), steps_T[-1:] + 1
         # No remainder: the exporter has none by a length that it does not know.
@@ -68,7 +77,7 @@ class AsCalled(nn.Module):
         there_NT = torch.where(there_NT >= count_1, there_NT - count_1, there_NT)
         back_NT = torch.where(back_NT < 0, back_NT + count_1, back_NT)
         ids_NT, mask_NT = ids_NT.gather(1, there_NT), mask_NT.gather(1, there_NT)
-        said = self._answer(ids_NT, mask_NT)
+        said = self._answer(ids_NT, mask_NT, None if type_NT is None else type_NT.gather(1, there_NT))
         if self.task not in TOKEN_AXIS or self.pool is not None:
             return said
         axis = TOKEN_AXIS[self.task]
@@ -77,11 +86,20 @@ class AsCalled(nn.Module):
 
 @torch.no_grad()
 def alone(
-    model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], pool: Pooling | None = None
+    model: PreTrainedModel,
+    task: str,
+    ids_1T: NDArray[np.int64],
+    pool: Pooling | None = None,
+    *,
+    tells_segments: bool = False,
 ) -> NDArray[np.float32]:
-    """What the model answers to one window by transformers' own ways: no mask, no place is told to it."""
+    """What the model answers to one window by transformers' own ways: no mask, no place is told to it.
+
+    Where it `tells_segments` the window's halves are two.
+    """
     ids = torch.from_numpy(ids_1T)
-    said = answers(model, task, {"input_ids": ids}) if task == "translate" else answer(task, model(input_ids=ids))
+    given = {"input_ids": ids} | ({TYPES: torch.from_numpy(halves(ids_1T))} if tells_segments else {})
+    said = answers(model, task, given) if task == "translate" else answer(task, model(**given))
     found: NDArray[np.float32] = (said if pool is None else pool.vectors(said, torch.ones_like(ids))).numpy()
     return found
 
@@ -98,6 +116,12 @@ def padded(ids_1T: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
     return np.stack(rows), mask_NT
 
 
+def padded_halves(ids_1T: NDArray[np.int64]) -> NDArray[np.int64]:
+    """type_NT of what `padded` gives, the halves of what counts as two segments."""
+    kept_1T = halves(ids_1T[:, :-PADDING])
+    return padded(np.concatenate([kept_1T, kept_1T[:, -PADDING:]], axis=1))[0]
+
+
 def unpadded(task: str, said_N: NDArray[np.float32]) -> NDArray[np.float32]:
     """The answers on the tokens that count, to what `padded` gives."""
     if task not in TOKEN_AXIS or said_N.ndim < 3:
@@ -108,7 +132,13 @@ def unpadded(task: str, said_N: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def as_called(
-    model: PreTrainedModel, task: str, ids_1T: NDArray[np.int64], *, fused: bool, pool: Pooling | None = None
+    model: PreTrainedModel,
+    task: str,
+    ids_1T: NDArray[np.int64],
+    *,
+    fused: bool,
+    pool: Pooling | None = None,
+    tells_segments: bool = False,
 ) -> AsCalled:
     """The model with the masks of an exported graph, called so that padding changes nothing.
 
@@ -118,6 +148,7 @@ def as_called(
         ids_1T: a window to ask it by.
         fused: attention is one operator, not products and a softmax.
         pool: makes one vector of each text.
+        tells_segments: it is given the segments of tokens, too.
 
     Raises:
         StageError: padding changes what the model answers, however it is called.
@@ -125,15 +156,17 @@ def as_called(
     model.config.use_cache = False
     ids_1T, worst = ids_1T[:, :ASKED_TOKENS], float("inf")
     with unrounded(model):
-        wanted_N = np.concatenate([alone(model, task, ids_1T[:, :-PADDING], pool)] * 2)
+        alone_N = alone(model, task, ids_1T[:, :-PADDING], pool, tells_segments=tells_segments)
+        wanted_N = np.concatenate([alone_N] * 2)
     _name_padding(model, task)
-    ids_NT, mask_NT = map(torch.from_numpy, padded(ids_1T))
+    segments = [padded_halves(ids_1T)] if tells_segments else []
+    asked_NT = [torch.from_numpy(one) for one in (*padded(ids_1T), *segments)]
     for implementation in _attentions(model, fused=fused):
         _attend(model, implementation)
         for way in _ways(model):
             made = AsCalled(model, task, way, pool).eval()
             with torch.no_grad(), unrounded(model), masks():
-                said_N = made(ids_NT, mask_NT).numpy()
+                said_N = made(*asked_NT).numpy()
             found = parity(None, wanted_N, unpadded(task, said_N)).logit_difference
             if found <= LOGIT_LIMIT:
                 return made

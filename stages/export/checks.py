@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from stages.adapters.onnxruntime import CachedSession, Session, open_session
 from stages.adapters.onnxruntime_stacks import StackSessions, open_stacks
 from stages.export import called
-from stages.graphs import components, onnx_graph
+from stages.graphs import components, onnx_graph, stepping
 from stages.graphs.onnx_graph import Held
 from stages.graphs.parity import parity, require_parity
 from stages.models.anatomy.blocks import embedding, named_tensors
@@ -58,9 +59,17 @@ class Expected:
 
 
 def expected(
-    model: PreTrainedModel, ids_NT: NDArray[np.int64], task: str = "generate", pool: Pooling | None = None
+    model: PreTrainedModel,
+    ids_NT: NDArray[np.int64],
+    task: str = "generate",
+    pool: Pooling | None = None,
+    *,
+    tells_segments: bool = False,
 ) -> Expected:
-    """Read a loaded checkpoint before it is exported; `pool` makes one vector of each text."""
+    """Read a loaded checkpoint before it is exported; `pool` makes one vector of each text.
+
+    Where it `tells_segments` the halves of each window are two.
+    """
     names: dict[int, str] = {}
     for name, tensor in named_tensors(model):
         names.setdefault(id(tensor), name)
@@ -71,8 +80,9 @@ def expected(
     scales = {names[id(m.weight)]: m.input_scale for m in rounded}
     with called.unrounded(model), _noting(model) as ran:
         # One after the other: a classifier without a token of padding takes no two.
-        answer_N = np.concatenate([called.alone(model, task, ids_T[None], pool) for ids_T in ids_NT])
-        shorter_1 = called.alone(model, task, ids_NT[:1, : -called.PADDING], pool)
+        alone = partial(called.alone, model, task, pool=pool, tells_segments=tells_segments)
+        answer_N = np.concatenate([alone(ids_T[None]) for ids_T in ids_NT])
+        shorter_1 = alone(ids_NT[:1, : -called.PADDING])
     return Expected(
         Counter((bits, values * 8 // bits if bits == 4 else values) for values, bits in weights.values()),
         {name: frozenset({float(scale)}) for name, scale in scales.items() if scale is not None},
@@ -155,11 +165,12 @@ def require_numbers(path: Path, ids_NT: NDArray[np.int64], wanted: Expected, tas
     """
     session = unrounded_session(path)
     predicts = task == "generate"
-    found_N = np.concatenate([session.logits(ids_T[None]) for ids_T in ids_NT])
+    found_N = np.concatenate([stepping.outputs(session, ids_T[None])["logits"] for ids_T in ids_NT])
     whole = parity(ids_NT if predicts else None, wanted.answer_N, found_N)
     require_parity(whole, "the graph and the torch model")
     kept_NT = np.repeat(ids_NT[:1, : -called.PADDING], 2, axis=0) if predicts else None
-    beside_N = called.unpadded(task, session.logits(*called.padded(ids_NT[:1])))
+    segments = [called.padded_halves(ids_NT[:1])] if isinstance(session, Session) else []
+    beside_N = called.unpadded(task, session.logits(*called.padded(ids_NT[:1]), *segments))
     padded = parity(kept_NT, np.repeat(wanted.shorter_1, 2, axis=0), beside_N)
     require_parity(padded, "the padded graph and the torch model")
     return max(whole.logit_difference, padded.logit_difference)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from stages.adapters.onnxruntime import open_session
 from stages.export.called import OUTPUT
-from stages.graphs import half_floats, onnx_graph
+from stages.graphs import half_floats, onnx_graph, stepping
 from stages.graphs.onnx_graph import Held
 from stages.graphs.parity import divergence, parity
 from stages.runtime.contract import Metrics, StageError
@@ -61,7 +61,7 @@ def halve(
         half_floats.in_floats(model)
         onnx_graph.save(model, twin)
         session = open_session(twin, literal=True)
-        said = [session.outputs(ids_T[None]) for ids_T in ids_NT]
+        said = [stepping.outputs(session, ids_T[None]) for ids_T in ids_NT]
     found_N = np.concatenate([one[OUTPUT] for one in said])
     reach = max(float(one[half_floats.REACH]) for one in said)
     if dtype == "float16" and not reach < half_floats.MOST_IN_HALF:

@@ -65,7 +65,7 @@ class ExportParams(Params):
 
 def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write `model.onnx` and `graph.json`, with the tokenizer beside them; and `encoder.onnx` if there is one."""
-    from stages.export import checks, stacked, to_onnx
+    from stages.export import called, checks, stacked, to_onnx
     from stages.models.anatomy import classes, tasks
     from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
     from stages.models.checkpoint.pooling import pooled, reads
@@ -80,7 +80,8 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
     ids_NT = _windows(inputs, tokenizer, params.parity_windows, _parity_tokens(params, config, most))
     model = load_model(source)
     to_onnx.densify(model)
-    wanted = checks.expected(model, ids_NT, task, pool)
+    segments = tasks.tells_segments(config, tokenizer.model_input_names)
+    wanted = checks.expected(model, ids_NT, task, pool, tells_segments=segments)
     progress.advanced(1, 4)
     if config.is_encoder_decoder:
         written, difference, signature = stacked.export_stacks(model, output / GRAPH, wanted, ids_NT, most)
@@ -91,10 +92,11 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
             if layers:  # it was laid out for the exporter
                 model, layers = load_model(source), ()
                 to_onnx.densify(model)
-            exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1], pool)
+            exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1], pool, tells_segments=segments)
             del model
             made = _written(exported, output, wanted), checks.require_numbers(output / GRAPH, ids_NT, wanted, task)
-        (written, difference), signature = made, _signature(layers, most, HALVES.get(params.dtype, WHOLE))
+        whole = called.inputs_of(tells_segments=segments)
+        (written, difference), signature = made, _signature(layers, most, HALVES.get(params.dtype, WHOLE), whole)
     halving: Metrics = {}
     if half := HALVES.get(params.dtype):
         from stages.export.halving import halve
@@ -171,11 +173,11 @@ def _written(exported: ir.Model, output: Path, wanted: Expected) -> Held:
     return written
 
 
-def _signature(layers: Sequence[LayerCache], most: int, dtype: str) -> dict[str, Any]:
+def _signature(layers: Sequence[LayerCache], most: int, dtype: str, whole: list[str]) -> dict[str, Any]:
     from stages.export import cached, called
 
     if not layers:
-        component = {"file": GRAPH, "inputs": list(called.INPUTS), "outputs": [called.OUTPUT], "state": {}}
+        component = {"file": GRAPH, "inputs": whole, "outputs": [called.OUTPUT], "state": {}}
         return {"components": {"model": component}, "cache": None}
     inputs, outputs, state = cached.names(len(layers))
     component = {"file": GRAPH, "inputs": inputs, "outputs": outputs, "state": state}

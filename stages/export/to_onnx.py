@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from stages.export import cached, two_stacks
 from stages.export.cached import LayerCache
-from stages.export.called import INPUTS, OUTPUT, as_called, masks
+from stages.export.called import OUTPUT, as_called, inputs_of, masks
 from stages.export.experts import use_every
 from stages.graphs import onnx_graph
 from stages.models.anatomy import blocks as anatomy
@@ -71,7 +71,13 @@ class Product(nn.Module):
 
 
 def to_onnx(
-    model: PreTrainedModel, opset: int, task: str, ids_1T: NDArray[np.int64], pool: Pooling | None = None
+    model: PreTrainedModel,
+    opset: int,
+    task: str,
+    ids_1T: NDArray[np.int64],
+    pool: Pooling | None = None,
+    *,
+    tells_segments: bool = False,
 ) -> ir.Model:
     """Export; the model's weights are laid out anew in place, so it is of no use afterwards.
 
@@ -81,22 +87,24 @@ def to_onnx(
         task: what the model is for.
         ids_1T: a window to ask the model by how it has to be called.
         pool: makes one vector of each text.
+        tells_segments: the graph takes the segments of tokens, too.
 
     Raises:
         StageError: padding changes what the model answers, the opset has no four-bit floats, or the exporter refuses,
             with its own text.
     """
     _refuse_fp4(model, opset)
-    called = as_called(model, task, ids_1T, fused=opset >= FUSED_ATTENTION, pool=pool)
+    fused, names = opset >= FUSED_ATTENTION, inputs_of(tells_segments=tells_segments)
+    called = as_called(model, task, ids_1T, fused=fused, pool=pool, tells_segments=tells_segments)
     first_names = _first_names(model)
     lay_out(model)
     use_every(model)
     ids_NT = torch.arange(16).view(2, 8) % model.config.get_text_config().vocab_size
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-    shapes = {name: axes for name in INPUTS}
+    given, shapes = (ids_NT, *[torch.ones_like(ids_NT) for _ in names[1:]]), dict.fromkeys(names, axes)
     try:
         with masks():
-            exported = _traced(called, (ids_NT, torch.ones_like(ids_NT)), (INPUTS, [OUTPUT]), shapes, opset)
+            exported = _traced(called, given, (names, [OUTPUT]), shapes, opset)
     except torch.onnx.OnnxExporterError as error:
         raise StageError(
             f"the exporter could not turn {type(model).__name__} into ONNX",
@@ -259,7 +267,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)  # it misses torchvision, which a language model does not need
     try:
         with warnings.catch_warnings():
-            # Both inputs share their axes on purpose.
+            # All inputs share their axes on purpose.
             warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
             # torch's own tree of inputs, copied by torch.
             warnings.filterwarnings("ignore", message="`isinstance\\(treespec", category=FutureWarning)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stages.adapters.onnxruntime import open_session
 from stages.adapters.onnxruntime_stacks import open_stacks
-from stages.graphs import components, onnx_graph, ort_lowering
+from stages.graphs import components, onnx_graph, ort_lowering, stepping
 from stages.graphs.parity import parity, require_parity
 from stages.runtime.contract import StageError
 
@@ -60,7 +60,7 @@ def require_same_numbers(
         components.save(models, twin)
         del models
         if said_NT is None:
-            reference_NTV = open_session(twin, literal=True).logits(ids_NT)
+            reference_NTV = stepping.outputs(open_session(twin, literal=True), ids_NT)["logits"]
         else:
             stacks = open_stacks(twin, literal=True)
             reference_NTV = stacks.begin(ids_NT, np.ones_like(ids_NT), said_NT.shape[1]).read(said_NT)
@@ -99,7 +99,7 @@ def require_exact_products(engine: Path, ids_NT: NDArray[np.int64], said_NT: NDA
         exposed = Path(folder) / engine.name
         components.save([_exposed(*pair) for pair in zip(models, products, strict=True)], exposed)
         if said_NT is None:
-            outputs = [open_session(exposed).outputs(ids_NT)]
+            outputs = [stepping.outputs(open_session(exposed), ids_NT)]
         else:
             outputs = open_stacks(exposed).outputs(ids_NT, said_NT)
     return max(_worst(*pair) for pair in zip(products, outputs, strict=True))

@@ -89,6 +89,12 @@ def require_parity(differences: Parity, what: str) -> None:
         )
 
 
+def halves(ids_NT: NDArray[np.int64]) -> NDArray[np.int64]:
+    """type_NT by which a model that tells segments apart is compared: each window's second half is the second one."""
+    seconds_T = np.arange(ids_NT.shape[1]) >= ids_NT.shape[1] // 2
+    return np.tile(seconds_T.astype(np.int64), (len(ids_NT), 1))
+
+
 def prose_ids(encode: Callable[[str], list[int]], windows: int, tokens: int) -> NDArray[np.int64]:
     """ids_NT of English reference prose that every Python carries, for artifacts that come without a text.
 

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.adapters.backends import Execution
-from stages.adapters.onnxruntime import CachedSession, open_session
+from stages.adapters.onnxruntime import CachedSession, Session, open_session
 from stages.adapters.onnxruntime_stacks import StackSessions, open_stacks
+from stages.graphs.parity import halves
 
 STEPS = 32
 """Tokens at most that are read one by one."""
@@ -60,7 +61,13 @@ def at_once(opened: Execution, ids_NT: NDArray[np.int64], said_NT: NDArray[np.in
     if opened.stacks is not None and said_NT is not None:
         return opened.stacks.begin(ids_NT, np.ones_like(ids_NT), said_NT.shape[1]).read(said_NT)
     assert opened.forward is not None
-    return opened.forward(ids_NT, np.ones_like(ids_NT))
+    segments = [halves(ids_NT)] if opened.tells_segments else []
+    return opened.forward(ids_NT, np.ones_like(ids_NT), *segments)
+
+
+def outputs(session: Session | CachedSession, ids_NT: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """Every output of a graph that reads whole windows, by its name; their halves are two segments where it asks."""
+    return session.outputs(ids_NT, None, halves(ids_NT)) if isinstance(session, Session) else session.outputs(ids_NT)
 
 
 def one_by_one(path: Path, ids_NT: NDArray[np.int64], said_NT: NDArray[np.int64] | None) -> NDArray[np.float32]:

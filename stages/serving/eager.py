@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.adapters.backends import Forward, Steps
+from stages.adapters.backends import TYPES, Forward, Steps
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.checkpoint.pooling import pooled, reads
@@ -39,12 +39,14 @@ class Eager:
         task: what it is for, see `stages.models.anatomy.tasks`.
         longest: tokens that it reads at once, None for any number.
         steps: begins to keep what it reads, None where it keeps nothing.
+        tells_segments: `forward` takes the segments of tokens, too, if the tokenizer `names_segments`.
     """
 
     forward: Forward
     task: str
     longest: int | None
     steps: Callable[[], Steps] | None
+    tells_segments: bool = False
 
 
 def eager(folder: Path, device: str = CPU) -> Eager:
@@ -66,9 +68,13 @@ def eager(folder: Path, device: str = CPU) -> Eager:
     task, pool = tasks.task(model.config), pooled(folder)
     placed = "position_ids" in inspect.signature(model.forward).parameters and not _counts_itself(model)
 
-    def forward(ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+    def forward(
+        ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64], type_NT: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         ids, mask = (torch.from_numpy(one).to(device) for one in (ids_NT, mask_NT))
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if type_NT is not None:
+            given[TYPES] = torch.from_numpy(type_NT).to(device)
         # Where a row is padded on its left its text begins at the first position all the same.
         if placed and task == "generate" and not mask.all():
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -92,7 +98,8 @@ def eager(folder: Path, device: str = CPU) -> Eager:
         return _Steps(model, placed=placed, device=device, computing=computing)
 
     keeps = task in ("generate", "translate") and "past_key_values" in inspect.signature(model.forward).parameters
-    return Eager(forward, task, reads(folder, model.config), steps if keeps else None)
+    tells_segments = tasks.tells_segments(model.config, (TYPES,))
+    return Eager(forward, task, reads(folder, model.config), steps if keeps else None, tells_segments)
 
 
 class _Steps:
@@ -149,6 +156,11 @@ def answers(model: PreTrainedModel, task: str, given: dict[str, Any]) -> Tensor:
     if task in ("generate", "translate") and "use_cache" in inspect.signature(model.forward).parameters:
         given = given | {"use_cache": False}
     return tasks.answer(task, model(**given, return_dict=True))
+
+
+def names_segments(folder: Path) -> bool:
+    """Whether the checkpoint's tokenizer says which segment each token is of."""
+    return TYPES in load_tokenizer(folder).model_input_names
 
 
 def fast_tokenizer(folder: Path) -> Tokenizer:

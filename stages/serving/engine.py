@@ -9,7 +9,7 @@ Shapes: N sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +55,7 @@ class Answerer:
         chat: how conversations are written; None where the tokenizer has no chat template.
         slots: as `steps`, for sequences that come and go.
         config: what config.json says; `stages.serving.reading` finds the names of classes there.
+        tells_segments: `forward` takes the segments of a pair's tokens, too.
     """
 
     target: str
@@ -67,9 +68,14 @@ class Answerer:
     chat: Chat | None = None
     slots: Callable[[], Slots] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    tells_segments: bool = False
 
-    def logits(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+    def logits(self, ids_NT: NDArray[np.int64], type_NT: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """logits_NTV of whole sequences, or what else a model of its task answers.
+
+        Args:
+            ids_NT: rows of one length.
+            type_NT: the segment of each token, for a model that tells them; all are of the first without it.
 
         Raises:
             StageError: they are none, or longer than the model reads.
@@ -83,7 +89,8 @@ class Answerer:
                 remedy="Give whole sequences of one length, as the tokenizer has them.",
             )
         self._check(ids_NT.shape[1])
-        return self.forward(ids_NT, np.ones_like(ids_NT))
+        segments = [type_NT] if self.tells_segments and type_NT is not None else []
+        return self.forward(ids_NT, np.ones_like(ids_NT), *segments)
 
     def generate(self, prompts: Sequence[Prompt], **asked: Any) -> list[str]:
         """Continue or answer each prompt, up to the first token that ends a sequence.
@@ -257,7 +264,8 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
     forward, steps = _asked(opened, described, most)
     slots = None if opened.slots is None else partial(opened.slots, most)
     ends, talks = ends_of(folder, config), chat(folder)
-    return Answerer(opened.target, task, most, tokenizer, ends, forward, steps, talks, slots, config)
+    tells = opened.tells_segments
+    return Answerer(opened.target, task, most, tokenizer, ends, forward, steps, talks, slots, config, tells)
 
 
 def _asked(opened: Execution, described: dict[str, Any], most: int) -> tuple[Forward, Callable[[], Steps] | None]:
@@ -271,13 +279,14 @@ def _asked(opened: Execution, described: dict[str, Any], most: int) -> tuple[For
 
 def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
     # torch is a gigabyte that an engine does not need.
-    from stages.serving.eager import eager, fast_tokenizer
+    from stages.serving.eager import eager, fast_tokenizer, names_segments
 
     opened = eager(folder, device)
     most = ENDLESS if opened.longest is None else opened.longest
     tokenizer, ends = bare(fast_tokenizer(folder)), ends_of(folder, config)
     talks, target = chat(folder), f"torch:{device}"
-    return Answerer(target, opened.task, most, tokenizer, ends, opened.forward, opened.steps, talks, config=config)
+    made = Answerer(target, opened.task, most, tokenizer, ends, opened.forward, opened.steps, talks, config=config)
+    return replace(made, tells_segments=opened.tells_segments and names_segments(folder))
 
 
 def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> Execution:

@@ -70,9 +70,9 @@ def embed(model: Answerer, texts: Sequence[str], *, truncate: bool = False) -> N
 def embedded(model: Answerer, texts: Sequence[str], *, truncate: bool = False) -> tuple[NDArray[np.float32], int]:
     """As `embed`; besides, the number of tokens that were read."""
     _require(model, "embed")
-    rows = [_encoded(model, one.strip(), truncate=truncate).ids for one in _texts(texts)]
+    rows = [_encoded(model, one.strip(), truncate=truncate) for one in _texts(texts)]
     said = _said(model, rows)
-    return np.stack([one if one.ndim == 1 else one.mean(0) for one in said]), sum(map(len, rows))
+    return np.stack([one if one.ndim == 1 else one.mean(0) for one in said]), sum(len(one.ids) for one in rows)
 
 
 def classify(model: Answerer, texts: Sequence[str | Pair], *, truncate: bool = False) -> list[list[Label]]:
@@ -89,7 +89,7 @@ def classify(model: Answerer, texts: Sequence[str | Pair], *, truncate: bool = F
     _require(model, "classify", "score")
     pairs = [one if isinstance(one, tuple | list) and len(one) == 2 else (one, None) for one in texts]
     _texts([part for pair in pairs for part in pair if part is not None])
-    said = _said(model, [_encoded(model, *pair, truncate=truncate).ids for pair in pairs])
+    said = _said(model, [_encoded(model, *pair, truncate=truncate) for pair in pairs])
     found = []
     for logits_C in said:
         several = model.config.get("problem_type") == "multi_label_classification"
@@ -108,7 +108,7 @@ def tag(model: Answerer, texts: Sequence[str]) -> list[list[Entity]]:
     _require(model, "tag")
     given = _texts(texts)
     rows = [_encoded(model, one) for one in given]
-    said = _said(model, [one.ids for one in rows])
+    said = _said(model, rows)
     return [_entities(model, *one) for one in zip(given, rows, said, strict=True)]
 
 
@@ -130,7 +130,7 @@ def answer(model: Answerer, question: str, context: str, *, unanswerable: bool =
     _texts([question, context])
     parts = _parts(model, question, context)
     found, none = list[tuple[float, Span]](), list[tuple[float, float]]()
-    for part, logits_2T in zip(parts, _said(model, [one.ids for one in parts]), strict=True):
+    for part, logits_2T in zip(parts, _said(model, parts), strict=True):
         inside = [at for at, whose in enumerate(part.sequence_ids) if whose == 1]
         first = next((at for at, special in enumerate(part.special_tokens_mask) if special), 0)
         starts_C, stops_C = logits_2T[:, inside].astype(np.float64)
@@ -194,14 +194,15 @@ def _encoded(model: Answerer, text: str, other: str | None = None, *, truncate: 
     return tokenizer.post_process(bare)
 
 
-def _said(model: Answerer, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+def _said(model: Answerer, rows: Sequence[Encoding]) -> list[NDArray[np.float32]]:
     """What the model answers to each row; those of like lengths are read side by side, padded on the right."""
     found: dict[int, NDArray[np.float32]] = {}
-    places = sorted(range(len(rows)), key=lambda place: len(rows[place]))
-    for some in _batches(rows, places, alike=model.target.startswith("torch")):
-        ids_NT, mask_NT = padded([rows[place] for place in some])
-        for place, said in zip(some, model.forward(ids_NT, mask_NT), strict=True):
-            tokens = len(rows[place])
+    ids = [one.ids for one in rows]
+    places = sorted(range(len(rows)), key=lambda place: len(ids[place]))
+    for some in _batches(ids, places, alike=model.target.startswith("torch")):
+        segments = [padded([rows[place].type_ids for place in some])[0]] if model.tells_segments else []
+        for place, said in zip(some, model.forward(*padded([ids[place] for place in some]), *segments), strict=True):
+            tokens = len(ids[place])
             # Answers along the tokens end where the row does: [T, C] and [T, H], or [2, T].
             alone = said if said.ndim == 1 else said[:, :tokens] if model.task == "answer" else said[:tokens]
             found[place] = alone

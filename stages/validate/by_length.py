@@ -15,13 +15,15 @@ from stages.serving.engine import Answerer
 from stages.serving.generate import ROWS
 
 
-def by_length(rows: Sequence[Sequence[int]], model: Answerer) -> list[torch.Tensor]:
-    """What a model answers to each row."""
+def by_length(
+    rows: Sequence[Sequence[int]], model: Answerer, segments: Sequence[Sequence[int]] = ()
+) -> list[torch.Tensor]:
+    """What a model answers to each row, whose tokens are of these segments, or else all of the first."""
     found: dict[int, torch.Tensor] = {}
     places = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     for _, alike in groupby(places, key=lambda place: len(rows[place])):
         same = list(alike)
         for some in (same[start : start + ROWS] for start in range(0, len(same), ROWS)):
-            answers = torch.from_numpy(model.logits(np.array([rows[place] for place in some], dtype=np.int64)))
-            found |= dict(zip(some, answers, strict=True))
+            given = [np.array([of[place] for place in some], dtype=np.int64) for of in (rows, segments) if of]
+            found |= dict(zip(some, torch.from_numpy(model.logits(*given)), strict=True))
     return [found[place] for place in range(len(rows))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stages.adapters.backends import TYPES
 from stages.measures.items import Item
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ class Part:
         ids: all tokens.
         start: the first of the context.
         ends: of each of the context's tokens where it begins and ends in the context.
+        segments: of each token, 0 for the question's and 1 for the context's where the tokenizer tells them apart.
     """
 
     ids: list[int]
     start: int
     ends: list[tuple[int, int]]
+    segments: list[int]
 
 
 def parts(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -> list[Part]:
@@ -51,7 +54,9 @@ def parts(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -> l
     for number, ids in enumerate(found["input_ids"]):
         inside = [at for at, whose in enumerate(found.sequence_ids(number)) if whose == 1]
         if inside:
-            made.append(Part(list(ids), inside[0], [tuple(found["offset_mapping"][number][at]) for at in inside]))
+            ends = [tuple(found["offset_mapping"][number][at]) for at in inside]
+            segments = found[TYPES][number] if TYPES in found else [0] * len(ids)
+            made.append(Part(list(ids), inside[0], ends, list(segments)))
     return made
 
 

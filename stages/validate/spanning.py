@@ -53,17 +53,19 @@ def spans_of(
         tokenizer: the model's.
         most: tokens that it reads at once.
         silent: it may say that there is no answer, since some questions of the set have none.
-        group: items whose `wholes` are the parts of their contexts.
+        group: items with their contexts.
         judged: the model.
         dense: what it is compared with.
     """
-    rows = [row for one in group for row in one.wholes]
-    ours = iter(by_length(rows, judged))
-    theirs = iter(by_length(rows, dense)) if dense else None
+    where = [parts(one.item, tokenizer, most) for one in group]
+    every = [part for some in where for part in some]
+    rows, segments = [part.ids for part in every], [part.segments for part in every]
+    ours = iter(by_length(rows, judged, segments))
+    theirs = iter(by_length(rows, dense, segments)) if dense else None
     found = []
-    for one in group:
-        mine = [next(ours) for _ in one.wholes]
-        said = _answer(one.item, parts(one.item, tokenizer, most), mine, tokenizer.cls_token_id if silent else None)
+    for one, some in zip(group, where, strict=True):
+        mine = [next(ours) for _ in some]
+        said = _answer(one.item, some, mine, tokenizer.cls_token_id if silent else None)
         score = scored(one.item.answers, one.item.language, said)
         document: Document = {"id": one.name, "slice": one.item.ability, "tokens": 2 * len(mine)}
         document |= {"prompt": one.item.prompt, "expected": one.expected, "chance": 0.0}

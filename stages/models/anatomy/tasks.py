@@ -5,7 +5,9 @@ Shapes: N sequences, T tokens, V vocabulary, C classes, H hidden.
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from stages.adapters.backends import TYPES
 from stages.models.anatomy import classes
 
 TASKS = dict(zip(("generate", "translate", "fill", "classify", "tag", "answer", "embed"), classes.TASKS, strict=True))
@@ -54,6 +57,22 @@ def answer(task: str, output: Any) -> Tensor:
         return torch.stack([output.start_logits, output.end_logits], dim=1)
     found: Tensor = output.last_hidden_state if task == "embed" else output.logits
     return found
+
+
+def tells_segments(config: PreTrainedConfig, given: Collection[str]) -> bool:
+    """Whether a model is told of each token whether it is of the first text of a pair or of the second.
+
+    Args:
+        config: of the model.
+        given: what its tokenizer hands over, `model_input_names`.
+
+    Raises:
+        StageError: the architecture is not understood.
+    """
+    if TYPES not in given or task(config) in ("generate", "translate"):
+        return False
+    taken = inspect.signature(classes.model_class(config).forward).parameters
+    return TYPES in taken and int(getattr(config, "type_vocab_size", None) or 0) > 1
 
 
 def longest(config: PreTrainedConfig) -> int | None:

@@ -15,10 +15,10 @@ from tests.stages.adapters.gpus import Driver
 
 
 class Context:
-    """An engine whose logits are [token, mask, -token] at each place."""
+    """An engine whose logits are [token, mask, -token] at each place; with segments [token, mask, segment]."""
 
     def __init__(self):
-        self.at, self.shape, self.fails = {}, (), False
+        self.at, self.shape, self.fails, self.segments = {}, (), False, False
 
     def set_input_shape(self, _name, shape):
         self.shape = shape
@@ -35,7 +35,8 @@ class Context:
             return False
         count = int(np.prod(self.shape))
         ids, mask = (self._array(name, ctypes.c_int64, count) for name in ("input_ids", "attention_mask"))
-        self._array("logits", ctypes.c_float, count * 3)[:] = np.stack([ids, mask, -ids], axis=-1).ravel()
+        third = self._array("token_type_ids", ctypes.c_int64, count) if self.segments else -ids
+        self._array("logits", ctypes.c_float, count * 3)[:] = np.stack([ids, mask, third], axis=-1).ravel()
         return True
 
     def _array(self, name, kind, count):
@@ -65,6 +66,18 @@ def test_plan_is_executed_and_its_memory_given_back(machine):
     assert target == "tensorrt_rtx:sm_89"
     ids, mask = np.array([[5, 6, 7], [8, 9, 10]]), np.array([[0, 1, 1], [1, 1, 1]])
     assert np.array_equal(run(ids, mask), np.stack([ids, mask, -ids], axis=-1))
+    assert not machine.driver.memory and not opened.tells_segments
+
+
+def test_plan_that_tells_segments_is_given_them_or_zeros(machine):
+    machine.context.segments = True
+    names = ("input_ids", "attention_mask", "token_type_ids", "logits")
+    machine.engine.num_io_tensors, machine.engine.get_tensor_name = len(names), names.__getitem__
+    opened = adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_89"], verified=True)
+    ids, mask, types = np.array([[5, 6, 7]]), np.array([[1, 1, 0]]), np.array([[0, 1, 1]])
+    assert opened.tells_segments
+    assert np.array_equal(opened.forward(ids, mask, types), np.stack([ids, mask, types], axis=-1))
+    assert np.array_equal(opened.forward(ids, mask), np.stack([ids, mask, 0 * ids], axis=-1))
     assert not machine.driver.memory
 
 

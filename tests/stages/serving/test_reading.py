@@ -93,7 +93,7 @@ def test_entities_are_joined_by_the_rules_of_their_labels(root):
     model = open_engine(folder)
     said = {"a": 1, "b": 2, "c": 0, "d": 3, "e": 4, "f": 1, "##a": 3, "##b": 0}
 
-    def forward(ids_NT, mask_NT):
+    def forward(ids_NT, mask_NT, _segments):
         places = [[said.get(LETTERS[one], 3) for one in row] for row in ids_NT]
         return np.float32(8) * np.eye(5, dtype=np.float32)[np.array(places)]
 
@@ -113,9 +113,37 @@ def test_entities_are_joined_by_the_rules_of_their_labels(root):
         assert all(isinstance(entity, Entity) and entity.text == given[entity.start : entity.end] for entity in one)
 
 
-def test_answer_is_the_likeliest_span_by_brute_force(root):
+@pytest.fixture(scope="module")
+def reader(root):
     folder = checkpoint("bert_answers", root)
-    engine = open_engine(compiled(folder, root / "answers"))
+    return folder, compiled(folder, root / "answers")
+
+
+def test_question_and_context_are_told_apart_as_by_transformers(reader):
+    """Logits of a pair beside a shorter one, by graph, engine and checkpoint."""
+    folder, made = reader
+    pairs = [("a b", "c d  e f a b"), ("f", "d e")]
+    rows = [encoded(folder, *pair) for pair in pairs]
+    wanted = [theirs(folder, AutoModelForQuestionAnswering, *pair) for pair in pairs]
+    ids, types, mask = (np.zeros((2, rows[0]["input_ids"].shape[1]), np.int64) for _ in range(3))
+    for place, row in enumerate(rows):
+        at = slice(0, row["input_ids"].shape[1])
+        ids[place, at], types[place, at], mask[place, at] = row["input_ids"], row["token_type_ids"], 1
+    assert types.max() == 1
+    described = json.loads((made / "engine.json").read_text())["components"]["model"]
+    assert described["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    for model in (open_engine(made), open_engine(made.with_name("graph")), open_engine(folder)):
+        assert model.tells_segments
+        found, plain = model.forward(ids, mask, types), model.forward(ids, mask)
+        for said, row, out in zip(found, mask.sum(1), wanted, strict=True):
+            right = torch.cat([out.start_logits, out.end_logits]).numpy()
+            np.testing.assert_allclose(said[:, :row], right, atol=1e-4)
+        assert np.abs(plain - found)[:, :, : mask.sum(1).min()].max() > 0.05  # one segment is another question
+        np.testing.assert_allclose(model.logits(ids[:1], types[:1]), found[:1], atol=1e-4)
+
+
+def test_answer_is_the_likeliest_span_by_brute_force(reader):
+    folder, engine = reader[0], open_engine(reader[1])
     question, context = "a b", "c d  e f a b c d e f f e d c"
     said = answer(engine, question, context)
     out, row = theirs(folder, AutoModelForQuestionAnswering, question, context), encoded(folder, question, context)

@@ -40,8 +40,8 @@ def theirs(folder, question, context, *, longest=30, silent=False):
     for start in starts:
         part = ids[start : start + room]
         with torch.no_grad():
-            types = [0] * len(asked_ids) + [1] * (len(part) + 1)
-            out = found(input_ids=torch.tensor([[*asked_ids, *part, end]]), token_type_ids=torch.tensor([types]))
+            segments = torch.tensor([[0] * len(asked_ids) + [1] * (len(part) + 1)])
+            out = found(input_ids=torch.tensor([[*asked_ids, *part, end]]), token_type_ids=segments)
         first, last = out.start_logits[0].double().tolist(), out.end_logits[0].double().tolist()
         nothing.append(first[0] + last[0])
         for a, b in itertools.product(range(len(part)), repeat=2):

@@ -52,3 +52,26 @@ def test_task(name: str, wanted: str, tmp_path: Path) -> None:
 def test_a_classifier_with_one_class_gives_a_number() -> None:
     config = transformers.LlamaConfig(num_labels=1, architectures=["LlamaForSequenceClassification"])
     assert tasks.task(config) == "score"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "given", "tells"),
+    [
+        ("bert_answers", {}, True, True),
+        ("bert_classes", {}, True, True),
+        ("bert_bare", {}, True, True),
+        ("electra", {}, True, True),
+        ("albert", {}, True, True),
+        ("bert_answers", {}, False, False),
+        ("bert_answers", {"type_vocab_size": 1}, True, False),
+        ("deberta", {}, True, False),
+        ("distilbert", {}, True, False),
+        ("bert_decoder", {}, True, False),
+        ("gpt2", {}, True, False),
+    ],
+)
+def test_segments_are_told_to_those_that_have_more_than_one_where_tokenizers_do(name, changes, given, tells, tmp_path):
+    config = load_config(family(name, tmp_path))
+    for key, value in changes.items():
+        setattr(config, key, value)
+    assert tasks.tells_segments(config, ("input_ids", *(("token_type_ids",) if given else ()))) == tells
