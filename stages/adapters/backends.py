@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TYPES = "token_type_ids"
 """The input of a graph that is told which segment each token is of."""
 ENCODER = "encoder.onnx"
-"""The graph beside one that answers, which reads what is answered to."""
+"""The graph beside one that answers, which reads what is answered to; see `encoder_of`."""
 GRAPHS_BACKEND = "onnxruntime"
 """What answers for a graph that was not compiled."""
 
@@ -155,6 +155,11 @@ def aligned(
     for row_T, ids_T, mask_T, count in zip(rows_NT, ids_NT, mask_NT, counts_N, strict=True):
         row_T[:count] = ids_T[mask_T > 0]
     return rows_NT, counts_N
+
+
+def encoder_of(executable: Path) -> Path:
+    """Where the encoder stands, if there is one, beside what answers: in a file of the same kind."""
+    return executable.with_name(ENCODER).with_suffix(executable.suffix)
 
 
 def backends() -> tuple[str, ...]:

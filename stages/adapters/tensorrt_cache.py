@@ -25,6 +25,8 @@ RESERVE_BYTES = 256 << 20
 """Of the GPU's memory, which a cache leaves to the logits and to what the plan computes in between."""
 
 Pointers = Mapping[str, ctypes.c_void_p]
+Lying = dict[str, tuple[ctypes.c_void_p, tuple[int, ...]]]
+"""What lies on the device and how large it is."""
 
 
 def infer(
@@ -80,13 +82,13 @@ class CachedPlan:
 
     def __init__(self, device: Device, engine: Any, alive: tuple[Any, ...]) -> None:
         self.device, self._alive = device, (*alive, engine)
-        names = [str(engine.get_tensor_name(number)) for number in range(engine.num_io_tensors)]
-        self.state = {name: PRESENT + name.removeprefix(PAST) for name in names if name.startswith(PAST)}
+        self.names = names_of(engine)
+        self.state = {name: PRESENT + name.removeprefix(PAST) for name in self.names if name.startswith(PAST)}
         self.sizes = {name: tuple(engine.get_tensor_shape(name))[1:] for name in self.state}
         self._item_bytes = {name: int(engine.get_tensor_dtype(name).itemsize) for name in self.state}
         self.most_rows, self.most_asked = (int(size) for size in engine.get_tensor_profile_shape(ASKED, PREFILL)[2])
         self.places = int(engine.get_tensor_profile_shape(IDS, PREFILL)[2][1])
-        self._contexts = {number: _context(engine, number) for number in (PREFILL, DECODE)}
+        self._contexts = {number: context_of(engine, number) for number in (PREFILL, DECODE)}
 
     def begin(self, rows: int) -> Kept:
         """Room for some rows.
@@ -120,10 +122,13 @@ class CachedPlan:
                 remedy="Compile with a larger `maximum_tokens`.",
             )
         context = self._contexts[DECODE if ids_NT.shape[1] == 1 else PREFILL]
-        for name, size in self.sizes.items():
-            set_shape(context, name, (len(ids_NT), *size))
+        beside = {name: one for name, one in kept.beside.items() if name in self.names}
+        sizes = {name: (len(ids_NT), *size) for name, size in self.sizes.items()}
+        for name, size in (sizes | {name: size for name, (_, size) in beside.items()}).items():
+            set_shape(context, name, size)
         # What comes out is what went in: the plan writes new keys and values where they belong.
         lying = kept.pointers | {self.state[name]: pointer for name, pointer in kept.pointers.items()}
+        lying |= {name: pointer for name, (pointer, _) in beside.items()}
         return infer(self.device, context, {IDS: ids_NT, LENGTHS: lengths_N, ASKED: asked_NK}, lying)
 
     def logits(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
@@ -155,11 +160,12 @@ class CachedPlan:
 
 
 class Kept:
-    """The cache of some rows, in the GPU's memory until it is closed or forgotten."""
+    """The cache of some rows, in the GPU's memory until it is closed or forgotten; `beside` goes in at each call."""
 
     def __init__(self, opened: CachedPlan, rows: int) -> None:
         self.pointers: dict[str, ctypes.c_void_p] = {}
-        self.close = weakref.finalize(self, _release, opened.device, self.pointers)
+        self.beside: Lying = {}
+        self.close = weakref.finalize(self, _release, opened.device, self.pointers, self.beside)
         self.close.atexit = False  # the driver gives everything back then
         try:
             for name, size_bytes in opened.row_bytes().items():
@@ -217,13 +223,20 @@ def _last(found: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
     return logits_NV
 
 
-def _release(device: Device, pointers: dict[str, ctypes.c_void_p]) -> None:
-    for pointer in pointers.values():
+def _release(device: Device, pointers: dict[str, ctypes.c_void_p], beside: Lying) -> None:
+    for pointer in (*pointers.values(), *(one for one, _ in beside.values())):
         device.release(pointer)
     pointers.clear()
+    beside.clear()
 
 
-def _context(engine: Any, profile: int) -> Any:
+def names_of(engine: Any) -> list[str]:
+    """What a plan takes and gives."""
+    return [str(engine.get_tensor_name(number)) for number in range(engine.num_io_tensors)]
+
+
+def context_of(engine: Any, profile: int) -> Any:
+    """What executes a plan by one of its profiles; raises StageError where it has none of this number."""
     context = engine.create_execution_context()
     if not context.set_optimization_profile_async(profile, 0):
         raise StageError(

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from stages.adapters.backends import Asked, Backend, backend, backends, module_of, refuse_impossible
+from stages.adapters.backends import (
+    ENCODER,
+    Asked,
+    Backend,
+    backend,
+    backends,
+    encoder_of,
+    module_of,
+    refuse_impossible,
+)
 from stages.runtime.contract import Image, Input, Kind, Metrics, Params, Progress, Stage, StageError
 
 GRAPH = "model.onnx"
@@ -63,7 +72,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     refuse_impossible(params.backend, architectures, described["precisions"])
     _refuse_rounding(params)
     _refuse_halves(params, described.get("dtype", WHOLE))
-    _refuse_stacks(params, described["task"])
+    _refuse_stacks(params.backend, described["task"])
     longest = _longest(params, described["maximum_tokens"])
     if longest < (params.maximum_tokens or 0):
         progress.note(f"the engine reads {longest} tokens, all that its graph reads, not {params.maximum_tokens}")
@@ -107,12 +116,11 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
 
 
 def _components(described: Mapping[str, Any], keeps: bool, executable: str) -> dict[str, Any]:
-    """What the executable takes and gives, so that any program can call it; an encoder's graph keeps its name."""
+    """What the executable takes and gives, so that any program can call it, and an encoder beside it."""
     if described.get("cache") and keeps:
         given: Mapping[str, Any] = described["components"]
-        return {
-            name: {**one, "file": executable if one["file"] == GRAPH else one["file"]} for name, one in given.items()
-        }
+        files = {GRAPH: executable, ENCODER: encoder_of(Path(executable)).name}
+        return {name: {**one, "file": files[one["file"]]} for name, one in given.items()}
     # What a graph with a cache takes without it, and any other as it stands.
     one = described.get("components", {}).get("model", {}) if not described.get("cache") else {}
     inputs = one.get("inputs", ["input_ids", "attention_mask"])
@@ -126,8 +134,11 @@ def _plan(chosen: Backend, asked: Asked, engine: dict[str, Any], output: Path, p
     metrics, kept = plans.build(chosen, asked, output, progress)
     engine["maximum_batch"] = asked.maximum_batch
     if kept:
+        most = asked.maximum_batch, asked.maximum_tokens
         engine["cache"] = {**engine["cache"], "maximum": asked.maximum_tokens}
-        engine["profiles"] = plans.profiles(asked.maximum_batch, asked.maximum_tokens)
+        engine["profiles"] = plans.profiles(*most, answers="answers" in engine)
+        if "answers" in engine:
+            engine["components"]["encoder"]["profiles"] = plans.reading_profiles(*most)
     elif engine["cache"]:
         engine |= {"cache": None, "components": _components({}, False, chosen.executable)}
     return metrics
@@ -140,7 +151,7 @@ def admit(params: CompileParams, known: Mapping[str, Any]) -> Subject:
     refuse_impossible(params.backend, architectures, graph.precisions)
     _refuse_rounding(params)
     _refuse_halves(params, graph.dtype)
-    _refuse_stacks(params, graph.task)
+    _refuse_stacks(params.backend, graph.task)
     return replace(graph, built=_longest(params, graph.built))
 
 
@@ -171,12 +182,12 @@ def _refuse_halves(params: CompileParams, dtype: str) -> None:
         )
 
 
-def _refuse_stacks(params: CompileParams, task: str) -> None:
-    if task == "translate" and params.architectures:
+def _refuse_stacks(name: str, task: str) -> None:
+    if task == "translate" and not backend(name).keeps:
         raise StageError(
-            f"{params.backend} builds no plan of a model with an encoder and a decoder yet",
-            measured="two graphs that share their weights",
-            limit="one",
+            f"{name} builds no engine of a model with an encoder and a decoder",
+            measured="it keeps nothing of what it has read",
+            limit="a backend that does",
             remedy="Choose backend: onnxruntime.",
         )
 

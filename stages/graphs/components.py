@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from stages.adapters.backends import ENCODER
+from stages.adapters.backends import encoder_of
 from stages.graphs import onnx_graph
 
 ALIGNED = 4096
@@ -18,8 +18,8 @@ LEAST_BYTES = 1024
 
 
 def files(graph: Path) -> list[Path]:
-    """The file of a graph, and its encoder's if it has one."""
-    beside = graph.with_name(ENCODER)
+    """The file of a graph or of a plan, and its encoder's if it has one."""
+    beside = encoder_of(graph)
     return [graph, beside] if beside.is_file() else [graph]
 
 
@@ -62,7 +62,7 @@ def save(models: Sequence[ir.Model], graph: Path) -> None:
     held = [value.const_value for value, _ in moved]
     for value, place in moved:
         value.const_value = place
-    for model, path in zip(models, (graph, graph.with_name(ENCODER)), strict=True):
+    for model, path in zip(models, (graph, encoder_of(graph)), strict=True):
         ir.save(model, path)
     for (value, _), own in zip(moved, held, strict=True):  # they may outlive the folder
         value.const_value = own

@@ -125,9 +125,9 @@ def save(model: ir.Model, path: Path) -> None:
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger one before
 
 
-def size_bytes(model: ir.Model) -> int:
-    """Bytes of all constants, each counted once."""
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+def size_bytes(*models: ir.Model) -> int:
+    """Bytes of all constants, each counted once, of several graphs those that lie in one place."""
+    return sum(one.const_value.nbytes for one in _distinct(models) if one.const_value is not None)
 
 
 def held(*models: ir.Model) -> Held:
@@ -154,9 +154,8 @@ def held(*models: ir.Model) -> Held:
         products, others = _rounding(model)
         rounding |= {name: rounding.get(name, frozenset()) | scales for name, scales in products.items()}
         caches += others
-    size = sum(one.const_value.nbytes for one in constants if one.const_value is not None)
     nodes, opset = sum(len(model.graph) for model in models), models[0].opset_imports[""]
-    return Held(quantized, frozenset(precisions), rounding, caches, size, nodes, opset)
+    return Held(quantized, frozenset(precisions), rounding, caches, size_bytes(*models), nodes, opset)
 
 
 def _distinct(models: Sequence[ir.Model]) -> list[ir.Value]:

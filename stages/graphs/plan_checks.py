@@ -1,9 +1,9 @@
-"""What a plan holds, read from its bytes: its graph's weights, each once, and little besides."""
+"""What plans hold, read from their bytes: their graphs' weights, each once, and little besides."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +23,25 @@ _AT_ONCE = 1 << 24
 """Words."""
 
 
-def measure(model: ir.Model, plan: Path, progress: Progress) -> Metrics:
-    """Look for every weight of a graph in a plan, by a line in the middle of its rows and one of its columns.
+def measure(models: Sequence[ir.Model], plans: Sequence[Path], progress: Progress) -> Metrics:
+    """Look for every weight of graphs in their plans, by a line in the middle of its rows and one of its columns.
 
     Builders put weights that are multiplied with one input side by side, and may store a matrix transposed: lines stay
     whole. What is packed otherwise is not found.
     """
-    data, held = np.memmap(plan, np.uint8, "r"), onnx_graph.size_bytes(model)
-    lines = {name: _lines(tensor) for name, tensor in _weights(model)}
-    times = _times(data, {line for some in lines.values() for line in some})
+    held = onnx_graph.size_bytes(*models)
+    weights = [one for model in models for one in _weights(model)]
+    lines = {name: _lines(tensor) for name, tensor in weights}
+    sought = {line for some in lines.values() for line in some}
+    times = sum((_times(np.memmap(plan, np.uint8, "r"), sought) for plan in plans), Counter[bytes]())
     owners = Counter(line for some in lines.values() for line in set(some))
-    sizes = {name: tensor.nbytes for name, tensor in _weights(model)}
+    sizes = {name: tensor.nbytes for name, tensor in weights}
     found = {name: sum(times[line] / owners[line] for line in set(some)) for name, some in lines.items()}
     twice = sorted(name for name, count in found.items() if count > 1)
-    besides = len(data) - held
+    besides = sum(plan.stat().st_size for plan in plans) - held
     if twice:
         progress.note(f"the plan holds {len(twice)} weights more than once: {', '.join(twice[:5])}")
-    if besides > BESIDES_BYTES:
+    if besides > BESIDES_BYTES * len(plans) + sum(sizes[name] for name in twice):
         progress.note(
             f"the plan takes {besides / 1e6:.1f} MB beyond its weights, where {BESIDES_BYTES / 1e6:.0f} are usual: "
             "each profile has kernels of its own for every width and every scale"

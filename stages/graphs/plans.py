@@ -1,4 +1,7 @@
-"""Graphs as builders of plans get them: with a cache of a fixed length, or reading whole sequences."""
+"""Graphs as builders of plans get them: with a cache of a fixed length, or reading whole sequences.
+
+A model with an encoder and a decoder is two plans: a step of the decoder would else compute the encoder, too.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from stages.adapters.backends import Asked, Backend
-from stages.graphs import merged_products, onnx_graph, plan_checks, plan_constants, static_cache, uncached
+from stages.adapters.backends import Asked, Backend, encoder_of
+from stages.graphs import components, merged_products, onnx_graph, plan_checks, plan_constants, static_cache, uncached
 from stages.runtime.contract import DoesNotFit, Metrics, Progress, StageError
+from stages.runtime.progress import Pass
 
 GRAPH = "model.onnx"
-PREFILL, DECODE = "prefill", "decode"
-"""The profiles of a plan with a cache, in their order."""
+PREFILL, DECODE, READ = "prefill", "decode", "read"
+"""The profiles of a plan with a cache, in their order; an encoder's."""
 
 
 def build(chosen: Backend, asked: Asked, output: Path, progress: Progress) -> tuple[Metrics, bool]:
@@ -26,8 +30,10 @@ def build(chosen: Backend, asked: Asked, output: Path, progress: Progress) -> tu
         note says why and the plan reads whole sequences.
 
     Raises:
-        StageError: the builder refuses the graph without its cache as well.
+        StageError: the builder refuses the graph without its cache as well, or one of two graphs.
     """
+    if len(components.files(asked.graph)) > 1:
+        return _stacks(chosen, asked, output, progress), True
     model = _loaded(asked)
     cached = uncached.is_cached(model)
     asked = replace(asked, two_in_four=has_two_in_four(model))
@@ -52,21 +58,46 @@ def _loaded(asked: Asked) -> ir.Model:
 
 
 def _built(model: ir.Model, chosen: Backend, asked: Asked, output: Path, progress: Progress) -> Metrics:
+    metrics = _compiled(model, chosen, asked, output, progress)
+    return metrics | plan_checks.measure([model], [output / chosen.executable], progress)
+
+
+def _compiled(model: ir.Model, chosen: Backend, asked: Asked, output: Path, progress: Progress) -> Metrics:
     plan_constants.share(model)
     static_cache.name_by_modules(model)
     with tempfile.TemporaryDirectory(dir=output, prefix=".graph-") as folder:
         onnx_graph.save(model, Path(folder) / GRAPH)
-        metrics = chosen.build(replace(asked, graph=Path(folder) / GRAPH), output, progress)
-    return metrics | plan_checks.measure(model, output / chosen.executable, progress)
+        return chosen.build(replace(asked, graph=Path(folder) / GRAPH), output, progress)
 
 
-def profiles(maximum_batch: int, maximum_tokens: int) -> list[dict[str, object]]:
-    """What `engine.json` says of the profiles of a plan with a cache."""
+def _stacks(chosen: Backend, asked: Asked, output: Path, progress: Progress) -> Metrics:
+    """The plans of a decoder and of the encoder beside it."""
+    metrics: Metrics = {}
+    plan = output / chosen.executable
+    models, paths = components.load(asked.graph), [plan, encoder_of(plan)]
+    static_cache.with_places(models[0], asked.maximum_tokens)
+    for place, (model, path) in enumerate(zip(models, paths, strict=True)):
+        merged_products.mend_shared(model)
+        part = replace(asked, two_in_four=has_two_in_four(model))
+        with tempfile.TemporaryDirectory(dir=output, prefix=".plan-") as folder:
+            metrics |= _compiled(model, chosen, part, Path(folder), Pass(progress, place, len(models)))
+            (Path(folder) / chosen.executable).replace(path)
+    return metrics | plan_checks.measure(models, paths, progress)
+
+
+def profiles(maximum_batch: int, maximum_tokens: int, *, answers: bool = False) -> list[dict[str, object]]:
+    """What `engine.json` says of the profiles of a plan with a cache; whether it `answers` what an encoder reads."""
+    rows, text = [1, maximum_batch], {"text_tokens": [1, maximum_tokens]} if answers else {}
     names = ((PREFILL, maximum_tokens), (DECODE, 1))
     return [
-        {"name": name, "number": number, "rows": [1, maximum_batch], "new_tokens": [1, tokens]}
+        {"name": name, "number": number, "rows": rows, "new_tokens": [1, tokens], **text}
         for number, (name, tokens) in enumerate(names)
     ]
+
+
+def reading_profiles(maximum_batch: int, maximum_tokens: int) -> list[dict[str, object]]:
+    """The same of an encoder's plan."""
+    return [{"name": READ, "number": 0, "rows": [1, maximum_batch], "text_tokens": [1, maximum_tokens]}]
 
 
 def has_two_in_four(model: ir.Model) -> bool:

@@ -7,6 +7,8 @@ so that five days in a row have all.
 import pytest
 
 from stages import stage
+from stages.models.checkpoint.loading import load_config
+from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.benchmarks.families import (
     CELLS,
@@ -50,7 +52,12 @@ def test_family_runs_elsewhere_as_the_table_says_dense_and_compressed(title, tmp
             if column in runs and not (cell.distance is not None and cell.distance < most):
                 wrong[technique, column] = cell
     assert not wrong
-    if "plan" in runs:
+    if load_config(dense).is_encoder_decoder:
+        (tmp_path / "halved").mkdir()
+        export = stage("export")
+        with pytest.raises(StageError, match="an encoder and a decoder are written in 32-bit floats alone"):
+            export.run(export.params.model_validate({"dtype": "fp16"}), {"model": dense}, tmp_path / "halved", Silent())
+    elif "plan" in runs:
         graph, plan = tmp_path / "halved", tmp_path / "plan"
         for folder, verb, role, source, params in (
             (graph, "export", "model", dense, {"dtype": "fp16"}),

@@ -19,6 +19,8 @@ from stages.validate.params import ValidateParams, executed_on
 from stages.validate.stage import VALIDATE
 from tests.benchmarks.families import CELLS, ROWS, _made, checkpoint, text
 from tests.stages.models.families import EXPERTS, FAMILIES, VOCABULARY, WIDER, family
+from tests.stages.validate.test_written import SOURCES
+from tests.stages.validate.words import lively
 
 pytestmark = pytest.mark.gpu
 MADE = {
@@ -178,6 +180,28 @@ def test_plan_with_a_cache_refuses_what_is_longer_than_its_cache(both):
     plan, _, _ = both
     with pytest.raises(StageError, match="longer than the cache; measured 49 tokens; limit 48 tokens"):
         plan.forward(np.full((1, 49), 5), np.ones((1, 49), np.int64))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_plans_of_an_encoder_and_a_decoder_answer_as_the_engine_for_the_processor(name, plans_for, root, tmp_path):
+    library, here = plans_for
+    ways = {"graph": ("export", {"parity_tokens": 24}, "model", lively(name, root))}
+    asked = {"plan": {"backend": library, "architectures": [here], "maximum_batch": 2, "maximum_tokens": 48},
+             "cpu": {"backend": "onnxruntime", "maximum_tokens": 48}}  # fmt: skip
+    ways |= {kind: ("compile", params, "graph", tmp_path / "graph") for kind, params in asked.items()}
+    for kind, (verb, params, role, source) in ways.items():
+        (tmp_path / kind).mkdir()
+        definition = stage(verb)
+        definition.run(definition.params.model_validate(params), {role: source}, tmp_path / kind, Silent())
+    plan, cpu = open_engine(tmp_path / "plan", verified=True), open_engine(tmp_path / "cpu")
+    ids_NT = 5 + np.arange(5 * 20, dtype=np.int64).reshape(5, 20) * 7 % 40
+    mask_NT = np.ones_like(ids_NT)
+    mask_NT[1, 12:] = 0
+    want, got = cpu.forward(ids_NT, mask_NT), plan.forward(ids_NT, mask_NT)
+    assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()
+    free = Device(loaded()[0]).free_bytes()
+    assert plan.generate(list(SOURCES), max_new_tokens=12) == cpu.generate(list(SOURCES), max_new_tokens=12)
+    assert Device(loaded()[0]).free_bytes() >= free - (32 << 20)
 
 
 class _Generates:

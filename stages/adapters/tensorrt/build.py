@@ -3,7 +3,7 @@
 Their Python faces are the same; only the targets differ. Nothing is imported before it is needed, so that targets can
 be checked where neither is installed.
 
-Shapes: N sequences, T tokens, K of them asked, M places of the cache, V vocabulary.
+Shapes: N sequences, T tokens, S of the text that a decoder answers, K of T asked, M places of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 from stages.runtime.contract import DoesNotFit, Progress, StageError
 
 PAST, LENGTHS, ASKED = "past_key_values", "past_lengths", "logits_at"
+CROSS, MASK = "cross", "attention_mask"
+"""What a decoder takes of the text that it answers."""
 TIMINGS = "ENGINERY_TIMING_CACHE"
 """A file of TensorRT's, which times kernels on the GPU; TensorRT-RTX does not."""
 PREFILL, DECODE = 0, 1
@@ -36,7 +38,7 @@ class Shapes:
 
     Attributes:
         maximum_batch: N.
-        maximum_tokens: T, and M of a graph with a cache.
+        maximum_tokens: T and S, and M of a graph with a cache.
         sparse: weights have two zeros in four, which a GPU's sparse kernels leave out.
     """
 
@@ -190,7 +192,10 @@ def profiles(builder: Any, network: Any, shapes: Shapes) -> list[Any]:
     for tokens in (shapes.maximum_tokens, 1) if kept else (shapes.maximum_tokens,):
         profile = builder.create_optimization_profile()
         for one in inputs:
-            profile.set_shape(one.name, *_sizes(one, shapes.maximum_batch, tokens))
+            # A decoder's mask is the text's, which is as long for a single token.
+            of_text = one.name.startswith(CROSS) or (kept and one.name == MASK)
+            length = shapes.maximum_tokens if of_text else tokens
+            profile.set_shape(one.name, *_sizes(one, shapes.maximum_batch, length))
         made.append(profile)
     return made
 
@@ -201,6 +206,8 @@ def _sizes(one: Any, rows: int, tokens: int) -> list[tuple[int, ...]]:
     for n, t in ((1, 1), (1, min(USUAL_TOKENS, tokens)), (rows, tokens)):
         if one.name.startswith(PAST):
             found.append((n, *one.shape[1:]))
+        elif one.name.startswith(CROSS):
+            found.append((n, one.shape[1], t, one.shape[3]))
         elif one.name == LENGTHS:
             found.append((n,))
         elif one.name == ASKED:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from numpy.typing import NDArray
@@ -51,18 +52,25 @@ class Device:
     def zeros(self, size_bytes: int) -> ctypes.c_void_p:
         """Memory on the device that holds zeros."""
         pointer = self.allocate(size_bytes)
-        try:
+        with self._given_back(pointer):
             self.call("cuMemsetD8_v2", pointer, ctypes.c_ubyte(0), ctypes.c_size_t(size_bytes))
-        except StageError:
-            self.release(pointer)
-            raise
         return pointer
 
     def upload(self, array: NDArray[Any]) -> ctypes.c_void_p:
         """A copy of an array on the device."""
         pointer = self.allocate(array.nbytes)
-        self.fill(pointer, array)
+        with self._given_back(pointer):
+            self.fill(pointer, array)
         return pointer
+
+    @contextmanager
+    def _given_back(self, pointer: ctypes.c_void_p) -> Iterator[None]:
+        """Within it, memory is given back where what it is for fails."""
+        try:
+            yield
+        except StageError:
+            self.release(pointer)
+            raise
 
     def fill(self, pointer: ctypes.c_void_p, array: NDArray[Any]) -> None:
         """Copy an array into memory on the device."""

@@ -10,6 +10,8 @@ import onnxruntime
 
 from stages.adapters.tensorrt import build as tensorrt_build
 
+_FLOATS = ("past_key_values", "cross")
+
 
 class Driver:
     """CUDA's C functions over memory of this process; `missing` names a function that fails, with its code."""
@@ -59,7 +61,9 @@ class Driver:
 
 
 class Engine:
-    """A plan that is an ONNX graph with a cache of fixed places: ONNX Runtime computes, memory is the driver's.
+    """A plan that is an ONNX graph with a cache of fixed places, or an encoder's: ONNX Runtime computes.
+
+    Memory is the driver's.
 
     Args:
         graph: its bytes.
@@ -75,9 +79,7 @@ class Engine:
         self.made = {one.name: _sizes(one.shape) for one in self.session.get_outputs()}
         self.names = [*self.given, *self.made]
         self.num_io_tensors = len(self.names)
-        self.profiles = [
-            tensorrt_build.profiles(_Profiles(), _Network(self.given), shapes)[number].shapes for number in (0, 1)
-        ]
+        self.profiles = [one.shapes for one in tensorrt_build.profiles(_Profiles(), _Network(self.given), shapes)]
         self.ran = []
 
     def get_tensor_name(self, number):
@@ -115,13 +117,14 @@ class Context:
         self.at[name] = address
 
     def get_tensor_shape(self, name):
-        assert name == "logits"
-        return (*self.shapes["logits_at"], self.engine.made["logits"][2])
+        assert all(one in self.shapes for one in self.engine.given)
+        known = iter(self.shapes["logits_at" if name == "logits" else "input_ids"])
+        return tuple(next(known) if size < 0 else size for size in self.engine.made[name])
 
     def execute_async_v3(self, _stream):
         self.engine.ran.append((self.profile, self.shapes["input_ids"]))
         feeds = {
-            name: self._array(name, np.float32 if name.startswith("past_key") else np.int64, self.shapes[name])
+            name: self._array(name, np.float32 if name.startswith(_FLOATS) else np.int64, self.shapes[name])
             for name in self.engine.given
         }
         found = self.engine.session.run(None, feeds)

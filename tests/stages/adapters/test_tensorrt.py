@@ -19,10 +19,11 @@ class Context:
 
     def __init__(self):
         self.at, self.shape, self.fails, self.segments = {}, (), False, False
+        self.shapes = []
 
     def set_input_shape(self, _name, shape):
         self.shape = shape
-        return shape[1] <= 8
+        return shape[0] <= 2 and shape[1] <= 8
 
     def set_tensor_address(self, name, address):
         self.at[name] = address
@@ -33,6 +34,7 @@ class Context:
     def execute_async_v3(self, _stream):
         if self.fails:
             return False
+        self.shapes.append(self.shape)
         count = int(np.prod(self.shape))
         ids, mask = (self._array(name, ctypes.c_int64, count) for name in ("input_ids", "attention_mask"))
         third = self._array("token_type_ids", ctypes.c_int64, count) if self.segments else -ids
@@ -49,7 +51,10 @@ def machine(monkeypatch, tmp_path):
     driver, context = Driver(), Context()
     names = ("input_ids", "attention_mask", "logits")
     engine = SimpleNamespace(
-        create_execution_context=lambda: context, num_io_tensors=len(names), get_tensor_name=names.__getitem__
+        create_execution_context=lambda: context,
+        num_io_tensors=len(names),
+        get_tensor_name=names.__getitem__,
+        get_tensor_profile_shape=lambda _name, _profile: ((1, 1), (1, 4), (2, 8)),
     )
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine if data == b"plan" else None)
     library = SimpleNamespace(Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None}),
@@ -67,6 +72,13 @@ def test_plan_is_executed_and_its_memory_given_back(machine):
     ids, mask = np.array([[5, 6, 7], [8, 9, 10]]), np.array([[0, 1, 1], [1, 1, 1]])
     assert np.array_equal(run(ids, mask), np.stack([ids, mask, -ids], axis=-1))
     assert not machine.driver.memory and not opened.tells_segments
+
+
+def test_more_texts_than_the_plan_is_for_are_answered_in_groups(machine):
+    run = adapter.execute_plan(machine.plan, "tensorrt_rtx", ["sm_89"], verified=True).forward
+    ids, mask = np.arange(15).reshape(5, 3), np.ones((5, 3), np.int64)
+    assert np.array_equal(run(ids, mask), np.stack([ids, mask, -ids], axis=-1))
+    assert machine.context.shapes == [(2, 3), (2, 3), (1, 3)]
 
 
 def test_plan_that_tells_segments_is_given_them_or_zeros(machine):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from flows.registry.package import travelling_code
 from flows.tracking.connect import quiet
 from stages import stage
+from stages.adapters.backends import backend
 from stages.adapters.onnxruntime_stacks import open_stacks
 from stages.compile.stage import CompileParams, compile_engine
 from stages.export.cache_checks import require_answered_numbers
@@ -254,11 +256,12 @@ def test_what_two_stacks_are_not_written_by_is_refused(tmp_path, params, why):
         export(ExportParams(**params), {"model": model("t5", tmp_path)}, tmp_path, Silent())
 
 
-def test_plan_of_two_stacks_is_refused_by_name_before_any_work(tmp_path):
+def test_backend_that_keeps_nothing_is_refused_by_name_before_any_work(tmp_path, monkeypatch):
     described = {"task": "translate", "precisions": ["float32"], "maximum_tokens": 64, "vocabulary": 96}
     (tmp_path / "graph.json").write_text(json.dumps(described))
     (tmp_path / "out").mkdir()
-    params = CompileParams(backend="tensorrt_rtx", architectures=("sm_89",))
-    with pytest.raises(StageError, match=r"tensorrt_rtx builds no plan.*limit one.*Choose backend: onnxruntime"):
-        compile_engine(params, {"graph": tmp_path}, tmp_path / "out", Silent())
+    forgets = replace(backend("onnxruntime"), keeps=False)
+    monkeypatch.setattr("stages.compile.stage.backend", lambda _name: forgets)
+    with pytest.raises(StageError, match=r"onnxruntime builds no engine of.*keeps nothing.*Choose backend"):
+        compile_engine(CompileParams(backend="onnxruntime"), {"graph": tmp_path}, tmp_path / "out", Silent())
     assert not list((tmp_path / "out").iterdir())

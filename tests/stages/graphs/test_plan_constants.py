@@ -59,7 +59,7 @@ def measured(matrices, plan, folder, heard):
     ]
     model = ir.Model(ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 21}), ir_version=10)
     (folder / "model.plan").write_bytes(plan)
-    return plan_checks.measure(model, folder / "model.plan", heard)
+    return plan_checks.measure([model], [folder / "model.plan"], heard)
 
 
 def test_weights_side_by_side_and_transposed_are_found_once(matrices, tmp_path):
