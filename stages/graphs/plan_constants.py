@@ -2,8 +2,9 @@
 
 A builder writes a constant number into the text of the kernel that uses it: thirty layers that round by thirty scales
 are thirty kernels of 145 KB of text. And a table that is looked up by rows and multiplied by columns it stores in both
-orders. Neither rewriting changes a bit of what the graph says. Kernels that sum over a row and read a vector, as norms
-do, name it in their text, and stay one a layer.
+orders. Neither rewriting changes a bit of what the graph says. Kernels that sum over a row, as norms do, and those of
+attention to one token stand in the plan once for each place that runs them, even where their texts are equal byte for
+byte (TensorRT-RTX 1.7): of SmolLM2's 36 MB of texts these are 21, which no rewriting of constants changes.
 
 Shapes: N sequences, T tokens, V vocabulary, H hidden.
 """
