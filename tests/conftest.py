@@ -63,7 +63,7 @@ def tiny() -> Path:
     """A tiny trained Llama (6 blocks, hidden 64, 768 tokens) in Hugging Face layout; read only."""
     from tests.tiny import tiny_llama
 
-    return tiny_llama(_cache())
+    return tiny_llama(cached_models())
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +71,10 @@ def knowing() -> Path:
     """A tiny Llama that knows some facts, with a beginning of text and a chat template; read only."""
     from tests.knowing import knowing_llama
 
-    return knowing_llama(_cache())
+    return knowing_llama(cached_models())
 
 
-def _cache() -> Path:
+def cached_models() -> Path:
     """Where models stay that are trained once."""
     cache = Path(os.environ.get("ENGINERY_TEST_CACHE", Path(__file__).parents[1] / ".pytest_cache" / "models"))
     cache.mkdir(parents=True, exist_ok=True)

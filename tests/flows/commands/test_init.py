@@ -107,7 +107,7 @@ def test_model_that_cannot_write_by_itself_is_asked_all_the_same(tmp_path, capsy
         ("llama", "answers", {"accuracy"}),
     ],
 )
-def test_items_of_ones_own_judge_by_what_the_checkpoint_is_for(name, kind, gates, tmp_path):
+def test_items_of_ones_own_judge_by_what_the_checkpoint_is_for(name, kind, gates, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("words")
     (tmp_path / "mine.jsonl").write_text("{}")
     model, out = checkpoint(name, tmp_path), tmp_path / "mine.yaml"
@@ -120,6 +120,11 @@ def test_items_of_ones_own_judge_by_what_the_checkpoint_is_for(name, kind, gates
     texts = {"llama": ["text", "other", "abilities"], "t5": []}.get(name, ["text"])
     assert list(recipe.judge.corpora) == [*texts, "items"]
     assert ("other" in {step.name for step in recipe.steps}) == (name == "llama")
+    out.unlink()
+    capsys.readouterr()
+    assert main(["init", *words[:-2]]) == 0
+    assert ("`--items` judges by items of your own" in capsys.readouterr().out) == (name != "llama")
+    assert all(gate.measure != "perplexity" for gate in load_recipe(out).gates) or name == "llama"
     assert {gate.measure for gate in recipe.gates if gate.corpus == "items"} == gates
     assert all(step.inputs.get("text") != "items" for step in recipe.steps)
 
