@@ -50,6 +50,12 @@ def generate(
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text. May be given again.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed draws the same text.")] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            "--beams", metavar="N", help="Search the likeliest whole answer by N beams. Default: as set, or 1."
+        ),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Ask a model, and print its answer as it comes; one line of JSON of a model that writes no text.
@@ -58,6 +64,7 @@ def generate(
     """
     from stages.serving.engine import WRITES, open_engine
     from stages.serving.generation import generation
+    from stages.serving.inputs import Prompt
 
     given = {
         "max_new_tokens": max_new_tokens,
@@ -67,6 +74,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": stop or None,
         "seed": seed,
+        "beams": beams,
     }
     generation(given)
     with asked_folder(model, store) as (folder, verified):
@@ -78,16 +86,18 @@ def generate(
 
 
 def _write(engine: Answerer, prompt: Prompt, context: str | None, given: Mapping[str, Any]) -> None:
-    """Print an answer as it comes.
+    """Print an answer as it comes; one by beams once it is whole.
 
     Raises:
         StageError: there is a context, which has no place of its own in a prompt.
     """
     from stages.runtime.contract import StageError
+    from stages.serving.generation import generation
 
     if context is not None:
         raise StageError("a model that writes takes no context", remedy="Write it into the prompt.")
-    for piece in engine.stream(prompt, **given):
+    pieces = (one.text for one in engine.answers([prompt], generation(given))) if given["beams"] else engine.stream(prompt, **given)
+    for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()
 

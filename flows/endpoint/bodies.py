@@ -10,8 +10,8 @@ from typing import Any
 
 from flows.endpoint.refusals import Refusal
 from stages.runtime.contract import StageError
-from stages.serving.engine import Prompt
 from stages.serving.generation import Generation, generation
+from stages.serving.inputs import Prompt
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024
 """New tokens where a client does not say how many: OpenAI's own number, and where OpenAI has no end, this one."""

@@ -224,7 +224,7 @@ def _params(recipe: Recipe, judge: Judge, target: str, corpus: str) -> dict[str,
         return params if judge.windows is None else params | {"windows": judge.windows}
     if recipe.step(corpus).params.get("harness"):
         return params | {"harness": True} | ({"items": judge.items} if judge.items else {})
-    asked = {"items": judge.items, "variants": judge.variants, "own": judge.own}
+    asked = {"items": judge.items, "variants": judge.variants, "own": judge.own, "beams": judge.beams}
     return params | {name: value for name, value in asked.items() if value}
 
 

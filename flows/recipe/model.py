@@ -23,6 +23,7 @@ from flows.names import Alias, Title
 from stages import STAGES, stage
 from stages.measures.table import BROUGHT, MEASURES, SPEEDS
 from stages.runtime.contract import Frozen, StageError
+from stages.serving.generation import MOST_BEAMS
 from stages.validate.params import Own, Variant
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
@@ -98,6 +99,8 @@ class Judge(Frozen):
         items: at most this many items of a set; all by default.
         own: measures that packages bring by the entry point `enginery.measures`; a gate names one as `own.NAME`.
         variants: how items are typed otherwise and asked once more: gates on `robustness` and `variant_flips` need it.
+        beams: beginnings that encoder-decoders follow at once where they write in answer to items, all that are judged
+            alike; by default what each one's settings say.
         trace: also measure each checkpoint between the baseline and the artifacts, on the first corpus and every set.
         trace_items: at most this many items of a set for such a checkpoint, so that it is not said for long where
             right answers went.
@@ -114,6 +117,7 @@ class Judge(Frozen):
     items: int | None = Field(default=None, ge=1)
     variants: list[Variant] = Field(default_factory=list)
     own: list[Own] = Field(default_factory=list)
+    beams: int | None = Field(default=None, ge=1, le=MOST_BEAMS)
     trace: bool = True
     trace_items: int = Field(default=200, ge=1)
     speed: bool = False

@@ -156,7 +156,7 @@ def _signature(task: str, maximum_tokens: int) -> Any:
         columns = [ColSpec(DataType.string, name, required=name not in OPTIONAL) for name in COLUMNS[task]]
         switches = [ParamSpec(name, "boolean", False) for name in READING]
         return ModelSignature(inputs=Schema(columns), params=ParamSchema(switches))
-    kinds = {"max_new_tokens": "long", "top_k": "long", "seed": "long", "stop": "string"}
+    kinds = {"max_new_tokens": "long", "top_k": "long", "seed": "long", "beams": "long", "stop": "string"}
     plain = Generation()
     defaults = asdict(plain) | {"max_new_tokens": plain.most(maximum_tokens), "stop": []}
     return ModelSignature(

@@ -44,12 +44,18 @@ class Steps(Protocol):
     def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read one more token of each sequence; returns the logits of what comes next, [N, V]."""
 
+    def reorder(self, rows_N: NDArray[np.int64]) -> None:
+        """Go on with these rows, each as often as it is named."""
+
 
 class Begun(Protocol):
     """A decoder that keeps what it has said of some texts."""
 
     def read(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read more tokens of each answer; returns the logits of what comes next to each, [N, T, V]."""
+
+    def reorder(self, rows_N: NDArray[np.int64]) -> None:
+        """Go on with these rows and their texts, each as often as it is named."""
 
 
 class Stacks(Protocol):

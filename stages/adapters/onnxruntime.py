@@ -117,13 +117,13 @@ class CachedSession:
 
 
 class Kept:
-    """What was read of some rows, in buffers that the graph writes into; `beside` goes in at each call."""
+    """What was read of some rows, in buffers that the graph writes into; `beside`, of texts, goes in at each call."""
 
     def __init__(self, opened: CachedSession, rows: int, places: int) -> None:
         self.opened, self.beside = opened, dict[str, NDArray[Any]]()
         past = [one for one in opened.session.get_inputs() if one.name in opened.state]
         with room_for(rows, places):
-            self.lengths_N = np.zeros(rows, np.int64)
+            self.lengths_N, self.texts_N = np.zeros(rows, np.int64), np.arange(rows)
             self.places = {
                 one.name: np.zeros((rows, one.shape[1], places, one.shape[3]), KEPT_AS[one.type]) for one in past
             }
@@ -160,6 +160,19 @@ class Kept:
         found: NDArray[np.float32] = binding.get_outputs()[0].numpy()
         return found
 
+    def reorder(self, rows_N: NDArray[np.int64]) -> None:
+        """Go on with these rows, each as often as it is named."""
+        most = int(self.lengths_N.max(initial=0))
+        places = next(iter(self.places.values())).shape[2]
+        with room_for(len(rows_N), places):
+            # What stands behind the longest row is nobody's.
+            made = {name: np.zeros((len(rows_N), *array.shape[1:]), array.dtype) for name, array in self.places.items()}
+            for name, array in self.places.items():
+                made[name][:, :, :most] = array[rows_N, :, :most]
+            if not np.array_equal(self.texts_N[rows_N], self.texts_N):
+                self.beside = {name: array[rows_N] for name, array in self.beside.items()}
+        self.places, self.lengths_N, self.texts_N = made, self.lengths_N[rows_N], self.texts_N[rows_N]
+
     def _make_room(self, wanted: int) -> None:
         places = next(iter(self.places.values())).shape[2]
         if wanted <= places:
@@ -181,38 +194,6 @@ def room_for(rows: int, places: int) -> Iterator[None]:
             measured=f"{rows} texts of {places} tokens: {error}",
             remedy="Ask fewer or shorter texts at once, or take a larger machine.",
         ) from error
-
-
-class Stepping:
-    """See `stages.adapters.backends.Steps`.
-
-    Args:
-        opened: the graph.
-        maximum_tokens: the longest sequence that it reads.
-    """
-
-    def __init__(self, opened: CachedSession, maximum_tokens: int) -> None:
-        self.opened, self.most = opened, maximum_tokens
-        self.kept = opened.begin(0, 0)
-
-    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read prompts."""
-        rows_NT, counts_N = aligned(ids_NT, mask_NT)
-        longest = rows_NT.shape[1]
-        self.kept = self.opened.begin(len(rows_NT), min(longest + ROOM, max(longest, self.most)))
-        return self.kept.read(rows_NT, counts_N, counts_N[:, None] - 1)[:, 0]
-
-    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read a token of each row."""
-        # A row that has ended may be led on beyond what the model reads; whatever it says is not wanted.
-        self.kept.lengths_N = np.minimum(self.kept.lengths_N, self.most - 1)
-        return self.kept.read(tokens_N[:, None])[:, 0]
-
-    @property
-    def kept_bytes(self) -> int:
-        """Of all keys and values, which the next token reads."""
-        a_place = sum(one.itemsize * one.shape[1] * one.shape[3] for one in self.kept.places.values())
-        return a_place * int(self.kept.lengths_N.sum())
 
 
 def open_session(path: Path, *, literal: bool = False) -> Session | CachedSession:

@@ -37,8 +37,8 @@ def build(asked: Asked, output: Path, progress: Progress) -> Metrics:
 
 def execute(executable: Path, architectures: Sequence[str], verified: bool) -> Execution:
     """A session; a graph holds no code, so nobody need have verified it."""
-    from stages.adapters.onnxruntime import CachedSession, Stepping, open_session
-    from stages.adapters.onnxruntime_slots import RowSlots
+    from stages.adapters.onnxruntime import CachedSession, open_session
+    from stages.adapters.onnxruntime_slots import RowSlots, Stepping
     from stages.adapters.onnxruntime_stacks import open_stacks
 
     if executable.with_name(ENCODER).is_file():

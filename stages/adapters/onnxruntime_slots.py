@@ -1,6 +1,7 @@
-"""Several sequences written at once by one graph, each of which comes and goes when it likes.
+"""Several sequences written at once by one graph: side by side, or each of which comes and goes when it likes.
 
-Rows that are written stand first in the buffers, so that a step reads and writes nothing of those that are free.
+Of the latter, rows that are written stand first in the buffers, so that a step reads and writes nothing of those that
+are free.
 
 Shapes: N rows, T tokens, G heads of keys and values, M places, D their size, V vocabulary.
 """
@@ -10,7 +11,44 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.adapters.backends import aligned
 from stages.adapters.onnxruntime import ROOM, CachedSession, Kept, room_for
+
+
+class Stepping:
+    """See `stages.adapters.backends.Steps`.
+
+    Args:
+        opened: the graph.
+        maximum_tokens: the longest sequence that it reads.
+    """
+
+    def __init__(self, opened: CachedSession, maximum_tokens: int) -> None:
+        self.opened, self.most = opened, maximum_tokens
+        self.kept = opened.begin(0, 0)
+
+    def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read prompts."""
+        rows_NT, counts_N = aligned(ids_NT, mask_NT)
+        longest = rows_NT.shape[1]
+        self.kept = self.opened.begin(len(rows_NT), min(longest + ROOM, max(longest, self.most)))
+        return self.kept.read(rows_NT, counts_N, counts_N[:, None] - 1)[:, 0]
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read a token of each row."""
+        # A row that has ended may be led on beyond what the model reads; whatever it says is not wanted.
+        self.kept.lengths_N = np.minimum(self.kept.lengths_N, self.most - 1)
+        return self.kept.read(tokens_N[:, None])[:, 0]
+
+    def reorder(self, rows_N: NDArray[np.int64]) -> None:
+        """Go on with these rows, each as often as it is named."""
+        self.kept.reorder(rows_N)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of all keys and values, which the next token reads."""
+        a_place = sum(one.itemsize * one.shape[1] * one.shape[3] for one in self.kept.places.values())
+        return a_place * int(self.kept.lengths_N.sum())
 
 
 class RowSlots:

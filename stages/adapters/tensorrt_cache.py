@@ -217,6 +217,24 @@ class DeviceSteps:
         self._lengths_N = lengths_N + 1
         return _last(found)
 
+    def reorder(self, rows_N: NDArray[np.int64]) -> None:
+        """Go on with these rows, each as often as it is named."""
+        before, most, made = self._kept, self._opened.most_rows, list[Kept]()
+        for at in self._opened.groups(len(rows_N)):
+            made.append(self._opened.begin(len(rows_N[at])))
+            for name, size_bytes in self._opened.row_bytes().items():
+                for place, row in enumerate(rows_N[at].tolist()):
+                    source = before[row // most].pointers[name]
+                    to, by = made[-1].pointers[name], size_bytes
+                    self._opened.device.copy(_behind(to, place * by), _behind(source, row % most * by), by)
+        self._kept, self._lengths_N = made, self._lengths_N[rows_N]
+        for kept in before:
+            kept.close()
+
+
+def _behind(pointer: ctypes.c_void_p, size_bytes: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p((pointer.value or 0) + size_bytes)
+
 
 def _last(found: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
     logits_NV: NDArray[np.float32] = np.concatenate([one[:, 0] for one in found])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from stages.adapters.backends import Begun, Stacks
 from stages.serving.generate import padded
+from stages.serving.sampling import log_probabilities
 
 NEVER = -1e30
 """The logit of what must not be said: finite, so that two models that must not say it differ by nothing there."""
@@ -26,7 +27,7 @@ class Manner:
     """How answers begin.
 
     As by transformers' own greedy generation the checkpoint's settings force the first token (a language's) and leave
-    out single tokens (padding); those that ask for lengths, beams or no repetition are not followed.
+    out single tokens (padding); those that ask for lengths or no repetition are not followed.
 
     Attributes:
         start: the token that the decoder reads first.
@@ -52,10 +53,16 @@ def manner(described: Mapping[str, Any]) -> Manner:
 
 
 class Answering:
-    """See `stages.adapters.backends.Steps`: prompts are what the encoder reads; the decoder says what comes next."""
+    """See `stages.adapters.backends.Steps`: prompts are what the encoder reads; the decoder says what comes next.
 
-    def __init__(self, stacks: Stacks, how: Manner) -> None:
-        self.stacks, self.how = stacks, how
+    Args:
+        stacks: both.
+        how: answers begin.
+        scores: it is told by log-probabilities, of all tokens together: those that are left out take theirs along.
+    """
+
+    def __init__(self, stacks: Stacks, how: Manner, *, scores: bool = False) -> None:
+        self.stacks, self.how, self.scores = stacks, how, scores
         self._begun: Begun | None = None
 
     def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -72,8 +79,15 @@ class Answering:
         """See Steps."""
         assert self._begun is not None
         logits_NV = self._begun.read(tokens_N[:, None])[:, -1].copy()
+        if self.scores:
+            logits_NV = log_probabilities(logits_NV)
         logits_NV[:, list(self.how.left_out)] = NEVER
         return logits_NV
+
+    def reorder(self, rows_N: NDArray[np.int64]) -> None:
+        """See Steps."""
+        assert self._begun is not None
+        self._begun.reorder(rows_N)
 
 
 def whole(stacks: Stacks, how: Manner, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:

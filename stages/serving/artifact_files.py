@@ -82,8 +82,13 @@ def bare(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def ends_of(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    """Tokens that end a sequence."""
+def settings_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of answers: by generation_config.json, or else by config.json."""
     path = folder / "generation_config.json"
-    found = (read_beside(path) if path.is_file() else config).get("eos_token_id", config.get("eos_token_id"))
+    return read_beside(path) if path.is_file() else config
+
+
+def ends_of(settings: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int]:
+    """Tokens that end a sequence."""
+    found = settings.get("eos_token_id", config.get("eos_token_id"))
     return frozenset() if found is None else frozenset(found if isinstance(found, list) else [found])

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from stages.adapters.backends import Slots
 from stages.runtime.contract import StageError, Unavailable
 from stages.serving.asked import Asked, Hear, Unwatched, Watch
-from stages.serving.engine import Answerer, Prompt
+from stages.serving.engine import Answerer
 from stages.serving.generate import ROWS
 from stages.serving.generation import Generation
+from stages.serving.inputs import Prompt
 from stages.serving.rows import rows_of
 from stages.serving.writing import Answer, Writing
 
@@ -79,12 +80,12 @@ class Batching:
 
         Args:
             prompts: as `Answerer.generate` takes them; all of them wait, or none.
-            how: they are continued.
+            how: they are continued; the settings' beams are not followed.
             hear: what is heard of them.
             pieces: answers are heard in pieces, too.
 
         Raises:
-            StageError: as of `Answerer.generate`, or they are more than can ever wait.
+            StageError: as of `Answerer.generate`, they are more than can ever wait, or asked for by beams.
             Full: there is no room for them now.
             Closed: nothing is answered any more.
         """
@@ -94,6 +95,13 @@ class Batching:
                 measured=len(prompts),
                 limit=self.most_waiting,
                 remedy="Ask some after the others.",
+            )
+        if (how.beams or 1) > 1:
+            raise StageError(
+                "rows are written a token at a time, and beams are not",
+                measured=f"{how.beams} beams",
+                limit="1",
+                remedy="Ask the model itself: `enginery generate`, or where it is registered.",
             )
         most, encoded = self.model.admitted(prompts, how)
         texts = [Writing(self.model.tokenizer, how.stop) for _ in encoded]

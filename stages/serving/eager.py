@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from stages.adapters.backends import TYPES, Forward, Steps
 from stages.models.anatomy import tasks
@@ -25,6 +27,7 @@ from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.checkpoint.pooling import pooled, reads
 from stages.runtime.contract import StageError
 from stages.serving.answering import Answering
+from stages.serving.beams import scoring
 from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
 from stages.serving.translating import Translating, manner_of, shifted
 
@@ -40,12 +43,14 @@ class Eager:
         longest: tokens that it reads at once, None for any number.
         steps: begins to keep what it reads, None where it keeps nothing.
         tells_segments: `forward` takes the segments of tokens, too, if the tokenizer `names_segments`.
+        scores: the same, told by log-probabilities.
     """
 
     forward: Forward
     task: str
     longest: int | None
     steps: Callable[[], Steps] | None
+    scores: Callable[[], Steps] | None
     tells_segments: bool = False
 
 
@@ -93,13 +98,16 @@ def eager(folder: Path, device: str = CPU) -> Eager:
         return found
 
     def steps() -> Steps:
-        if task == "translate":
-            return Answering(Translating(model, device=device, computing=computing), manner_of(model))
         return _Steps(model, placed=placed, device=device, computing=computing)
+
+    def answering(*, scores: bool = False) -> Steps:
+        stacks = Translating(model, device=device, computing=computing)
+        return Answering(stacks, manner_of(model), scores=scores)
 
     keeps = task in ("generate", "translate") and "past_key_values" in inspect.signature(model.forward).parameters
     tells_segments = tasks.tells_segments(model.config, (TYPES,))
-    return Eager(forward, task, reads(folder, model.config), steps if keeps else None, tells_segments)
+    both = (answering, partial(answering, scores=True)) if task == "translate" else (steps, scoring(steps))
+    return Eager(forward, task, reads(folder, model.config), *(both if keeps else (None, None)), tells_segments)
 
 
 class _Steps:
@@ -118,6 +126,18 @@ class _Steps:
     def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         return self._read(tokens_N[:, None])
+
+    def reorder(self, rows_N: NDArray[np.int64]) -> None:
+        rows = torch.from_numpy(rows_N).to(self.device)
+        if not isinstance(self.kept, Cache):
+            raise StageError(
+                f"{type(self.model).__name__} keeps what it has read in a way of its own",
+                measured=type(self.kept).__name__,
+                limit="a Cache of transformers, whose rows can be taken in another order",
+                remedy="Ask it without beams.",
+            )
+        self.mask = self.mask.index_select(0, rows)
+        self.kept.reorder_cache(rows)
 
     @property
     def kept_bytes(self) -> int:

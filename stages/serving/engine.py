@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,13 @@ from tokenizers import Tokenizer
 from stages.adapters.backends import GRAPHS_BACKEND, Execution, Forward, Slots, Steps, backend, refuse_impossible
 from stages.runtime.contract import StageError
 from stages.serving.answering import Answering, manner, whole
-from stages.serving.artifact_files import bare, described_by, ends_of, read_beside, read_tokenizer
-from stages.serving.chat import Chat, Message, chat
+from stages.serving.artifact_files import bare, described_by, ends_of, read_beside, read_tokenizer, settings_of
+from stages.serving.beams import Beams, beams_of, chosen, refuse_pieces, scoring, searched
+from stages.serving.chat import Chat, chat
 from stages.serving.generate import ROWS, written
 from stages.serving.generation import Generation, generation
-from stages.serving.inputs import require_utf8
-from stages.serving.sampling import Drawing
+from stages.serving.inputs import Prompt, encoded
+from stages.serving.sampling import Drawing, penalized
 from stages.serving.writing import Answer, Writing
 
 GRAPH, DESCRIBED, ENGINE = "model.onnx", "graph.json", "engine.json"
@@ -36,8 +37,6 @@ _ENGINE_FIELDS = {"backend": str, "executable": str, "architectures": list, "max
 _GRAPH_FIELDS = {"precisions": list, "maximum_tokens": int}
 ENDLESS = 2**31 - 1
 """Tokens that a model reads whose positions have no end."""
-Prompt = str | Sequence[Message] | Sequence[int]
-"""A text or tokens, continued as they stand, or a conversation that is answered by the model's chat template."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Answerer:
         slots: as `steps`, for sequences that come and go.
         config: what config.json says; `stages.serving.reading` finds the names of classes there.
         tells_segments: `forward` takes the segments of a pair's tokens, too.
+        scores: as `steps`, told by log-probabilities.
+        beams: how answers are searched by its settings.
     """
 
     target: str
@@ -69,6 +70,8 @@ class Answerer:
     slots: Callable[[], Slots] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     tells_segments: bool = False
+    scores: Callable[[], Steps] | None = None
+    beams: Beams = field(default_factory=Beams)
 
     def logits(self, ids_NT: NDArray[np.int64], type_NT: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """logits_NTV of whole sequences, or what else a model of its task answers.
@@ -101,33 +104,70 @@ class Answerer:
 
         Raises:
             StageError: the model continues no text, a prompt is empty or longer than it reads, it has no chat template
-                for a conversation, or what is asked is out of range.
+                for a conversation, or what is asked is out of range or beams of a model that keeps nothing.
         """
         return [one.text for one in self.answers(prompts, generation(asked))]
 
     def answers(self, prompts: Sequence[Prompt], how: Generation) -> list[Answer]:
         """As `generate`; says besides how each answer ended."""
-        most, encoded = self.admitted(prompts, how)
+        most, rows = self.admitted(prompts, how)
+        beams = self.searching(how)
+        if beams.count > 1:
+            return self._by_beams(rows, how, beams, most)
         # What keeps all that it reads has room for no number of prompts.
-        at_once = ROWS if self.steps else max(1, len(encoded))
+        at_once = ROWS if self.steps else max(1, len(rows))
         found: list[Answer] = []
-        for start in range(0, len(encoded), at_once):
-            rows = encoded[start : start + at_once]
-            writings, new = [Writing(self.tokenizer, how.stop) for _ in rows], [list[int]() for _ in rows]
-            for _ in self._written(rows, new, writings, how, most):
+        for some in (rows[start : start + at_once] for start in range(0, len(rows), at_once)):
+            writings, new = [Writing(self.tokenizer, how.stop) for _ in some], [list[int]() for _ in some]
+            for _ in self._written(some, new, writings, how, most):
                 pass
             found += [
-                self.answer(len(row), *said) for row, said in zip(rows, zip(new, writings, strict=True), strict=True)
+                self.answer(len(row), *said) for row, said in zip(some, zip(new, writings, strict=True), strict=True)
             ]
         return found
 
+    def searching(self, how: Generation) -> Beams:
+        """How answers are searched that are asked for so.
+
+        Raises:
+            StageError: by beams, and nothing of what is read is kept.
+        """
+        return chosen(how, self.beams, follows=self.task == "translate", kept=self.scores is not None)
+
+    def _by_beams(self, rows: Sequence[list[int]], how: Generation, beams: Beams, most: int) -> list[Answer]:
+        def weigh(number: int, new: Sequence[int], score_V: NDArray[np.float32]) -> NDArray[np.float32]:
+            # What an encoder reads is not said before: a decoder may well say it again.
+            said = new if self.task == "translate" else [*rows[number], *new]
+            return penalized(score_V, said, how.repetition_penalty)
+
+        def ended(new: list[int]) -> bool:
+            return bool(how.stop) and Writing(self.tokenizer, how.stop).ends(new)
+
+        assert self.scores is not None
+        limits = [self.most_new(len(row), most) for row in rows]
+        found = searched(self.scores, rows, beams, ends=self.ends, most=limits, ended=ended, weigh=weigh)
+        writings = [Writing(self.tokenizer, how.stop) for _ in rows]
+        return [self.answer(len(row), new, one) for row, new, one in zip(rows, found, writings, strict=True)]
+
     def stream(self, prompt: Prompt, **asked: Any) -> Generator[str, None, Answer]:
-        """The pieces of one answer as they come: joined they are what `generate` says; the answer is returned."""
+        """The pieces of one answer as they come: joined they are what `generate` says; the answer is returned.
+
+        Where the model's settings ask for beams the answer is one piece.
+
+        Raises:
+            StageError: as of `generate`, or for beams.
+        """
         how = generation(asked)
-        most, encoded = self.admitted([prompt], how)
-        return self._pieces(encoded, how, most)
+        refuse_pieces(how)
+        most, rows = self.admitted([prompt], how)
+        return self._pieces(rows, how, most)
 
     def _pieces(self, rows: list[list[int]], how: Generation, most: int) -> Generator[str, None, Answer]:
+        if (beams := self.searching(how)).count > 1:
+            (answer,) = self._by_beams(rows, how, beams, most)
+            if answer.text:
+                yield answer.text
+            return answer
         writing, new = Writing(self.tokenizer, how.stop), list[int]()
         for _ in self._written(rows, [new], [writing], how, most):
             if piece := writing.piece(new):
@@ -145,10 +185,13 @@ class Answerer:
         draw = Drawing(how, len(rows))
 
         def choose(number: int, row: Sequence[int], logits_V: NDArray[np.float32]) -> int:
-            # What an encoder reads is not said before: a decoder may well say it again.
             return draw(number, row[len(rows[number]) :] if self.task == "translate" else row, logits_V)
 
         return written(self.steps() if self.steps else self.forward, rows, new, goes_on, choose)
+
+    def most_new(self, prompt_tokens: int, most: int) -> int:
+        """New tokens that there is room for; a decoder behind an encoder reads one before them, and not the prompt."""
+        return min(most, self.maximum_tokens - (1 if self.task == "translate" else prompt_tokens))
 
     def goes_on(self, prompt_tokens: int, new: list[int], writing: Writing, most: int) -> bool:
         """Whether another token of an answer is wanted.
@@ -159,13 +202,9 @@ class Answerer:
             writing: their text.
             most: at most so many of them.
         """
-        if len(new) >= min(most, self.maximum_tokens - self._before(prompt_tokens)):
+        if len(new) >= self.most_new(prompt_tokens, most):
             return False
         return not new or not (new[-1] in self.ends or (writing.stop and writing.ends(new)))
-
-    def _before(self, prompt_tokens: int) -> int:
-        """Tokens that stand before an answer; a decoder behind an encoder reads one, and not the prompt."""
-        return 1 if self.task == "translate" else prompt_tokens
 
     def answer(self, prompt_tokens: int, new: list[int], writing: Writing) -> Answer:
         """What was said, once no token follows; see `goes_on`."""
@@ -182,49 +221,12 @@ class Answerer:
                 limit=" or ".join(WRITES),
                 remedy="Ask it for its `logits`.",
             )
-        most, encoded = how.most(self.maximum_tokens), [self._encoded(prompt) for prompt in prompts]
-        for ids in encoded:
+        most, rows = how.most(self.maximum_tokens), [encoded(self.tokenizer, self.chat, prompt) for prompt in prompts]
+        for ids in rows:
             if not ids:
                 raise StageError("a prompt is empty", remedy="Give each prompt at least one character.")
             self._check(len(ids))
-        return most, encoded
-
-    def _encoded(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            # A tokenizer may put a token before every text, of which there is none here.
-            return self._tokens(prompt) if prompt else []
-        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
-            raise StageError(
-                "a prompt is neither text nor tokens nor a conversation",
-                measured=f"{type(prompt).__name__} {prompt!r:.60}",
-                limit="str, a list of token numbers, or a list of messages",
-                remedy="Turn it into text.",
-            )
-        if prompt and isinstance(prompt[0], int):
-            return self._known(cast(Sequence[int], prompt))
-        if self.chat is None:
-            raise StageError(
-                "the model has no chat template",
-                measured="none beside its tokenizer",
-                limit="chat_template.jinja, or chat_template in tokenizer_config.json",
-                remedy="Ask it by a prompt, or give its checkpoint a chat template and make it again.",
-            )
-        # The template has written all special tokens there are to be.
-        return self._tokens(self.chat.prompt(cast(Sequence[Message], prompt)), add_special_tokens=False)
-
-    def _known(self, ids: Sequence[int]) -> list[int]:
-        most = self.tokenizer.get_vocab_size()
-        for one in ids:
-            if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < most:
-                raise StageError(
-                    "there is no such token", measured=one, limit=f"0 to {most - 1}", remedy="Give text instead."
-                )
-        return [*ids]
-
-    def _tokens(self, text: str, **how: bool) -> list[int]:
-        require_utf8(text, "a prompt")
-        ids: list[int] = self.tokenizer.encode(text, **how).ids
-        return ids
+        return most, rows
 
     def _check(self, tokens: int) -> None:
         if tokens > self.maximum_tokens:
@@ -261,20 +263,25 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
         opened = backend(GRAPHS_BACKEND).execute(folder / GRAPH, (), False)
     task, most = described.get("task", "generate"), int(described["maximum_tokens"])
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    forward, steps = _asked(opened, described, most)
+    forward, steps, scores = _asked(opened, described, most)
     slots = None if opened.slots is None else partial(opened.slots, most)
-    ends, talks = ends_of(folder, config), chat(folder)
-    tells = opened.tells_segments
-    return Answerer(opened.target, task, most, tokenizer, ends, forward, steps, talks, slots, config, tells)
+    settings, talks = settings_of(folder, config), chat(folder)
+    made = Answerer(opened.target, task, most, tokenizer, ends_of(settings, config), forward, steps, talks, slots, config)
+    return replace(made, tells_segments=opened.tells_segments, scores=scores, beams=beams_of(settings))
 
 
-def _asked(opened: Execution, described: dict[str, Any], most: int) -> tuple[Forward, Callable[[], Steps] | None]:
-    """How whole sequences are answered, and how what is read is kept."""
+Begin = Callable[[], Steps] | None
+
+
+def _asked(opened: Execution, described: dict[str, Any], most: int) -> tuple[Forward, Begin, Begin]:
+    """How whole sequences are answered, how what is read is kept, and the same told by log-probabilities."""
     if opened.stacks is not None:
         how = manner(described["answers"])
-        return partial(whole, opened.stacks, how), partial(Answering, opened.stacks, how)
+        begin = partial(Answering, opened.stacks, how)
+        return partial(whole, opened.stacks, how), begin, partial(begin, scores=True)
     assert opened.forward is not None
-    return opened.forward, None if opened.steps is None else partial(opened.steps, most)
+    steps = None if opened.steps is None else partial(opened.steps, most)
+    return opened.forward, steps, scoring(steps)
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
@@ -283,10 +290,12 @@ def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
 
     opened = eager(folder, device)
     most = ENDLESS if opened.longest is None else opened.longest
-    tokenizer, ends = bare(fast_tokenizer(folder)), ends_of(folder, config)
+    tokenizer, settings = bare(fast_tokenizer(folder)), settings_of(folder, config)
     talks, target = chat(folder), f"torch:{device}"
-    made = Answerer(target, opened.task, most, tokenizer, ends, opened.forward, opened.steps, talks, config=config)
-    return replace(made, tells_segments=opened.tells_segments and names_segments(folder))
+    ends, told = ends_of(settings, config), (opened.forward, opened.steps, talks)
+    made = Answerer(target, opened.task, most, tokenizer, ends, *told, config=config)
+    segments = opened.tells_segments and names_segments(folder)
+    return replace(made, tells_segments=segments, scores=opened.scores, beams=beams_of(settings))
 
 
 def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> Execution:

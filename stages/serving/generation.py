@@ -15,6 +15,8 @@ NEW_TOKENS = 32
 """New tokens of a text where nobody says how many."""
 STOPS, STOP_CHARACTERS = 16, 1000
 """At most so many stop strings, of at most so many characters: each is looked for after each token."""
+MOST_BEAMS = 64
+"""Each takes a row of its own, and the memory of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,11 @@ class Generation:
         repetition_penalty: above 1, tokens that the prompt or the answer has already are less likely.
         stop: the answer ends before the first of these texts.
         seed: the same one draws the same tokens, whatever else is asked beside; None draws anew each time.
+        beams: beginnings of an answer that are followed at once, see `stages.serving.beams`; None for what the
+            settings of an encoder-decoder say where nothing is drawn, else for 1.
 
     Raises:
-        StageError: a value is out of range.
+        StageError: a value is out of range, or several beams are to be drawn.
     """
 
     max_new_tokens: int | None = None
@@ -41,6 +45,7 @@ class Generation:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    beams: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
@@ -51,6 +56,8 @@ class Generation:
         _real("repetition_penalty", self.repetition_penalty, "a number above 0", self.repetition_penalty > 0)
         if self.seed is not None:
             _whole("seed", self.seed, 0)
+        if self.beams is not None:
+            _check_beams(self.beams, self.temperature)
         long = [one for one in self.stop if not 0 < len(one) <= STOP_CHARACTERS]
         if long or len(self.stop) > STOPS:
             raise StageError(
@@ -99,7 +106,7 @@ def generation(given: Mapping[str, Any]) -> Generation:
     asked = {name: value for name, value in given.items() if value is not None}
     if "stop" in asked:
         asked["stop"] = _texts(asked["stop"])
-    for name in ("max_new_tokens", "top_k", "seed"):
+    for name in ("max_new_tokens", "top_k", "seed", "beams"):
         if name in asked:
             asked[name] = _integer(name, asked[name])
     for name in ("temperature", "top_p", "repetition_penalty"):
@@ -111,6 +118,19 @@ def generation(given: Mapping[str, Any]) -> Generation:
 def _whole(name: str, value: int, least: int) -> None:
     if value < least:
         raise StageError(f"{name} is out of range", measured=value, limit=f"at least {least}", remedy="Give another.")
+
+
+def _check_beams(beams: int, temperature: float) -> None:
+    if not 1 <= beams <= MOST_BEAMS:
+        limit = f"1 to {MOST_BEAMS}"
+        raise StageError("beams is out of range", measured=beams, limit=limit, remedy="Give another.")
+    if beams > 1 and temperature > 0:
+        raise StageError(
+            "beams are not drawn",
+            measured=f"{beams} beams at temperature {temperature}",
+            limit="temperature 0, or 1 beam",
+            remedy="Leave out one of both.",
+        )
 
 
 def _real(name: str, value: float, limit: str, holds: bool) -> None:

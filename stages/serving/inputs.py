@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
+
+from tokenizers import Tokenizer
 
 from stages.runtime.contract import StageError
-from stages.serving.chat import Message
+from stages.serving.chat import Chat, Message
 
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A text or tokens, continued as they stand, or a conversation that is answered by the model's chat template."""
 PROMPT, MESSAGES = "prompt", "messages"
 _SHAPES = 'Give texts, {"prompt": "..."}, or {"messages": [{"role": "user", "content": "..."}]}.'
 
@@ -53,6 +57,51 @@ def question(asked: Any) -> Question:
         if not isinstance(one, str):
             raise _strange(one)
     return Question(asked)
+
+
+def encoded(tokenizer: Tokenizer, talks: Chat | None, prompt: Prompt) -> list[int]:
+    """A prompt's tokens.
+
+    Raises:
+        StageError: it is no prompt, or there is no chat template for a conversation.
+    """
+    if isinstance(prompt, str):
+        # A tokenizer may put a token before every text, of which there is none here.
+        return _tokens(tokenizer, prompt) if prompt else []
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+        raise StageError(
+            "a prompt is neither text nor tokens nor a conversation",
+            measured=f"{type(prompt).__name__} {prompt!r:.60}",
+            limit="str, a list of token numbers, or a list of messages",
+            remedy="Turn it into text.",
+        )
+    if prompt and isinstance(prompt[0], int):
+        return _known(tokenizer, cast(Sequence[int], prompt))
+    if talks is None:
+        raise StageError(
+            "the model has no chat template",
+            measured="none beside its tokenizer",
+            limit="chat_template.jinja, or chat_template in tokenizer_config.json",
+            remedy="Ask it by a prompt, or give its checkpoint a chat template and make it again.",
+        )
+    # The template has written all special tokens there are to be.
+    return _tokens(tokenizer, talks.prompt(cast(Sequence[Message], prompt)), add_special_tokens=False)
+
+
+def _known(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    most = tokenizer.get_vocab_size()
+    for one in ids:
+        if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < most:
+            raise StageError(
+                "there is no such token", measured=one, limit=f"0 to {most - 1}", remedy="Give text instead."
+            )
+    return [*ids]
+
+
+def _tokens(tokenizer: Tokenizer, text: str, **how: bool) -> list[int]:
+    require_utf8(text, "a prompt")
+    ids: list[int] = tokenizer.encode(text, **how).ids
+    return ids
 
 
 def require_text(text: Any, what: str = "a text") -> None:

@@ -1,6 +1,6 @@
 """The next token, drawn from what a model says comes next.
 
-Shapes: V vocabulary.
+Shapes: N sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,6 +45,15 @@ def penalized(logits_V: NDArray[np.float32], seen: Sequence[int], penalty: float
     said = found_V[tokens]
     found_V[tokens] = np.where(said < 0, said * penalty, said / penalty)
     return found_V
+
+
+def log_probabilities(logits_NV: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of each row; summed in float64, as a vocabulary has many."""
+    less_NV = logits_NV - logits_NV.max(-1, keepdims=True)
+    found: NDArray[np.float32] = less_NV - np.log(np.exp(less_NV).sum(-1, keepdims=True, dtype=np.float64)).astype(
+        np.float32
+    )
+    return found
 
 
 def probabilities(logits_V: NDArray[np.float32], seen: Sequence[int], how: Generation) -> NDArray[np.float64]:

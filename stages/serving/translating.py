@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutput
 
 from stages.runtime.contract import StageError
 from stages.serving.answering import Manner
@@ -41,7 +43,8 @@ class Translating:
 
 class _Begun:
     def __init__(self, opened: Translating, given: dict[str, Any]) -> None:
-        self.opened, self.given, self.kept = opened, given, None
+        self.opened, self.given = opened, given
+        self.kept: Cache | None = None
 
     def read(self, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
         given = self.given | {"decoder_input_ids": torch.from_numpy(ids_NT).to(self.opened.device)}
@@ -50,6 +53,14 @@ class _Begun:
         self.kept = out.past_key_values
         logits_NTV: NDArray[np.float32] = out.logits.float().cpu().numpy()
         return logits_NTV
+
+    def reorder(self, rows_N: NDArray[np.int64]) -> None:
+        rows = torch.from_numpy(rows_N).to(self.opened.device)
+        read, mask = self.given["encoder_outputs"], self.given["attention_mask"]
+        states = BaseModelOutput(last_hidden_state=read.last_hidden_state.index_select(0, rows))
+        self.given = {"encoder_outputs": states, "attention_mask": mask.index_select(0, rows)}
+        if self.kept is not None:
+            self.kept.reorder_cache(rows)
 
 
 def manner_of(model: PreTrainedModel) -> Manner:

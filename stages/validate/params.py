@@ -11,6 +11,7 @@ from stages.adapters.targets import Target, backend_code, executor
 from stages.measures.own import identity
 from stages.measures.table import MEASURES, OWN
 from stages.runtime.contract import Params, StageError
+from stages.serving.generation import MOST_BEAMS
 
 Variant = Literal["typos", "case", "space"]
 Own = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -29,6 +30,7 @@ class ValidateParams(Params):
             takes as long as the set itself.
         own: measures of items that other packages bring by the entry point `enginery.measures`.
         harness: the set is a task of lm-evaluation-harness, which must be installed.
+        beams: beginnings that an encoder-decoder follows at once where it writes; None for what its settings say.
         target: what the model is executed on; it must be the artifact's own.
     """
 
@@ -39,6 +41,7 @@ class ValidateParams(Params):
     variants: tuple[Variant, ...] = ()
     own: tuple[Own, ...] = ()
     harness: bool = False
+    beams: int | None = Field(None, ge=1, le=MOST_BEAMS)
     target: Target = "torch:cpu"
 
     @field_validator("variants")
@@ -54,7 +57,7 @@ class ValidateParams(Params):
 
 def check_asked_of_text(params: ValidateParams) -> None:
     """Raise StageError where text is to be measured as only items are."""
-    if asked := [name for name in ("variants", "own") if getattr(params, name)]:
+    if asked := [name for name in ("variants", "own", "beams") if getattr(params, name)]:
         raise StageError(
             "this is text, and what is asked for is measured of items",
             measured=", ".join(asked),
@@ -64,12 +67,23 @@ def check_asked_of_text(params: ValidateParams) -> None:
 
 def check_harness(params: ValidateParams, there: bool) -> None:
     """Raise StageError where a set is a task of lm-evaluation-harness and is not asked for as one, or the reverse."""
-    if there != params.harness or (there and (params.variants or params.own)):
+    if there != params.harness or (there and (params.variants or params.own or params.beams)):
         raise StageError(
             "the set is a task of lm-evaluation-harness" if there else "the set is no task of lm-evaluation-harness",
             measured=f"harness: {str(params.harness).lower()}"
-            + ("" if there != params.harness else ", variants or own"),
+            + ("" if there != params.harness else ", variants, own or beams"),
             remedy=f"Set the step's parameter `harness` to {str(there).lower()}, and ask for nothing else of a task.",
+        )
+
+
+def check_beams(params: ValidateParams, task: str) -> None:
+    """Raise StageError where beams are asked for of a model that is not judged by them."""
+    if params.beams and task != "translate":
+        raise StageError(
+            "beams are followed by models with an encoder and a decoder that write",
+            measured=f"its task is {task}",
+            limit="translate",
+            remedy="Leave out beams: other models are judged by what they say greedily.",
         )
 
 

@@ -27,10 +27,12 @@ from stages.models.text.token_ids import plain_text
 from stages.models.text.windows import passages
 from stages.runtime.contract import Metrics, Progress, StageError
 from stages.serving.engine import Answerer
+from stages.serving.generation import Generation
 from stages.validate.asking import Question, question
 from stages.validate.classifying import check_labels, classified
 from stages.validate.continuing import continued
 from stages.validate.embedding import VECTORS, check_pairs, compared, embedded, sound
+from stages.validate.params import check_beams
 from stages.validate.spanning import check_contexts, spans_of
 from stages.validate.tagging import check_tags, tags_of
 from stages.validate.text import of_engine
@@ -160,6 +162,7 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     most = min((one for one in limits if one is not None), default=None)
     items = list(islice(read_items(inputs["text"], params.split), params.items))
     check_task(task, {one.task for one in items})
+    check_beams(params, task)
     if task == "answer":
         check_contexts(items)
     found = [question(one, tokenizer, most, task) for one in items]
@@ -190,7 +193,7 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
         check_pairs(asked)
         ask: _Ask = partial(embedded, pooled)
     else:
-        ask = _asking(task, config, tokenizer, asked, partial(spans_of, tokenizer, most, silent))
+        ask = _asking(task, config, tokenizer, asked, partial(spans_of, tokenizer, most, silent), params.beams)
     return Questions(groups, [one.name for one in asked], ask, about, seen, task, varied, params.own)
 
 
@@ -206,6 +209,7 @@ def _asking(
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Question],
     spans: _Ask,
+    beams: int | None,
 ) -> _Ask:
     """How a model of a task is put some items, once these are seen to fit it; `spans` is how one of `answer` is."""
     match task:
@@ -218,7 +222,7 @@ def _asking(
         case "answer":
             return spans
         case "translate":
-            return partial(translated, tokenizer)
+            return partial(translated, tokenizer, Generation(beams=beams))
         case _:
             return partial(continued, tokenizer)
 

@@ -11,7 +11,14 @@ from stages.adapters.targets import CUDA, refuse_unexecuted
 from stages.measures.items import HARNESS, ItemSplits, holds_harness, holds_items
 from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Progress, Stage, StageError
 from stages.runtime.parts import FOLDER, gaps, keep, kept
-from stages.validate.params import ValidateParams, check_asked_of_text, check_harness, chosen_code, executed_on
+from stages.validate.params import (
+    ValidateParams,
+    check_asked_of_text,
+    check_beams,
+    check_harness,
+    chosen_code,
+    executed_on,
+)
 
 if TYPE_CHECKING:
     from stages.measures.documents import Document
@@ -137,6 +144,7 @@ def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
         _check_alike(*vocabularies(model, baseline), model.task, baseline.task)
     if isinstance(text := known.get("text"), ItemSplits):
         check_task(model.task, text.tasks)
+        check_beams(params, model.task)
         check_harness(params, HARNESS in text.tasks)
     else:
         check_asked_of_text(params)

@@ -12,8 +12,10 @@ from stages.measures.divergence import kl_divergence
 from stages.measures.documents import Document
 from stages.measures.instructions import followed
 from stages.measures.items import WRITTEN, Item
+from stages.serving.beams import searched
 from stages.serving.engine import Answerer
 from stages.serving.generate import greedy, padded
+from stages.serving.generation import Generation
 from stages.validate.asking import Question
 
 if TYPE_CHECKING:
@@ -42,23 +44,18 @@ def settled(item: Item, text: str) -> bool:
 
 
 def translated(
-    tokenizer: PreTrainedTokenizerBase, group: list[Question], judged: Answerer, dense: Answerer | None
+    tokenizer: PreTrainedTokenizerBase,
+    how: Generation,
+    group: list[Question],
+    judged: Answerer,
+    dense: Answerer | None,
 ) -> list[Document]:
     """What a model with an encoder and a decoder writes in answer to a group of items, and how far it is from dense.
 
-    That is measured over the first reference, each token from those before it.
+    It writes as it is served: by the beams that are asked for, or those of its settings. How far it is from dense is
+    measured over the first reference, each token from those before it.
     """
-    assert judged.steps is not None
-    longest = max(len(one.ids) for one in group)
-    written = greedy(
-        judged.steps(),
-        [one.ids for one in group],
-        ends=judged.ends,
-        # The decoder's own beginning is one of the tokens that it reads.
-        max_new_tokens=[min(one.most_new, judged.maximum_tokens - 1) for one in group],
-        maximum_tokens=judged.maximum_tokens + longest,
-        enough=lambda number, new: settled(group[number].item, _text(tokenizer, new)),
-    )
+    written = _written(tokenizer, how, group, judged)
     far = _divergences(group, judged, dense) if dense else None
     found = []
     for place, (one, new) in enumerate(zip(group, written, strict=True)):
@@ -69,6 +66,24 @@ def translated(
             document["kl"] = far[place]
         found.append(document)
     return found
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, how: Generation, group: list[Question], judged: Answerer
+) -> list[list[int]]:
+    assert judged.steps is not None and judged.scores is not None
+    rows, beams = [one.ids for one in group], judged.searching(how)
+    most = [judged.most_new(len(one.ids), one.most_new) for one in group]
+    if beams.count > 1:
+        return searched(judged.scores, rows, beams, ends=judged.ends, most=most)
+    return greedy(
+        judged.steps(),
+        rows,
+        ends=judged.ends,
+        max_new_tokens=most,
+        maximum_tokens=judged.maximum_tokens + max(map(len, rows)),
+        enough=lambda number, new: settled(group[number].item, _text(tokenizer, new)),
+    )
 
 
 def _divergences(group: list[Question], judged: Answerer, dense: Answerer) -> list[float]:

@@ -76,6 +76,10 @@ class Device:
         """Copy an array into memory on the device."""
         self.call("cuMemcpyHtoD_v2", pointer, array.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(array.nbytes))
 
+    def copy(self, pointer: ctypes.c_void_p, source: ctypes.c_void_p, size_bytes: int) -> None:
+        """Copy memory on the device."""
+        self.call("cuMemcpyDtoD_v2", pointer, source, ctypes.c_size_t(size_bytes))
+
     def free_bytes(self) -> int:
         """Memory that nobody has taken."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()

@@ -57,6 +57,9 @@ def test_every_option_reaches_the_model(tiny, capsys):
     for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed"):
         other = {one: value for one, value in asked.items() if one != name}
         assert name == "seed" or opened.generate([PROMPT], **other) != [whole], name
+    (by_beams,) = opened.generate([PROMPT], max_new_tokens=12, beams=4)
+    assert said(capsys, tiny, PROMPT, "--max-new-tokens", 12, "--beams", 4) == by_beams
+    assert by_beams not in opened.generate([PROMPT], max_new_tokens=12)
     stops = [whole[4:6], whole[7:9]]
     cut = said(capsys, tiny, PROMPT, *words, "--stop", stops[0], "--stop", stops[1])
     assert cut == whole[: min(whole.index(one) for one in stops)]

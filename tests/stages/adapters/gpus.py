@@ -55,6 +55,10 @@ class Driver:
         ctypes.memmove(pointer.value, source, size.value)
         return 0
 
+    def _cuMemcpyDtoD_v2(self, target, source, size):
+        ctypes.memmove(target.value, source.value, size.value)
+        return 0
+
     def _cuMemcpyDtoH_v2(self, target, pointer, size):
         ctypes.memmove(target, pointer.value, size.value)
         return 0

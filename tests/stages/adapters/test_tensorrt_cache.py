@@ -76,7 +76,16 @@ def test_tokens_are_written_one_by_one_behind_prompts_of_unequal_length(opened, 
     assert opened.engine.ran[2:] == [(DECODE, (2, 1)), (DECODE, (1, 1))] * 6
     held = len(opened.driver.memory)
     assert held == 2 * 12  # keys and values of six layers, of each group
+    order = np.array([2, 0, 0, 1, 2])
     steps.begin(prompts, mask)
+    assert len(opened.driver.memory) == held
+    steps.reorder(order)
+    assert len(opened.driver.memory) == 3 * 12
+    np.testing.assert_allclose(steps.next(ids[order, lengths[order]]), wanted[order, lengths[order]], atol=limit)
+    steps.reorder(np.array([3, 1, 4]))
+    order = order[[3, 1, 4]]
+    said = steps.next(ids[order, lengths[order] + 1])
+    np.testing.assert_allclose(said, wanted[order, lengths[order] + 1], atol=limit)
     assert len(opened.driver.memory) == held
     del steps
     gc.collect()

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from stages.adapters.onnxruntime import CachedSession, Stepping, open_session
-from stages.adapters.onnxruntime_slots import RowSlots
+from stages.adapters.onnxruntime import CachedSession, open_session
+from stages.adapters.onnxruntime_slots import RowSlots, Stepping
 from stages.export import cached, to_onnx
 from stages.export.layer_caches import layer_caches
 from stages.graphs import onnx_graph

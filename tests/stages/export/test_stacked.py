@@ -30,6 +30,7 @@ from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import digest_file
 from stages.runtime.progress import Silent
 from stages.serving.answering import manner
+from stages.serving.beams import beams_of, searched
 from stages.serving.engine import open_engine
 from stages.serving.generate import greedy, padded
 from stages.validate.params import ValidateParams
@@ -86,6 +87,19 @@ def test_engine_says_what_transformers_says_to_texts_of_unequal_length(engines):
     assert {row[0] for row in wanted} == {FORCED}
     # The random Marian says one thing to all texts: of it the logits of the next test tell them apart.
     assert len({tuple(row) for row in wanted}) > 1 or library.config.model_type == "marian"
+
+
+def test_engine_answers_by_beams_as_transformers_does(engines):
+    folder, *both = engines
+    library, ends = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval(), (2, 14, 27, 51)
+    how, wanted = {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True}, []
+    for row in ROWS:
+        given = how | {"input_ids": torch.tensor([row]), "max_new_tokens": 12, "eos_token_id": list(ends)}
+        said = library.generate(**given, do_sample=False)[0, 1:].tolist()
+        wanted.append(said[: next((at + 1 for at, token in enumerate(said) if token in ends), len(said))])
+    for one in both:
+        found = searched(open_engine(one).scores, ROWS, beams_of(how), ends=frozenset(ends), most=[12] * len(ROWS))
+        assert found == wanted
 
 
 def test_engine_asked_for_texts_themselves_has_transformers_logits(engines):

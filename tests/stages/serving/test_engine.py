@@ -51,6 +51,8 @@ def test_engine_graph_and_checkpoint_say_the_same(mixed, mixed_graph, engine):  
     assert [one.target for one in opened] == ["torch:cpu", "onnxruntime:cpu", "onnxruntime:cpu"]
     texts = [one.generate(PROMPTS, max_new_tokens=8) for one in opened]
     assert texts[0] == texts[1] == texts[2]
+    by_beams = [one.generate(PROMPTS, max_new_tokens=8, beams=3) for one in opened]
+    assert by_beams[0] == by_beams[1] == by_beams[2] != texts[0]
     ids = token_windows(2, 17)
     logits = [one.logits(ids) for one in opened]
     assert logits[0].dtype == np.float32 and logits[0].shape == (2, 17, 768)

@@ -37,8 +37,12 @@ def test_value_out_of_range_is_refused_with_its_measure_and_limit(name, value, l
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"temperatur": 1}, r"no parameter 'temperatur'; limit max_new_tokens, .*seed. Perhaps temperature is meant"),
-        ({"beams": 4}, "no parameter 'beams'; .* Leave it out"),
+        (
+            {"temperatur": 1},
+            r"no parameter 'temperatur'; limit max_new_tokens, .*seed, beams. Perhaps temperature is meant",
+        ),
+        ({"lines": 4}, "no parameter 'lines'; .* Leave it out"),
+        ({"beams": 2.5}, "beams is no whole number; measured 2.5"),
         ({"max_new_tokens": "4"}, "max_new_tokens is no whole number; measured '4'"),
         ({"max_new_tokens": 4.5}, "max_new_tokens is no whole number; measured 4.5"),
         ({"temperature": 10**400}, "temperature is out of range; measured inf"),
@@ -68,6 +72,7 @@ def test_values_come_as_json_and_numpy_have_them():
         "repetition_penalty": np.float64(1.5),
         "stop": np.array(["a", "b"]),
         "seed": None,
+        "beams": None,
     }
     assert set(asked) == set(PARAMETERS)
     wanted = Generation(max_new_tokens=4, temperature=0.5, top_k=3, repetition_penalty=1.5, stop=("a", "b"))

@@ -14,6 +14,7 @@ from stages.measures.items import Item
 from stages.runtime.contract import StageError
 from stages.serving.eager import eager
 from stages.serving.generate import greedy
+from stages.validate.params import ValidateParams, check_asked_of_text
 from tests.stages.models.families import family
 from tests.stages.validate.test_questions import asked, said, theirs  # noqa: F401  # a fixture
 from tests.stages.validate.words import WORDS, lively, model
@@ -26,11 +27,11 @@ def item(number, prompt, answers, task="translate", **given):
     return Item(id=str(number), ability="words", task=task, prompt=prompt, answers=answers, **given)
 
 
-def by_library(folder, text, new):
+def by_library(folder, text, new, beams=1):
     found = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    out = found.generate(input_ids=ids, do_sample=False, num_beams=1, max_new_tokens=new)
+    out = found.generate(input_ids=ids, do_sample=False, num_beams=beams, max_new_tokens=new)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
@@ -53,6 +54,28 @@ def test_translation_is_transformers_own_greedy_one(name, tmp_path):
     assert measures["chrf"] == pytest.approx(CHRF().corpus_score(wanted, streams).score)
     assert measures["kl_divergence"] == 0 and report["task"] == "translate"
     assert "accuracy" not in measures and all("right" not in one for one in report["documents"])
+
+
+def test_translation_is_judged_by_the_beams_that_are_asked_for_or_the_settings(tmp_path):
+    folder = shutil.copytree(lively("t5", tmp_path / "made"), tmp_path / "asking")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_beams": 3}))
+    items = [item(n, *pair[:1], pair[1:]) for n, pair in enumerate(zip(SOURCES, REFERENCES, strict=True))]
+    lengths, found = [most(folder, one) for one in REFERENCES], {}
+    for beams in (None, 1, 4):
+        documents = asked(tmp_path, folder, items, ValidateParams(beams=beams), baseline=folder)["documents"]
+        found[beams] = [one["answer"] for one in documents]
+        wanted = [by_library(folder, *pair, beams or 3) for pair in zip(SOURCES, lengths, strict=True)]
+        assert found[beams] == wanted and {one["kl"] for one in documents} == {0}
+    assert found[None] != found[1]
+
+
+def test_beams_are_refused_of_models_and_texts_that_are_not_judged_by_them(tiny, tmp_path):
+    items, params = [Item(id="a", ability="a", prompt="The name", answers=("of",))], ValidateParams(beams=2)
+    with pytest.raises(StageError, match=r"beams are followed by models with an encoder.*its task is generate"):
+        asked(tmp_path, tiny, items, params)
+    with pytest.raises(StageError, match=r"what is asked for is measured of items; measured beams"):
+        check_asked_of_text(params)
 
 
 @pytest.mark.parametrize("name", ["bart", "marian", "t5"])
