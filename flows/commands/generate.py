@@ -64,7 +64,6 @@ def generate(
     """
     from stages.serving.engine import WRITES, open_engine
     from stages.serving.generation import generation
-    from stages.serving.inputs import Prompt
 
     given = {
         "max_new_tokens": max_new_tokens,

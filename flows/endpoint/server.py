@@ -20,11 +20,11 @@ from flows.endpoint.vectors import Vectors
 from flows.running.interruption import unwinding
 from stages.runtime.contract import StageError
 from stages.serving.batching import Batching
-from stages.serving.engine import Answerer
+from stages.serving.engine import WRITES, Answerer
 
 ENDS_S = 2.5
 """What is being written when the server is told to stop may go on for so long; a command may take 4.5 s to end."""
-TASKS = ("generate", "embed")
+TASKS = (*WRITES, "embed")
 _CLOSES_S = 3
 _LOOK_S = 0.05
 
@@ -34,7 +34,7 @@ class Served:
     """What is served, and where.
 
     Attributes:
-        model: it continues texts, or gives vectors of them.
+        model: it continues texts, answers them by a decoder of its own, or gives vectors of them.
         name: as clients call it.
         host: where it listens.
         port: 0 for one that is free.
@@ -58,7 +58,7 @@ def serve(served: Served, say: Callable[[str], None]) -> None:
     """
     if served.model.task not in TASKS:
         raise StageError(
-            f"{served.name} continues no texts and gives no vectors of them",
+            f"{served.name} writes no texts and gives no vectors of them",
             measured=f"its task is {served.model.task}",
             limit=" or ".join(TASKS),
             remedy="Serve a model that does.",

@@ -68,8 +68,13 @@ class Stacks(Protocol):
 class Slots(Protocol):
     """A model that writes several sequences at once, each of which comes and goes when it likes."""
 
-    def admit(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read a prompt, which takes the row behind all others; returns the logits of what comes next, [V]."""
+    def admit(self, ids_T: NDArray[np.int64], said_T: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Read a prompt, which takes the row behind all others; returns the logits of what comes next, [V].
+
+        Args:
+            ids_T: a prompt and what was said to it; of a decoder behind an encoder what the latter reads.
+            said_T: of such a one what the decoder has said to it.
+        """
 
     def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read one more token of every row; returns the logits of what comes next, [N, V]."""
@@ -86,7 +91,7 @@ class Execution:
         target: what executes it, `onnxruntime:cpu`.
         forward: answers to whole sequences; None where `stacks` does, for who knows how an answer begins.
         steps: begins to keep what it reads, of sequences of so many tokens at most; None where nothing is kept.
-        slots: the same for sequences that come and go.
+        slots: the same for sequences that come and go. Of `stacks` the token that an answer begins behind is said, too.
         stacks: both stacks of a model that has an encoder and a decoder.
         tells_segments: `forward` takes the segments of tokens, too.
     """

@@ -39,10 +39,11 @@ def execute(executable: Path, architectures: Sequence[str], verified: bool) -> E
     """A session; a graph holds no code, so nobody need have verified it."""
     from stages.adapters.onnxruntime import CachedSession, open_session
     from stages.adapters.onnxruntime_slots import RowSlots, Stepping
-    from stages.adapters.onnxruntime_stacks import open_stacks
+    from stages.adapters.onnxruntime_stacks import StackSlots, open_stacks
 
     if executable.with_name(ENCODER).is_file():
-        return Execution("onnxruntime:cpu", None, stacks=open_stacks(executable))
+        stacks = open_stacks(executable)
+        return Execution("onnxruntime:cpu", None, slots=partial(StackSlots, stacks), stacks=stacks)
     opened = open_session(executable)
     if not isinstance(opened, CachedSession):
         return Execution("onnxruntime:cpu", opened.logits, tells_segments=opened.tells_segments)

@@ -8,6 +8,9 @@ Shapes: N rows, T tokens, G heads of keys and values, M places, D their size, V 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,23 +54,30 @@ class Stepping:
         return a_place * int(self.kept.lengths_N.sum())
 
 
+Beside = Callable[[int], dict[str, NDArray[Any]]]
+
+
 class RowSlots:
     """See `stages.adapters.backends.Slots`.
 
     Args:
         opened: the graph.
         maximum_tokens: the longest sequence that it reads.
+        beside: (number of rows) -> what goes in beside the cache.
     """
 
-    def __init__(self, opened: CachedSession, maximum_tokens: int) -> None:
-        self.opened, self.most = opened, maximum_tokens
+    def __init__(self, opened: CachedSession, maximum_tokens: int, beside: Beside = lambda rows: {}) -> None:
+        self.opened, self.most, self._beside = opened, maximum_tokens, beside
         self.kept = opened.begin(0, ROOM)
         self._buffers = self.kept.places
 
-    def admit(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+    def admit(self, ids_T: NDArray[np.int64], said_T: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Read a prompt into a new row."""
+        return self.put(self.opened.begin(1, len(ids_T)), ids_T)
+
+    def put(self, one: Kept, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Have an empty cache of one sequence read a prompt, and take it as a new row."""
         tokens, rows = len(ids_T), len(self.kept.lengths_N)
-        one = self.opened.begin(1, tokens)
         logits_V: NDArray[np.float32] = one.read(ids_T[None], None, np.array([[tokens - 1]]))[0, 0]
         self._make_room(rows + 1, tokens + 1)
         for name, buffer in self._buffers.items():
@@ -96,7 +106,7 @@ class RowSlots:
 
     def _take(self, lengths_N: NDArray[np.int64]) -> None:
         self.kept = Kept(self.opened, 0, 0)
-        self.kept.lengths_N = lengths_N
+        self.kept.lengths_N, self.kept.beside = lengths_N, self._beside(len(lengths_N))
         self.kept.places = {name: buffer[: len(lengths_N)] for name, buffer in self._buffers.items()}
 
     def _make_room(self, rows: int, places: int) -> None:

@@ -50,8 +50,8 @@ def require_answered_numbers(path: Path, ids_NT: NDArray[np.int64], wanted: Expe
     """Compare an encoder's graph and a decoder's with torch, without the rounding of activations.
 
     The decoder is asked for each window that the encoder reads: for all of it at once, and token by token to the last
-    place of its cache, with a text beside the others that ends in padding. Padding holds tokens like any other: only
-    the mask says that they do not count.
+    place of its cache, each row on a step of its own, with a text beside the others that ends in padding. Padding holds
+    tokens like any other: only the mask says that they do not count.
 
     Returns:
         The largest logit difference, in standard deviations.

@@ -110,7 +110,7 @@ def export_stacks(
         part: {"file": files[part].name, "inputs": inputs, "outputs": outputs, "state": state}
         for part, (inputs, outputs, state) in two_stacks.names(len(own)).items()
     }
-    kept = {"dtype": "float32", "maximum": most, "layers": [one.described() for one in own]}
+    kept = {"dtype": "float32", "maximum": most, "layers": [one.described() for one in own], "rows_apart": True}
     kept["cross"] = [one.described() for one in cross]
     told = {"components": described, "cache": kept, "answers": asdict(how)}
     return written, require_answered_numbers(graph, ids_NT, wanted, how), told

@@ -4,8 +4,8 @@ The encoder's graph gives what each layer of the decoder looks at in the text, i
 takes them beside a cache of its own. Two graphs over one file of weights, not one with a branch: a step then binds the
 text's keys and values where they are, and nothing of the encoder is there to be skipped.
 
-An answer begins with one token, so that the rows of a decoder are always as long as each other: `past_lengths` has a
-place a row as in other graphs with a cache, and positions are counted from the first row's.
+Each row of a decoder is on a step of its own: `past_lengths` has a place a row, as in other graphs with a cache, and
+positions are counted from there, whether a model has tables of them or a bias by how far apart two tokens are.
 
 Shapes: N sequences, S tokens of the text, T new tokens, K of them asked, M places of the cache, V vocabulary, Q heads
 of queries, G of keys and values, D their size.
@@ -14,7 +14,8 @@ of queries, G of keys and values, D their size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ class Saying(nn.Module):
         own = _Own(past, lengths_N, {})
         # Only its shape is looked at: no layer makes keys and values of it once it has them.
         read = torch.zeros(1, 1, self.model.config.hidden_size).expand(*mask_NS.shape, -1)
-        with at(lengths_N[:, None] + torch.arange(ids_NT.shape[1])), asked_of(self.model, asked_NK):
+        positions_NT = lengths_N[:, None] + torch.arange(ids_NT.shape[1])
+        with at(positions_NT), apart(self.model.get_decoder(), positions_NT), asked_of(self.model, asked_NK):
             answer = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=read),
                 attention_mask=mask_NS,
@@ -116,7 +118,7 @@ class _Own(Given):
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.lengths_N[0]
+        return self.lengths_N[:, None]
 
     @override
     def get_query_offset(self, layer_idx: int | None = None) -> Any:
@@ -140,6 +142,31 @@ class _Layer:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
+
+
+@contextmanager
+def apart(decoder: nn.Module, positions_NT: Tensor) -> Iterator[None]:
+    """Within it, each row of a decoder stands at positions of its own; transformers has them of all rows alike."""
+    with ExitStack() as changes:
+        for module in decoder.modules():
+            if isinstance(module, nn.Embedding):
+                changes.callback(module.register_forward_hook(_of_rows).remove)
+            if callable(own := getattr(module, "compute_bias", None)):
+                module.__dict__["compute_bias"] = partial(_bias, own, positions_NT)
+                changes.callback(module.__dict__.pop, "compute_bias")
+        yield
+
+
+def _of_rows(_module: nn.Module, given: tuple[Any, ...], found: Tensor) -> Tensor:
+    """[1, N, T, H] -> [N, T, H]: a table of positions puts an axis of rows before those that it is asked for."""
+    return found[0] if isinstance(given[0], Tensor) and found.dim() == given[0].dim() + 2 else found
+
+
+def _bias(own: Callable[..., Tensor], positions_NT: Tensor, _new: int, places: int, **_others: Any) -> Tensor:
+    """[N, Q, T, M]: of how far apart two tokens are, the last of all places has seen everything that there is."""
+    bias_QM = own(1, places, past_seen_tokens=places - 1)[0, :, 0]
+    place_NTM = places - 1 - (positions_NT[:, :, None] - torch.arange(places))
+    return bias_QM[:, place_NTM.clamp(0, places - 1)].transpose(0, 1)
 
 
 def _seen(

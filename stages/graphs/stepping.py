@@ -5,13 +5,14 @@ Shapes: N windows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.adapters.backends import Execution
-from stages.adapters.onnxruntime import CachedSession, Session, open_session
+from stages.adapters.onnxruntime import CachedSession, Kept, Session, open_session
 from stages.adapters.onnxruntime_stacks import StackSessions, open_stacks
 from stages.graphs.parity import halves
 
@@ -23,10 +24,14 @@ UNLIKE = 3
 
 def by_steps(session: CachedSession, ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
     """logits_NTV of windows whose beginnings are read side by side, as long as no other's, and the rest one by one."""
+    return _by_steps(lambda places: session.begin(len(ids_NT), places), ids_NT)
+
+
+def _by_steps(begin: Callable[[int], Kept], ids_NT: NDArray[np.int64]) -> NDArray[np.float32]:
     rows, tokens = ids_NT.shape
     longest = max(tokens - STEPS, tokens // 2, 1)
     first_N = np.array([max(1, longest - UNLIKE * (row % 4)) for row in range(rows)])
-    kept = session.begin(rows, int(first_N.max()))
+    kept = begin(int(first_N.max()))
     begun_NTV = kept.read(ids_NT[:, : first_N.max()], first_N)
     logits_NTV = np.zeros((rows, tokens, begun_NTV.shape[2]), np.float32)
     for row, count in enumerate(first_N):
@@ -42,11 +47,8 @@ def by_steps(session: CachedSession, ids_NT: NDArray[np.int64]) -> NDArray[np.fl
 def said_by_steps(
     stacks: StackSessions, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64], said_NT: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """logits_NTV of answers to texts: their beginnings read at once, and the rest one by one to the last place."""
-    tokens = said_NT.shape[1]
-    kept, first = stacks.begin(ids_NT, mask_NT, tokens), max(tokens - STEPS, tokens // 2)
-    parts = [said_NT[:, :first], *np.split(said_NT[:, first:], tokens - first, axis=1)]
-    return np.concatenate([kept.read(part) for part in parts if part.shape[1]], axis=1)
+    """The same of answers to texts."""
+    return _by_steps(lambda places: stacks.begin(ids_NT, mask_NT, places), said_NT)
 
 
 def in_two(session: CachedSession, ids_1T: NDArray[np.int64]) -> NDArray[np.float32]:

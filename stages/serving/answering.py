@@ -5,14 +5,14 @@ Shapes: N sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.backends import Begun, Stacks
+from stages.adapters.backends import Begun, Slots, Stacks
 from stages.serving.generate import padded
 from stages.serving.sampling import log_probabilities
 
@@ -46,6 +46,15 @@ class Manner:
         first_N1 = ids_NT[np.arange(len(ids_NT)), counts_N - 1][:, None]
         return np.concatenate([first_N1 if self.wraps else np.full_like(first_N1, self.start), ids_NT[:, :-1]], axis=1)
 
+    def allowed(self, logits_NV: NDArray[np.float32], *, first: bool) -> NDArray[np.float32]:
+        """What comes next, but for what is never said there; in place."""
+        if first and self.forced is not None:
+            logits_NV[:] = NEVER
+            logits_NV[:, self.forced] = 0
+        else:
+            logits_NV[:, list(self.left_out)] = NEVER
+        return logits_NV
+
 
 def manner(described: Mapping[str, Any]) -> Manner:
     """As `graph.json` and `engine.json` say it."""
@@ -69,25 +78,58 @@ class Answering:
         """See Steps. The encoder counts positions from the first column, so that its rows are padded behind."""
         rows = [ids_T[mask_T > 0].tolist() for ids_T, mask_T in zip(ids_NT, mask_NT, strict=True)]
         self._begun = self.stacks.begin(*padded(rows), ROOM)
-        logits_NV = self.next(np.full(len(rows), self.how.start, dtype=np.int64))
-        if self.how.forced is not None:
-            logits_NV[:] = NEVER
-            logits_NV[:, self.how.forced] = 0
-        return logits_NV
+        return self._read(np.full(len(rows), self.how.start, dtype=np.int64), first=True)
 
     def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """See Steps."""
+        return self._read(tokens_N, first=False)
+
+    def _read(self, tokens_N: NDArray[np.int64], *, first: bool) -> NDArray[np.float32]:
         assert self._begun is not None
         logits_NV = self._begun.read(tokens_N[:, None])[:, -1].copy()
         if self.scores:
             logits_NV = log_probabilities(logits_NV)
-        logits_NV[:, list(self.how.left_out)] = NEVER
-        return logits_NV
+        return self.how.allowed(logits_NV, first=first)
 
     def reorder(self, rows_N: NDArray[np.int64]) -> None:
         """See Steps."""
         assert self._begun is not None
         self._begun.reorder(rows_N)
+
+
+class AnsweringRows:
+    """See `stages.adapters.backends.Slots`: prompts are what the encoder reads, and none is said beside them at first.
+
+    Args:
+        slots: of both stacks.
+        how: answers begin.
+    """
+
+    def __init__(self, slots: Slots, how: Manner) -> None:
+        self._slots, self.how, self.leave = slots, how, slots.leave
+
+    def admit(self, ids_T: NDArray[np.int64], said_T: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """See Slots."""
+        said = [] if said_T is None else said_T.tolist()
+        logits_V = self._slots.admit(ids_T, np.array([self.how.start, *said], np.int64))
+        return self.how.allowed(logits_V[None].copy(), first=not said)[0]
+
+    def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Slots."""
+        return self.how.allowed(self._slots.next(tokens_N).copy(), first=False)
+
+
+def rows_apart(begin: Callable[[], Slots] | None, described: Mapping[str, Any]) -> Callable[[], Slots] | None:
+    """Sequences that come and go, of both stacks; None of graphs whose rows are all on one step.
+
+    Args:
+        begin: what has such sequences, of which the token that an answer begins behind is said, too.
+        described: as `graph.json` and `engine.json` say it.
+    """
+    if begin is None or not (described.get("cache") or {}).get("rows_apart"):
+        return None
+    how = manner(described["answers"])
+    return lambda: AnsweringRows(begin(), how)
 
 
 def whole(stacks: Stacks, how: Manner, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -55,6 +55,8 @@ class Batching:
         self.model, self.most_rows, self.most_waiting = model, rows, waiting
         self._watch = watch or Unwatched()
         self._slots: Slots | None = None
+        # What an encoder reads stands apart from what is said to it.
+        self._stacked = model.task == "translate"
         self._turn, self._waiting, self._rows = threading.Condition(), deque[Asked](), list[Asked]()
         self._ends_at: float | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -179,7 +181,7 @@ class Batching:
                 return
             if self._slots is None:
                 self._slots = rows_of(self.model)
-            logits_V = self._slots.admit(np.array(one.all, np.int64))
+            logits_V = self._admitted(one, self._slots)
         except Exception as error:  # noqa: BLE001 - whatever one prompt breaks, others are answered
             self._ended(one, error)
             return
@@ -187,6 +189,11 @@ class Batching:
             self._watch.read(one.prompt_tokens)
         self._rows.append(one)
         self._say(len(self._rows) - 1, logits_V)
+
+    def _admitted(self, one: Asked, slots: Slots) -> NDArray[np.float32]:
+        if not self._stacked:
+            return slots.admit(np.array(one.all, np.int64))
+        return slots.admit(np.array(one.all[: one.prompt_tokens], np.int64), np.array(one.new, np.int64))
 
     def _step(self) -> None:
         """A token of each row."""
@@ -209,7 +216,7 @@ class Batching:
         """Draw a row's next token, and tell of it."""
         one = self._rows[row]
         try:
-            token = one.drawing(0, one.all, logits_V)
+            token = one.drawing(0, one.new if self._stacked else one.all, logits_V)
             one.new.append(token)
             one.all.append(token)
             now, first = time.monotonic(), len(one.new) == 1

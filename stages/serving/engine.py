@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from stages.adapters.backends import GRAPHS_BACKEND, Execution, Forward, Slots, Steps, backend, refuse_impossible
 from stages.runtime.contract import StageError
-from stages.serving.answering import Answering, manner, whole
+from stages.serving.answering import Answering, manner, rows_apart, whole
 from stages.serving.artifact_files import bare, described_by, ends_of, read_beside, read_tokenizer, settings_of
 from stages.serving.beams import Beams, beams_of, chosen, refuse_pieces, scoring, searched
 from stages.serving.chat import Chat, chat
@@ -264,7 +264,8 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
     task, most = described.get("task", "generate"), int(described["maximum_tokens"])
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     forward, steps, scores = _asked(opened, described, most)
-    slots = None if opened.slots is None else partial(opened.slots, most)
+    slots: Callable[[], Slots] | None = None if opened.slots is None else partial(opened.slots, most)
+    slots = slots if opened.stacks is None else rows_apart(slots, described)
     settings, talks = settings_of(folder, config), chat(folder)
     made = Answerer(opened.target, task, most, tokenizer, ends_of(settings, config), forward, steps, talks, slots, config)
     return replace(made, tells_segments=opened.tells_segments, scores=scores, beams=beams_of(settings))

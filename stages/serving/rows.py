@@ -28,10 +28,12 @@ class Apart:
     def __init__(self, begin: Callable[[], Steps]) -> None:
         self._begin, self._rows = begin, list[Steps]()
 
-    def admit(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+    def admit(self, ids_T: NDArray[np.int64], said_T: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Read a prompt into a new row."""
         row = self._begin()
         logits_V: NDArray[np.float32] = row.begin(ids_T[None], np.ones_like(ids_T[None]))[0]
+        for token in () if said_T is None else said_T:
+            logits_V = row.next(token[None])[0]
         self._rows.append(row)
         return logits_V
 
@@ -51,7 +53,7 @@ class Rereading:
     def __init__(self, forward: Forward) -> None:
         self._forward, self._rows = forward, list[list[int]]()
 
-    def admit(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+    def admit(self, ids_T: NDArray[np.int64], said_T: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Read a prompt into a new row."""
         logits_V: NDArray[np.float32] = self._forward(ids_T[None], np.ones_like(ids_T[None]))[0, -1]
         self._rows.append(ids_T.tolist())

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -19,6 +20,8 @@ from stages.serving.engine import open_engine
 from stages.serving.generation import Generation
 from tests.flows.endpoint.served import serving
 from tests.flows.registry.test_served import answer, chain, registered
+from tests.stages.validate.test_written import SOURCES
+from tests.stages.validate.words import lively
 
 pytestmark = pytest.mark.service  # servers of their own, for half a minute in all
 
@@ -330,12 +333,37 @@ def test_registered_model_is_served_by_its_name(registered, monkeypatch):
         assert made.choices[0].message.content == answer(["and"], 3)
 
 
+def test_encoder_decoder_answers_many_texts_at_once_as_each_alone(tmp_path):
+    folder = lively("t5", tmp_path)
+    model, texts = open_engine(folder), [*SOURCES] * 4
+    alone = {one: model.answers([one], Generation(max_new_tokens=14, beams=1))[0] for one in SOURCES}
+    with serving(folder, "--rows", 3, "--name", "stacks") as (address, _):
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
+
+            def ask(text):
+                return client.completions.create(model="stacks", prompt=text, max_tokens=14).choices[0]
+
+            with ThreadPoolExecutor(6) as pool:
+                found = list(pool.map(ask, texts))
+            for text, one in zip(texts, found, strict=True):
+                assert (one.text, one.finish_reason) == (alone[text].text, alone[text].finish)
+            streamed = client.completions.create(model="stacks", prompt=SOURCES[1], max_tokens=14, stream=True)
+            assert "".join(one.choices[0].text for one in streamed) == alone[SOURCES[1]].text
+            with pytest.raises(openai.BadRequestError, match="no parameter 'beams'"):
+                client.completions.create(model="stacks", prompt="the cat", extra_body={"beams": 2})
+            talk = [{"role": "user", "content": "the cat"}]
+            with pytest.raises(openai.BadRequestError, match="no chat template"):
+                client.chat.completions.create(model="stacks", messages=talk)
+        idle(address)
+    assert len({one.text for one in alone.values()}) > 2
+
+
 def test_what_cannot_be_served_is_one_line(folder, address, capsys, tmp_path):
     engine = chain(tmp_path / "vectors")
     described = json.loads((engine / "engine.json").read_text())
     (engine / "engine.json").write_text(json.dumps({**described, "task": "tag"}))
     assert main(["serve", str(engine), "--port", "0"]) == 1
-    said = "error: vectors continues no texts and gives no vectors of them; measured its task is tag; limit generate or"
+    said = "error: vectors writes no texts and gives no vectors of them; measured its task is tag; limit generate or"
     assert said in capsys.readouterr().err
     port = address.rpartition(":")[2]
     assert main(["serve", str(folder), "--port", port]) == 1

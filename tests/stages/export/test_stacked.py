@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 import subprocess
 import sys
@@ -30,9 +31,11 @@ from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import digest_file
 from stages.runtime.progress import Silent
 from stages.serving.answering import manner
+from stages.serving.batching import Batching
 from stages.serving.beams import beams_of, searched
 from stages.serving.engine import open_engine
 from stages.serving.generate import greedy, padded
+from stages.serving.generation import Generation
 from stages.validate.params import ValidateParams
 from tests.cases.day import fifth
 from tests.stages.validate.test_questions import asked
@@ -43,6 +46,8 @@ ROWS = [[5, 6, 7], [9, 8, 12, 13, 30], [11, 12, 13, 14, 15, 16, 17]]
 SLOW = [pytest.param(name, marks=pytest.mark.fault) for name in ("bart", "mbart", "marian", "t5_plain")]
 QUANTIZED = [(name, how) for name in ("bart", "t5") for how in ("int8_weight_only", "int4_weight_only", "int8_w8a8")]
 FORCED = 40
+MOST = [12, 1, 5, 9, 2, 7, 12, 3, 12, 4, 1, 8, 6, 12, 10]
+"""New tokens of three times as many texts as there are."""
 
 
 def made(folder, root, params=None):
@@ -145,6 +150,56 @@ def test_description_names_what_each_graph_takes_and_gives(engines):
             assert [value.name for value in graph.outputs] == part["outputs"]
             assert set(part["state"]) <= set(part["inputs"]) and set(part["state"].values()) <= set(part["outputs"])
         assert described["answers"]["forced"] == FORCED and described["task"] == "translate"
+
+
+def test_rows_on_steps_of_their_own_are_answered_as_if_alone(engines):
+    folder, *both = engines
+    asked = [(text, Generation(max_new_tokens=most, beams=1)) for text, most in zip(SOURCES * 3, MOST, strict=True)]
+    asked += [(SOURCES[4], Generation(max_new_tokens=9, temperature=1.0, seed=5, repetition_penalty=1.3))]
+    alone = [open_engine(folder).answers([text], how)[0] for text, how in asked]
+    for one in (folder, *both):
+        opened = open_engine(one)
+        assert (opened.slots is None) == (one is folder)
+        batching, heard = Batching(opened, rows=3), queue.Queue()
+        for at, (text, how) in enumerate(asked):
+            batching.ask([text], how, lambda _, said, at=at, heard=heard: heard.put((at, said)))
+        found = dict(heard.get(timeout=60) for _ in asked)
+        assert [found[at] for at in range(len(asked))] == alone
+        batching.close(60)
+        assert batching.join(60)
+
+
+def test_row_is_read_again_with_what_was_said_to_it(engines):
+    folder, _, engine = engines
+    opened, ids = open_engine(engine), np.array(ROWS[1])
+    rows, logits = opened.slots(), []
+    logits.append(rows.admit(np.array(ROWS[2]), np.array([FORCED, 9, 10, 11])))
+    logits.append(rows.admit(ids))
+    for token in (FORCED, 8, 9):
+        logits.append(rows.next(np.array([12, token]))[1])
+    rows.leave(0)
+    np.testing.assert_allclose(
+        rows.next(np.array([7]))[0], opened.slots().admit(ids, np.array([FORCED, 8, 9, 7])), atol=1e-4
+    )
+    again = opened.slots().admit(ids, np.array([FORCED, 8, 9]))
+    np.testing.assert_allclose(logits[-1], again, atol=1e-4 * again[again > -100].std())
+    library = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+    said = torch.tensor([[library.generation_config.decoder_start_token_id, FORCED, 8, 9]])
+    with torch.no_grad():
+        wanted = library(input_ids=torch.tensor([ROWS[1]]), decoder_input_ids=said).logits[0, -1].numpy()
+    kept = again > -100
+    assert (~kept).sum() == 2  # those that are left out
+    np.testing.assert_allclose(again[kept], wanted[kept], atol=1e-3 * wanted.std())
+
+
+def test_graph_whose_rows_are_on_one_step_has_none_that_come_and_go(engines, tmp_path):
+    _, _, engine = engines
+    shutil.copytree(engine, tmp_path / "older")
+    path = tmp_path / "older" / "engine.json"
+    told = json.loads(path.read_text())
+    assert told["cache"].pop("rows_apart") is True
+    path.write_text(json.dumps(told))
+    assert open_engine(tmp_path / "older").slots is None
 
 
 def test_text_that_an_engine_writes_is_the_checkpoints(engines):
