@@ -12,7 +12,8 @@ from flows.commands.asked import AskedArgument, asked_folder
 from flows.commands.options import StoreOption
 
 if TYPE_CHECKING:
-    from stages.serving.engine import Answerer, Prompt
+    from stages.serving.engine import Answerer
+    from stages.serving.inputs import Prompt
 
 
 def generate(
@@ -95,7 +96,11 @@ def _write(engine: Answerer, prompt: Prompt, context: str | None, given: Mapping
 
     if context is not None:
         raise StageError("a model that writes takes no context", remedy="Write it into the prompt.")
-    pieces = (one.text for one in engine.answers([prompt], generation(given))) if given["beams"] else engine.stream(prompt, **given)
+    pieces = (
+        (one.text for one in engine.answers([prompt], generation(given)))
+        if given["beams"]
+        else engine.stream(prompt, **given)
+    )
     for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -219,20 +219,27 @@ class DeviceSteps:
 
     def reorder(self, rows_N: NDArray[np.int64]) -> None:
         """Go on with these rows, each as often as it is named."""
-        before, most, made = self._kept, self._opened.most_rows, list[Kept]()
-        for at in self._opened.groups(len(rows_N)):
-            made.append(self._opened.begin(len(rows_N[at])))
-            for name, size_bytes in self._opened.row_bytes().items():
-                for place, row in enumerate(rows_N[at].tolist()):
-                    source = before[row // most].pointers[name]
-                    to, by = made[-1].pointers[name], size_bytes
-                    self._opened.device.copy(_behind(to, place * by), _behind(source, row % most * by), by)
-        self._kept, self._lengths_N = made, self._lengths_N[rows_N]
+        before = self._kept
+        self._kept, self._lengths_N = reordered(self._opened, before, rows_N), self._lengths_N[rows_N]
         for kept in before:
             kept.close()
 
 
-def _behind(pointer: ctypes.c_void_p, size_bytes: int) -> ctypes.c_void_p:
+def reordered(opened: CachedPlan, before: Sequence[Kept], rows_N: NDArray[np.int64]) -> list[Kept]:
+    """The cache of these rows, each as often as it is named; what goes in beside it is not there yet."""
+    made = list[Kept]()
+    for at in opened.groups(len(rows_N)):
+        made.append(opened.begin(len(rows_N[at])))
+        for name, size_bytes in opened.row_bytes().items():
+            for place, row in enumerate(rows_N[at].tolist()):
+                source = before[row // opened.most_rows].pointers[name]
+                to, by = made[-1].pointers[name], size_bytes
+                opened.device.copy(behind(to, place * by), behind(source, row % opened.most_rows * by), by)
+    return made
+
+
+def behind(pointer: ctypes.c_void_p, size_bytes: int) -> ctypes.c_void_p:
+    """A place on the device so many bytes behind another."""
     return ctypes.c_void_p((pointer.value or 0) + size_bytes)
 
 

@@ -42,8 +42,8 @@ class Eager:
         task: what it is for, see `stages.models.anatomy.tasks`.
         longest: tokens that it reads at once, None for any number.
         steps: begins to keep what it reads, None where it keeps nothing.
-        tells_segments: `forward` takes the segments of tokens, too, if the tokenizer `names_segments`.
         scores: the same, told by log-probabilities.
+        tells_segments: `forward` takes the segments of tokens, too, if the tokenizer `names_segments`.
     """
 
     forward: Forward
@@ -107,7 +107,8 @@ def eager(folder: Path, device: str = CPU) -> Eager:
     keeps = task in ("generate", "translate") and "past_key_values" in inspect.signature(model.forward).parameters
     tells_segments = tasks.tells_segments(model.config, (TYPES,))
     both = (answering, partial(answering, scores=True)) if task == "translate" else (steps, scoring(steps))
-    return Eager(forward, task, reads(folder, model.config), *(both if keeps else (None, None)), tells_segments)
+    begin, scores = both if keeps else (None, None)
+    return Eager(forward, task, reads(folder, model.config), begin, scores, tells_segments)
 
 
 class _Steps:

@@ -267,7 +267,9 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
     slots: Callable[[], Slots] | None = None if opened.slots is None else partial(opened.slots, most)
     slots = slots if opened.stacks is None else rows_apart(slots, described)
     settings, talks = settings_of(folder, config), chat(folder)
-    made = Answerer(opened.target, task, most, tokenizer, ends_of(settings, config), forward, steps, talks, slots, config)
+    made = Answerer(
+        opened.target, task, most, tokenizer, ends_of(settings, config), forward, steps, talks, slots, config
+    )
     return replace(made, tells_segments=opened.tells_segments, scores=scores, beams=beams_of(settings))
 
 

@@ -57,7 +57,8 @@ def made(request, tmp_path_factory):
         metrics = compile_engine(PARAMS, {"graph": root / "graph"}, root / "engine", heard)
     asked = open_engine(checkpoint)
     wanted = asked.generate(list(SOURCES), max_new_tokens=12), asked.forward(*padded(ROWS))
-    return SimpleNamespace(wanted=wanted, graph=root / "graph", engine=root / "engine", metrics=metrics, heard=heard)
+    searched = asked.generate(list(SOURCES), max_new_tokens=12, beams=3)
+    return SimpleNamespace(wanted=wanted, searched=searched, graph=root / "graph", engine=root / "engine", metrics=metrics, heard=heard)
 
 
 @pytest.fixture
@@ -92,6 +93,13 @@ def test_texts_of_unequal_length_are_answered_as_by_the_checkpoint(made, machine
     assert decoder.ran[:3] == [(DECODE, (rows, 1)) for rows in (2, 2, 1)] and {one for one, _ in decoder.ran} == {
         DECODE
     }
+    gc.collect()
+    assert not machine.driver.memory
+
+
+def test_beams_take_their_texts_and_what_was_said_with_them(made, machine):
+    opened = open_engine(made.engine, verified=True)
+    assert opened.generate(list(SOURCES), max_new_tokens=12, beams=3) == made.searched
     gc.collect()
     assert not machine.driver.memory
 
