@@ -20,10 +20,7 @@ def generate(
     model: AskedArgument,
     prompt: Annotated[
         str,
-        typer.Argument(
-            metavar="PROMPT",
-            help="The text to continue, or to answer for an encoder-decoder; to other models a text or a question.",
-        ),
+        typer.Argument(metavar="PROMPT", help="The text to continue or to answer; to some models a question."),
     ],
     context: Annotated[
         str | None,
@@ -53,9 +50,7 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed draws the same text.")] = None,
     beams: Annotated[
         int | None,
-        typer.Option(
-            "--beams", metavar="N", help="Search the likeliest whole answer by N beams. Default: as set, or 1."
-        ),
+        typer.Option("--beams", metavar="N", help="Search the likeliest answer by N beams. Default: as set, or 1."),
     ] = None,
     store: StoreOption = None,
 ) -> None:
@@ -66,16 +61,9 @@ def generate(
     from stages.serving.engine import WRITES, open_engine
     from stages.serving.generation import generation
 
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": stop or None,
-        "seed": seed,
-        "beams": beams,
-    }
+    given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+    given |= {"top_p": top_p, "repetition_penalty": repetition_penalty, "stop": stop or None}
+    given |= {"seed": seed, "beams": beams}
     generation(given)
     with asked_folder(model, store) as (folder, verified):
         engine = open_engine(folder, verified=verified)

@@ -42,7 +42,8 @@ class EncoderPlan:
     def __init__(self, device: Device, engine: Any, alive: tuple[Any, ...]) -> None:
         self.device, self._alive, self._context = device, (*alive, engine), context_of(engine, PREFILL)
         self._given = [name for name in names_of(engine) if name.startswith(CROSS)]
-        self.item_bytes = {name: int(engine.get_tensor_dtype(name).itemsize) for name in (*self._given, MASK)}
+        self.item_bytes = {name: int(engine.get_tensor_dtype(name).itemsize) for name in self._given}
+        self.item_bytes[MASK] = np.dtype(np.int64).itemsize
 
     def read(self, ids_NS: NDArray[np.int64], mask_NS: NDArray[np.int64], into: Lying) -> None:
         """Read texts and put what a decoder takes of them `into` what lies on the device; it stays where this fails.

@@ -26,7 +26,7 @@ from stages.serving.beams import Beams, beams_of, chosen, refuse_pieces, scoring
 from stages.serving.chat import Chat, chat
 from stages.serving.generate import ROWS, written
 from stages.serving.generation import Generation, generation
-from stages.serving.inputs import Prompt, encoded
+from stages.serving.inputs import Prompt, encoded, require_rows
 from stages.serving.sampling import Drawing, penalized
 from stages.serving.writing import Answer, Writing
 
@@ -84,13 +84,7 @@ class Answerer:
             StageError: they are none, or longer than the model reads.
         """
         ids_NT = np.ascontiguousarray(ids_NT, dtype=np.int64)
-        if ids_NT.ndim != 2 or not ids_NT.size or ids_NT.min() < 0:
-            raise StageError(
-                "these are no sequences of tokens",
-                measured=f"shape {ids_NT.shape}, from {ids_NT.min() if ids_NT.size else 'none'}",
-                limit="[sequences, tokens], at least one of each, from 0 on",
-                remedy="Give whole sequences of one length, as the tokenizer has them.",
-            )
+        require_rows(ids_NT)
         self._check(ids_NT.shape[1])
         segments = [type_NT] if self.tells_segments and type_NT is not None else []
         return self.forward(ids_NT, np.ones_like(ids_NT), *segments)

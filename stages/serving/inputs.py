@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from stages.runtime.contract import StageError
@@ -57,6 +59,17 @@ def question(asked: Any) -> Question:
         if not isinstance(one, str):
             raise _strange(one)
     return Question(asked)
+
+
+def require_rows(ids_NT: NDArray[np.int64]) -> None:
+    """Raise StageError unless these are sequences of tokens of one length."""
+    if ids_NT.ndim != 2 or not ids_NT.size or ids_NT.min() < 0:
+        raise StageError(
+            "these are no sequences of tokens",
+            measured=f"shape {ids_NT.shape}, from {ids_NT.min() if ids_NT.size else 'none'}",
+            limit="[sequences, tokens], at least one of each, from 0 on",
+            remedy="Give whole sequences of one length, as the tokenizer has them.",
+        )
 
 
 def encoded(tokenizer: Tokenizer, talks: Chat | None, prompt: Prompt) -> list[int]:

@@ -23,6 +23,7 @@ from stages.runtime.contract import DoesNotFit, StageError
 from stages.runtime.progress import Silent
 from stages.serving.engine import open_engine
 from stages.serving.generate import padded
+from stages.serving.inputs import encoded
 from tests.engines import Hears
 from tests.stages.adapters.gpus import Driver, Engine
 from tests.stages.validate.test_written import SOURCES
@@ -58,7 +59,9 @@ def made(request, tmp_path_factory):
     asked = open_engine(checkpoint)
     wanted = asked.generate(list(SOURCES), max_new_tokens=12), asked.forward(*padded(ROWS))
     searched = asked.generate(list(SOURCES), max_new_tokens=12, beams=3)
-    return SimpleNamespace(wanted=wanted, searched=searched, graph=root / "graph", engine=root / "engine", metrics=metrics, heard=heard)
+    return SimpleNamespace(
+        wanted=wanted, searched=searched, graph=root / "graph", engine=root / "engine", metrics=metrics, heard=heard
+    )
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def test_texts_of_unequal_length_are_answered_as_by_the_checkpoint(made, machine
     assert opened.generate(list(SOURCES), max_new_tokens=12) == wanted
     assert len(set(wanted)) > 1
     decoder, encoder = machine.engines
-    texts = [len(row) for row in map(opened._encoded, SOURCES)]
+    texts = [len(encoded(opened.tokenizer, opened.chat, one)) for one in SOURCES]
     groups = [max(texts[0:2]), max(texts[2:4]), texts[4]]
     assert encoder.ran == [(0, (rows, longest)) for rows, longest in zip((2, 2, 1), groups, strict=True)]
     assert decoder.ran[:3] == [(DECODE, (rows, 1)) for rows in (2, 2, 1)] and {one for one, _ in decoder.ran} == {
