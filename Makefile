@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 run: install  ## the main job on a real model; RECIPE=name for another
 	@$(BIN)/enginery run $(RECIPE)
 
-test: install  ## the tests; COVERAGE=1 takes half as long again and holds branch coverage to 90%
+test: install  ## the tests; COVERAGE=1 takes half as long again and asks for 90% branch coverage, too
 	@$(if $(COVERAGE),$(BIN)/coverage erase)
 	@OMP_NUM_THREADS=1 $(BIN)/$(if $(COVERAGE),coverage run,python) -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
 	@$(if $(COVERAGE),$(BIN)/coverage combine --quiet && $(BIN)/coverage report)

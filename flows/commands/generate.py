@@ -50,7 +50,7 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed draws the same text.")] = None,
     beams: Annotated[
         int | None,
-        typer.Option("--beams", metavar="N", help="Search the likeliest answer by N beams. Default: as set, or 1."),
+        typer.Option("--beams", metavar="N", help="Follow N beams. Default: as the model's settings say, or 1."),
     ] = None,
     store: StoreOption = None,
 ) -> None:
