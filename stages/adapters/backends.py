@@ -1,33 +1,25 @@
 """What builds and executes engines: a file a backend, `<name>_backend.py`, found by its name. Its facts are asked for
-where no vendor's library is: such a file imports it only to build or to execute. Besides, where models are executed,
-and which machine and library that is: what a measurement is a fact about.
+where no vendor's library is: such a file imports it only to build or to execute.
 
 Shapes: N sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from runpy import run_path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from stages.runtime.contract import Metrics, Progress, StageError
-from stages.runtime.cuda_driver import gpu_name
-from stages.runtime.execute import device_name
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-CUDA = "torch:cuda"
-TORCH = ("torch:cpu", CUDA)
-"""Targets of checkpoints."""
 TYPES = "token_type_ids"
 """The input of a graph that is told which segment each token is of."""
 ENCODER = "encoder.onnx"
@@ -244,39 +236,3 @@ def refuse_impossible(name: str, architectures: Sequence[str], precisions: Colle
         chosen.refuse(architecture, precisions)
     if not allowed:
         chosen.refuse("", precisions)
-
-
-if TYPE_CHECKING:
-    Target = str
-else:
-    Target = Literal[(*TORCH, *processor_targets())]
-
-
-def executor(target: str) -> dict[str, str]:
-    """The machine and the library that execute on a target."""
-    name = target.partition(":")[0]
-    library = name if target in TORCH else backend(name).library
-    on_gpu = target == CUDA
-    return {
-        "target": target,
-        "device": (gpu_name() or "no GPU") if on_gpu else device_name(),
-        "runtime": f"{library} {importlib.metadata.version(library)}" + (f" CUDA {_cuda_version()}" if on_gpu else ""),
-    }
-
-
-def backend_code(target: str) -> tuple[str, ...]:
-    """The module that executes on a target, where the target's name chooses it."""
-    return () if target in TORCH else (module_of(target.partition(":")[0]),)
-
-
-def refuse_unexecuted(target: str, precisions: Collection[str]) -> None:
-    """Refuse before any work what a target's backend cannot execute; see `backends.refuse_impossible`."""
-    if target not in TORCH:
-        backend(target.partition(":")[0]).refuse("", precisions)
-
-
-def _cuda_version() -> str:
-    """The CUDA that torch is built for, read where planning does not load torch itself."""
-    torch = find_spec("torch")
-    assert torch is not None and torch.origin is not None
-    return str(run_path(str(Path(torch.origin).with_name("version.py")))["cuda"] or "none")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from stages.adapters.backends import Target, backend_code, executor
+from stages.adapters.targets import Target, backend_code, executor
 from stages.runtime.contract import Params
 
 Count = Annotated[int, Field(ge=1)]

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.adapters.backends import CUDA, refuse_unexecuted
+from stages.adapters.targets import CUDA, refuse_unexecuted
 from stages.bench.bytes_read import copy_bytes_per_s, weight_bytes
 from stages.bench.child import WRITES
 from stages.bench.figures import Cell, headline

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from stages.adapters.backends import Target, backend_code, executor
+from stages.adapters.targets import Target, backend_code, executor
 from stages.measures.own import identity
 from stages.measures.table import MEASURES, OWN
 from stages.runtime.contract import Params, StageError

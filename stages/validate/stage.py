@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.adapters.backends import CUDA, refuse_unexecuted
+from stages.adapters.targets import CUDA, refuse_unexecuted
 from stages.measures.items import HARNESS, ItemSplits, holds_harness, holds_items
 from stages.runtime.contract import Divided, Image, Input, Kind, Metrics, Progress, Stage, StageError
 from stages.runtime.parts import FOLDER, gaps, keep, kept

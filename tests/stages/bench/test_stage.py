@@ -95,7 +95,7 @@ def test_bench_counts_weights_without_tables_that_are_only_looked_up_and_the_cac
 def test_bench_of_the_same_work_is_found_and_of_another_device_is_other_work(made, shared_store, monkeypatch):
     again = sealer(shared_store)("bench", {**SHORT, "target": "onnxruntime:cpu"}, **made.inputs)
     assert again.cached and again.identity == made.outcome.identity
-    monkeypatch.setattr("stages.adapters.backends.device_name", lambda: "another processor x2")
+    monkeypatch.setattr("stages.adapters.targets.device_name", lambda: "another processor x2")
     there = work_of(BENCH, made.params, made.inputs)
     assert {**there.executor, "device": device_name()} == dict(made.outcome.manifest.work.executor)
     assert shared_store.manifest(there.stage) is None
