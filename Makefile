@@ -36,9 +36,9 @@ run: install  ## the main job on a real model; RECIPE=name for another
 	@$(BIN)/enginery run $(RECIPE)
 
 test: install  ## the tests; COVERAGE=1 takes half as long again and asks for 90% branch coverage, too
-	@$(if $(COVERAGE),$(BIN)/coverage erase)
-	@OMP_NUM_THREADS=1 $(BIN)/$(if $(COVERAGE),coverage run,python) -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
-	@$(if $(COVERAGE),$(BIN)/coverage combine --quiet && $(BIN)/coverage report)
+	@$(if $(COVERAGE:0=),$(BIN)/coverage erase)
+	@OMP_NUM_THREADS=1 $(BIN)/$(if $(COVERAGE:0=),coverage run,python) -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
+	@$(if $(COVERAGE:0=),$(BIN)/coverage combine --quiet && $(BIN)/coverage report)
 
 check: install  ## ruff, mypy --strict, import boundaries, the map of the house
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }

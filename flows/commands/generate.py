@@ -54,8 +54,9 @@ def generate(
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Ask a model, and print its answer as it comes; one line of JSON of a model that writes no text.
+    """Ask a model, and print its answer as it comes.
 
+    Of a model that writes no text it is one line of JSON.
     Checkpoints, graphs, engines and registered models alike. Nothing is written.
     """
     from stages.serving.engine import WRITES, open_engine

@@ -11,7 +11,6 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from flows.commands.options import absolute_source
-from stages.models.checkpoint.json_files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +74,7 @@ def init(
         typer.Option("--items", metavar="ITEMS", help="Judge by items of your own: a .jsonl, .csv or .parquet file."),
     ] = None,
 ) -> None:
-    """Write a recipe for your own checkpoint and text, and for items that it is judged by."""
+    """Write a recipe for your own checkpoint, text and items."""
     from jinja2 import Environment, StrictUndefined
 
     from flows.recipe.read import load_recipe
@@ -151,6 +150,7 @@ def _judged_by(items: str | None, task: str, source: str) -> dict[str, Any]:
     Raises:
         StageError: models of this task are put no items.
     """
+    from stages.models.checkpoint.json_files import read_json
     from stages.runtime.contract import StageError
 
     # What is right of items says more of a model that is for one thing than what it makes of a text elsewhere, and of

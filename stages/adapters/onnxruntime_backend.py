@@ -38,8 +38,7 @@ def build(asked: Asked, output: Path, progress: Progress) -> Metrics:
 def execute(executable: Path, architectures: Sequence[str], verified: bool) -> Execution:
     """A session; a graph holds no code, so nobody need have verified it."""
     from stages.adapters.onnxruntime import CachedSession, open_session
-    from stages.adapters.onnxruntime_slots import RowSlots, Stepping
-    from stages.adapters.onnxruntime_stacks import StackSlots, open_stacks
+    from stages.adapters.onnxruntime_slots import RowSlots, StackSlots, Stepping, open_stacks
 
     if executable.with_name(ENCODER).is_file():
         stacks = open_stacks(executable)

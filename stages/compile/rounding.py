@@ -50,7 +50,14 @@ def round_activations(chosen: Backend, source: Path, output: Path, fine: float) 
         return stepping.at_once(chosen.execute(path, (), True), ids_NT, said_NT)
 
     before_NTV = logits(engine)
-    kept = _kept(engine, output, fine, lambda path: _moved(task, before_NTV, logits(path))) if fine else frozenset()
+    weights = _weights(engine)
+    if fine and not weights:
+        raise StageError(
+            "`fine` is for INT8 weights that float activations meet, and the graph has none",
+            measured=f"fine: {fine:g}",
+            remedy="Leave `fine` out, or quantize by int8_weight_only.",
+        )
+    kept = _kept(engine, output, fine, weights, lambda path: _moved(task, before_NTV, logits(path)))
     models = components.load(engine)
     products = sum(ort_few_bits.round_activations(one) for one in models)
     products += sum(_rounded(one, lambda kind: FINE if kind in kept else 1) for one in models)
@@ -69,7 +76,8 @@ def round_activations(chosen: Backend, source: Path, output: Path, fine: float) 
             limit=LIMIT,
             remedy="Leave `activations` out.",
         )
-    return {"rounded_activations": float(products), measure: found}
+    metrics = {"rounded_activations": float(products), measure: found}
+    return metrics | ({"fine_weights": sum(weights[kind] for kind in kept) / weights.total()} if fine else {})
 
 
 def _moved(task: str, before_NTV: NDArray[np.float32], after_NTV: NDArray[np.float32]) -> float:
@@ -79,16 +87,23 @@ def _moved(task: str, before_NTV: NDArray[np.float32], after_NTV: NDArray[np.flo
     return float(np.linalg.norm(after_NTV - before_NTV) / max(np.linalg.norm(before_NTV), np.finfo(np.float32).tiny))
 
 
-def _kept(engine: Path, output: Path, fine: float, moved: Callable[[Path], float]) -> frozenset[str]:
-    """The kinds whose activations stay fine: each is rounded alone, and those that move the answers most go first."""
+def _weights(engine: Path) -> Counter[str]:
+    """How many INT8 weights of each kind meet float activations."""
     weights = Counter[str]()
     for model in components.load(engine):
         for node in ort_lowering.split_products(model):
             value = node.inputs[1]
             assert value is not None and value.const_value is not None
             weights[_kind(str(value.name))] += value.const_value.size
+    return weights
+
+
+def _kept(
+    engine: Path, output: Path, fine: float, weights: Counter[str], moved: Callable[[Path], float]
+) -> frozenset[str]:
+    """The kinds whose activations stay fine: each is rounded alone, and those that move the answers most go first."""
     damage = dict[str, float]()
-    for kind in weights:
+    for kind in weights if fine else ():
         with tempfile.TemporaryDirectory(dir=output, prefix=".rounded-") as folder:
             models = components.load(engine)
             for model in models:
@@ -97,7 +112,7 @@ def _kept(engine: Path, output: Path, fine: float, moved: Callable[[Path], float
             del models
             damage[kind] = moved(Path(folder) / engine.name)
     kept, left = list[str](), fine * weights.total()
-    for kind in sorted(weights, key=lambda one: damage[one] / weights[one], reverse=True):
+    for kind in sorted(damage, key=lambda one: damage[one] / weights[one], reverse=True):
         if weights[kind] <= left:
             kept.append(kind)
             left -= weights[kind]

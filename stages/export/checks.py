@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.adapters.onnxruntime import CachedSession, Session, open_session
-from stages.adapters.onnxruntime_stacks import StackSessions, open_stacks
+from stages.adapters.onnxruntime_slots import StackSessions, open_stacks
 from stages.export import called
 from stages.graphs import components, onnx_graph, stepping
 from stages.graphs.onnx_graph import Held

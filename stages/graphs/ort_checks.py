@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from stages.adapters.onnxruntime import open_session
-from stages.adapters.onnxruntime_stacks import open_stacks
+from stages.adapters.onnxruntime_slots import open_stacks
 from stages.graphs import components, onnx_graph, ort_lowering, stepping
 from stages.graphs.parity import parity, require_parity
 from stages.runtime.contract import StageError

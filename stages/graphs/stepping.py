@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stages.adapters.backends import Execution
 from stages.adapters.onnxruntime import CachedSession, Kept, Session, open_session
-from stages.adapters.onnxruntime_stacks import StackSessions, open_stacks
+from stages.adapters.onnxruntime_slots import StackSessions, open_stacks
 from stages.graphs.parity import halves
 
 STEPS = 32

@@ -46,8 +46,8 @@ class Beams:
     early_stopping: bool | str = False
 
 
-def beams_of(settings: Mapping[str, Any]) -> Beams:
-    """As generation_config.json says it.
+def beams_of(settings: Mapping[str, Any], task: str) -> Beams:
+    """As generation_config.json says it; a decoder follows one beam unless it is asked for more.
 
     Raises:
         StageError: it says what is none.
@@ -55,6 +55,7 @@ def beams_of(settings: Mapping[str, Any]) -> Beams:
     defaults: dict[str, Any] = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": False}
     told = {name: one if (given := settings.get(name)) is None else given for name, one in defaults.items()}
     count, penalty, early = told.values()
+    count = count if task == "translate" else 1
     whole = isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= MOST_BEAMS
     real = isinstance(penalty, int | float) and not isinstance(penalty, bool) and math.isfinite(penalty)
     if not (whole and real and (isinstance(early, bool) or early == "never")):

@@ -78,8 +78,8 @@ def eager(folder: Path, device: str = CPU) -> Eager:
     ) -> NDArray[np.float32]:
         ids, mask = (torch.from_numpy(one).to(device) for one in (ids_NT, mask_NT))
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if type_NT is not None:
-            given[TYPES] = torch.from_numpy(type_NT).to(device)
+        if tells_segments:  # said even where all are of the first: a model that is not told tells them itself
+            given[TYPES] = torch.zeros_like(ids) if type_NT is None else torch.from_numpy(type_NT).to(device)
         # Where a row is padded on its left its text begins at the first position all the same.
         if placed and task == "generate" and not mask.all():
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -264,7 +264,7 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
     made = Answerer(
         opened.target, task, most, tokenizer, ends_of(settings, config), forward, steps, talks, slots, config
     )
-    return replace(made, tells_segments=opened.tells_segments, scores=scores, beams=beams_of(settings))
+    return replace(made, tells_segments=opened.tells_segments, scores=scores, beams=beams_of(settings, task))
 
 
 Begin = Callable[[], Steps] | None
@@ -292,7 +292,7 @@ def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
     ends, told = ends_of(settings, config), (opened.forward, opened.steps, talks)
     made = Answerer(target, opened.task, most, tokenizer, ends, *told, config=config)
     segments = opened.tells_segments and names_segments(folder)
-    return replace(made, tells_segments=segments, scores=opened.scores, beams=beams_of(settings))
+    return replace(made, tells_segments=segments, scores=opened.scores, beams=beams_of(settings, opened.task))
 
 
 def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> Execution:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from tokenizers import Encoding
 
 from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
@@ -63,7 +64,12 @@ def told(model: Answerer, table: Mapping[str, Sequence[Any]], params: Mapping[st
 
 def numbers(model: Answerer, asked: Sequence[Sequence[str]]) -> list[list[float]]:
     """What a model's answers are made of, by texts or by questions with their contexts; of a long one its beginning."""
-    return [model.logits(np.array([_ids(model, one)[: model.maximum_tokens]])).ravel().tolist() for one in asked]
+    found = []
+    for one in asked:
+        encoding = _encoding(model, one)
+        ids_1T, type_1T = (np.array([row[: model.maximum_tokens]]) for row in (encoding.ids, encoding.type_ids))
+        found.append(model.logits(ids_1T, type_1T).ravel().tolist())
+    return found
 
 
 def asked_by(model: Answerer, asked: Sequence[Sequence[str]]) -> dict[str, list[str]]:
@@ -74,13 +80,14 @@ def asked_by(model: Answerer, asked: Sequence[Sequence[str]]) -> dict[str, list[
         asked: texts, or questions with their contexts; a text alone is its own context.
     """
     names = [name for name in COLUMNS.get(model.task, ()) if name not in OPTIONAL]
-    fit = [one for one in asked if len(_ids(model, one)) <= model.maximum_tokens]
+    # A text that is its own context is read as both; a question needs room for some of its context, too.
+    whole = [[one[0], one[min(1, len(one) - 1)]] if model.task == "answer" else one for one in asked]
+    fit = [one for one in whole if len(_encoding(model, one).ids) <= model.maximum_tokens]
     return {name: [one[min(at, len(one) - 1)] for one in fit] for at, name in enumerate(names)} if fit else {}
 
 
-def _ids(model: Answerer, asked: Sequence[str]) -> list[int]:
-    found: list[int] = model.tokenizer.encode(asked[0], asked[1] if len(asked) > 1 else None).ids
-    return found
+def _encoding(model: Answerer, asked: Sequence[str]) -> Encoding:
+    return model.tokenizer.encode(asked[0], asked[1] if len(asked) > 1 else None)
 
 
 def _check(task: str, table: Mapping[str, Sequence[Any]], params: Mapping[str, Any]) -> None:

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from stages.measures.documents import Document, by_slice, read_documents, score_documents, sliced, summary
-from stages.measures.predictions import Asking
+from stages.measures.predictions import Answer, Asking
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.hub_folders import gives_vectors
 from stages.models.checkpoint.loading import load_config, load_tokenizer
 from stages.models.checkpoint.pooling import reads
+from stages.models.text.segments import segments, separator
 from stages.models.text.text_ends import special_ends
 from stages.models.text.windows import sliced_windows
 from stages.runtime.contract import Metrics, Progress, StageError
-from stages.serving.engine import Answerer
+from stages.serving.engine import WRITES, Answerer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +38,8 @@ class Text:
     split: str
     sources: tuple[str, ...]
     units: str = "documents"
+    separator: int | None = None
+    """Behind it a window's second text begins, of which models are told; see `stages.models.text.segments`."""
 
     @property
     def task(self) -> str:
@@ -50,11 +55,18 @@ class Text:
 
         def score(span: range) -> Iterator[list[Document]]:
             ids = self.ids_NT[span.start : span.stop]
-            theirs = dense.logits if dense else None
-            for one in score_documents(ids, judged.logits, theirs, self.asking, self.split, first=span.start):
+            ours, theirs = self._told(judged), self._told(dense) if dense else None
+            for one in score_documents(ids, ours, theirs, self.asking, self.split, first=span.start):
                 yield [one]
 
         return score
+
+    def _told(self, model: Answerer) -> Answer:
+        """Its answers to windows, in which it is told which of two texts each token is of."""
+        if self.separator is None:
+            return model.logits
+        between = self.separator
+        return lambda ids_NT: model.logits(ids_NT, segments(torch.from_numpy(ids_NT), None, between).numpy())
 
     def read(self, data: bytes, span: range, *, paired: bool) -> list[list[Document]] | None:
         """The scores of a range of windows as they were written, None unless they are of exactly these."""
@@ -96,7 +108,8 @@ def text_of(params: ValidateParams, inputs: Mapping[str, Path], progress: Progre
     if progress and tokens < params.window_tokens:
         progress.note(f"windows of {tokens} tokens, all that the model reads, not of {params.window_tokens}")
     asking = Asking(task, before, after, mask, pooled=gives_vectors(model))
-    return Text(found.ids_NT, asking, params.split, found.names)
+    between = separator(tokenizer) if task not in WRITES else None
+    return Text(found.ids_NT, asking, params.split, found.names, separator=between)
 
 
 def mask_of(tokenizer: PreTrainedTokenizerBase) -> int:

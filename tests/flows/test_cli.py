@@ -266,7 +266,8 @@ def test_plan_shows_hits_misses_and_reasons(recipe, optimized, capsys):
 def test_recipes_are_listed_with_what_they_are_about(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["smollm2-135m", "tiny"] and all(len(x) > 30 for x in lines)
+    assert [line.split(":")[0] for line in lines] == ["minilm-l6-v2", "smollm2-135m", "tiny"]
+    assert all(len(line) > 30 for line in lines)
 
 
 def test_runs_explain_and_logs_read_the_records(recipe, opened, capsys):

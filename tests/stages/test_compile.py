@@ -15,10 +15,14 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from stages import stage
 from stages.adapters.backends import backend, refuse_impossible
 from stages.adapters.tensorrt.build import Shapes, build_plan
+from stages.compile.processor import prose
 from stages.compile.stage import CompileParams, compile_engine
 from stages.export.stage import ExportParams, export
+from stages.graphs import onnx_graph, ort_lowering
+from stages.graphs.parity import divergence
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.serving.engine import open_engine
 from tests.engines import Hears, literal, mixed, mixed_graph, one_block, token_windows, without_cache  # noqa: F401
@@ -406,3 +410,60 @@ def test_large_graph_of_a_store_becomes_an_engine(tiny, tmp_path, seal, store, m
     ids = token_windows(1, 16)
     wanted = open_engine(store.checkout(dense)).logits(ids)
     np.testing.assert_allclose(open_engine(engine).logits(ids), wanted, atol=1e-3 * wanted.std())
+
+
+def test_kind_whose_rounding_moves_answers_most_for_a_weight_keeps_sixteen_bits(tiny, tmp_path):
+    quantize, names = stage("quantize"), ("int8", "graph", "exact", "coarse", "fine", "none")
+    folders = {name: tmp_path / name for name in names}
+    for folder in folders.values():
+        folder.mkdir()
+    given = quantize.params.model_validate({"scheme": "int8_weight_only"})
+    quantize.run(given, {"model": one_block(tiny, tmp_path / "one")}, folders["int8"], Hears())
+    export(ExportParams(), {"model": folders["int8"]}, folders["graph"], Hears())
+
+    def built(name, **how):
+        params = CompileParams(backend="onnxruntime", **how)
+        return compile_engine(params, {"graph": folders["graph"]}, folders[name], Hears())
+
+    built("exact")
+    products = ort_lowering.split_products(onnx_graph.load(folders["exact"] / "model.onnx"))
+    sizes = {node.inputs[1].name: node.inputs[1].const_value.size for node in products}
+    assert len(sizes) == 4  # q, k and v; o; gate and up; down
+    ids, rates = prose(folders["graph"]), {}
+    before = open_engine(folders["exact"]).logits(ids)
+    for name, size in sizes.items():
+        alone = tmp_path / f"alone{len(rates)}"
+        shutil.copytree(folders["exact"], alone)
+        model = onnx_graph.load(alone / "model.onnx")
+        assert ort_lowering.round_activations(model, lambda one, name=name: 1 if one == name else 3) == 1
+        onnx_graph.save(model, alone / "model.onnx")
+        rates[name] = divergence(before, open_engine(alone).logits(ids)) / size
+    worst = max(rates, key=rates.__getitem__)
+    share = sizes[worst] / sum(sizes.values())
+    coarse, fine = built("coarse", activations="int8"), built("fine", activations="int8", fine=share)
+    assert built("none", activations="int8", fine=share / 100)["fine_weights"] == 0
+    assert fine["fine_weights"] == pytest.approx(share) and "fine_weights" not in coarse
+    assert fine["rounding_kl_divergence"] < coarse["rounding_kl_divergence"]
+    makers = {out: node for node in onnx.load(folders["fine"] / "model.onnx").graph.node for out in node.output}
+    found = {
+        node.input[1]: len(makers[node.input[0]].input) if makers[node.input[0]].op_type == "Concat" else 1
+        for node in makers.values()
+        if node.op_type == "MatMulIntegerToFloat" and node.input[1] in sizes
+    }
+    assert found == {name: 2 if name == worst else 1 for name in sizes}
+
+
+def test_fine_without_rounding_or_without_int8_weights_is_refused(tiny, mixed_graph, tmp_path):  # noqa: F811
+    with pytest.raises(StageError, match="`fine` says which activations are not rounded to INT8, and none are"):
+        params = CompileParams(backend="onnxruntime", fine=0.3)
+        compile_engine(params, {"graph": mixed_graph}, tmp_path, Hears())
+    folders = [tmp_path / name for name in ("int4", "graph", "engine")]
+    for folder in folders:
+        folder.mkdir()
+    quantize = stage("quantize")
+    given = quantize.params.model_validate({"scheme": "int4_weight_only", "search": "off", "embedding": "keep"})
+    quantize.run(given, {"model": one_block(tiny, tmp_path / "one")}, folders[0], Hears())
+    export(ExportParams(), {"model": folders[0]}, folders[1], Hears())
+    with pytest.raises(StageError, match="`fine` is for INT8 weights that float activations meet"):
+        params = CompileParams(backend="onnxruntime", activations="int8", fine=0.3)
+        compile_engine(params, {"graph": folders[1]}, folders[2], Hears())

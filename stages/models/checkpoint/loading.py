@@ -19,8 +19,9 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from stages.adapters.backends import TYPES
 from stages.models.anatomy import blocks as anatomy
-from stages.models.anatomy import classes
+from stages.models.anatomy import classes, tasks
 from stages.models.checkpoint import (
     adapter,
     compressed_tensors,
@@ -62,9 +63,8 @@ def load_model(
     """A checkpoint as a model in eval mode, with its surgery and its quantized layers.
 
     The class is the one that the configuration names. One that learned to tell two texts apart is told which is which
-    (`segments`). The files are mapped, not copied: at `dtype` equal to the stored
-    one, a weight takes memory when it is read, and `pages.release` gives it back. Nothing that the model does to its
-    weights reaches the file. Every linear map is an nn.Linear, whatever way its architecture lays the file out.
+    (`segments`). The files are mapped, not copied: at `dtype` equal to the stored one, a weight takes memory when it is
+    read, and `pages.release` gives it back. Nothing that the model does reaches the file. All linear maps are nn.Linear.
 
     Args:
         folder: a CHECKPOINT artifact, or any folder in Hugging Face layout; compressed-tensors is understood.
@@ -83,8 +83,8 @@ def load_model(
     sparse_linear.check(model)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
-    if segments.learned(model) and has_tokenizer(folder):
-        with suppress(StageError):
+    with suppress(StageError):
+        if has_tokenizer(folder) and tasks.tells_segments(model.config, (TYPES,)):
             segments.tell(model, load_tokenizer(folder))
     return model.eval()
 

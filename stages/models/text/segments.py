@@ -5,7 +5,6 @@ Shapes: N rows, T tokens.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -15,12 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stages.models.text.text_ends import known_word
 
 _TYPES = "token_type_ids"
-
-
-def learned(model: PreTrainedModel) -> bool:
-    """Whether a model has vectors for the first and the second text."""
-    told = _TYPES in inspect.signature(model.base_model.forward).parameters
-    return told and getattr(model.config.get_text_config(), "type_vocab_size", 0) > 1
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -281,6 +281,5 @@ def test_travelling_code_brings_its_backend_alone_no_training_and_no_flows(tmp_p
         "stages/adapters/onnxruntime.py",
         "stages/adapters/onnxruntime_backend.py",
         "stages/adapters/onnxruntime_slots.py",
-        "stages/adapters/onnxruntime_stacks.py",
     }
     assert not [name for name in names if name.startswith("flows") or "recover" in name or "tests" in name]

@@ -20,7 +20,7 @@ from flows.registry.package import travelling_code
 from flows.tracking.connect import quiet
 from stages import stage
 from stages.adapters.backends import backend
-from stages.adapters.onnxruntime_stacks import open_stacks
+from stages.adapters.onnxruntime_slots import open_stacks
 from stages.compile.stage import CompileParams, compile_engine
 from stages.export.cache_checks import require_answered_numbers
 from stages.export.checks import expected
@@ -103,7 +103,9 @@ def test_engine_answers_by_beams_as_transformers_does(engines):
         said = library.generate(**given, do_sample=False)[0, 1:].tolist()
         wanted.append(said[: next((at + 1 for at, token in enumerate(said) if token in ends), len(said))])
     for one in both:
-        found = searched(open_engine(one).scores, ROWS, beams_of(how), ends=frozenset(ends), most=[12] * len(ROWS))
+        found = searched(
+            open_engine(one).scores, ROWS, beams_of(how, "translate"), ends=frozenset(ends), most=[12] * len(ROWS)
+        )
         assert found == wanted
 
 

@@ -137,7 +137,7 @@ def test_weights_left_unpacked_are_refused_and_nothing_is_sealed(mixed, store, t
 def test_a_graph_with_other_numbers_is_refused(dense_graph, tmp_path, monkeypatch):
     checkpoint, folder, _ = dense_graph
 
-    def wrong(*_):
+    def wrong(*_, **_asked):
         model = onnx_graph.load(folder / "model.onnx")
         norm = model.graph.initializers["model.norm.weight"]
         norm.const_value = ir.tensor(norm.const_value.numpy() * 1.01)

@@ -161,9 +161,11 @@ def test_beams_that_cannot_be_followed_are_refused(tiny, tmp_path):
     "told", [{"num_beams": 0}, {"num_beams": "4"}, {"length_penalty": "long"}, {"early_stopping": "soon"}]
 )
 def test_settings_that_are_none_are_refused(told):
-    assert beams_of({"num_beams": None}) == Beams() and beams_of({"early_stopping": "never"}).early_stopping == "never"
+    assert beams_of({"num_beams": None}, "translate") == Beams()
+    assert beams_of({"early_stopping": "never"}, "translate").early_stopping == "never"
+    assert beams_of({"num_beams": 100}, "generate") == Beams()  # a decoder follows one, whatever is said of more
     with pytest.raises(StageError, match="ask for beams that are none"):
-        beams_of(told)
+        beams_of(told, "translate")
 
 
 def test_state_goes_on_in_the_order_that_is_asked_for(tmp_path):
