@@ -200,19 +200,24 @@ def _judge(seen: Seen) -> Iterator[Fault]:
         if isinstance(splits, dict) and not splits.get(split):
             have = ", ".join(split for split, share in splits.items() if share)
             yield Fault(("judge", "split"), f"corpus {name!r} has no split {split!r}; allowed: {have}")
-    yield from _speed(seen)
+    yield from _asked_of(seen)
     for what in ("artifacts", "corpora"):
         names = seen.named(what)
         if len(set(names)) < len(names):
             yield Fault(("judge", what), "a name stands twice; allowed: each once")
 
 
-def _speed(seen: Seen) -> Iterator[Fault]:
+def _asked_of(seen: Seen) -> Iterator[Fault]:
     corpora = seen.named("corpora")
     texts = [name for name in corpora if (one := seen.find(name)) is None or one.stage != "items"]
     if part(seen.judge, "speed", False) is True and corpora and not texts:
         text = "prompts are taken from text, and only items are judged on; allowed: with a step of the stage corpus"
         yield Fault(("judge", "speed"), f"{text} among its corpora")
+    if isinstance(part(seen.judge, "beams"), int) and len(texts) == len(corpora) > 0 and all(map(seen.find, corpora)):
+        text = (
+            "beams are followed where items are answered, and only texts are judged on; allowed: with a step of items"
+        )
+        yield Fault(("judge", "beams"), f"{text} among its corpora")
 
 
 def _listed(seen: Seen, field: str) -> list[Any]:

@@ -64,7 +64,7 @@ def load_model(
 
     The class is the one that the configuration names. One that learned to tell two texts apart is told which is which
     (`segments`). The files are mapped, not copied: at `dtype` equal to the stored one, a weight takes memory when it is
-    read, and `pages.release` gives it back. Nothing that the model does reaches the file. All linear maps are nn.Linear.
+    read, and `pages.release` gives it back. Nothing that it does reaches the file. All linear maps are nn.Linear.
 
     Args:
         folder: a CHECKPOINT artifact, or any folder in Hugging Face layout; compressed-tensors is understood.

@@ -137,6 +137,10 @@ def test_wrong_params_of_steps_that_say_how_wide_blocks_are_are_named(right, wro
     assert named(text) == [where]
 
 
+def test_beams_are_refused_where_nothing_is_answered():
+    assert named(GOOD.replace("baseline: dense", "beams: 4, baseline: dense")) == ["13: judge.beams"]
+
+
 def test_judge_misspelled_is_all_that_is_said_of_what_needs_it():
     assert named(GOOD.replace("judge:", "jugde:")) == ["13: jugde"]
 
