@@ -214,9 +214,7 @@ def _asked_of(seen: Seen) -> Iterator[Fault]:
         text = "prompts are taken from text, and only items are judged on; allowed: with a step of the stage corpus"
         yield Fault(("judge", "speed"), f"{text} among its corpora")
     if isinstance(part(seen.judge, "beams"), int) and len(texts) == len(corpora) > 0 and all(map(seen.find, corpora)):
-        text = (
-            "beams are followed where items are answered, and only texts are judged on; allowed: with a step of items"
-        )
+        text = "beams are followed where items are answered, and only texts are judged; allowed: with a step of items"
         yield Fault(("judge", "beams"), f"{text} among its corpora")
 
 
