@@ -148,7 +148,9 @@ def _scalar(node: yaml.Node) -> Any:
 def _number(text: str) -> int | float:
     # 200e6 is a count, and a field that wants an integer refuses a float.
     whole = re.fullmatch(r"([-+]?[0-9]+)[eE]\+?([0-9]{1,2})", text)
-    return int(whole[1]) * 10 ** int(whole[2]) if whole else float(text)
+    exact = int(whole[1]) * 10 ** int(whole[2]) if whole else None
+    # Where a float holds the number exactly: 1e30 is one that it does not hold, and stays the float next to it.
+    return exact if exact is not None and exact == float(text) else float(text)
 
 
 def _shown(tag: str) -> str:
