@@ -224,7 +224,8 @@ def test_registered_model_answers_by_both_stacks_where_there_is_no_torch(engines
     wanted = open_engine(engine).generate(list(SOURCES), max_new_tokens=8)
     code = travelling_code(tmp_path, "onnxruntime").parent
     script = (
-        "import json, sys; sys.modules['torch'] = sys.modules['transformers'] = None; sys.path.insert(0, sys.argv[1]);"
+        "import json, sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'safetensors', 'onnx'));"
+        "sys.path.insert(0, sys.argv[1]);"
         "from pathlib import Path; from stages.serving.engine import open_engine;"
         "made = open_engine(Path(sys.argv[2]), verified=True).generate(sys.argv[3:], max_new_tokens=8);"
         "ours = [one.__file__ for name, one in sys.modules.items() if name.partition('.')[0] == 'stages'];"
