@@ -120,10 +120,10 @@ def test_proof_asks_registered_models_by_their_columns_and_hears_the_engines_num
     reader = open_engine(checkpoint("bert_answers", root))
     pairs = [("a", "b c d"), ("a b",)]
     assert asked_by(reader, pairs) == {"question": ["a", "a b"], "context": ["b c d", "a b"]}
-    assert (
-        numbers(reader, pairs)[0]
-        == reader.logits(np.array([reader.tokenizer.encode("a", "b c d").ids])).ravel().tolist()
-    )
+    pair = reader.tokenizer.encode("a", "b c d")
+    told_apart = reader.logits(np.array([pair.ids]), np.array([pair.type_ids]))
+    assert numbers(reader, pairs)[0] == told_apart.ravel().tolist()
+    assert told_apart.ravel().tolist() != reader.logits(np.array([pair.ids])).ravel().tolist()
     assert asked_by(open_engine(checkpoint("bert_masked", root)), pairs) == {}
 
 
