@@ -127,6 +127,20 @@ def plans_for(request):
     return request.param, here
 
 
+def _opened(made, exporting, plans_for, rows, folder):
+    """A checkpoint's plan for so many rows and its engine for the processor, made in a folder and opened."""
+    library, here = plans_for
+    ways = {"graph": ("export", exporting, "model", made)}
+    asked = {"plan": {"backend": library, "architectures": [here], "maximum_batch": rows, "maximum_tokens": 48},
+             "cpu": {"backend": "onnxruntime", "maximum_tokens": 48}}  # fmt: skip
+    ways |= {name: ("compile", params, "graph", folder / "graph") for name, params in asked.items()}
+    for name, (verb, params, role, source) in ways.items():
+        (folder / name).mkdir()
+        definition = stage(verb)
+        definition.run(definition.params.model_validate(params), {role: source}, folder / name, Silent())
+    return open_engine(folder / "plan", verified=True), open_engine(folder / "cpu")
+
+
 @pytest.fixture(params=["Llama", "Mistral", "Gemma 2", "GPT-2", "BLOOM", "W8A8", "INT4"])
 def both(request, plans_for, root, tmp_path):
     """A model's plan and its engine for the processor, opened, and the plan's folder."""
@@ -134,16 +148,7 @@ def both(request, plans_for, root, tmp_path):
     if request.param in CELLS:
         (tmp_path / "made").mkdir()
         made = _made(*CELLS[request.param], made, root, tmp_path / "made")
-    library, here = plans_for
-    ways = {"graph": ("export", {}, "model", made)}
-    asked = {"plan": {"backend": library, "architectures": [here], "maximum_batch": 3, "maximum_tokens": 48},
-             "cpu": {"backend": "onnxruntime", "maximum_tokens": 48}}  # fmt: skip
-    ways |= {name: ("compile", params, "graph", tmp_path / "graph") for name, params in asked.items()}
-    for name, (verb, params, role, source) in ways.items():
-        (tmp_path / name).mkdir()
-        definition = stage(verb)
-        definition.run(definition.params.model_validate(params), {role: source}, tmp_path / name, Silent())
-    return open_engine(tmp_path / "plan", verified=True), open_engine(tmp_path / "cpu"), request.param
+    return *_opened(made, {}, plans_for, 3, tmp_path), request.param
 
 
 def test_plan_with_a_cache_answers_as_the_engine_for_the_processor(both):
@@ -184,16 +189,7 @@ def test_plan_with_a_cache_refuses_what_is_longer_than_its_cache(both):
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_plans_of_an_encoder_and_a_decoder_answer_as_the_engine_for_the_processor(name, plans_for, root, tmp_path):
-    library, here = plans_for
-    ways = {"graph": ("export", {"parity_tokens": 24}, "model", lively(name, root))}
-    asked = {"plan": {"backend": library, "architectures": [here], "maximum_batch": 2, "maximum_tokens": 48},
-             "cpu": {"backend": "onnxruntime", "maximum_tokens": 48}}  # fmt: skip
-    ways |= {kind: ("compile", params, "graph", tmp_path / "graph") for kind, params in asked.items()}
-    for kind, (verb, params, role, source) in ways.items():
-        (tmp_path / kind).mkdir()
-        definition = stage(verb)
-        definition.run(definition.params.model_validate(params), {role: source}, tmp_path / kind, Silent())
-    plan, cpu = open_engine(tmp_path / "plan", verified=True), open_engine(tmp_path / "cpu")
+    plan, cpu = _opened(lively(name, root), {"parity_tokens": 24}, plans_for, 2, tmp_path)
     ids_NT = 5 + np.arange(5 * 20, dtype=np.int64).reshape(5, 20) * 7 % 40
     mask_NT = np.ones_like(ids_NT)
     mask_NT[1, 12:] = 0
