@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.algorithms.products import product
+from stages.algorithms.products import SHORT, product
 
 STEPS = 8
 """Steps of conjugate gradients: from SparseGPT's weights, eight take nearly all that the exact solution would."""
@@ -57,10 +57,10 @@ def _products(a_OI: Tensor, b_OI: Tensor) -> Tensor:
 
 def output_errors(target_OI: Tensor, made: Sequence[Tensor], moment_II: Tensor) -> list[float]:
     """E||(target - new) x||^2 / E||target x||^2 of each new map, to three digits."""
-    short_II = moment_II.bfloat16()  # averages over many products: a few digits are exact, in a third of the time
+    short_II = moment_II.to(SHORT)  # averages over many products: a few digits are exact, in a third of the time
     size = _quadratic(target_OI, short_II) or torch.finfo(torch.float32).tiny
     return [_quadratic(target_OI - new_OI, short_II) / size for new_OI in made]
 
 
 def _quadratic(w_OI: Tensor, short_II: Tensor) -> float:
-    return float(((w_OI.bfloat16() @ short_II).float() * w_OI).sum())
+    return float((product(w_OI.to(SHORT), short_II).float() * w_OI).sum())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.algorithms.grids import E4M3_TOP, nearest_e4m3
-from stages.algorithms.products import product
+from stages.algorithms.products import SHORT, product
 from stages.algorithms.rounding import fake_round
 
 STRENGTHS = (0.0, 0.5, 0.7, 0.8, 0.9)
@@ -111,7 +111,7 @@ def search(
     measured = []
     for strength, factor_I in candidates:
         q_OI, scale_O = round_weights(w_OI * factor_I)
-        smoothed = _Smoothed(factor_I, q_OI.bfloat16(), scale_O, sample.x_NI / factor_I)
+        smoothed = _Smoothed(factor_I, q_OI.to(SHORT), scale_O, sample.x_NI / factor_I)
         measured.append((Found(strength, 1.0, judge.errors(smoothed, 1.0)), smoothed))
         measured = [min(measured, key=lambda one: one[0].error)]
     [(best, smoothed)] = measured
@@ -136,11 +136,11 @@ def phase(maps_OI: Sequence[Tensor], sample: Sample) -> Found:
     """
     w_OI = torch.cat(list(maps_OI))
     judge = _Judge.of(w_OI, [len(one) for one in maps_OI], sample)
-    short_OI, top = w_OI.bfloat16().t(), float(sample.peak_I.max()) or 1.0
+    short_OI, top = w_OI.to(SHORT).t(), float(sample.peak_I.max()) or 1.0
     best: Found | None = None
     for reach in PHASES:
         step = top * reach / E4M3_TOP
-        y_NO = (nearest_e4m3(sample.x_NI / step).bfloat16() @ short_OI).float().mul_(step)
+        y_NO = product(nearest_e4m3(sample.x_NI / step).to(SHORT), short_OI).float().mul_(step)
         found = Found(0.0, reach, judge.missed(y_NO))
         best = found if best is None or found.error < best.error else best
     assert best is not None
@@ -154,7 +154,7 @@ def input_scale(peak_I: Tensor, factor_I: Tensor, reach: float) -> float:
 
 @dataclass(frozen=True)
 class _Smoothed:
-    """What one choice of factors makes of a site: its rounded weights, integers in bfloat16, and the sample."""
+    """What one choice of factors makes of a site: its rounded weights, integers in a short float, and the sample."""
 
     factor_I: Tensor
     q_OI: Tensor
@@ -181,7 +181,7 @@ class _Judge:
         """See `missed`, of rounded inputs and weights; if not `exact`, to about three hundredths and in less time."""
         step = input_scale(self.sample.peak_I, smoothed.factor_I, reach)
         q_NI, q_OI = fake_round(smoothed.x_NI / step, 1.0), smoothed.q_OI
-        y_NO = product(q_NI, q_OI.float().t()) if exact else (q_NI.bfloat16() @ q_OI.t()).float()
+        y_NO = product(q_NI, q_OI.float().t()) if exact else product(q_NI.to(SHORT), q_OI.t()).float()
         y_NO.mul_(smoothed.scale_O * step)
         return self.missed(y_NO)
 

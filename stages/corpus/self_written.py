@@ -14,10 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.adapters.texts import Document
+from stages.algorithms.products import SHORT
 from stages.corpus.params import CorpusParams, SourceParams
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import tasks
@@ -73,7 +73,7 @@ def written(
         StageError: the model does not go on with texts, or nothing that it wrote is text.
     """
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=number_format())
+    model = load_model(folder, dtype=SHORT)
     check_writer(model, tasks.task(model.config))
     _check_length(model, params.sample_tokens, tasks.longest(model.config))
     kinds = openings(tokenizer, model.config)
@@ -103,12 +103,6 @@ def written(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return documents, known
-
-
-def number_format() -> torch.dtype:
-    """In what a model writes: bfloat16 where the processor computes in it, which takes half of the time or less."""
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else torch.float32
 
 
 def _numbers(samples: int, kinds: int) -> list[range]:

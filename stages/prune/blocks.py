@@ -18,7 +18,7 @@ from stages.algorithms.block_influence import influence
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.block_calls import arguments, embedded, together
-from stages.models.blockwise.run import check_finite
+from stages.models.blockwise.run import check_finite, in_short
 
 CANDIDATES = 10
 """Blocks tried in a round: those that cost least in the round before. All of them take three times as long and the
@@ -87,7 +87,7 @@ def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Cal
     """Blocks in the order in which they go: each round the one without which the KL to the whole model is least.
 
     Args:
-        model: is not changed; computed in bfloat16, whose noise is far below the differences between blocks.
+        model: is not changed; computed in a short float, whose noise is far below the differences between blocks.
         ids_NT: a few windows.
         enough: whether the blocks chosen so far suffice.
         advanced: told the number of blocks chosen.
@@ -103,7 +103,7 @@ def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Cal
     blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
     gone: list[Dropped] = []
     candidates = [block.index for block in blocks]
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), in_short():
         first_NTH = embedded(model, ids_NT)
         whole = _states(blocks, calls, first_NTH, (), 0)
         measure = _Measure(model, blocks, calls, [_log(model, x_1TH) for x_1TH in whole[-1].split(1)])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.algorithms.distillation import Head
+from stages.algorithms.products import SHORT
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model
@@ -27,7 +28,7 @@ WHOLE_ATTENTION = 256
 OF_A_WINDOW = {"classify": 1, "score": 1, "answer": 2}
 """Task -> the answers to a window, where these are not one a token."""
 LOGIT_TOLERANCE = 0.02
-"""Difference, over the largest logit, that two roundings to bfloat16 explain."""
+"""Difference, over the largest logit, that two roundings to a short float explain."""
 
 
 class Taken(nn.Module):
@@ -46,7 +47,7 @@ class Taken(nn.Module):
 
 @dataclass(frozen=True)
 class Apart:
-    """A model in bfloat16 whose head was taken off, and the head. Its dropout is off.
+    """A model in a short float whose head was taken off, and the head. Its dropout is off.
 
     An encoder-decoder's windows hold S tokens for the encoder, then T for the decoder, NOTHING where an answer ended.
     A classifier's head is what gives its logits as they are: these are its hidden states, one a window or one a token.
@@ -110,7 +111,7 @@ class Apart:
 
 
 def load_apart(folder: Path, tokens: int) -> Apart:
-    """Load a checkpoint in bfloat16 and take its head off.
+    """Load a checkpoint in a short float and take its head off.
 
     Args:
         folder: a CHECKPOINT artifact.
@@ -120,7 +121,7 @@ def load_apart(folder: Path, tokens: int) -> Apart:
         StageError: the model answers neither tokens nor classes, its logits are not its head's product, scaled and
             capped, or its windows are shorter.
     """
-    model = load_model(folder, dtype=torch.bfloat16)
+    model = load_model(folder, dtype=SHORT)
     name, task = type(model).__name__, tasks.task(model.config)
     check_length(model, tokens, tasks.longest(model.config))
     model.config.use_cache = False

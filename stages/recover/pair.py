@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stages.algorithms.products import SHORT
 from stages.models.anatomy.blocks import Block
 from stages.models.anatomy.tasks import task
 from stages.models.checkpoint.editing import readable
@@ -88,7 +89,7 @@ def _with_answers(
     folder: Path, ids_NS: Tensor, judged: dict[str, Tensor], partial: Path, progress: Progress
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Windows of an encoder-decoder: the text, and what the teacher answers to it, kept below `partial`."""
-    teacher = load_model(folder, dtype=torch.bfloat16)
+    teacher = load_model(folder, dtype=SHORT)
     progress.note(f"the teacher answers {len(ids_NS)} windows of the text, which its decoder learns from")
     found = {}
     for name, text_NS in {"train": ids_NS, **judged}.items():

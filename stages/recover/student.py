@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stages.algorithms.distillation import Targets, distill
+from stages.algorithms.products import SHORT
 from stages.models.anatomy import blocks as anatomy
 from stages.models.memory.saved_state import read_record, restore, save_state
 from stages.recover.checks import check_goal
@@ -27,8 +28,8 @@ from stages.recover.weight_updates import Updates, listen
 
 LARGEST_GRADIENT = 1.0
 """Gradients are scaled down to this norm."""
-ACTIVATION_BYTES = 60
-"""A block keeps about this many bytes for its backward pass, a token and hidden unit."""
+ACTIVATIONS = 30
+"""A block keeps about this many floats for its backward pass, a token and hidden unit."""
 MOST_ACTIVATIONS = 4 * 2**30
 """Blocks that would keep more bytes than this are computed again in the backward pass: a third more time."""
 
@@ -132,7 +133,7 @@ def learner(
     check_goal(student.model, student.task, goal.kl_weight)
     listen(updates)
     hidden = student.model.config.get_text_config().hidden_size
-    if at_once * ids_NT.shape[1] * hidden * len(blocks) * ACTIVATION_BYTES > MOST_ACTIVATIONS:
+    if at_once * ids_NT.shape[1] * hidden * len(blocks) * ACTIVATIONS * SHORT.itemsize > MOST_ACTIVATIONS:
         for block in blocks:
             block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
     moved = list(updates.moved.values())

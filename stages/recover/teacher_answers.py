@@ -99,7 +99,7 @@ class Lessons:
             _reserve(kept, n, 1)
         self._tokens[n], self._log_p[n] = targets.tokens_Nk.numpy(), targets.log_p_Nk.numpy()
         for kept, name in zip(self._states, self.listened, strict=True):
-            kept[n] = heard[name].view(torch.int16).numpy()
+            kept[n] = heard[name].bfloat16().view(torch.int16).numpy()
         self._sums[n] = self._checksum(n)
 
     def _checksum(self, n: int) -> int:

@@ -1,6 +1,6 @@
 """How weights learn: all of them, by low-rank products that are merged at the end, or only where they are not zero.
 
-Two copies of a model stand side by side: the float32 weights that are saved, and those in bfloat16 that compute.
+Two copies of a model stand side by side: the float32 weights that are saved, and those in a short float that compute.
 
 Shapes: O rows, I columns.
 """
@@ -30,7 +30,7 @@ class Updates:
 
     Attributes:
         saved: name -> float32 weight as it will be saved; a tied weight once.
-        computing: name -> the bfloat16 parameter that computes.
+        computing: name -> the parameter that computes, in a short float.
         moved: what the optimizer moves: the saved weights themselves, or `<name>.up` and `<name>.down`.
         masks: name -> where a sparse weight is not zero.
     """
@@ -103,7 +103,7 @@ def updates(kind: Kind, saved: PreTrainedModel, computing: PreTrainedModel, *, r
         kind: `full`: every weight; `lora`: every matrix by a product of this rank; `sparse`: every weight, but zeros of
             matrices with many stay zeros.
         saved: the model in float32.
-        computing: the same in bfloat16, apart from its head.
+        computing: the same in a short float, apart from its head.
         rank: of `lora`; at most that of a matrix.
         seed: of `lora`'s first factors.
 
@@ -137,7 +137,7 @@ def begin(kind: Kind, weights: Mapping[str, Tensor], rank: int, seed: int) -> di
 
 
 def listen(made: Updates) -> None:
-    """Have each gradient taken as soon as it is whole, so that no two matrices' stand in memory in bfloat16."""
+    """Have each gradient taken as soon as it is whole, so that no two matrices' stand in memory."""
     for name, parameter in made.computing.items():
         parameter.register_post_accumulate_grad_hook(_taker(made, name))
 

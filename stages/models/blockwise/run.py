@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.products import product
+from stages.algorithms.products import SHORT, product
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.block_calls import arguments, embedded
@@ -48,7 +48,7 @@ INPUT = "input"
 
 
 def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """The block's output, window by window, its products in bfloat16.
+    """The block's output, window by window, its products in a short float.
 
     Raises:
         StageError: an activation is not finite.
@@ -60,8 +60,8 @@ def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def in_short() -> torch.autocast:
-    """Products in bfloat16: statistics of a text vary more from passage to passage than this changes them."""
-    return torch.autocast("cpu", torch.bfloat16)
+    """Products in a short float: statistics of a text vary more from passage to passage than this changes them."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=SHORT is torch.bfloat16)
 
 
 def check_finite(name: str, x: Tensor) -> None:

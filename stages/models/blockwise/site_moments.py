@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.algorithms.correction import DAMPING, STRENGTH, agreement, corrected, inverse_root
-from stages.algorithms.products import product
+from stages.algorithms.products import SHORT, product
 from stages.models.blockwise.run import check_finite
 
 
@@ -40,10 +40,10 @@ class Moments:
         """Add tokens: both models' inputs, and by path the gap between what both add to, [M, O]."""
         self.moment_II += product(z_MI.T, z_MI)
         # The drift is small beside the inputs: eight bits of mantissa are enough for it, and twice as fast.
-        short_MI = z_MI.bfloat16()
-        self.drift_II += (x_MI.float() - z_MI).bfloat16().T @ short_MI
+        short_MI = z_MI.to(SHORT)
+        self.drift_II += product((x_MI.float() - z_MI).to(SHORT).T, short_MI)
         for path, gap_MO in gaps.items():
-            sum_OI = (gap_MO.bfloat16().T @ short_MI).float()
+            sum_OI = product(gap_MO.to(SHORT).T, short_MI).float()
             self.residual_OI[path] = self.residual_OI[path] + sum_OI if path in self.residual_OI else sum_OI
 
 

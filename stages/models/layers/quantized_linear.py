@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.onnx import ops
 
 from stages.algorithms.grids import decode_e2m1, nearest_e4m3, power_of_two
+from stages.algorithms.products import SHORT
 from stages.algorithms.rounding import fake_round
 from stages.models.anatomy import blocks as anatomy
 
@@ -118,8 +119,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
 
     def hold(self) -> None:
-        """Keep the dequantized weight, as bfloat16, until `put`: many calls in that type will follow each other."""
-        self.held = self.dequantized().bfloat16()
+        """Keep the dequantized weight, in a short float, until `put`: many calls in that type will follow."""
+        self.held = self.dequantized().to(SHORT)
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Take tensors by name; the dequantized weight is held no longer."""

@@ -34,7 +34,7 @@ PARAMS = {"source": "model://self", "splits": HALVES, "samples": 70, "sample_tok
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 on every processor, as transformers is asked, too."""
-    monkeypatch.setattr(self_written, "number_format", lambda: torch.float32)
+    monkeypatch.setattr(self_written, "SHORT", torch.float32)
 
 
 @pytest.fixture(scope="module")
