@@ -19,7 +19,7 @@ from stages.algorithms.drawing import drawn_from_nucleus
 from stages.models.text.openings import Opening
 from stages.runtime.contract import StageError
 
-MOST_TOGETHER = 32
+MOST_TOGETHER = 96
 """Texts written side by side: reading the weights once for each token takes most of the time of a few."""
 CACHE_BYTES = 2**29
 """Keys and values of the texts written side by side, at most, where one text has no more."""
