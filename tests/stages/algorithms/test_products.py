@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from stages.algorithms import products
-from stages.algorithms.products import product
+from stages.algorithms.products import product, short_float
 
 
 def drawn(*shape, seed=0):
@@ -23,3 +23,13 @@ def test_product_of_doubles_stays_double_and_of_parts_of_a_matrix_is_right():
     a = drawn(40, 60)
     assert torch.equal(product(a.double(), a.double().T), a.double() @ a.double().T)
     torch.testing.assert_close(product(a[3:20, 5:30].T, a[3:20, 10:]), a[3:20, 5:30].T @ a[3:20, 10:])
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [({"avx2": True, "avx512_f": True}, torch.float32), ({}, torch.float32)]
+    + [({name: True}, torch.bfloat16) for name in ("avx512_bf16", "amx_bf16", "bf16")],
+)
+def test_short_float_is_one_that_the_processor_multiplies(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert short_float() == expected

@@ -16,6 +16,7 @@ from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint import kept_zeros
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.text.windows import windows
+from stages.recover import headless, pair
 from stages.recover.pair import _with_gaps
 from stages.recover.params import RecoverParams
 from stages.recover.stage import recover
@@ -224,6 +225,7 @@ import os, json, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[3]))
+from stages.recover import headless, pair
 from stages.recover.pair import _with_gaps
 from stages.recover.params import RecoverParams
 from stages.recover.stage import recover
@@ -444,9 +446,12 @@ def test_recover_says_how_far_each_tensor_moved(undisturbed, folders):
         assert row["relative_change"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_recover_by_hidden_states_as_well_comes_nearer(folders, tmp_path):
+@pytest.mark.parametrize("number", [torch.bfloat16, torch.float32])
+def test_recover_by_hidden_states_as_well_comes_nearer_in_either_float(folders, tmp_path, monkeypatch, number):
     from stages.prune.depth import drop_blocks
 
+    for module in (headless, pair):
+        monkeypatch.setattr(module, "SHORT", number)
     model = load_model(folders["model"])
     drop_blocks(model, [3])
     save_model(model, tmp_path / "cut", like=folders["teacher"])
