@@ -102,7 +102,7 @@ def _tell(engine: Answerer, prompt: str, context: str | None, given: Mapping[str
         StageError: it is asked to write, or without what it is asked about.
     """
     from stages.runtime.contract import StageError
-    from stages.serving.told import COLUMNS, told
+    from stages.serving.told import COLUMNS, LISTS, told
 
     if asked := [name for name, value in given.items() if value is not None]:
         raise StageError(
@@ -112,5 +112,8 @@ def _tell(engine: Answerer, prompt: str, context: str | None, given: Mapping[str
             remedy="Leave it out.",
         )
     columns = COLUMNS.get(engine.task, ("text",))
-    row = {columns[0]: prompt} | ({} if context is None else {columns[1] if len(columns) > 1 else "context": context})
+    row: dict[str, Any] = {columns[0]: prompt}
+    if context is not None:
+        beside = columns[1] if len(columns) > 1 else "context"
+        row[beside] = [one.strip() for one in context.split("|")] if beside in LISTS else context
     typer.echo(json.dumps(told(engine, {name: [value] for name, value in row.items()}, {})[0], ensure_ascii=False))

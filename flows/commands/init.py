@@ -36,6 +36,7 @@ _GATES: Mapping[str, tuple[str, ...]] = {
     "answer": ("measure: top1_agreement", "at_least: 0.9", "at_least: 0.85"),
     "embed": ("measure: cosine", "at_least: 0.95", "at_least: 0.93"),
     "score": ("measure: relative_error", "at_most: 0.2", "at_most: 0.3"),
+    "choose": ("measure: relative_error", "at_most: 0.2", "at_most: 0.3"),
 }
 """Task -> what a gate holds, and its limits on one's own text and on another."""
 _ITEMS: Mapping[str, tuple[str, ...]] = {
@@ -51,6 +52,11 @@ _ITEMS: Mapping[str, tuple[str, ...]] = {
         "question",
         "measure: answer_f1, against: dense, value_at_least: 0.95, at_least: 0.85",
         "measure: exact_match, against: dense, value_at_least: 0.9",
+    ),
+    "choose": (
+        "choices",
+        "measure: accuracy, against: dense, value_at_least: 0.95, at_least: 0.9",
+        "measure: flips, against: dense, value_at_most: 0.1",
     ),
     "embed": ("similarity", "measure: spearman, against: dense, value_at_least: 0.95"),
 }

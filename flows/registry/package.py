@@ -17,7 +17,7 @@ from stages.models.checkpoint.json_files import read_json
 from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree, imported
 from stages.serving.generation import NEW_TOKENS, Generation
 from stages.serving.inputs import PROMPT
-from stages.serving.told import COLUMNS, OPTIONAL
+from stages.serving.told import COLUMNS, LISTS, OPTIONAL
 from stages.serving.told import PARAMETERS as READING
 
 if TYPE_CHECKING:
@@ -138,9 +138,9 @@ def _task(engine: Path) -> str:
     return str(_described(engine).get("task", "generate"))
 
 
-def example(task: str) -> list[dict[str, str]]:
+def example(task: str) -> list[dict[str, Any]]:
     """What a model can be asked, in the columns of its task."""
-    texts = {"question": "What is the capital of France?", "context": f"{EXAMPLE} Paris."}
+    texts = {"question": "What is the capital of France?", "context": f"{EXAMPLE} Paris.", "choices": ["Paris", "Rome"]}
     return [{name: texts.get(name, EXAMPLE) for name in COLUMNS.get(task, (PROMPT,)) if name not in OPTIONAL}]
 
 
@@ -151,9 +151,13 @@ def _with_params(task: str) -> Any:
 def _signature(task: str, maximum_tokens: int) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array
 
     if task in COLUMNS:
-        columns = [ColSpec(DataType.string, name, required=name not in OPTIONAL) for name in COLUMNS[task]]
+        columns = [
+            ColSpec(Array(DataType.string) if name in LISTS else DataType.string, name, required=name not in OPTIONAL)
+            for name in COLUMNS[task]
+        ]
         switches = [ParamSpec(name, "boolean", False) for name in READING]
         return ModelSignature(inputs=Schema(columns), params=ParamSchema(switches))
     kinds = {"max_new_tokens": "long", "top_k": "long", "seed": "long", "beams": "long", "stop": "string"}

@@ -42,9 +42,15 @@ class Asking:
         """R of a window of so many tokens."""
         if self.pooled:
             return 1
-        return {"classify": 1, "score": 1, "answer": 2, "tag": tokens, "embed": tokens, "translate": tokens}.get(
-            self.task, len(self._asked(tokens))
-        )
+        return {
+            "classify": 1,
+            "score": 1,
+            "choose": 1,
+            "answer": 2,
+            "tag": tokens,
+            "embed": tokens,
+            "translate": tokens,
+        }.get(self.task, len(self._asked(tokens)))
 
     def predicted(self, answer: Answer, ids_T: Tensor) -> tuple[Tensor, Tensor | None]:
         """rows_RV, and what came where the model predicts tokens: target_R.

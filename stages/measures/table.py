@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 TOKENS = frozenset({"generate", "translate"})
 """Tasks whose answer is a token after the other."""
-_READS = frozenset({"fill", "classify", "score", "tag", "answer", "embed"})
+_READS = frozenset({"fill", "classify", "score", "choose", "tag", "answer", "embed"})
 BENCH, SPEED = "bench", "speed"
 """The stage that measures how fast an artifact is, which no corpus decides, and the key of its report."""
 
@@ -52,7 +52,7 @@ class Measure:
 _CHOICES = TOKENS | {"fill", "classify", "tag", "answer"}
 _VECTORS = frozenset({"classify", "tag", "answer", "embed"})
 _CLASSES = ("expected", "answer")
-_ASKED = frozenset({"generate", "translate", "classify", "tag", "answer", "embed"})
+_ASKED = frozenset({"generate", "translate", "classify", "tag", "answer", "choose", "embed"})
 """Tasks of models that are asked items."""
 _WRITES = frozenset({"generate"})
 
@@ -98,7 +98,11 @@ MEASURES: Mapping[str, Measure] = {
     ),
     "cosine": Measure("stages.measures.divergence:cosine", "cosine", _VECTORS, "cosine similarity", paired=True),
     "relative_error": Measure(
-        "stages.measures.divergence:relative_error", "error", _VECTORS | {"score"}, "relative error", paired=True
+        "stages.measures.divergence:relative_error",
+        "error",
+        _VECTORS | {"score", "choose"},
+        "relative error",
+        paired=True,
     ),
     "accuracy": _of_items("accuracy", "right", "right answers"),
     "above_chance": _of_items("above_chance", "right", "right above chance", ("chance",)),

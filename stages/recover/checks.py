@@ -14,7 +14,7 @@ from stages.models.checkpoint.subject import Subject, vocabularies
 from stages.recover.params import RecoverParams
 from stages.runtime.contract import StageError
 
-CLASSES = ("classify", "score", "tag", "answer")
+CLASSES = ("classify", "score", "choose", "tag", "answer")
 """Tasks whose few logits are the answer: there is no head to take off."""
 _TEACHES_NOTHING = ("embed",)
 
@@ -40,7 +40,7 @@ def check_known(model: Subject, teacher: Subject, params: RecoverParams) -> None
         raise StageError(
             f"{type(model.model).__name__} has no answer that recovery compares",
             measured=f"its task is {model.task}",
-            limit="generate, translate, fill, classify, score, tag, answer",
+            limit="generate, translate, fill, classify, score, choose, tag, answer",
             remedy="Take `recover` out of the recipe.",
         )
     _refuse_quantized("model", bool(model.scheme))

@@ -25,7 +25,7 @@ from stages.runtime.contract import StageError
 
 WHOLE_ATTENTION = 256
 """Up to this many tokens the plain product of queries and keys takes half the time of torch's fused one in bfloat16."""
-OF_A_WINDOW = {"classify": 1, "score": 1, "answer": 2}
+OF_A_WINDOW = {"classify": 1, "score": 1, "choose": 1, "answer": 2}
 """Task -> the answers to a window, where these are not one a token."""
 LOGIT_TOLERANCE = 0.02
 """Difference, over the largest logit, that two roundings to a short float explain."""
@@ -163,7 +163,8 @@ def _classifier(model: PreTrainedModel, task: str, tokens: int) -> Apart:
     if getattr(config, "pad_token_id", None) is None:
         # Windows hold no padding, but a decoder takes no two of them without knowing which token that is.
         config.pad_token_id = -1
-    return Apart(model, Head(torch.eye(tokens if task == "answer" else model.config.num_labels)), task)
+    count = {"answer": tokens, "choose": 1}.get(task, model.config.num_labels)
+    return Apart(model, Head(torch.eye(count)), task)
 
 
 def _scale_and_cap(model: PreTrainedModel, read: dict[str, Tensor], taken: Taken) -> tuple[float, float | None]:

@@ -69,7 +69,7 @@ def side_by_side(
         ids_NT = ids_NT[: params.steps * params.batch_windows]
         ids_NT, judged = _with_answers(inputs["teacher"], ids_NT, judged, partial, progress)
     student, teacher = (load_apart(inputs[role], tokens) for role in ("model", "teacher"))
-    if teacher.task == "score":
+    if teacher.task in ("score", "choose"):
         student, teacher = _spread(student, teacher, ids_NT)
     pairs = _pairs(params, student, teacher, progress)
     lessons = _lessons(params, teacher, ids_NT, [theirs for _, theirs in pairs], partial)

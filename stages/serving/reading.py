@@ -1,4 +1,5 @@
-"""What a model says of texts that it does not continue: vectors, classes, entities, and answers found in a context.
+"""What a model says of texts that it does not continue: vectors, classes, entities, choices, and answers found in a
+context.
 
 It travels inside the registered model, as `engine` does.
 
@@ -8,7 +9,7 @@ Shapes: N texts, T tokens, C classes, E of a vector.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,41 +17,13 @@ from tokenizers import Encoding
 
 from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
+from stages.serving.found import Choice, Entity, Label, Span
 from stages.serving.generate import ROWS, padded
 from stages.serving.inputs import require_text
 
 PART_TOKENS, SHARED_TOKENS, LONGEST_TOKENS = 384, 128, 30
 """A part of a context with its question, what a part shares with the next, and an answer: SQuAD's usual ones."""
 Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Label:
-    """A class and how likely it is; of a model with a single class, the number that it gives the text."""
-
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Entity:
-    """A part of a text, text[start:end], what it is and how likely."""
-
-    label: str
-    score: float
-    start: int
-    end: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Span:
-    """An answer, context[start:end], and how likely it is; empty where there is none."""
-
-    text: str
-    score: float
-    start: int
-    end: int
 
 
 def embed(model: Answerer, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
@@ -145,6 +118,25 @@ def answer(model: Answerer, question: str, context: str, *, unanswerable: bool =
     score, span = max(found, key=lambda one: one[0])
     silent, likely = min(none)
     return Span("", likely, 0, 0) if unanswerable and silent > score else span
+
+
+def choose(model: Answerer, question: str, choices: Sequence[str]) -> list[Choice]:
+    """All choices of a question, the likeliest first; of equal ones the earlier.
+
+    Args:
+        model: its task is `choose`.
+        question: that is asked, or a text that goes on.
+        choices: at least one.
+
+    Raises:
+        StageError: the model chooses nothing, or question or choice is empty, no text, or too long together.
+    """
+    _require(model, "choose")
+    _texts([question, *_texts(choices)])
+    said = _said(model, [_encoded(model, question, one) for one in choices])
+    share_C = _softmax(np.array([float(one[0]) for one in said]))
+    found = [Choice(at, one, float(share_C[at])) for at, one in enumerate(choices)]
+    return sorted(found, key=lambda one: -one.score)
 
 
 def best_span(starts_C: NDArray[np.float64], stops_C: NDArray[np.float64], longest: int) -> tuple[float, int, int]:
@@ -277,7 +269,7 @@ def _label(model: Answerer, at: int) -> str:
     return str((model.config.get("id2label") or {}).get(str(at), f"LABEL_{at}"))
 
 
-def _softmax(logits_C: NDArray[np.float32]) -> NDArray[np.float64]:
+def _softmax(logits_C: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     raised_C = np.exp(logits_C.astype(np.float64) - logits_C.max())
     found: NDArray[np.float64] = raised_C / raised_C.sum()
     return found

@@ -15,19 +15,24 @@ from tokenizers import Encoding
 
 from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
-from stages.serving.reading import answer, classify, embed, tag
+from stages.serving.reading import answer, choose, classify, embed, tag
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "embed": ("text",), "classify": ("text", "pair"), "score": ("text", "pair"), "tag": ("text",),
-    "answer": ("question", "context"),
+    "answer": ("question", "context"), "choose": ("question", "choices"),
 }  # fmt: skip
 """Task -> the columns that it is asked by."""
 OPTIONAL = frozenset({"pair"})
+LISTS = frozenset({"choices"})
+"""Columns that hold a list of texts in each row."""
 PARAMETERS: Mapping[str, frozenset[str]] = {
     "truncate": frozenset({"embed", "classify", "score"}),
     "unanswerable": frozenset({"answer"}),
 }
 """Parameter, false unless it is asked for -> the tasks that take it."""
+
+
+_PAIRS = ("answer", "choose")
 
 
 def told(model: Answerer, table: Mapping[str, Sequence[Any]], params: Mapping[str, Any]) -> list[Any]:
@@ -40,7 +45,8 @@ def told(model: Answerer, table: Mapping[str, Sequence[Any]], params: Mapping[st
 
     Returns:
         A list of numbers; the likeliest class as {"label", "score", "scores"}; a list of {"label", "score", "start",
-        "end", "text"}; or {"text", "score", "start", "end"}.
+        "end", "text"}; {"text", "score", "start", "end"}; or the likeliest choice as {"choice", "text", "score",
+        "scores"}, its place and the scores of all in the order that they were given in.
 
     Raises:
         StageError: columns or parameters that the task does not take, or see `stages.serving.reading`.
@@ -49,6 +55,8 @@ def told(model: Answerer, table: Mapping[str, Sequence[Any]], params: Mapping[st
     asked = dict(params)
     if model.task == "answer":
         return [asdict(answer(model, *row, **asked)) for row in zip(table["question"], table["context"], strict=True)]
+    if model.task == "choose":
+        return [_chosen(model, *row) for row in zip(table["question"], table["choices"], strict=True)]
     texts = table["text"]
     if model.task == "embed":
         return list(embed(model, texts, **asked).tolist())
@@ -62,6 +70,20 @@ def told(model: Answerer, table: Mapping[str, Sequence[Any]], params: Mapping[st
     ]
 
 
+def _chosen(model: Answerer, question: str, choices: Any) -> dict[str, Any]:
+    choices = choices.tolist() if hasattr(choices, "tolist") else choices
+    if not isinstance(choices, list | tuple):
+        raise StageError(
+            "the choices of a question are no list",
+            measured=repr(choices)[:200],
+            limit="a list of texts in each row",
+            remedy="Give one.",
+        )
+    found = choose(model, question, choices)
+    in_order = sorted(found, key=lambda one: one.choice)
+    return asdict(found[0]) | {"scores": [one.score for one in in_order]}
+
+
 def numbers(model: Answerer, asked: Sequence[Sequence[str]]) -> list[list[float]]:
     """What a model's answers are made of, by texts or by questions with their contexts; of a long one its beginning."""
     found = []
@@ -72,7 +94,7 @@ def numbers(model: Answerer, asked: Sequence[Sequence[str]]) -> list[list[float]
     return found
 
 
-def asked_by(model: Answerer, asked: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+def asked_by(model: Answerer, asked: Sequence[Sequence[str]]) -> dict[str, list[Any]]:
     """The columns that ask a model the same, but for what is longer than it reads; none where it is asked by none.
 
     Args:
@@ -81,9 +103,10 @@ def asked_by(model: Answerer, asked: Sequence[Sequence[str]]) -> dict[str, list[
     """
     names = [name for name in COLUMNS.get(model.task, ()) if name not in OPTIONAL]
     # A text that is its own context is read as both; a question needs room for some of its context, too.
-    whole = [[one[0], one[min(1, len(one) - 1)]] if model.task == "answer" else one for one in asked]
+    whole = [[one[0], one[min(1, len(one) - 1)]] if model.task in _PAIRS else one for one in asked]
     fit = [one for one in whole if len(_encoding(model, one).ids) <= model.maximum_tokens]
-    return {name: [one[min(at, len(one) - 1)] for one in fit] for at, name in enumerate(names)} if fit else {}
+    rows = {name: [one[min(at, len(one) - 1)] for one in fit] for at, name in enumerate(names)} if fit else {}
+    return {name: [[one] for one in texts] if name in LISTS else texts for name, texts in rows.items()}
 
 
 def _encoding(model: Answerer, asked: Sequence[str]) -> Encoding:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from stages.measures.items import WRITTEN, Item
 from stages.models.text.token_ids import chat_template
-from stages.validate.places import parts, tagged
+from stages.validate.places import choices, parts, tagged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ class Question:
         ids: its prompt.
         wholes: the prompt with each choice, or with each answer that is accepted; the other text of a pair. Of a model
             with a decoder of its own each reference alone; of one that finds answers in a context each part of that,
-            behind the question.
+            behind the question; of one that chooses each choice, behind the question.
         most_new: tokens of an answer that are read at most.
     """
 
@@ -87,6 +87,9 @@ def question(
     if task == "answer":
         rows = [part.ids for part in parts(item, tokenizer, most)]
         return Question(item, rows[0], rows, 0) if rows else None
+    if task == "choose":
+        rows = [one.ids for one in choices(item, tokenizer)]
+        return Question(item, rows[0], rows, 0) if _fits(rows, most) else None
     if task == "translate":
         references = [list(tokenizer(text_target=one)["input_ids"]) for one in item.answers]
         asked = Question(item, list(tokenizer(item.prompt)["input_ids"]), references, _most_written(references, 0))

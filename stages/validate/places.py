@@ -1,4 +1,4 @@
-"""Where words and contexts stand among a model's tokens.
+"""Where words, contexts and choices stand among a model's tokens.
 
 Shapes: T tokens.
 """
@@ -58,6 +58,27 @@ def parts(item: Item, tokenizer: PreTrainedTokenizerBase, most: int | None) -> l
             segments = found[TYPES][number] if TYPES in found else [0] * len(ids)
             made.append(Part(list(ids), inside[0], ends, list(segments)))
     return made
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice behind its question.
+
+    Attributes:
+        ids: all tokens.
+        segments: of each token, 0 for the question's and 1 for the choice's where the tokenizer tells them apart.
+    """
+
+    ids: list[int]
+    segments: list[int]
+
+
+def choices(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[Choice]:
+    """An item's choices, each as the second text of a pair: what stands between is the tokenizer's."""
+    found = tokenizer([item.prompt] * len(item.choices), [one.strip() for one in item.choices])
+    rows = found["input_ids"]
+    segments = found[TYPES] if TYPES in found else [[0] * len(ids) for ids in rows]
+    return [Choice(list(ids), list(of)) for ids, of in zip(rows, segments, strict=True)]
 
 
 def tagged(item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:

@@ -29,6 +29,7 @@ from stages.runtime.contract import Metrics, Progress, StageError
 from stages.serving.engine import Answerer
 from stages.serving.generation import Generation
 from stages.validate.asking import Question, question
+from stages.validate.choosing import chosen
 from stages.validate.classifying import check_labels, classified
 from stages.validate.continuing import continued
 from stages.validate.embedding import VECTORS, check_pairs, compared, embedded, sound
@@ -54,6 +55,7 @@ TAKEN = {
     "classify": frozenset({"classify"}),
     "tag": frozenset({"tag"}),
     "answer": frozenset({"question"}),
+    "choose": frozenset({"choices"}),
     "embed": frozenset({"similarity", "retrieval"}),
 }
 """What a model is for -> the items that can be put to it."""
@@ -176,7 +178,7 @@ def questions_of(params: ValidateParams, inputs: Mapping[str, Path], progress: P
     groups, varied = _grouped(asked), dict[str, dict[str, str]]()
     for kind in params.variants:
         typed = [(one, variant(one.item, kind)) for one in asked]
-        read = [(one, question(other, tokenizer, most)) for one, other in typed if other]
+        read = [(one, question(other, tokenizer, most, task)) for one, other in typed if other]
         others = [(one, other) for one, other in read if other]
         varied[kind] = {one.name: other.name for one, other in others}
         groups += _grouped([other for _, other in others])
@@ -221,6 +223,8 @@ def _asking(
             return partial(tags_of, config, tokenizer)
         case "answer":
             return spans
+        case "choose":
+            return partial(chosen, tokenizer)
         case "translate":
             return partial(translated, tokenizer, Generation(beams=beams))
         case _:

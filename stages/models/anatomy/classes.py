@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -36,9 +37,12 @@ TASKS = (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoModelForQuestionAnswering,
+    AutoModelForMultipleChoice,
     AutoModel,
 )
 """transformers' own tables of architectures, by what they answer."""
+_ROWS = 2
+"""Dimensions of token ids."""
 
 
 def configuration(read: Mapping[str, Any], where: str, *, bare: bool = False) -> PreTrainedConfig:
@@ -115,6 +119,7 @@ def empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with no_init_weights():
         model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
         model.tie_weights()
+        _one_choice_a_row(model)
         for path, module in list(model.named_modules()):
             if isinstance(module, Conv1D):
                 inputs, outputs = module.weight.shape
@@ -133,7 +138,23 @@ def outline(one: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedM
     with without_compiler(), torch.device("meta"), no_init_weights():
         made = one(type(config).from_dict(config.to_dict()))
         made.tie_weights()
+        _one_choice_a_row(made)
     return made
+
+
+def _one_choice_a_row(model: PreTrainedModel) -> None:
+    """Let a model that chooses read rows, [N, T], as all others do: each is the only choice of a question of its own.
+
+    Its score does not depend on the other choices, which meet in the loss alone.
+    """
+    if type(model) is AutoModelForMultipleChoice._model_mapping.get(type(model.config), None):
+        model.register_forward_pre_hook(_apart, with_kwargs=True)
+
+
+def _apart(_model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # By the ids a model counts the choices, and flattens whatever else it is told: but DistilBERT not its positions.
+    ids = given.get("input_ids")
+    return args, given | {"input_ids": ids[:, None]} if isinstance(ids, Tensor) and ids.ndim == _ROWS else given
 
 
 def transposed(model: PreTrainedModel, reference: PreTrainedModel) -> set[str]:

@@ -18,7 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from stages.adapters.backends import TYPES
 from stages.models.anatomy import classes
 
-TASKS = dict(zip(("generate", "translate", "fill", "classify", "tag", "answer", "embed"), classes.TASKS, strict=True))
+TASKS = dict(
+    zip(("generate", "translate", "fill", "classify", "tag", "answer", "choose", "embed"), classes.TASKS, strict=True)
+)
 """Task -> transformers' table of its architectures."""
 SCORE = "score"
 """The task of a classifier with a single class: it gives a text a number, as a reward model does."""
@@ -50,7 +52,8 @@ def answer(task: str, output: Any) -> Tensor:
     """The tensor of a model's output that holds its answer.
 
     Returns:
-        Logits: [N, T, V] of each token, [N, C] of a text's classes, [N, 2, T] of an answer's first and last token; the
+        Logits: [N, T, V] of each token, [N, C] of a text's classes, [N, 1] of a question with one of
+        its choices, [N, 2, T] of an answer's first and last token; the
         last hidden states, [N, T, H], of `embed`.
     """
     if task == "answer":

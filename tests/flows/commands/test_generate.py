@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.cli import main
 from stages.serving.engine import open_engine
 from stages.serving.reading import answer as answer_in
-from stages.serving.reading import classify, tag
+from stages.serving.reading import choose, classify, tag
 from tests.conftest import sealer
 from tests.engines import mixed, mixed_graph
 from tests.flows.registry.test_served import answer, registered
@@ -142,6 +142,11 @@ def test_model_that_writes_no_text_says_what_it_is_for_as_json(tmp_path, capsys)
     pair, alone = (json.loads(said(capsys, classes, "a", *more)) for more in (["--context", "b"], []))
     wanted = [classify(open_engine(classes), [one])[0][0] for one in (("a", "b"), "a")]
     assert [one["score"] for one in (pair, alone)] == [one.score for one in wanted]
+    chooser = checkpoint("bert_choices", tmp_path)
+    told = json.loads(said(capsys, chooser, "a b", "--context", "c d | e | f f"))
+    by_place = sorted(choose(open_engine(chooser), "a b", ["c d", "e", "f f"]), key=lambda one: one.choice)
+    assert told["scores"] == [one.score for one in by_place]
+    assert told["text"] == by_place[told["choice"]].text and told["score"] == max(told["scores"])
     for words, text in (
         (
             [reader, "a b"],

@@ -103,6 +103,7 @@ def test_model_that_cannot_write_by_itself_is_asked_all_the_same(tmp_path, capsy
         ("bert_tokens", "tag", {"tag_accuracy"}),
         ("bert_classes", "classify", {"accuracy", "flips"}),
         ("bert_answers", "question", {"answer_f1", "exact_match"}),
+        ("bert_choices", "choices", {"accuracy", "flips"}),
         ("bert_bare", "similarity", {"spearman"}),
         ("llama", "answers", {"accuracy"}),
     ],

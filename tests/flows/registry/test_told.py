@@ -12,7 +12,7 @@ from flows.registry.package import _save, travelling_code
 from flows.tracking.connect import quiet
 from stages.runtime.contract import StageError
 from stages.serving.engine import open_engine
-from stages.serving.reading import answer, classify, embed, tag
+from stages.serving.reading import answer, choose, classify, embed, tag
 from stages.serving.told import asked_by, numbers, told
 from tests.stages.export.test_pooled import modules
 from tests.stages.serving.test_reading import TEXTS, checkpoint, compiled
@@ -102,6 +102,13 @@ def test_entities_and_answers_are_told_as_plain_values(root):
     (found,) = told(reader, {"question": ["a"], "context": ["b c d"]}, {"unanswerable": True})
     own = answer(reader, "a", "b c d", unanswerable=True)
     assert found == {"text": own.text, "score": own.score, "start": own.start, "end": own.end}
+    chooser = open_engine(checkpoint("bert_choices", root))
+    (found,) = told(chooser, {"question": ["a"], "choices": [["b", "c d"]]}, {})
+    own = choose(chooser, "a", ["b", "c d"])
+    assert found == vars(own[0]) | {"scores": [one.score for one in sorted(own, key=lambda one: one.choice)]}
+    with pytest.raises(StageError, match="the choices of a question are no list; measured 'b'"):
+        told(chooser, {"question": ["a"], "choices": ["b"]}, {})
+    assert asked_by(chooser, [("a", "b"), ("c",)]) == {"question": ["a", "c"], "choices": [["b"], ["c"]]}
     with pytest.raises(StageError, match="measured text; limit question, context"):
         told(reader, {"text": ["a"]}, {})
     with pytest.raises(StageError, match="the model is not asked by texts; measured its task is fill"):

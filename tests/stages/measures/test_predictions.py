@@ -98,7 +98,7 @@ def test_what_the_tokenizer_adds_is_read_and_not_scored(tmp_path: Path) -> None:
 
 
 def test_classes_and_vectors_differ_as_they_do(tmp_path: Path) -> None:
-    for name in ("bert_classes", "bert_tokens", "bert_answers", "bert_bare"):
+    for name in ("bert_classes", "bert_tokens", "bert_answers", "bert_choices", "bert_bare"):
         opened = eager(family(name, tmp_path))
 
         def answer(ids_NT, opened=opened):

@@ -44,6 +44,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
     "bert_classes": ("BertForSequenceClassification", "BertConfig", _ENCODER | {"num_labels": 3}),
     "bert_tokens": ("BertForTokenClassification", "BertConfig", _ENCODER | {"num_labels": 5}),
     "bert_answers": ("BertForQuestionAnswering", "BertConfig", _ENCODER),
+    "bert_choices": ("BertForMultipleChoice", "BertConfig", _ENCODER),
     "bert_bare": ("BertModel", "BertConfig", _ENCODER),
     "bert_untied": ("BertForMaskedLM", "BertConfig", _ENCODER | {"tie_word_embeddings": False}),
     "bert_decoder": (
@@ -86,6 +87,13 @@ WIDER: dict[str, tuple[str, str, dict[str, object]]] = {
 }  # fmt: skip
 """Those whose modules do more than their weights say, and others that not every technique takes."""
 
+CHOOSERS: dict[str, tuple[str, str, dict[str, object]]] = {
+    f"{name}_choices": (kind.replace("ForMaskedLM", "ForMultipleChoice"), config, settings)
+    for name, (kind, config, settings) in (FAMILIES | WIDER).items()
+    if name in ("roberta", "distilbert", "electra", "albert", "deberta")
+}
+"""Encoders that choose, beside BERT's."""
+
 EXPERTS: dict[str, tuple[str, str, dict[str, object]]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
@@ -103,7 +111,7 @@ def family(name: str, root: Path, draw: int = 0) -> Path:
     """The checkpoint of a family below `root`, made at first use; each draw has other weights."""
     folder = root / (f"{name}-{draw}" if draw else name)
     if not folder.is_dir():
-        made, config, settings = (FAMILIES | WIDER | EXPERTS)[name]
+        made, config, settings = (FAMILIES | WIDER | CHOOSERS | EXPERTS)[name]
         torch.manual_seed(len(name) + 100 * draw)
         model = getattr(transformers, made)(getattr(transformers, config)(vocab_size=VOCABULARY, **settings))
         with torch.no_grad():
@@ -116,7 +124,7 @@ def family(name: str, root: Path, draw: int = 0) -> Path:
 
 def library(name: str, folder: Path) -> PreTrainedModel:
     """The checkpoint as transformers loads it, with no key missing or left over."""
-    model, info = getattr(transformers, (FAMILIES | WIDER | EXPERTS)[name][0]).from_pretrained(
+    model, info = getattr(transformers, (FAMILIES | WIDER | CHOOSERS | EXPERTS)[name][0]).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"]
@@ -130,6 +138,8 @@ def answers(model: PreTrainedModel) -> torch.Tensor:
     """What the model answers to two short texts."""
     ids_NT = 3 + torch.arange(20).view(2, 10) * 7 % (VOCABULARY - 3)
     given = {"input_ids": ids_NT, "attention_mask": torch.ones_like(ids_NT)}
+    if type(model).__name__.endswith("ForMultipleChoice"):  # each text is the one choice of a question of its own
+        given = {name: one[:, None] for name, one in given.items()}
     if model.config.is_encoder_decoder:
         given["decoder_input_ids"] = ids_NT.flip(1)[:, :6]
     out = model(**given, return_dict=True)

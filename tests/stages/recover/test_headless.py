@@ -45,7 +45,9 @@ def test_model_that_answers_neither_tokens_nor_classes_is_refused(tmp_path):
         load_apart(family("bert_bare", tmp_path), 12)
 
 
-@pytest.mark.parametrize(("name", "answers"), [("bert_classes", 1), ("bert_tokens", 12), ("bert_answers", 2)])
+@pytest.mark.parametrize(
+    ("name", "answers"), [("bert_classes", 1), ("bert_choices", 1), ("bert_tokens", 12), ("bert_answers", 2)]
+)
 def test_classifiers_logits_are_its_answers(tmp_path, name, answers):
     made, whole = load_apart(family(name, tmp_path), 12), load_model(tmp_path / name)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -17,7 +18,8 @@ from stages.export.stage import EXPORT
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from stages.serving.engine import open_engine
-from stages.serving.reading import LONGEST_TOKENS, Entity, answer, best_span, classify, embed, tag
+from stages.serving.found import Entity
+from stages.serving.reading import LONGEST_TOKENS, answer, best_span, choose, classify, embed, tag
 from tests.stages.models.families import family
 
 LETTERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef", "##a", "##b"]
@@ -165,6 +167,35 @@ def test_answer_is_the_likeliest_span_by_brute_force(reader):
     assert (none.text == "") == silent and (silent or none == said)
     with pytest.raises(StageError, match="the question leaves no room for its context; measured 70 tokens; limit 60"):
         answer(engine, "a " * 70, context)
+
+
+CHOICES = ["c d e f a b", "d", "f f"]
+
+
+@pytest.mark.parametrize("name", ["bert_choices", "roberta_choices", "distilbert_choices", "electra_choices",
+                                  "albert_choices", "deberta_choices"])  # fmt: skip
+def test_choices_are_weighed_as_by_transformers(name, root):
+    """By graph, engine and checkpoint; segments are told where the model has some."""
+    folder = checkpoint(name, root)
+    told_apart = json.loads((folder / "config.json").read_text()).get("type_vocab_size", 0) > 1
+    tokenizer = BertTokenizerFast.from_pretrained(folder)
+    given = tokenizer(["a b"] * len(CHOICES), CHOICES, return_tensors="pt", padding=True)
+    if not told_apart:
+        del given["token_type_ids"]
+    model = AutoModelForMultipleChoice.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = model(**{key: one[None] for key, one in given.items()}).logits[0].softmax(-1).tolist()
+    made = compiled(folder, root / f"{name}-made")
+    for opened in (open_engine(made), open_engine(made.with_name("graph")), open_engine(folder)):
+        assert (opened.task, opened.tells_segments) == ("choose", told_apart)
+        said = choose(opened, "a b", CHOICES)
+        assert [one.score for one in sorted(said, key=lambda one: one.choice)] == pytest.approx(wanted, abs=1e-5)
+        assert said[0].choice == max(range(3), key=wanted.__getitem__) and said[0].text == CHOICES[said[0].choice]
+    for choices, text in ([], "nothing is asked"), (["a", ""], "a text is empty"), (["a b " * 40], "a text is longer"):
+        with pytest.raises(StageError, match=text):
+            choose(opened, "a", choices)
+    with pytest.raises(StageError, match="the model is not for this: classify or score; measured its task is choose"):
+        classify(opened, ["a"])
 
 
 def test_span_is_no_longer_than_allowed_and_the_first_of_equal_ones():

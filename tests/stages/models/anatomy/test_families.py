@@ -52,6 +52,7 @@ def test_family_blocks_and_maps_are_found_by_structure(name, root):
         "bert_classes",
         "bert_tokens",
         "bert_answers",
+        "bert_choices",
         "bert_bare",
         "bert_untied",
         "roberta",

@@ -41,7 +41,8 @@ def test_a_table_of_positions_holds_so_many_and_not_one_more(name: str, tmp_path
     ("name", "wanted"),
     [
         ("llama", "generate"), ("bert_decoder", "generate"), ("bert_masked", "fill"), ("bert_classes", "classify"),
-        ("bert_tokens", "tag"), ("bert_answers", "answer"), ("bert_bare", "embed"), ("t5", "translate"),
+        ("bert_tokens", "tag"), ("bert_answers", "answer"), ("bert_choices", "choose"),
+        ("bert_bare", "embed"), ("t5", "translate"),
         ("marian", "translate"), ("mamba", "generate"),
     ],
 )  # fmt: skip
@@ -59,6 +60,7 @@ def test_a_classifier_with_one_class_gives_a_number() -> None:
     [
         ("bert_answers", {}, True, True),
         ("bert_classes", {}, True, True),
+        ("bert_choices", {}, True, True),
         ("bert_bare", {}, True, True),
         ("electra", {}, True, True),
         ("albert", {}, True, True),
