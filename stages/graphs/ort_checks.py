@@ -109,7 +109,7 @@ def _worst(products: list[ir.Node], seen: Mapping[str, NDArray[np.float32]]) -> 
     worst = 0.0
     for node in products:
         x, scale = _activation(node)
-        expected = _product(seen[str(x.name)], scale, _array(node.inputs[1]), _array(node.inputs[3]))
+        expected = _product(seen[str(x.name)], scale, _weights(node.inputs[1]), _array(node.inputs[3]))
         difference = float(np.abs(seen[str(node.outputs[0].name)] - expected).max() / np.abs(expected).max())
         if not difference <= PRODUCT_LIMIT:
             raise StageError(
@@ -150,6 +150,12 @@ def _array(value: ir.Value | None) -> NDArray[np.float32]:
     assert value is not None and value.const_value is not None
     found: NDArray[np.float32] = value.const_value.numpy()
     return found
+
+
+def _weights(value: ir.Value | None) -> NDArray[np.float32]:
+    """Of eight bits, signed or not."""
+    found = _array(value)
+    return found if found.dtype == np.int8 else found.astype(np.float32) - 128
 
 
 def _product(

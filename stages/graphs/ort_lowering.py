@@ -94,7 +94,7 @@ def _integer_product(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     rounding = _producer(activation.inputs[0])
     if rounding is None or rounding.op_type != "QuantizeLinear":
         return None
-    scale, zero = rounding.inputs[1], _unsigned_zero(graph)
+    scale, zero = rounding.inputs[1], unsigned_zero(graph)
     unsigned = _unsigned(graph, rounding, zero)
     inputs = [unsigned, weight.inputs[0], scale, weight.inputs[1], zero]
     return placed(graph, node, INTEGER_PRODUCT, inputs, domain=VENDOR)
@@ -121,7 +121,7 @@ def _split_product(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, Digits]
         return None
     if x not in known:
         known[x] = _digits(graph, node, x)
-    step, zero = _number(graph, "digit_0", STEP), _unsigned_zero(graph)
+    step, zero = _number(graph, "digit_0", STEP), unsigned_zero(graph)
     inputs: list[ir.Value | None] = [known[x].all, found[0], step, found[1], zero]
     product = placed(graph, node, INTEGER_PRODUCT, inputs, domain=VENDOR).outputs[0]
     told = placed(graph, node, "Mul", [product, _worth(graph, DIGITS, len(x.shape))]).outputs[0]
@@ -202,7 +202,7 @@ def _digits(graph: ir.Graph, before: ir.Node, x: ir.Value) -> Digits:
     def then(kind: str, *inputs: ir.Value) -> ir.Value:
         return placed(graph, before, kind, list(inputs)).outputs[0]
 
-    zero, axis = _unsigned_zero(graph), constant(graph, "last_axis", np.array([-1], dtype=np.int64))
+    zero, axis = unsigned_zero(graph), constant(graph, "last_axis", np.array([-1], dtype=np.int64))
     tiny = _number(graph, "tiny", float(np.finfo(np.float32).tiny))  # a row of zeros is divided by it
     largest = then("Max", then("ReduceMax", then("Abs", x), axis), tiny)
     left, digits = then("Div", x, largest), list[ir.Value | None]()
@@ -220,7 +220,8 @@ def _number(graph: ir.Graph, name: str, value: float) -> ir.Value:
     return constant(graph, name, np.array(value, dtype=np.float32))
 
 
-def _unsigned_zero(graph: ir.Graph) -> ir.Value:
+def unsigned_zero(graph: ir.Graph) -> ir.Value:
+    """The zero of numbers that are written unsigned."""
     return constant(graph, "unsigned_zero", np.array(128, dtype=np.uint8))
 
 

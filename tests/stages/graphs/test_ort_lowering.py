@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from stages.adapters.onnxruntime import open_session
-from stages.graphs import ort_lowering
+from stages.adapters.onnxruntime import has_exact_kernels, open_session
+from stages.graphs import ort_engine, ort_lowering
 
 INPUTS, OUTPUTS, ROWS = 64, 24, 96
 RNG = np.random.default_rng(3)
@@ -131,3 +131,51 @@ def test_relu_before_rounding_to_fp8_stays(tmp_path, rewritten):
         found = open_session(path).logits(ids)
     wanted = (np.maximum(table, 0) / 0.01).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * 0.01
     np.testing.assert_allclose(found.reshape(ROWS, INPUTS), wanted, atol=1e-6)
+
+
+def tied(table: np.ndarray, scale: np.ndarray) -> ir.Model:
+    """logits = x @ x^T of a table in INT8 that is the head as well."""
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("DequantizeLinear", ["table", "scale"], ["w"], axis=0),
+        helper.make_node("Gather", ["w", "input_ids"], ["x"]),
+        helper.make_node("Transpose", ["w"], ["head"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "head"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("input_ids", TensorProto.INT64, ["n", "t"])],
+        [value("logits", TensorProto.FLOAT, ["n", "t", len(table)])],
+        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(scale, "scale")],
+        value_info=[value("x", TensorProto.FLOAT, ["n", "t", table.shape[1]])],
+    )
+    return ir.serde.deserialize_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    )
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", ["weights", "tied"])
+def test_engine_is_right_in_any_programs_session_on_any_processor(tmp_path, monkeypatch, kind, exact):
+    if exact and not has_exact_kernels():
+        pytest.skip("this processor's fast kernels saturate; the other case covers what is built here")
+    monkeypatch.setattr(ort_engine, "has_exact_kernels", lambda: exact)
+    largest = np.where(RNG.integers(0, 2, (ROWS, INPUTS)), 127, -127).astype(np.int8)  # pairs of them saturate
+    scale = RNG.uniform(0.001, 0.02, ROWS).astype(np.float32)
+    if kind == "tied":
+        made, w = tied(largest, scale), largest * scale[:, None]
+        wanted = w.astype(np.float64) @ w.T
+    else:
+        table = largest.astype(np.float32)
+        made = model(table, np.full((INPUTS, OUTPUTS), 127, np.int8), scale[:OUTPUTS])
+        wanted = table.astype(np.float64) @ (127.0 * np.ones((INPUTS, OUTPUTS)) * scale[:OUTPUTS])
+    (tmp_path / "graph").mkdir()
+    ir.save(made, tmp_path / "graph" / "model.onnx")
+    ort_engine.lower(tmp_path / "graph" / "model.onnx", tmp_path / "model.onnx", [])
+    products = [node for node in ir.load(tmp_path / "model.onnx").graph if node.op_type == "MatMulIntegerToFloat"]
+    assert [len(node.inputs) for node in products] == [5 if exact else 6]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    ids = np.arange(ROWS)[None]
+    (found,) = session.run(["logits"], {"input_ids": ids} | ({} if kind == "tied" else {"attention_mask": ids}))
+    np.testing.assert_allclose(found[0], wanted, atol=1e-5 * np.abs(wanted).max())

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from stages.algorithms.products import SHORT
 from stages.models.checkpoint.loading import load_model, save_model
 from stages.recover.headless import LOGIT_TOLERANCE, load_apart
 from stages.runtime.contract import StageError
@@ -16,7 +17,7 @@ IDS = 3 + torch.arange(24).view(2, 12) * 7 % 90
 def test_head_of_the_hidden_states_is_the_whole_model(tmp_path, name):
     made = load_apart(family(name, tmp_path), 12)
     with torch.no_grad():
-        whole = load_model(tmp_path / name, dtype=torch.bfloat16)(input_ids=IDS).logits
+        whole = load_model(tmp_path / name, dtype=SHORT)(input_ids=IDS).logits
         apart = made.head.logits(made.hidden(IDS))
     assert made.hidden(IDS).shape[-1] == made.head.weight_VH.shape[1]
     torch.testing.assert_close(apart, whole, atol=0.05, rtol=0.05)
@@ -29,7 +30,7 @@ def test_head_of_a_decoders_hidden_states_is_the_whole_model(tmp_path, name):
         whole.final_logits_bias.normal_()
         save_model(whole, tmp_path / "biased", like=tmp_path / name)
         name = "biased"
-    made, whole = load_apart(tmp_path / name, 12), load_model(tmp_path / name, dtype=torch.bfloat16)
+    made, whole = load_apart(tmp_path / name, 12), load_model(tmp_path / name, dtype=SHORT)
     answer_NT = (IDS + 1) % 96
     windows_NT = torch.cat([IDS, torch.where(torch.arange(12) < 9, answer_NT, -1)], dim=1)
     with torch.no_grad():
@@ -88,7 +89,7 @@ def test_scale_and_cap_of_logits_are_the_heads(tmp_path, name, said):
     getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings)).save_pretrained(
         tmp_path
     )
-    made, whole = load_apart(tmp_path, 12), load_model(tmp_path, dtype=torch.bfloat16)
+    made, whole = load_apart(tmp_path, 12), load_model(tmp_path, dtype=SHORT)
     assert (made.head.cap is not None) == (name == "Gemma2")
     with torch.no_grad():
         expected = whole(input_ids=IDS).logits.float()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from stages.adapters.onnxruntime import has_exact_kernels
 from stages.graphs.onnx_graph import pack_weights
 from stages.models.checkpoint.files import dtypes
 from stages.models.checkpoint.loading import load_model
@@ -169,6 +170,8 @@ def test_export_computes_in_onnxruntime_what_torch_computes(exported):
     options = onnxruntime.SessionOptions()
     # At the default level onnxruntime rounds the input of INT4 layers to INT8.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if not has_exact_kernels():  # what it fuses saturates on this processor
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"ids": ids.numpy()})
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5 * float(expected.abs().max()))
