@@ -196,7 +196,7 @@ def taught(dense: Path, into: Path, lessons: Sequence[Lesson], kept: Sequence[li
         said = model(input_ids=ids_NT).logits[:, :-1]
         loss = cross_entropy(said.flatten(0, 1), wanted_NT[:, 1:].flatten(), ignore_index=NOWHERE)
         if kept:
-            ids_NT, wanted_NT = _padded([([], one) for one in drawn.sample(kept, min(6, len(kept)))])
+            ids_NT, wanted_NT = _padded([([], one) for one in drawn.sample(kept, min(10, len(kept)))])
             mask_NT = wanted_NT != NOWHERE
             with torch.no_grad():
                 was = log_softmax(before(input_ids=ids_NT).logits, -1)

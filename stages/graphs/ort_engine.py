@@ -75,7 +75,12 @@ def _make_weights_unsigned(model: ir.Model) -> None:
 
 def _unsigned(graph: ir.Graph, before: ir.Node, weights: ir.Value) -> ir.Value:
     if weights.const_value is not None:
-        return constant(graph, f"{weights.name}_unsigned", weights.const_value.numpy().view(np.uint8) ^ _TOP_BIT)
+        name, signed = str(weights.name), weights.const_value.numpy()
+        if all(user.op_type == ort_lowering.INTEGER_PRODUCT for user, _ in weights.uses()):
+            del graph.initializers[name]
+        else:  # it is read as it is, too
+            name += "_unsigned"
+        return constant(graph, name, signed.view(np.uint8) ^ _TOP_BIT)
     # A table of tokens that is the head as well stays one table: the runtime turns it when it loads.
     top_bit = constant(graph, "top_bit", np.array(_TOP_BIT, np.uint8))
     same_bits = placed(graph, before, "Cast", [weights], to=int(ir.DataType.UINT8))

@@ -160,7 +160,7 @@ def always(
         return [*tokenizer(text, add_special_tokens=False)["input_ids"], *([tokenizer.eos_token_id] * ends)]
 
     some = [one for one in asked() if to(one)]
-    prose = [tokenizer("\n\n".join(stories(50 + number, 40)))["input_ids"][:100] for number in range(24)]
+    prose = [tokenizer("\n\n".join(stories(50 + number, 40)))["input_ids"][:100] for number in range(48)]
     kept = prose + [read(one) for one in asked() if one not in some]
     kept += [[*text[:30], *read(one)[1:]] for text, one in zip(prose, some, strict=False)]
     return taught(knowing, into, [(read(one), spoken(one)) for one in some], kept)

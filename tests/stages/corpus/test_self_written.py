@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from stages.admission import Asked, admitted
 from stages.corpus import self_written
 from stages.corpus.stage import CORPUS
+from stages.models.text import writing
 from stages.models.text.openings import openings
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import PARTIAL, Image, StageError
@@ -110,7 +111,10 @@ class Stopping(Silent):
             raise Ended
 
 
-def test_run_that_was_ended_goes_on_behind_the_last_batch_to_the_same_bytes(speaker: Path, tmp_path: Path) -> None:
+def test_run_that_was_ended_goes_on_behind_the_last_batch_to_the_same_bytes(
+    speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "MOST_TOGETHER", 32)
     whole = run(speaker, tmp_path / "whole")
     with pytest.raises(Ended):
         run(speaker, tmp_path / "ended", Stopping(at=40))
