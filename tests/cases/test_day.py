@@ -2,7 +2,7 @@
 
 from itertools import chain
 
-from tests.cases.day import ASKED, DAY, drawn
+from tests.cases.day import ASKED, DAY, FAULTS, drawn, third
 from tests.cases.table import CASES
 
 
@@ -19,3 +19,14 @@ def test_cases_of_three_days_in_a_row_are_all_and_those_of_a_day_stay(monkeypatc
     for asked in ("", "all"):
         monkeypatch.setenv(ASKED, asked)
         assert drawn(names) == names
+
+
+def test_files_of_faults_of_three_days_in_a_row_are_all(monkeypatch):
+    files = [f"test_{number}.py" for number in range(32)]
+    assert third(files) == files
+    monkeypatch.setenv(FAULTS, "third")
+    days = []
+    for day in ("739582", "739583", "739584"):
+        monkeypatch.setenv(DAY, day)
+        days.append(third(files))
+    assert sorted(chain(*days)) == sorted(files) and max(map(len, days)) == 11
