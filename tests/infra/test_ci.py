@@ -116,7 +116,7 @@ def project(tmp_path):
         (tools / name).write_text(f"#!/bin/sh\n{does}\n")
         (tools / name).chmod(0o755)
 
-    def run(engine: bool, check: int = 0, browser: bool = True, **sources: str):
+    def run(engine: bool, check: int = 0, browser: bool = True, minutes: str = "", **sources: str):
         makes = f'echo "makes $2"\n[ "$2" != check ] || exit {check}\n[ -e "$2.xml" ] || exit 0\n'
         tool("make", makes + 'cp "$2.xml" "${3#ARGS=--junitxml=}"\nexit "$(cat "$2.status")"')
         tool("docker", "echo 28.0" if engine else "exit 1")
@@ -127,7 +127,7 @@ def project(tmp_path):
         for name in TARGETS:
             status = ended(folder, name, sources.get(name.partition("-")[0], PASSES))
             (folder / f"{name}.status").write_text(str(status))
-        shell = {**os.environ, "PATH": f"{tools}:{others}", "PYTHON": sys.executable}
+        shell = {**os.environ, "PATH": f"{tools}:{others}", "PYTHON": sys.executable, "ENGINERY_CI_MINUTES": minutes}
         done = subprocess.run(
             [folder / ".ci" / "run"],
             stdout=subprocess.PIPE,
@@ -159,6 +159,14 @@ def test_run_in_which_a_slice_fails_runs_the_others_and_fails(project):
     status, lines = project(engine=True, real=FAILS, test="")
     assert (status, lines[-1]) == (1, "5 passed, 2 failed")
     assert "makes production-test" in lines
+
+
+def test_run_that_has_no_time_left_says_which_slices_it_leaves_out(project):
+    status, lines = project(engine=True, minutes="10")
+    assert (status, lines[-1]) == (0, "6 passed, 0 failed")
+    told = "== production: not run: 0 of 10 minutes are gone, and it takes about 14; make production-test runs it"
+    assert told in lines
+    assert "makes production-test" not in lines and "makes service-test" in lines
 
 
 def test_run_with_an_engine_fails_where_production_skips_and_without_one_says_that_it_skipped(project):
