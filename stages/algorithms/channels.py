@@ -82,6 +82,8 @@ def removals(
         raise ValueError(f"{count} of {channels} channels cannot go in groups of {size}")
     if not moment_FF.isfinite().all():
         raise ValueError("the channels' moment is not finite")
+    if not count:
+        return
     moment = damped(moment_FF)
     moment.diagonal().add_(floor * moment_FF.diagonal().double().median())
     w, inverse = w_OF.double().clone(), torch.linalg.inv(moment)
@@ -91,7 +93,7 @@ def removals(
     del moment  # as large as the inverse
     groups = torch.arange(channels).view(-1, size)
     left, removed, error = list(range(len(groups))), list[int](), 0.0
-    at_once = -(-count // size // rounds) if count else 1
+    at_once = -(-count // size // rounds)
     while len(removed) * size < count:
         cost = _costs(w, inverse, groups[left], worst)
         cheapest = cost.argsort(stable=True)[: min(at_once, count // size - len(removed))].tolist()

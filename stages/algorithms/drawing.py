@@ -33,7 +33,7 @@ def drawn_from_nucleus(p_NV: Tensor, nucleus: float, uniform: Sequence[Callable[
     an index lies inside where all likelier ones make up less than the share.
 
     Args:
-        p_NV: float64, not negative; rows need not sum to 1.
+        p_NV: not negative; rows need not sum to 1.
         nucleus: more than 0, at most 1. A row is drawn 1 / nucleus times at most, on average.
         uniform: of each row, gives the next of its numbers in [0, 1): what a row becomes depends on no other row.
 

@@ -6,7 +6,7 @@ its inputs, O its outputs, R those of its basis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -196,7 +196,7 @@ def said(model: PreTrainedModel, made: Plan) -> None:
 def narrowing(made: Plan, asked: Asked) -> OnWeights:
     """What a pass does by a plan; of calibration windows of several sources it looks at each."""
     change = Narrow(made, asked.sources)
-    return OnWeights(change, sources=change.sources)
+    return OnWeights(change, sources=change.sources, reads=change.reads)
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,11 @@ class Narrow:
         """See OnWeights: the moments of what reads units."""
         readers = {one.reader for one in surgery.of(block, self.plan.what)} if self.names else set()
         return self.names if readers & {path.removesuffix(".basis") for path in site} else ()
+
+    def reads(self, block: Block, site: Sequence[str], adding: Collection[str]) -> bool:
+        """See OnWeights: the moments of what reads units, and of what is mended."""
+        readers = {one.reader for one in surgery.of(block, self.plan.what)}
+        return bool(adding) or not readers.isdisjoint(path.removesuffix(".basis") for path in site)
 
     def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
         """See Technique."""

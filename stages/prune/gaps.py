@@ -6,7 +6,7 @@ Shapes: N windows, T tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,10 +45,11 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
     if left > asked.limit:
         raise cannot("blocks", left, total, asked)
     dropped = sorted(one.block for one in gone)
+    mending = Mended(dropped[0], _tied(model))
     rows: Rows = compress(
         model,
         ids_NT,
-        OnWeights(Mended(dropped[0], _tied(model))),
+        OnWeights(mending, reads=mending.reads),
         asked.partial,
         Pass(progress, 1, 2),
         gone=dropped,
@@ -112,6 +113,10 @@ class Mended:
 
     first: int
     tied: Collection[str] = ()
+
+    def reads(self, block: Block, _site: Sequence[str], adding: Collection[str]) -> bool:
+        """See OnWeights: the moments of what is mended."""
+        return block.index >= self.first - 1 and bool(adding)
 
     def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
         """See Technique."""

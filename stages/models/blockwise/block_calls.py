@@ -6,7 +6,7 @@ Shapes: N windows, T tokens, S tokens of an encoder, H hidden.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -177,14 +177,19 @@ def leaving(stack: Stack, x_NTH: Tensor) -> Iterator[Tensor]:
         yield y_1TH
 
 
-def answers(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor) -> Iterator[Tensor]:
-    """What the model answers to each window, by itself, where the last block gives these outputs; see `tasks.answer`.
+def answers(model: PreTrainedModel, ids: Iterable[Tensor], outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What the model answers to texts, each by itself, where the last block gives these outputs; see `tasks.answer`.
 
     A gradient can be taken. An encoder is not run: what the decoder's last block gives is there.
+
+    Args:
+        model: any.
+        ids: of each text, [1, T].
+        outputs: of the last block to it, [1, T, H].
     """
     stack, task = stacks(model)[-1], tasks.task_of(model)
     kinds, read = _arguments(stack, 1)[1], _nothing(stack, 1)
-    for ids_1T, x_1TH in zip(ids_NT.split(1), x_NTH.split(1), strict=True):
+    for ids_1T, x_1TH in zip(ids, outputs, strict=True):
         given = {"input_ids": ids_1T} if read is None else {"decoder_input_ids": ids_1T, "encoder_outputs": (read,)}
         with _handing_on(stack, kinds, [x_1TH]):
             yield tasks.answer(task, model(**given, **stack.plain))

@@ -95,6 +95,9 @@ def at_sites(
     few_1TH = x_NTH[:1, :PROBE]
     found = sites(block, few_1TH, probe, idle=isinstance(technique, OnWeights) and technique.idle)
     added = added_to(block, [path for site in found for path in site], few_1TH, probe)
+    if isinstance(technique, OnWeights):
+        found = [site for site in found if technique.reads(block, site, added.keys() & {*site})]
+        added = {path: added[path] for site in found for path in site if path in added}
     kept = _Kept(added, x_NTH, folder)
     _dense(turn, found, x_NTH, kept)
     new: dict[str, Tensor] = {}
@@ -167,8 +170,8 @@ def _seen(turn: Turn, site: list[str], kept: _Kept, calls: Calls, technique: Tec
         x_MI, tokens = kept.take(INPUT, first, call), tokens + len(z_MI)
         sums = {path: beside.rows(heard.residual(path, y_NTH), call, kwargs) for path in adding}
         gaps = {path: kept.take(RESIDUAL, path, call) - s_MO for path, s_MO in sums.items()}
-        middle = len(z_MI) // 2
+        middle, places_M = len(z_MI) // 2, beside.places(heard.inputs[first], call, kwargs)
         for half, rows in zip(halves, (slice(0, middle), slice(middle, None)), strict=True):
-            half.add(x_MI[rows], z_MI[rows], {path: gap_MO[rows] for path, gap_MO in gaps.items()})
-        sources.add(call * AT_ONCE, beside.places(heard.inputs[first], call, kwargs), z_MI)
+            gram_II = sources.add(call * AT_ONCE, places_M[rows], z_MI[rows])
+            half.add(x_MI[rows], z_MI[rows], {path: gap_MO[rows] for path, gap_MO in gaps.items()}, gram_II)
     return replace(whole(f"{block.name}.{first}", halves[0], halves[1], tokens), sources=sources.means())

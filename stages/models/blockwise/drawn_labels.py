@@ -33,12 +33,11 @@ def drawn_gradient(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor) -> Ten
     generator = torch.Generator().manual_seed(0)
     if model.get_output_embeddings() is None:
         return _of_texts(model, ids_NT, x_NTH, generator)
+    ids = [ids_1t for ids_1T in ids_NT.split(1) for ids_1t in ids_1T.split(HEAD_TOKENS, dim=1)]
+    parts = [x_1tH.detach() for x_1TH in x_NTH.split(1) for x_1tH in x_1TH.split(HEAD_TOKENS, dim=1)]
     gradients = []
-    for ids_T, x_TH in zip(ids_NT, x_NTH, strict=True):
-        for ids_t, x_tH in zip(ids_T.split(HEAD_TOKENS), x_TH.split(HEAD_TOKENS), strict=True):
-            x_1tH = x_tH[None].detach().requires_grad_()
-            (logits_1tV,) = answers(model, ids_t[None], x_1tH)
-            gradients.append(torch.autograd.grad(logits_1tV[0], x_1tH, _slope(logits_1tV[0], generator))[0][0])
+    for x_1tH, logits_1tV in zip(parts, answers(model, ids, map(Tensor.requires_grad_, parts)), strict=True):
+        gradients.append(torch.autograd.grad(logits_1tV[0], x_1tH, _slope(logits_1tV[0], generator))[0][0])
     release(anatomy.head(model))
     trim()
     return torch.cat(gradients).view_as(x_NTH)
@@ -48,7 +47,7 @@ def _of_texts(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor, generator: 
     """Of models whose answer to a text is no row of tokens: classes, a span, numbers or vectors."""
     gradients, numbers = [], []
     x_NTH, real = x_NTH.detach().requires_grad_(), tasks.task_of(model) == "embed"
-    for n, said in enumerate(answers(model, ids_NT, x_NTH)):
+    for n, said in enumerate(answers(model, ids_NT.split(1), x_NTH.split(1))):
         said_MC = said.flatten(0, -2)
         if real or said_MC.shape[1] == 1:
             slope_MC = torch.randn(said_MC.shape, generator=generator)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.products import product
+from stages.algorithms.products import gram
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.block_calls import PROBE, Stack, embedded, filled, leaving, left, runs, stacks
 from stages.models.blockwise.drawn_labels import drawn_gradient
@@ -65,12 +65,15 @@ _WHOLE = BySource()
 
 @dataclass(frozen=True)
 class _Way:
-    """One stack's run: its text, what it reads of the stack before, and how often and with what each block runs."""
+    """One stack's run: its text, what it reads of the stack before, how often and with what each block runs, and the
+    latter for the first few tokens.
+    """
 
     stack: Stack
     ids_NT: Tensor
     read_NSH: Tensor | None
     calls: Sequence[tuple[int, Mapping[str, Any]]]
+    short: Sequence[tuple[int, Mapping[str, Any]]]
 
     @property
     def counted_NT(self) -> Tensor:
@@ -113,7 +116,8 @@ def statistics_of(
     parts = [ids_NT] if len(every) == 1 else [ids_NT, answered(model, ids_NT, folder / "answers.safetensors")]
     waiting, ways, ends, found = Shelf(folder), list[_Way](), list[Tensor](), dict[int, MapStatistics]()
     for stack, part_NT in zip(every, parts, strict=True):
-        way = _Way(stack, part_NT, left(every[0], ends[0]) if ends else None, runs(stack, part_NT.shape[1]))
+        tokens, read_NSH = part_NT.shape[1], left(every[0], ends[0]) if ends else None
+        way = _Way(stack, part_NT, read_NSH, runs(stack, tokens), runs(stack, min(PROBE, tokens)))
         x_NTH = embedded(stack, part_NT * way.counted_NT)
         for place, block in enumerate(stack.blocks):
             here = found[block.index] = _begun(block, x_NTH, way, place, by_source)
@@ -171,9 +175,8 @@ def _finish(waiting: Shelf, index: int, into: MapStatistics, tokens: int) -> Non
 def _firsts(block: Block, x_NTH: Tensor, way: _Way, place: int) -> dict[str, str]:
     """Every map that runs -> the first one that reads the same."""
     few = min(PROBE, x_NTH.shape[1])
-    short = runs(way.stack, few)[place][1]
     read = None if way.read_NSH is None else way.read_NSH[:1, :PROBE]
-    found = sites(block, x_NTH[:1, :few], filled(short, read), idle=True)
+    found = sites(block, x_NTH[:1, :few], filled(way.short[place][1], read), idle=True)
     return {path: site[0] for site in found for path in site}
 
 
@@ -184,12 +187,12 @@ def _forward(block: Block, x_NTH: Tensor, way: _Way, place: int, into: MapStatis
 
     def add(path: str, x_TI: Tensor, rows_N: Tensor, window: int) -> None:
         with torch.autocast("cpu", enabled=False):
-            moment_II = product(x_TI.T, x_TI) / (int(rows_N.sum()) * runs_of_it)
-        into.moments[path] = into.moments[path] + moment_II if path in into.moments else moment_II
+            gram_II = gram(x_TI)
+        _grow(into.moments, path, gram_II, 1 / (int(rows_N.sum()) * runs_of_it))
         if path in into.sources:
-            own, name = into.sources[path], names[window]
-            moment_II = moment_II * float(rows_N.sum() / rows_N[[one == name for one in names]].sum())
-            own[name] = own[name] + moment_II if name in own else moment_II
+            name = names[window]
+            of_it = int(rows_N[[one == name for one in names]].sum())
+            _grow(into.sources[path], name, gram_II, 1 / (of_it * runs_of_it))
 
     outputs = []
     for window, x_1TH in enumerate(x_NTH.split(1)):
@@ -206,6 +209,14 @@ def _forward(block: Block, x_NTH: Tensor, way: _Way, place: int, into: MapStatis
     y_NTH = torch.cat(outputs)
     check_finite(block.name, y_NTH)
     return y_NTH
+
+
+def _grow(sums: dict[str, Tensor], name: str, gram_II: Tensor, share: float) -> None:
+    """Add a share of it in place: of wide maps the sums are the most that a pass writes."""
+    if name in sums:
+        sums[name].add_(gram_II, alpha=share)
+    else:
+        sums[name] = gram_II * share
 
 
 def _keep_input(inputs: dict[str, Tensor], path: str, x: Tensor, _y: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.products import SHORT, product
+from stages.algorithms.products import SHORT, gram
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.block_calls import arguments, embedded
@@ -142,7 +142,7 @@ def _forward(
     def see(site: str, x: Tensor, _y: Tensor) -> None:
         x_TI = x.detach().flatten(0, -2).float()
         with torch.autocast("cpu", enabled=False):
-            _add(moments, site, product(x_TI.T, x_TI) / (x_NTH.shape[0] * x_NTH.shape[1]))
+            _add(moments, site, gram(x_TI) / (x_NTH.shape[0] * x_NTH.shape[1]))
 
     with watched(one_a_site, see):
         y_NTH = run(block, x_NTH, kwargs)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.algorithms.correction import DAMPING, STRENGTH, agreement, corrected, inverse_root
-from stages.algorithms.products import SHORT, product
+from stages.algorithms.products import SHORT, gram, product
 from stages.models.blockwise.run import check_finite
 
 
@@ -36,9 +36,9 @@ class Moments:
     drift_II: Tensor
     residual_OI: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, x_MI: Tensor, z_MI: Tensor, gaps: Mapping[str, Tensor]) -> None:
-        """Add tokens: both models' inputs, and by path the gap between what both add to, [M, O]."""
-        self.moment_II += product(z_MI.T, z_MI)
+    def add(self, x_MI: Tensor, z_MI: Tensor, gaps: Mapping[str, Tensor], gram_II: Tensor) -> None:
+        """Add tokens: both models' inputs, by path the gap between what both add to, [M, O], and z z^T."""
+        self.moment_II += gram_II
         # The drift is small beside the inputs: eight bits of mantissa are enough for it, and twice as fast.
         short_MI = z_MI.to(SHORT)
         self.drift_II += product((x_MI.float() - z_MI).to(SHORT).T, short_MI)
@@ -110,19 +110,26 @@ class SourceSums:
         self._sums: dict[str, Tensor] = {}
         self._tokens: Counter[str] = Counter()
 
-    def add(self, first: int, window_M: Tensor, z_MI: Tensor) -> None:
+    def add(self, first: int, window_M: Tensor, z_MI: Tensor) -> Tensor:
         """Add tokens of some windows.
 
         Args:
             first: number of the first of them; of a block that runs several times, all windows come as often.
             window_M: how many windows after it each token stands.
             z_MI: what was read.
+
+        Returns:
+            z z^T of all of them.
         """
-        for number in window_M.unique().tolist() if self._names else ():
+        if not self._names or not len(z_MI):
+            return gram(z_MI)
+        each = []
+        for number in window_M.unique().tolist():
             name, own_MI = self._names[(first + number) % len(self._names)], z_MI[window_M == number]
-            moment_II = product(own_MI.T, own_MI)
-            self._sums[name] = self._sums[name].add_(moment_II) if name in self._sums else moment_II
+            each.append(gram(own_MI))
+            self._sums[name] = self._sums[name].add_(each[-1]) if name in self._sums else each[-1].clone()
             self._tokens[name] += len(own_MI)
+        return each[0] if len(each) == 1 else torch.stack(each).sum(0)
 
     def means(self) -> dict[str, Tensor]:
         """Source -> E[z z^T]; used up."""

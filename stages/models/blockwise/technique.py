@@ -5,7 +5,7 @@ Shapes: M tokens at once, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,11 +61,14 @@ class OnWeights:
         change: what is done.
         idle: whether blocks may have maps that read nothing; these stay as they are.
         sources: of a block and a site the source of each window, where the moment is wanted of each by its own.
+        reads: whether the change reads the moments of a site: of a block, the site, and those of its maps whose output
+            goes into the residual stream. Of others none are taken, and their maps stay.
     """
 
     change: Change
     idle: bool = False
     sources: Callable[[Block, Sequence[str]], Sequence[str]] = lambda _block, _site: ()
+    reads: Callable[[Block, Sequence[str], Collection[str]], bool] = lambda _block, _site, _adding: True
 
     def enter(self, block: Block) -> None:
         """See Technique."""

@@ -103,7 +103,7 @@ def compressed(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, partial: Pa
 
 def fitted(model: PreTrainedModel, ids_NT: Tensor, how: LowRank, partial: Path, progress: Progress) -> Done:
     """Put the planned maps on their bases; arguments and errors are those of `compressed`."""
-    rows = compress(model, ids_NT, OnWeights(how, idle=True), partial, progress)
+    rows = compress(model, ids_NT, OnWeights(how, idle=True, reads=how.reads), partial, progress)
     return Done(rows, sum(plan.option.damage / len(plan.part.paths) for plan in how.plans.values()))
 
 
@@ -113,6 +113,10 @@ class LowRank:
 
     plans: Mapping[str, Plan]
     sparse: float = 0.0
+
+    def reads(self, block: Block, site: Sequence[str], _adding: Collection[str]) -> bool:
+        """See OnWeights: the moments of what planned maps read."""
+        return any(f"{block.name}.{inner}" in self.plans for inner in site)
 
     def compress(self, block: Block, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, Compressed]:
         """See Technique. A shared basis stands already; a map alone gets the best for what it reads now."""

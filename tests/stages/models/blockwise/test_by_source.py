@@ -13,6 +13,12 @@ from tests.stages.models.families import VOCABULARY, family
 
 NAMES = ("a", "a", "b", "a", "b", "a", "a")
 """Of calls of two windows, one holds both sources."""
+WRITES = {
+    "llama": ("o_proj", "down_proj"),
+    "gpt2": ("c_proj",),
+    "bert_masked": ("attention.output.dense", "output.dense"),
+}
+"""Maps whose output goes into the residual stream."""
 
 
 class Watching:
@@ -93,3 +99,24 @@ def test_statistics_have_each_source_as_those_of_its_windows_alone(root, tmp_pat
         assert seen.sources == {}
         assert all(torch.equal(seen.moments[site], mixed[index].moments[site]) for site in seen.moments)
         assert all(torch.equal(seen.gradients[path], mixed[index].gradients[path]) for path in seen.gradients)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert_masked"])
+def test_a_pass_takes_no_moments_of_sites_that_are_not_read(root, tmp_path, name):
+    """What the others see is as if all had been read."""
+
+    def watched(place, **how):
+        change = Watching()
+        compress(load_model(family(name, root)), windows(), OnWeights(change, **how), tmp_path / place)
+        return change.seen
+
+    asked = []
+
+    def only_adding(block, site, adding):
+        asked.append((block.index, tuple(site)))
+        return bool(adding)
+
+    every, some = watched("every"), watched("some", reads=only_adding)
+    assert some.keys() == {path for path in every if path.endswith(tuple(WRITES[name]))}
+    assert all(torch.equal(seen[0], every[path][0]) for path, seen in some.items())
+    assert len(asked) == len(set(asked)) > len(some)
