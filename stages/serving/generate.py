@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.adapters.backends import Forward, Steps
+from stages.runtime.contract import StageError
 
 ROWS = 8
 """Sequences that are read side by side: the batch that a TensorRT plan takes unless it was told otherwise."""
@@ -113,20 +114,31 @@ class _Rereading:
 
 class _Stepping:
     def __init__(self, steps: Steps) -> None:
-        self.steps, self.places = steps, dict[int, int]()
+        self.steps, self.places, self.thinned = steps, dict[int, int](), True
 
     def logits(self, rows: dict[int, list[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         if not self.places:
             self.places = {number: place for place, number in enumerate(rows)}
             logits_NV = self.steps.begin(*padded([*rows.values()], left=True))
         else:
-            # What has ended is led on with any token: its place in the batch cannot be given up.
+            if self.thinned and len(rows) <= len(self.places) // 2:
+                self._thin([*rows])
+            # What has ended since is led on with any token: to give up its place costs as much as a token does.
             tokens_N = np.zeros(len(self.places), dtype=np.int64)
             for number, row in rows.items():
                 tokens_N[self.places[number]] = row[-1]
             logits_NV = self.steps.next(tokens_N)
         for number in rows:
             yield number, logits_NV[self.places[number]]
+
+    def _thin(self, numbers: list[int]) -> None:
+        """Go on with these alone, where what was read lets rows be chosen."""
+        try:
+            self.steps.reorder(np.array([self.places[number] for number in numbers]))
+        except StageError:
+            self.thinned = False  # a model keeps what it has read in a way of its own
+        else:
+            self.places = {number: place for place, number in enumerate(numbers)}
 
 
 def confirmed(

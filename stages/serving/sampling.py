@@ -78,9 +78,10 @@ def probabilities(logits_V: NDArray[np.float32], seen: Sequence[int], how: Gener
         over = 1 - how.top_p
         # All tokens that small together are not more than goes: only the others need an order (6 ms of 49,152 tokens).
         small_V = found_V <= over / len(found_V)
-        small_V[found_V.argmax()] = False
+        small_V[scores_V.argmax()] = False
         rising = np.flatnonzero(~small_V)
-        rising = rising[found_V[rising].argsort(kind="stable")]
+        # By their scores: those that differ by less than a probability can say stay in order.
+        rising = rising[scores_V[rising].argsort(kind="stable")]
         out = found_V[small_V].sum() + found_V[rising].cumsum() <= over
         out[-1] = False
         found_V[small_V] = found_V[rising[out]] = 0

@@ -3,6 +3,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from stages.runtime.contract import StageError
 from stages.serving.eager import eager
 from stages.serving.generate import confirmed, greedy, padded
 from tests.stages.models.families import family
@@ -99,3 +100,34 @@ def test_each_prompt_ends_where_it_is_to_end(opened, expected):
 def test_prompt_that_fills_the_model_is_not_continued(opened):
     assert greedy(opened.forward, [[1] * 9], ends=frozenset(), max_new_tokens=4, maximum_tokens=9) == [[]]
     assert greedy(lambda *_: np.empty(0), [], ends=frozenset(), max_new_tokens=4, maximum_tokens=9) == []
+
+
+class Watched:
+    """Steps that note how many rows they read; `fixed` ones keep all of them."""
+
+    def __init__(self, steps, fixed=False):
+        self.steps, self.fixed, self.rows, self.begin = steps, fixed, [], steps.begin
+
+    def next(self, tokens_N):
+        self.rows.append(len(tokens_N))
+        return self.steps.next(tokens_N)
+
+    def reorder(self, rows_N):
+        if self.fixed:
+            raise StageError("rows stay where they are")
+        self.steps.reorder(rows_N)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom"])
+def test_rows_that_have_ended_are_given_up_once_they_are_half(name, fixed, tmp_path):
+    model = eager(family(name, tmp_path))
+    rows, most = [[5, 9, 40, 41, 3, 8], [31], [7, 8, 9], [44]], [2, 9, 5, 3]
+
+    def told(prompts, most, steps):
+        return greedy(steps, prompts, ends=frozenset(), max_new_tokens=most, maximum_tokens=48)
+
+    alone = [told([row], [count], model.steps())[0] for row, count in zip(rows, most, strict=True)]
+    watched = Watched(model.steps(), fixed)
+    assert told(rows, most, watched) == alone
+    assert watched.rows == ([4] * 8 if fixed else [4, 4, 2, 2, 1, 1, 1, 1])

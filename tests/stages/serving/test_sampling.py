@@ -85,6 +85,11 @@ def test_whatever_is_asked_a_token_is_drawn_that_has_a_probability(logits, tempe
     assert found_V[Drawing(how, 1)(0, [0], logits_V)] > 0
 
 
+def test_likeliest_token_stays_where_probabilities_cannot_tell_it_from_the_next():
+    logits_V = np.array([8.8e-24, 0, 8.8e-25], np.float32)
+    assert (probabilities(logits_V, [0], Generation(temperature=1.0, top_p=0.3)) > 0).tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("top_p", [5e-324, 1e-17, 0.1, 0.999, 1.0])
 def test_equal_logits_leave_at_least_one_token(top_p):
     logits_V, how = np.zeros(49_152, np.float32), Generation(temperature=1.0, top_p=top_p)
