@@ -116,8 +116,7 @@ def statistics_of(
     parts = [ids_NT] if len(every) == 1 else [ids_NT, answered(model, ids_NT, folder / "answers.safetensors")]
     waiting, ways, ends, found = Shelf(folder), list[_Way](), list[Tensor](), dict[int, MapStatistics]()
     for stack, part_NT in zip(every, parts, strict=True):
-        tokens, read_NSH = part_NT.shape[1], left(every[0], ends[0]) if ends else None
-        way = _Way(stack, part_NT, read_NSH, runs(stack, tokens), runs(stack, min(PROBE, tokens)))
+        way = _way(stack, part_NT, left(every[0], ends[0]) if ends else None)
         x_NTH = embedded(stack, part_NT * way.counted_NT)
         for place, block in enumerate(stack.blocks):
             here = found[block.index] = _begun(block, x_NTH, way, place, by_source)
@@ -147,6 +146,11 @@ def statistics_of(
             yield block, mine
             release(block.module)
         g_NTH = g_NTH if g_read is None else g_read
+
+
+def _way(stack: Stack, ids_NT: Tensor, read_NSH: Tensor | None) -> _Way:
+    tokens = ids_NT.shape[1]
+    return _Way(stack, ids_NT, read_NSH, runs(stack, tokens), runs(stack, min(PROBE, tokens)))
 
 
 def _begun(block: Block, x_NTH: Tensor, way: _Way, place: int, by_source: BySource) -> MapStatistics:
