@@ -47,12 +47,13 @@ def drawn_from_nucleus(p_NV: Tensor, nucleus: float, uniform: Sequence[Callable[
     """
     index_N = torch.zeros(len(p_NV), dtype=torch.int64)
     left_M = torch.arange(len(p_NV))
-    sum_NV = p_NV.cumsum(1)
+    # A number next to 1 is 1 in float32, and would fall behind the last value there is.
+    sum_NV = p_NV.cumsum(1, dtype=torch.float64)
     if not (sum_NV[:, -1].isfinite() & (sum_NV[:, -1] > 0)).all():
         raise ValueError("a row of values is no distribution")
     while len(left_M):
         p_MV, sum_MV = (p_NV, sum_NV) if len(left_M) == len(p_NV) else (p_NV[left_M], sum_NV[left_M])
-        at_M1 = torch.tensor([[uniform[row]()] for row in left_M.tolist()], dtype=p_NV.dtype)
+        at_M1 = torch.tensor([[uniform[row]()] for row in left_M.tolist()], dtype=torch.float64)
         found_M = _fallen(sum_MV, at_M1)
         likelier_MV = torch.where(p_MV > p_MV.gather(1, found_M[:, None]), p_MV, 0)
         inside_M = likelier_MV.sum(1) < nucleus * sum_MV[:, -1]

@@ -136,7 +136,8 @@ class _Stepping:
         try:
             self.steps.reorder(np.array([self.places[number] for number in numbers]))
         except StageError:
-            self.thinned = False  # a model keeps what it has read in a way of its own
+            # A model keeps what it has read in a way of its own, or a second cache has no room: all go on as they were.
+            self.thinned = False
         else:
             self.places = {number: place for place, number in enumerate(numbers)}
 

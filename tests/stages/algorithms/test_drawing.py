@@ -72,6 +72,12 @@ def test_nucleus_draws_of_a_row_do_not_depend_on_the_others():
     assert not torch.equal(drawn_from_nucleus(p_NV, 0.5, numbers(40, seed=1)), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_number_next_to_one_draws_the_last_that_has_a_value(dtype):
+    p_NV = torch.tensor([[0.5, 0.25, 0.25, 0.0, 0.0]], dtype=dtype)
+    assert drawn_from_nucleus(p_NV, 1.0, [lambda: 1 - 2**-53]).tolist() == [2]
+
+
 @pytest.mark.parametrize("values", [[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]])
 def test_nucleus_of_what_is_no_distribution_is_refused(values):
     with pytest.raises(ValueError, match="no distribution"):
