@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import ROOT
 from stages.runtime.progress import JsonLines
+
+if TYPE_CHECKING:
+    from stages.adapters.backends import Steps
 
 GIVEN, ANSWER = "given.npz", "answer.npy"
 _MEMORY = Path("/dev/shm")
@@ -38,7 +41,12 @@ class Answering:
         self.mask_NT, self.kept = torch.empty(0), None
 
     def __call__(self, asked: str, given: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-        """logits_NTV for `forward`, logits_NV for `begin` and `next`."""
+        """logits_NTV for `forward`, logits_NV for `begin` and `next`, nothing for `reorder`."""
+        if asked == "reorder":
+            rows_N = torch.from_numpy(given["rows"])
+            self.mask_NT = self.mask_NT.index_select(0, rows_N)
+            self.kept.reorder_cache(rows_N)
+            return np.empty(0, dtype=np.float32)
         ids_NT = torch.from_numpy(given["ids"])
         if asked == "next":
             self.mask_NT = torch.cat([self.mask_NT, torch.ones_like(ids_NT)], dim=1)
@@ -76,7 +84,7 @@ class Lent:
         """See `stages.serving.engine.Answerer`."""
         return self._ask("forward", ids=ids_NT, mask=mask_NT)
 
-    def steps(self) -> Lent:
+    def steps(self) -> Steps:
         """See `stages.serving.engine.Answerer`; what was read before is forgotten when another begins."""
         return self
 
@@ -87,6 +95,10 @@ class Lent:
     def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `stages.serving.generate.Steps`."""
         return self._ask("next", ids=tokens_N[:, None])
+
+    def reorder(self, rows_N: NDArray[np.int64]) -> None:
+        """See `stages.serving.generate.Steps`."""
+        self._ask("reorder", rows=rows_N)
 
     def heard(self) -> dict[str, Any]:
         """Its next event.
