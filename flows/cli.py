@@ -12,6 +12,7 @@ import typer
 
 from flows.commands import (
     catalog,
+    chat,
     check,
     compare,
     deploy,
@@ -43,7 +44,7 @@ for _command in (
     *(check.check, init.init, run.plan, run.run, run.recipes),
     *(watch.watch, watch.hooks, deploy.deploy, ui.ui),
     *(inspect.runs, inspect.ls, inspect.inspect, inspect.explain, compare.compare, inspect.logs, inspect.verify),
-    *(catalog.models, catalog.stages, generate.generate, serve.serve, export_to.export_to),
+    *(catalog.models, catalog.stages, generate.generate, chat.chat, serve.serve, export_to.export_to),
     *(manage.cancel, manage.promote, manage.rollback, manage.reconcile, manage.sweep, manage.doctor),
 ):
     app.command()(_command)

@@ -69,6 +69,19 @@ def handled() -> Iterator[None]:
         os.close(writing)  # the thread reads the end of the pipe, and ends
 
 
+@contextmanager
+def only_stops() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt as often as it comes, and asks for no end, for as long as the block lasts."""
+    woken, before = signal.set_wakeup_fd(-1), signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(woken)
+
+
 def asked() -> bool:
     """Whether the process was asked to end."""
     return _now.asked

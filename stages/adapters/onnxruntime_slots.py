@@ -2,13 +2,16 @@
 
 By one graph, or by an encoder and a decoder: there the text is read once, the answer by a cache of its own.
 
-Rows that are written stand first in the buffers, so that a step reads and writes nothing of those that are free.
+Rows that are written stand first in the buffers, so that a step reads and writes nothing of those that are free. What
+was read of a prompt is kept a while after its row is free: a conversation's next message begins with all before it, and
+is read from where they part, and so is what begins as another row does.
 
 Shapes: N rows, T tokens, S tokens of a text, G heads of keys and values, M places, D their size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,10 @@ from numpy.typing import NDArray
 from stages.adapters.backends import ENCODER, aligned
 from stages.adapters.onnxruntime import ROOM, CachedSession, Kept, Session, open_session, room_for
 from stages.runtime.contract import StageError
+
+WORTH, REMEMBERED = 32, 4096
+"""Tokens: what begins with fewer is read whole; so many are kept of rows that are free, of 4,096 some 190 MB of a model
+of 135 million parameters."""
 
 
 class Stepping:
@@ -67,26 +74,35 @@ class RowSlots:
     Args:
         opened: the graph.
         maximum_tokens: the longest sequence that it reads.
-        beside: (number of rows) -> what goes in beside the cache.
+        beside: (number of rows) -> what goes in beside the cache; then a prompt is not all that a row depends on, and
+            nothing is kept of a free one.
     """
 
-    def __init__(self, opened: CachedSession, maximum_tokens: int, beside: Beside = lambda rows: {}) -> None:
+    def __init__(self, opened: CachedSession, maximum_tokens: int, beside: Beside | None = None) -> None:
         self.opened, self.most, self._beside = opened, maximum_tokens, beside
         self.kept = opened.begin(0, ROOM)
         self._buffers = self.kept.places
+        self._tokens, self._left = list[list[int]](), deque[tuple[list[int], dict[str, NDArray[Any]]]]()
 
     def admit(self, ids_T: NDArray[np.int64], said_T: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """Read a prompt into a new row."""
-        return self.put(self.opened.begin(1, len(ids_T)), ids_T)
+        """Read a prompt into a new row, from where it parts from all that was read before."""
+        one = self.opened.begin(1, len(ids_T))
+        shared, places = self._begun(ids_T)
+        if shared >= WORTH:
+            one.lengths_N[:] = shared
+            for name, array in one.places.items():
+                array[0, :, :shared] = places[name][:, :shared]
+        return self.put(one, ids_T)
 
     def put(self, one: Kept, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Have an empty cache of one sequence read a prompt, and take it as a new row."""
-        tokens, rows = len(ids_T), len(self.kept.lengths_N)
-        logits_V: NDArray[np.float32] = one.read(ids_T[None], None, np.array([[tokens - 1]]))[0, 0]
+        """Have the cache of one sequence read what it lacks of a prompt, and take it as a new row."""
+        tokens, rows, read = len(ids_T), len(self.kept.lengths_N), int(one.lengths_N[0])
+        logits_V: NDArray[np.float32] = one.read(ids_T[None, read:], None, np.array([[tokens - read - 1]]))[0, 0]
         self._make_room(rows + 1, tokens + 1)
         for name, buffer in self._buffers.items():
             buffer[rows, :, :tokens] = one.places[name][0]
         self._take(np.append(self.kept.lengths_N, tokens))
+        self._tokens.append(ids_T.tolist())
         return logits_V
 
     def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -94,12 +110,18 @@ class RowSlots:
         lengths_N = np.minimum(self.kept.lengths_N, self.most - 1)
         self._make_room(len(lengths_N), int(lengths_N.max()) + 1)
         self._take(lengths_N)
-        return self.kept.read(tokens_N[:, None])[:, 0]
+        logits_NV = self.kept.read(tokens_N[:, None])[:, 0]
+        for said, length, token in zip(self._tokens, lengths_N.tolist(), tokens_N.tolist(), strict=True):
+            said[length:] = [token]
+        return logits_NV
 
     def leave(self, row: int) -> None:
         """Free a row."""
         lengths_N = self.kept.lengths_N
         last = len(lengths_N) - 1
+        self._remember(row)
+        self._tokens[row] = self._tokens[last]
+        self._tokens.pop()
         if row != last:
             for buffer in self._buffers.values():
                 buffer[row, :, : lengths_N[last]] = buffer[last, :, : lengths_N[last]]
@@ -108,9 +130,37 @@ class RowSlots:
         if last == 0:  # what long texts took is given back
             self._buffers = self.opened.begin(0, ROOM).places
 
+    def _begun(self, ids_T: NDArray[np.int64]) -> tuple[int, dict[str, NDArray[Any]]]:
+        """With how many tokens that were read a prompt begins at most, and what the cache keeps of them, [G, M, D]."""
+        most, of = 0, dict[str, NDArray[Any]]()
+        for at, said in enumerate(self._tokens):
+            if (shared := _shared(ids_T, said)) > most:
+                most, of = shared, {name: buffer[at] for name, buffer in self._buffers.items()}
+        for said, places in self._left:
+            if (shared := _shared(ids_T, said)) > most:
+                most, of = shared, places
+        return most, of
+
+    def _remember(self, row: int) -> None:
+        said = self._tokens[row]
+        if self._beside is not None or not WORTH <= len(said) <= REMEMBERED:
+            return
+        # What this one went on from is in it.
+        self._left = deque(one for one in self._left if one[0] != said[: len(one[0])])
+        try:
+            kept = {name: buffer[row, :, : len(said)].copy() for name, buffer in self._buffers.items()}
+        except MemoryError:  # what is being written comes first
+            self._left.clear()
+            return
+        self._left.append((said, kept))
+        while sum(len(one) for one, _ in self._left) > REMEMBERED:
+            self._left.popleft()
+
     def _take(self, lengths_N: NDArray[np.int64]) -> None:
         self.kept = Kept(self.opened, 0, 0)
-        self.kept.lengths_N, self.kept.beside = lengths_N, self._beside(len(lengths_N))
+        self.kept.lengths_N = lengths_N
+        if self._beside is not None:
+            self.kept.beside = self._beside(len(lengths_N))
         self.kept.places = {name: buffer[: len(lengths_N)] for name, buffer in self._buffers.items()}
 
     def _make_room(self, rows: int, places: int) -> None:
@@ -185,6 +235,13 @@ class StackSlots:
 
     def _beside(self, rows: int) -> dict[str, NDArray[Any]]:
         return {name: array[:rows] for name, array in self._texts.items()}
+
+
+def _shared(ids_T: NDArray[np.int64], said: list[int]) -> int:
+    """With how many tokens of another a prompt begins; the last is left to be read."""
+    most = min(len(ids_T) - 1, len(said))
+    parted = np.flatnonzero(ids_T[:most] != np.array(said[:most], np.int64))
+    return int(parted[0]) if len(parted) else most
 
 
 def _first(array: NDArray[Any]) -> tuple[slice, ...]:
