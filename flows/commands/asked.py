@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.options import looked_at
+
+if TYPE_CHECKING:
+    from stages.serving.engine import Answerer
 
 AskedArgument = Annotated[
     str,
@@ -19,6 +23,23 @@ AskedArgument = Annotated[
         help="A folder of an artifact, a step's name, the beginning of a fingerprint, or models:/NAME@ALIAS.",
     ),
 ]
+
+
+def opened(folder: Path, *, verified: bool) -> Answerer:
+    """What is asked, with an end: a checkpoint whose positions have none reads what an engine of it would.
+
+    Raises:
+        StageError: see `stages.serving.engine.open_engine`.
+    """
+    from stages.models.anatomy.tasks import longest_text
+    from stages.models.checkpoint.json_files import read_json
+    from stages.serving.engine import ENDLESS, open_engine
+
+    engine = open_engine(folder, verified=verified)
+    if engine.maximum_tokens < ENDLESS:
+        return engine
+    said = read_json(folder / "tokenizer_config.json", optional=True).get("model_max_length")
+    return replace(engine, maximum_tokens=longest_text(said))
 
 
 @contextmanager

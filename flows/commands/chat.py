@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.asked import AskedArgument, asked_folder
+from flows.commands.asked import AskedArgument, asked_folder, opened
 from flows.commands.options import StoreOption
 from flows.running.interruption import only_stops
 
@@ -54,14 +54,13 @@ def chat(
     Ctrl-C ends an answer, Ctrl-D the conversation. From a pipe every line is a message, too.
     The oldest messages are forgotten, and that is said, once all are longer than the model reads. Nothing is written.
     """
-    from stages.serving.engine import open_engine
     from stages.serving.generation import generation
 
     given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
     given |= {"top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}
     generation(given)
     with asked_folder(model, store) as (folder, verified):
-        engine = open_engine(folder, verified=verified)
+        engine = opened(folder, verified=verified)
         if max_new_tokens is None:
             given["max_new_tokens"] = min(TOKENS, max(1, engine.maximum_tokens // 2))
         talk = Talk(engine, generation(given), system)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.asked import AskedArgument, asked_folder
+from flows.commands.asked import AskedArgument, asked_folder, opened
 from flows.commands.options import StoreOption
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def generate(
     Of a model that writes no text it is one line of JSON.
     Checkpoints, graphs, engines and registered models alike. Nothing is written.
     """
-    from stages.serving.engine import WRITES, open_engine
+    from stages.serving.engine import WRITES
     from stages.serving.generation import generation
 
     given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
@@ -67,7 +67,7 @@ def generate(
     given |= {"seed": seed, "beams": beams}
     generation(given)
     with asked_folder(model, store) as (folder, verified):
-        engine = open_engine(folder, verified=verified)
+        engine = opened(folder, verified=verified)
         if engine.task in WRITES:
             _write(engine, [{"role": "user", "content": prompt}] if chat else prompt, context, given)
         else:

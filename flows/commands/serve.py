@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.asked import AskedArgument, asked_folder
+from flows.commands.asked import AskedArgument, asked_folder, opened
 from flows.commands.options import StoreOption
 
 
@@ -38,14 +38,13 @@ def serve(
     vectors. /health and /metrics say how it is.
     """
     from flows.endpoint.server import Served, serve
-    from stages.serving.engine import open_engine
 
     def say(text: str) -> None:
         with suppress(OSError):  # a terminal that is closed
             typer.echo(text)
 
     with asked_folder(model, store) as (folder, verified):
-        engine = open_engine(folder, verified=verified)
+        engine = opened(folder, verified=verified)
         called = name or _name(model)
         serve(Served(model=engine, name=called, host=host, port=port, rows=rows, queue=queue), say)
 

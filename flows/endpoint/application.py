@@ -12,12 +12,13 @@ from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from flows.endpoint.bodies import Body, chat, completion, fields
 from flows.endpoint.forms import DONE, Form, event
-from flows.endpoint.metrics import REFUSED, TURNED_AWAY, Metrics
+from flows.endpoint.metrics import EMBEDDED, GONE, REFUSED, TURNED_AWAY, Metrics
 from flows.endpoint.refusals import Refusal, answer, broken
 from flows.endpoint.vectors import Vectors, wanted
 from stages.runtime.contract import StageError
@@ -130,6 +131,27 @@ class Endpoint:
             return Streamed(hearing.events(form, len(asked)), asked)
         return await self._whole(request, form, hearing, asked)
 
+    async def embedded(self, request: Request, vectors: Vectors, said: dict[str, Any]) -> Response:
+        """Vectors of texts.
+
+        Raises:
+            Refusal: there are none.
+        """
+        found = asyncio.ensure_future(vectors.answered(wanted(said), self.name))
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not found.done():
+                self.metrics.ended(GONE)
+                return Response(status_code=499)
+            body = found.result()
+        finally:
+            for task in (found, gone):
+                task.cancel()
+        self.metrics.read(body["usage"]["prompt_tokens"])
+        self.metrics.ended(EMBEDDED)
+        return answer(body)
+
     def check(self, model: Any) -> None:
         """Raise Refusal unless this model is asked."""
         if not isinstance(model, str):
@@ -173,7 +195,7 @@ def application(endpoint: Endpoint) -> FastAPI:
             task = endpoint.batching.model.task
             text = f"the model gives no vectors of texts; measured its task is {task}; limit embed"
             raise Refusal(text, param="model")
-        return answer(await endpoint.vectors.answered(wanted(said), endpoint.name))
+        return await endpoint.embedded(request, endpoint.vectors, said)
 
     return app
 
@@ -187,6 +209,8 @@ def _tell(app: FastAPI, endpoint: Endpoint) -> None:
     async def health() -> Response:
         said: dict[str, Any] = {"status": "stopping" if batching.closed else "ok", "model": endpoint.name}
         said |= {"active": batching.active, "waiting": batching.waiting}
+        if endpoint.vectors is not None:
+            said |= {"active": endpoint.vectors.active, "waiting": endpoint.vectors.waiting}
         return answer(said, 503 if batching.closed else 200)
 
     @app.get("/metrics")
@@ -211,6 +235,11 @@ def _refuse(app: FastAPI, metrics: Metrics) -> None:
         if error.status < 500:
             metrics.ended(TURNED_AWAY if error.status == 429 else REFUSED)
         return error.response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: Exception) -> Response:
+        metrics.ended(GONE)
+        return Response(status_code=499)
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from flows.endpoint.vectors import Vectors
 from stages.serving.batching import Batching
 
-REFUSED, TURNED_AWAY = "refused", "turned_away"
-OUTCOMES = ("stop", "length", "gone", "failed", REFUSED, TURNED_AWAY)
+GONE, REFUSED, TURNED_AWAY, EMBEDDED = "gone", "refused", "turned_away", "embedded"
+OUTCOMES = ("stop", "length", GONE, "failed", REFUSED, TURNED_AWAY, EMBEDDED)
 _FIRST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
@@ -19,7 +20,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._ended = Counter(
             "enginery_requests",
-            "Prompts by how they ended; requests that were refused or turned away.",
+            "Prompts by how they ended; requests for vectors, and those that were refused or turned away.",
             ["outcome"],
             registry=self.registry,
         )
@@ -40,11 +41,17 @@ class Metrics:
             registry=self.registry,
         )
 
-    def follow(self, batching: Batching) -> None:
+    def follow(self, batching: Batching | Vectors) -> None:
         """Say how long its queue is and how many rows it writes, whenever that is asked."""
-        queue = Gauge("enginery_queue_length", "Prompts that wait for a row.", registry=self.registry)
+        queue = Gauge(
+            "enginery_queue_length",
+            "Prompts that wait for a row, or requests for vectors that wait.",
+            registry=self.registry,
+        )
         queue.set_function(lambda: batching.waiting)
-        rows = Gauge("enginery_active_rows", "Answers that are being written.", registry=self.registry)
+        rows = Gauge(
+            "enginery_active_rows", "Answers that are being written, or a request for vectors.", registry=self.registry
+        )
         rows.set_function(lambda: batching.active)
 
     def text(self) -> bytes:
@@ -61,5 +68,5 @@ class Metrics:
         (self._first_s if first else self._token_s).observe(seconds)
 
     def ended(self, how: str) -> None:
-        """See Watch; besides, REFUSED and TURNED_AWAY."""
+        """See Watch; besides, REFUSED, TURNED_AWAY and EMBEDDED."""
         self._ended.labels(how).inc()

@@ -66,8 +66,9 @@ def serve(served: Served, say: Callable[[str], None]) -> None:
     listening = _listening(served.host, served.port)
     metrics = Metrics()
     batching = Batching(served.model, rows=served.rows, waiting=served.queue, watch=metrics)
-    metrics.follow(batching)
-    app: ASGIApp = application(Endpoint(served.name, batching, metrics, _vectors(served)))
+    vectors = _vectors(served)
+    metrics.follow(vectors or batching)
+    app: ASGIApp = application(Endpoint(served.name, batching, metrics, vectors))
     if _at_home(served.host):
         app = _called_by_its_own_name(app)
     config = uvicorn.Config(

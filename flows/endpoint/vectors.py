@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from starlette.concurrency import run_in_threadpool
 
 from flows.endpoint.bodies import NOTES, check_names
@@ -17,6 +18,8 @@ from stages.serving.batching import Full
 from stages.serving.engine import Answerer
 from stages.serving.reading import embedded
 
+AT_ONCE = 32
+"""Texts between which it is seen whether anybody still listens."""
 MOST_TEXTS = 2048
 """OpenAI's own limit of a request."""
 _OWN = ("input", "encoding_format", "dimensions", "truncate")
@@ -75,26 +78,40 @@ class Vectors:
     """
 
     def __init__(self, model: Answerer, waiting: int) -> None:
-        self.model, self.most_waiting, self.waiting = model, waiting, 0
+        self.model, self.most_waiting, self._asked = model, waiting, 0
         self._turn = asyncio.Lock()
 
+    @property
+    def active(self) -> int:
+        """Requests that are being answered."""
+        return min(1, self._asked)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return self._asked - self.active
+
     async def answered(self, asked: Wanted, name: str) -> dict[str, Any]:
-        """OpenAI's list of embeddings.
+        """OpenAI's list of embeddings; who cancels it waits for no more than AT_ONCE texts.
 
         Raises:
             Refusal: a text is not read, the vectors have other dimensions, or too many requests wait.
         """
-        if self.waiting > self.most_waiting:  # one of them is being answered
-            said = Full("too many requests wait already", measured=self.waiting - 1, limit=self.most_waiting)
+        if self.active and self.waiting >= self.most_waiting:
+            said = Full("too many requests wait already", measured=self.waiting, limit=self.most_waiting)
             raise broken(said)
-        self.waiting += 1
+        self._asked += 1
         try:
             async with self._turn:
-                vector_NE, tokens = await run_in_threadpool(embedded, self.model, asked.texts, truncate=asked.truncate)
+                parts = [
+                    await run_in_threadpool(embedded, self.model, some, truncate=asked.truncate)
+                    for some in (asked.texts[at : at + AT_ONCE] for at in range(0, len(asked.texts), AT_ONCE))
+                ]
+            vector_NE, tokens = np.concatenate([part_NE for part_NE, _ in parts]), sum(count for _, count in parts)
         except StageError as error:
             raise Refusal(str(error), param="input") from error
         finally:
-            self.waiting -= 1
+            self._asked -= 1
         if asked.dimensions not in (None, vector_NE.shape[1]):
             limit = f"measured {asked.dimensions}; limit {vector_NE.shape[1]}. Leave it out."
             raise Refusal(f"the model's vectors have other dimensions; {limit}", param="dimensions")

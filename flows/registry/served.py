@@ -133,6 +133,12 @@ def _question(model_input: Any) -> Question:
     if not len(model_input.columns):
         return question([])
     both = [name for name in (PROMPT, MESSAGES) if name in model_input.columns]
+    if others := [name for name in model_input.columns if both and name not in both]:
+        raise StageError(
+            f"there is no column {others[0]!r}",
+            limit=f"{PROMPT} or {MESSAGES}",
+            remedy="Leave it out; parameters are given in `params`.",
+        )
     if MESSAGES in both:
         return question({name: model_input[name].tolist() for name in both})
     return question((model_input[PROMPT] if both else model_input.iloc[:, 0]).tolist())

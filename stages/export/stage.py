@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from stages.models.checkpoint.subject import Subject
 
 GRAPH = "model.onnx"
-ENDLESS_TOKENS = 2048
-"""What an engine reads of a model whose positions have no end, where its tokenizer says nothing either."""
-SANE_TOKENS = 1 << 24
-"""transformers writes 10^30 for a tokenizer that knows no longest text."""
 WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")
 """What configurations call the tokens that a layer attends to at most."""
 BEYOND_WINDOW = 16
@@ -212,12 +208,12 @@ def admit(params: ExportParams, known: Mapping[str, Any]) -> Subject:
 
 
 def _longest(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> int:
-    from stages.models.anatomy.tasks import longest
+    from stages.models.anatomy.tasks import longest, longest_text
 
     if (most := longest(config)) is not None:
         return most
     said = tokenizer.model_max_length
-    most = int(said) if 0 < said < SANE_TOKENS else ENDLESS_TOKENS
+    most = longest_text(said)
     why = "its tokenizer's longest text" if most == said else "a length for want of another"
     progress.note(f"the model's positions have no end: engines read {most} tokens, {why}")
     return most

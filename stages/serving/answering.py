@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.adapters.backends import Begun, Slots, Stacks
+from stages.runtime.contract import StageError
 from stages.serving.generate import padded
 from stages.serving.sampling import log_probabilities
 
@@ -57,8 +58,20 @@ class Manner:
 
 
 def manner(described: Mapping[str, Any]) -> Manner:
-    """As `graph.json` and `engine.json` say it."""
-    return Manner(**{**described, "left_out": tuple(described["left_out"])})
+    """As `graph.json` and `engine.json` say it.
+
+    Raises:
+        StageError: they say something else.
+    """
+    try:
+        return Manner(**{**described, "left_out": tuple(described["left_out"])})
+    except (TypeError, KeyError) as error:
+        raise StageError(
+            "it is not said how answers begin",
+            measured=f"answers: {described!r:.200}",
+            limit="start, forced, left_out and wraps",
+            remedy="Make the artifact again.",
+        ) from error
 
 
 class Answering:
@@ -128,7 +141,7 @@ def rows_apart(begin: Callable[[], Slots] | None, described: Mapping[str, Any]) 
     """
     if begin is None or not (described.get("cache") or {}).get("rows_apart"):
         return None
-    how = manner(described["answers"])
+    how = manner(described.get("answers") or {})
     return lambda: AnsweringRows(begin(), how)
 
 

@@ -15,6 +15,7 @@ from stages.runtime.contract import StageError
 EXECUTABLE = "executable"
 """The field of `engine.json` that names a file beside it."""
 _AGAIN = "Make the artifact again."
+_MAY_SAY = {"task": str, "answers": dict}
 
 
 def read_beside(path: Path) -> dict[str, Any]:
@@ -42,14 +43,15 @@ def described_by(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
         StageError: it says something else, or its executable lies elsewhere.
     """
     found = read_beside(path)
-    for name, kind in fields.items():
+    for name, kind in (*fields.items(), *((name, kind) for name, kind in _MAY_SAY.items() if name in found)):
         value = found.get(name)
         outside = name == EXECUTABLE and isinstance(value, str) and value != Path(value).name
-        if not isinstance(value, kind) or isinstance(value, bool) or outside:
+        few = kind is int and isinstance(value, int) and value < 1
+        if not isinstance(value, kind) or isinstance(value, bool) or outside or few:
             raise StageError(
                 f"{path.name} of {path.parent.name} is damaged",
                 measured=f"{name}: {value!r:.60}",
-                limit="the name of a file beside it" if outside else kind.__name__,
+                limit="the name of a file beside it" if outside else "at least 1" if few else kind.__name__,
                 remedy=_AGAIN,
             )
     return found
@@ -89,6 +91,18 @@ def settings_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def ends_of(settings: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int]:
-    """Tokens that end a sequence."""
+    """Tokens that end a sequence.
+
+    Raises:
+        StageError: one is no number.
+    """
     found = settings.get("eos_token_id", config.get("eos_token_id"))
-    return frozenset() if found is None else frozenset(found if isinstance(found, list) else [found])
+    ends = [] if found is None else found if isinstance(found, list) else [found]
+    if strange := [one for one in ends if isinstance(one, bool) or not isinstance(one, int)]:
+        raise StageError(
+            "a token that ends a sequence is no number",
+            measured=f"eos_token_id: {strange[0]!r:.60}",
+            limit="a whole number, or a list of them",
+            remedy=_AGAIN,
+        )
+    return frozenset(ends)

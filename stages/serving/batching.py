@@ -59,6 +59,7 @@ class Batching:
         self._stacked = model.task == "translate"
         self._turn, self._waiting, self._rows = threading.Condition(), deque[Asked](), list[Asked]()
         self._ends_at: float | None = None
+        self._beginning = 0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -91,11 +92,11 @@ class Batching:
             Full: there is no room for them now.
             Closed: nothing is answered any more.
         """
-        if len(prompts) > self.most_waiting:
+        if len(prompts) > self.most_waiting + self.most_rows:
             raise StageError(
-                "more prompts are asked at once than may wait",
+                "more prompts are asked at once than may be written and wait",
                 measured=len(prompts),
-                limit=self.most_waiting,
+                limit=self.most_waiting + self.most_rows,
                 remedy="Ask some after the others.",
             )
         if (how.beams or 1) > 1:
@@ -115,7 +116,9 @@ class Batching:
             if self.closed:
                 raise Closed("the server is being stopped", remedy="Ask again when it is back.")
             self._forget_gone()
-            if len(self._waiting) + len(made) > self.most_waiting:
+            # Who finds a free row waits for no more than the step that is being made.
+            free = max(0, self.most_rows - len(self._rows) - self._beginning)
+            if len(self._waiting) + len(made) > self.most_waiting + free:
                 raise Full(
                     "too many prompts wait already",
                     measured=len(self._waiting),
@@ -141,6 +144,7 @@ class Batching:
         while True:
             if (one := self._next()) is not None:
                 self._begin(one)
+                self._beginning = 0
             elif self._rows:
                 self._step()
             else:
@@ -154,6 +158,7 @@ class Batching:
                     self._end_by(self._ends_at)
                 self._forget_gone()
                 if self._waiting and len(self._rows) < self.most_rows:
+                    self._beginning = 1
                     return self._waiting.popleft()
                 if self._rows or self.closed:
                     return None

@@ -75,15 +75,24 @@ def chat(folder: Path) -> Chat | None:
         return None
     beside = read_json(folder / _SPECIAL, optional=True)
     found = {name: config.get(name) or beside.get(name) for name in _TOKENS}
-    tokens = {name: one["content"] if isinstance(one, dict) else one for name, one in found.items() if one}
+    tokens = {name: one.get("content", "") if isinstance(one, dict) else str(one) for name, one in found.items() if one}
     return Chat(template, tokens)
 
 
 def _template(folder: Path, told: Any) -> str | None:
     if (folder / _FILE).is_file():
-        return (folder / _FILE).read_text(encoding="utf-8")
+        try:
+            return (folder / _FILE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise StageError(
+                f"{_FILE} of {folder.name} is no text",
+                measured=f"byte {error.start}",
+                limit="UTF-8",
+                remedy="Write it in UTF-8.",
+            ) from error
     if isinstance(told, list):  # several by name
-        told = next((one.get("template") for one in told if one.get("name") == "default"), None)
+        named = [one for one in told if isinstance(one, dict) and one.get("name") == "default"]
+        told = named[0].get("template") if named else None
     return told if isinstance(told, str) else None
 
 

@@ -6,8 +6,8 @@ Shapes: N sequences, T tokens, V vocabulary, or what else an answer is over.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,22 +83,16 @@ def eager(folder: Path, device: str = CPU) -> Eager:
         # Where a row is padded on its left its text begins at the first position all the same.
         if placed and task == "generate" and not mask.all():
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        try:
-            with torch.inference_mode(), computing():
-                said = answers(model, task, given)
-                said = said if pool is None else pool.vectors(said, mask)
-        except IndexError as error:
-            raise StageError(
-                "the model has no such token",
-                measured=f"tokens up to {ids_NT.max()}",
-                limit=f"below {model.config.get_text_config().vocab_size}",
-                remedy="Give tokens of its own tokenizer.",
-            ) from error
+        with torch.inference_mode(), computing(), _known(model, ids_NT):
+            said = answers(model, task, given)
+            said = said if pool is None else pool.vectors(said, mask)
         found: NDArray[np.float32] = said.float().cpu().numpy()
         return found
 
+    longest = reads(folder, model.config)
+
     def steps() -> Steps:
-        return _Steps(model, placed=placed, device=device, computing=computing)
+        return _Steps(model, placed=placed, longest=longest, device=device, computing=computing)
 
     def answering(*, scores: bool = False) -> Steps:
         stacks = Translating(model, device=device, computing=computing)
@@ -108,16 +102,23 @@ def eager(folder: Path, device: str = CPU) -> Eager:
     tells_segments = tasks.tells_segments(model.config, (TYPES,))
     both = (answering, partial(answering, scores=True)) if task == "translate" else (steps, scoring(steps))
     begin, scores = both if keeps else (None, None)
-    return Eager(forward, task, reads(folder, model.config), begin, scores, tells_segments)
+    return Eager(forward, task, longest, begin, scores, tells_segments)
 
 
 class _Steps:
     """See `stages.serving.generate.Steps`; transformers keeps keys and values."""
 
     def __init__(
-        self, model: PreTrainedModel, *, placed: bool, device: str, computing: Callable[[], AbstractContextManager[Any]]
+        self,
+        model: PreTrainedModel,
+        *,
+        placed: bool,
+        longest: int | None,
+        device: str,
+        computing: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.model, self.placed, self.device, self.computing = model, placed, device, computing
+        self.model, self.placed, self.longest, self.device, self.computing = model, placed, longest, device, computing
+        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.mask, self.kept = torch.empty(0), None
 
     def begin(self, ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -125,7 +126,11 @@ class _Steps:
         return self._read(ids_NT)
 
     def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        grown = torch.ones_like(self.mask[:, :1])
+        if self.longest is not None:
+            # A row that has ended may be led on beyond what the model reads; whatever it says is not wanted.
+            grown = (self.mask.sum(1, keepdim=True) < self.longest).to(self.mask.dtype)
+        self.mask = torch.cat([self.mask, grown], dim=1)
         return self._read(tokens_N[:, None])
 
     def reorder(self, rows_N: NDArray[np.int64]) -> None:
@@ -151,11 +156,27 @@ class _Steps:
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.kept}
         if self.placed:
             given["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with torch.inference_mode(), self.computing():
+        if self.keeps_logits:  # a prompt of 2,000 tokens has no use for 2,000 rows of the vocabulary
+            given["logits_to_keep"] = 1
+        with torch.inference_mode(), self.computing(), _known(self.model, ids_NT):
             out = self.model(**given, use_cache=True, return_dict=True)
         self.kept = out.past_key_values
         found: NDArray[np.float32] = out.logits[:, -1].float().cpu().numpy()
         return found
+
+
+@contextmanager
+def _known(model: PreTrainedModel, ids_NT: NDArray[np.int64]) -> Iterator[None]:
+    """Tell of a token that a model has no row for."""
+    try:
+        yield
+    except IndexError as error:
+        raise StageError(
+            "the model has no such token",
+            measured=f"tokens up to {ids_NT.max()}",
+            limit=f"below {model.config.get_text_config().vocab_size}",
+            remedy="Give tokens of its own tokenizer.",
+        ) from error
 
 
 def answers(model: PreTrainedModel, task: str, given: dict[str, Any]) -> Tensor:

@@ -143,7 +143,7 @@ class Answerer:
         writings = [Writing(self.tokenizer, how.stop) for _ in rows]
         return [self.answer(len(row), new, one) for row, new, one in zip(rows, found, writings, strict=True)]
 
-    def stream(self, prompt: Prompt, **asked: Any) -> Generator[str, None, Answer]:
+    def stream(self, prompt: Prompt, /, **asked: Any) -> Generator[str, None, Answer]:
         """The pieces of one answer as they come: joined they are what `generate` says; the answer is returned.
 
         Where the model's settings ask for beams the answer is one piece.
@@ -273,7 +273,7 @@ Begin = Callable[[], Steps] | None
 def _asked(opened: Execution, described: dict[str, Any], most: int) -> tuple[Forward, Begin, Begin]:
     """How whole sequences are answered, how what is read is kept, and the same told by log-probabilities."""
     if opened.stacks is not None:
-        how = manner(described["answers"])
+        how = manner(described.get("answers") or {})
         begin = partial(Answering, opened.stacks, how)
         return partial(whole, opened.stacks, how), begin, partial(begin, scores=True)
     assert opened.forward is not None

@@ -15,6 +15,8 @@ NEW_TOKENS = 32
 """New tokens of a text where nobody says how many."""
 STOPS, STOP_CHARACTERS = 16, 1000
 """At most so many stop strings, of at most so many characters: each is looked for after each token."""
+PENALTIES = 0.01, 100.0
+"""Beyond them logits would leave what 32 bits hold, and no token had a probability."""
 MOST_BEAMS = 64
 """Each takes a row of its own, and the memory of one."""
 
@@ -53,7 +55,9 @@ class Generation:
         _real("temperature", self.temperature, "a number from 0 on", self.temperature >= 0)
         _whole("top_k", self.top_k, 0)
         _real("top_p", self.top_p, "a number above 0, at most 1", 0 < self.top_p <= 1)
-        _real("repetition_penalty", self.repetition_penalty, "a number above 0", self.repetition_penalty > 0)
+        least, most = PENALTIES
+        held = least <= self.repetition_penalty <= most
+        _real("repetition_penalty", self.repetition_penalty, f"a number from {least} to {most}", held)
         if self.seed is not None:
             _whole("seed", self.seed, 0)
         if self.beams is not None:

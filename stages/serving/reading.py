@@ -266,7 +266,8 @@ def _parts(model: Answerer, question: str, context: str) -> list[Encoding]:
 
 
 def _label(model: Answerer, at: int) -> str:
-    return str((model.config.get("id2label") or {}).get(str(at), f"LABEL_{at}"))
+    names = model.config.get("id2label")
+    return str(names.get(str(at), f"LABEL_{at}") if isinstance(names, dict) else f"LABEL_{at}")
 
 
 def _softmax(logits_C: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

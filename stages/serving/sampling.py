@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.runtime.contract import StageError
 from stages.serving.generation import Generation
 
 
@@ -28,6 +29,12 @@ class Drawing:
         if self.how.temperature == 0:
             return int(penalized(logits_V, row, self.how.repetition_penalty).argmax())
         reached_V = probabilities(logits_V, row, self.how).cumsum()
+        if not np.isfinite(reached_V[-1]):
+            raise StageError(
+                "the model says no number for a token",
+                measured=f"{np.count_nonzero(~np.isfinite(logits_V))} of {len(logits_V)} logits are not finite",
+                remedy="Make it again from a checkpoint whose weights are numbers.",
+            )
         # The last sum, not 1: the token is then one that has a probability, whatever was rounded.
         return int(np.searchsorted(reached_V, self.draws[number].random() * reached_V[-1], side="right"))
 

@@ -102,6 +102,11 @@ def says(**changes):
     return damage
 
 
+def ends(tokens):
+    """generation_config.json says that these end a sequence."""
+    return lambda folder: (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens}))
+
+
 def bytes_of(name, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
@@ -128,6 +133,13 @@ DAMAGES = {
     "no executable": (says(executable=None), "measured executable: None; limit str"),
     "executable elsewhere": (says(executable="../chain/model.onnx"), "limit the name of a file beside it"),
     "length in words": (says(maximum_tokens="many"), "measured maximum_tokens: 'many'; limit int"),
+    "length of nothing": (says(maximum_tokens=0), "measured maximum_tokens: 0; limit at least 1"),
+    "task no text": (says(task=[]), r"measured task: \[\]; limit str"),
+    "end no number": (ends([[1]]), r"ends a sequence is no number; measured eos_token_id: \[1\]"),
+    "template no text": (
+        lambda folder: (folder / "chat_template.jinja").write_bytes(b"a\xff"),
+        "measured byte 1; limit UTF",
+    ),
     "description cut short": (bytes_of("engine.json", lambda held: held[:-9]), "engine.json is not JSON; measured"),
     "description a list": (bytes_of("engine.json", lambda held: b"[]"), "engine.json is no JSON object"),
     "tokenizer cut short": (bytes_of("tokenizer.json", lambda held: held[:-9]), r"tokenizer.json of \S+ is damaged"),

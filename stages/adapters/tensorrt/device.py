@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +21,12 @@ class Device:
     """The first GPU, through the CUDA driver's C functions."""
 
     def __init__(self, driver: Any) -> None:
-        self._driver = driver
+        self._driver, self._here = driver, threading.local()
+        self._context: ctypes.c_void_p | None = None
         device, context = ctypes.c_int(), ctypes.c_void_p()
         self.call("cuDeviceGet", ctypes.byref(device), 0)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self.call("cuCtxSetCurrent", context)
+        self._context = context
         numbers = []
         for attribute in (_MAJOR, _MINOR):
             number = ctypes.c_int()
@@ -34,6 +36,13 @@ class Device:
 
     def call(self, function: str, *arguments: Any) -> None:
         """Call a driver function; raises StageError with its name and code when it fails."""
+        # The driver knows it by thread, and who serves a plan executes it in another than it was opened in.
+        if self._context is not None and not hasattr(self._here, "current"):
+            self._checked("cuCtxSetCurrent", self._context)
+            self._here.current = True
+        self._checked(function, *arguments)
+
+    def _checked(self, function: str, *arguments: Any) -> None:
         code = getattr(self._driver, function)(*arguments)
         if code:
             kind = DoesNotFit if code == 2 else StageError

@@ -24,6 +24,10 @@ TASKS = dict(
 """Task -> transformers' table of its architectures."""
 SCORE = "score"
 """The task of a classifier with a single class: it gives a text a number, as a reward model does."""
+ENDLESS_TOKENS = 2048
+"""What an engine reads of a model whose positions have no end, where its tokenizer says nothing either."""
+SANE_TOKENS = 1 << 24
+"""transformers writes 10^30 for a tokenizer that knows no longest text."""
 
 
 def task(config: PreTrainedConfig) -> str:
@@ -101,3 +105,9 @@ def _unused(chosen: type[PreTrainedModel], kind: type[PreTrainedConfig], config:
     tables = (one for one in model.modules() if isinstance(one, nn.Embedding))
     own = [one for one in tables if one.num_embeddings == most and one is not model.get_input_embeddings()]
     return max((one.padding_idx + 1 for one in own if one.padding_idx is not None), default=0)
+
+
+def longest_text(said: Any) -> int:
+    """Tokens that a model reads whose positions have no end: its tokenizer's longest text, where that is sane."""
+    sane = isinstance(said, int | float) and 0 < said < SANE_TOKENS
+    return int(said) if sane else ENDLESS_TOKENS

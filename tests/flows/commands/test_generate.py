@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, F811 - fixtures that other modules define are imported and then named as arguments
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import main
+from stages.models.anatomy.tasks import longest_text
 from stages.serving.engine import open_engine
 from stages.serving.reading import answer as answer_in
 from stages.serving.reading import choose, classify, tag
@@ -167,3 +169,15 @@ def test_model_that_writes_no_text_says_what_it_is_for_as_json(tmp_path, capsys)
 def test_model_that_writes_takes_no_context(tiny, capsys):
     assert main(["generate", str(tiny), PROMPT, "--context", "a"]) == 1
     assert "a model that writes takes no context" in capsys.readouterr().err
+
+
+def test_checkpoint_whose_positions_have_no_end_is_asked_with_one(tiny, monkeypatch, capsys):
+    from stages.serving import engine
+
+    endless = dataclasses.replace(open_engine(tiny), maximum_tokens=engine.ENDLESS)
+    monkeypatch.setattr(engine, "open_engine", lambda *_, **__: endless)
+    most = longest_text(json.loads((tiny / "tokenizer_config.json").read_text()).get("model_max_length"))
+    for command in (["generate", tiny, "a"], ["chat", tiny]):
+        assert main([*map(str, command), "--max-new-tokens", str(most + 1)]) == 1
+        assert f"max_new_tokens is more than the model reads; measured {most + 1}" in capsys.readouterr().err
+    assert [longest_text(one) for one in (None, 10**30, 512, 0, "many")] == [2048, 2048, 512, 2048, 2048]

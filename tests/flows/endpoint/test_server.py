@@ -161,7 +161,7 @@ def test_models_and_health_are_told(client, address):
         ("completions", {"prompt": [1, 768]}, 400, "prompt", "there is no such token; measured 768"),
         ("completions", {"prompt": "a " * 2000}, 400, "prompt", "longer than the model reads; measured"),
         ("completions", {"prompt": "a\ud800"}, 400, "prompt", "a prompt is no text"),
-        ("completions", {"prompt": ["a"] * 10_000}, 400, "prompt", "than may wait; measured 10000; limit 4"),
+        ("completions", {"prompt": ["a"] * 10_000}, 400, "prompt", "written and wait; measured 10000; limit 6"),
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens is out of range; measured 0"),
         ("completions", {"prompt": "a", "max_tokens": 100_000}, 400, "max_tokens", "more than the model reads"),
         ("completions", {"prompt": "a", "max_tokens": True}, 400, "max_tokens", "is no whole number"),

@@ -1,6 +1,9 @@
 """Vectors over HTTP, asked by OpenAI's own client: those of the engine, or a refusal that is an exception there."""
 
 import base64
+import dataclasses
+import socket
+import time
 
 import httpx
 import numpy as np
@@ -12,6 +15,7 @@ from flows.endpoint.vectors import MOST_TEXTS, Vectors, wanted
 from stages.serving.engine import open_engine
 from stages.serving.reading import embed
 from tests.flows.endpoint.served import serving
+from tests.flows.endpoint.test_server import idle, measured
 from tests.stages.export.test_pooled import modules
 from tests.stages.validate.test_embedding import TEXTS, encoder
 
@@ -113,3 +117,53 @@ def test_requests_beyond_the_queue_are_turned_away(folder):
         told[0]["data"][0]["embedding"]
     ] * 3
     assert vectors.waiting == 0
+
+
+def test_nobody_is_answered_who_has_gone(folder):
+    import asyncio
+
+    engine = open_engine(folder)
+    read, vectors = [], Vectors(engine, 2)
+
+    def forward(ids_NT, mask_NT, *more):
+        read.append(len(ids_NT))
+        return engine.forward(ids_NT, mask_NT, *more)
+
+    vectors.model = dataclasses.replace(engine, forward=forward)
+
+    async def left():
+        long = asyncio.ensure_future(vectors.answered(wanted({"input": ["a b"] * MOST_TEXTS}), "own"))
+        never = asyncio.ensure_future(vectors.answered(wanted({"input": ["a"] * MOST_TEXTS}), "own"))
+        while not read:
+            await asyncio.sleep(0.001)
+        assert (vectors.active, vectors.waiting) == (1, 1)
+        never.cancel()
+        long.cancel()
+        await asyncio.gather(long, never, return_exceptions=True)
+        return await vectors.answered(wanted({"input": "a b"}), "own")
+
+    assert asyncio.run(left())["usage"]["prompt_tokens"] and sum(read) < MOST_TEXTS
+    assert (vectors.active, vectors.waiting) == (0, 0)
+
+
+@pytest.mark.service
+def test_metrics_tell_of_vectors_and_of_clients_that_have_gone(folder):
+    with serving(folder, "--rows", 1) as (address, child):
+        asked = {"model": "own", "input": ["a b", "a"]}
+        used = httpx.post(f"{address}/v1/embeddings", json=asked, timeout=60).json()["usage"]["prompt_tokens"]
+        found = measured(address)
+        assert found['enginery_requests_total{outcome="embedded"}'] == 1
+        assert found["enginery_prompt_tokens_total"] == used > 0
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:  # it goes while it sends its body
+            client.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999\r\n\r\n{")
+            time.sleep(0.3)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/embeddings", json=asked | {"input": ["a b c d e"] * MOST_TEXTS}, timeout=0.2)
+        deadline = time.monotonic() + 30
+        while measured(address)['enginery_requests_total{outcome="gone"}'] < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        idle(address)
+        child.terminate()
+        assert "Traceback" not in child.stdout.read()

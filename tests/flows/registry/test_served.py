@@ -259,6 +259,12 @@ def test_parameter_in_a_table_and_stream_of_many_are_refused(registered, served)
         served.predict(None, pd.DataFrame({"prompt": ["is"], "seed": [1]}))
     with pytest.raises(MlflowException, match="a stream is one answer; measured 2 prompts; limit 1"):
         list(served.predict_stream(None, ["is", "the"]))
+    for named in (pd.DataFrame({"prompt": ["is"], "max_tokens": [3]}), pd.DataFrame({"messages": [[]], "n": [2]})):
+        with pytest.raises(MlflowException, match=r"there is no column '(max_tokens|n)'; limit prompt or messages"):
+            served.predict(None, named)
+    for name in ("prompt", "self"):
+        with pytest.raises(MlflowException, match=f"there is no parameter '{name}'"):
+            list(served.predict_stream(None, "is", {name: "x"}))
 
 
 def test_served_engine_of_changed_bytes_is_refused(registered, served, tmp_path):

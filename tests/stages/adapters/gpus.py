@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,15 +20,22 @@ class Driver:
     def __init__(self, architecture=(8, 9), failing=None, code=1):
         self.memory, self.architecture, self.failing, self.code = {}, architecture, failing, code
         self.free_bytes = 1 << 40
+        self.current = set()
 
     def __getattr__(self, name):
         def function(*arguments):
             known = getattr(type(self), f"_{name}", None)
             if name == self.failing:
                 return self.code
+            if name.startswith("cuMem") and threading.get_ident() not in self.current:
+                return 201  # no context is current to this thread
             return known(self, *arguments) if known else 0
 
         return function
+
+    def _cuCtxSetCurrent(self, _context):
+        self.current.add(threading.get_ident())
+        return 0
 
     def _cuDeviceGetAttribute(self, out, attribute, _device):
         out._obj.value = self.architecture[attribute - 75]

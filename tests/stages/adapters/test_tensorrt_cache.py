@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,3 +126,17 @@ def test_plan_without_a_profile_for_steps_is_refused(opened, graphs):
     opened.engine.profiles.pop()
     with pytest.raises(StageError, match="the engine lacks a profile; measured number 1"):
         execute_plan(graphs / "model.plan", "tensorrt_rtx", ["sm_89"], verified=True)
+
+
+def test_plan_is_executed_by_other_threads_than_opened_it(opened):
+    ids = token_windows(1, 9)
+    here = opened.execution.forward(ids, np.ones_like(ids))
+
+    def there():
+        steps = opened.execution.steps(PLACES)
+        steps.begin(ids[:, :8], np.ones((1, 8), np.int64))
+        return steps.next(ids[:, 8])
+
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            np.testing.assert_allclose(pool.submit(there).result(60), here[:, 8], atol=1e-4 * here.std())

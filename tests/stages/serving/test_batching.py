@@ -166,8 +166,8 @@ def test_prompts_beyond_those_that_may_wait_are_turned_away(models):
     waiting = [batching.ask(["A class"], how, lambda *_: None)[0] for _ in range(2)]
     with pytest.raises(Full, match="too many prompts wait already; measured 2; limit 2"):
         batching.ask(["b"], how, lambda *_: None)
-    with pytest.raises(StageError, match="asked at once than may wait; measured 3; limit 2"):
-        batching.ask(["b", "b", "b"], how, lambda *_: None)
+    with pytest.raises(StageError, match="at once than may be written and wait; measured 4; limit 3"):
+        batching.ask(["b"] * 4, how, lambda *_: None)
     with pytest.raises(StageError, match="a prompt is empty"):
         batching.ask([""], how, lambda *_: None)
     assert batching.waiting == 2 and batching.active == 1
@@ -270,3 +270,12 @@ def test_tokens_that_are_none_are_refused(models):
     with pytest.raises(StageError, match="there is no such token; measured 768; limit 0 to 767"):
         models["own"].generate([[1, 768]])
     assert np.array_equal(models["own"].generate([[1, 2]]), models["own"].generate([[1, 2]]))
+
+
+def test_as_many_may_be_asked_at_once_as_have_rows_and_wait(models):
+    batching, how = Batching(models["own"], rows=3, waiting=2), Generation(max_new_tokens=3)
+    _, ends = heard(batching, TEXTS, how)
+    assert ends == [models["own"].answers([one], how)[0] for one in TEXTS] and len(TEXTS) == 5
+    with pytest.raises(StageError, match="measured 6; limit 5"):
+        batching.ask([*TEXTS, "a"], how, lambda *_: None)
+    ended(batching)

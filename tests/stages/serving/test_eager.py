@@ -1,10 +1,13 @@
 """A row that stands padded beside a longer one is answered as transformers answers it alone."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
+from stages.runtime.contract import StageError
 from stages.serving.eager import eager
+from tests.stages.models.families import family
 
 SHAPE = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40,
@@ -30,3 +33,26 @@ def test_row_padded_on_its_left_has_the_answers_of_the_row_alone(made, config, t
         alone = [model(row[kept.bool()][None]).logits[0] for row, kept in zip(ids, mask, strict=True)]
     torch.testing.assert_close(found[0], alone[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1, 2:], alone[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_row_that_has_ended_is_led_on_beyond_the_last_position(name, tmp_path):
+    model = eager(family(name, tmp_path))
+    most, draw = model.longest, np.random.default_rng(1)
+    ids, mask = draw.integers(4, 90, (2, most - 1)), np.ones((2, most - 1), np.int64)
+    mask[1, :-5] = 0
+    steps, short = model.steps(), ids[1:, -5:]
+    found = [steps.begin(ids, mask)]
+    for token in (7, 8, 9, 10):
+        found.append(steps.next(np.array([token, token])))
+        short = np.append(short, [[token]], axis=1)
+    wanted = model.forward(short, np.ones_like(short))[0, 4:]
+    np.testing.assert_allclose(np.stack([one[1] for one in found]), wanted, atol=1e-4 * wanted.std())
+    whole = model.forward(np.append(ids[:1], [[7]], axis=1), np.ones((1, most), np.int64))[0, -1]
+    np.testing.assert_allclose(found[1][0], whole, atol=1e-4 * whole.std())
+
+
+def test_token_beyond_the_table_is_told_by_steps_too(tmp_path):
+    model = eager(family("gpt2", tmp_path))
+    with pytest.raises(StageError, match="no such token; measured tokens up to 5000; limit below"):
+        model.steps().begin(np.array([[1, 5000]]), np.ones((1, 2), np.int64))

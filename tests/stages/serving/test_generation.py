@@ -21,8 +21,8 @@ from stages.serving.generation import NEW_TOKENS, PARAMETERS, Generation, genera
         ("top_p", 0, "a number above 0, at most 1"),
         ("top_p", 1.1, "a number above 0, at most 1"),
         ("top_p", math.nan, "a number above 0, at most 1"),
-        ("repetition_penalty", 0, "a number above 0"),
-        ("repetition_penalty", math.inf, "a number above 0"),
+        ("repetition_penalty", 1e-40, "a number from 0.01 to 100.0"),
+        ("repetition_penalty", math.inf, "a number from 0.01 to 100.0"),
         ("seed", -1, "at least 0"),
     ],
 )

@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from stages.runtime.contract import StageError
 from stages.serving.generation import Generation
 from stages.serving.sampling import Drawing, penalized, probabilities
 
@@ -111,3 +112,12 @@ def test_each_row_draws_for_itself():
     beside, alone = Drawing(how, 3), Drawing(how, 1)
     mixed = [(beside(1, [0], logits_V), beside(0, [0], logits_V)) for _ in range(5)]
     assert [pair[0] for pair in mixed] == [pair[1] for pair in mixed] == [alone(0, [0], logits_V) for _ in range(5)]
+
+
+def test_model_that_says_no_number_is_told_and_no_token_drawn():
+    logits_V = np.array([1, np.nan, 2], np.float32)
+    with pytest.raises(StageError, match="no number for a token; measured 1 of 3 logits are not finite"):
+        Drawing(Generation(temperature=1.0), 1)(0, [0], logits_V)
+    for penalty in (0.01, 100):
+        how, logits_V = Generation(temperature=1.0, repetition_penalty=penalty), np.array([-1e30, 1e30, 3], np.float32)
+        assert Drawing(how, 1)(0, [0, 1], logits_V) in (0, 1, 2)
