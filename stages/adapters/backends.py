@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from stages.runtime.contract import Metrics, Progress, StageError
 
@@ -24,6 +24,8 @@ TYPES = "token_type_ids"
 """The input of a graph that is told which segment each token is of."""
 ENCODER = "encoder.onnx"
 """The graph beside one that answers, which reads what is answered to; see `encoder_of`."""
+WORTH = 32
+"""A prompt that begins with fewer tokens that were read before is read whole."""
 GRAPHS_BACKEND = "onnxruntime"
 """What answers for a graph that was not compiled."""
 
@@ -46,6 +48,21 @@ class Steps(Protocol):
 
     def reorder(self, rows_N: NDArray[np.int64]) -> None:
         """Go on with these rows, each as often as it is named."""
+
+
+@runtime_checkable
+class Rewinding(Steps, Protocol):
+    """Steps of a single sequence, which can go on from an earlier token."""
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all but its first so many tokens.
+
+        Raises:
+            StageError: what was kept cannot be cut there; it is of no use any more.
+        """
+
+    def more(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read more of its tokens; returns the logits of what comes next, [V]."""
 
 
 class Begun(Protocol):
@@ -236,3 +253,12 @@ def refuse_impossible(name: str, architectures: Sequence[str], precisions: Colle
         chosen.refuse(architecture, precisions)
     if not allowed:
         chosen.refuse("", precisions)
+
+
+def shared_tokens(ids_T: NDArray[np.int64], said: Sequence[int]) -> int:
+    """With how many tokens of another a prompt begins; its last one is left to be read."""
+    import numpy as np
+
+    most = min(len(ids_T) - 1, len(said))
+    parted = np.flatnonzero(ids_T[:most] != np.array(said[:most], np.int64))
+    return int(parted[0]) if len(parted) else most

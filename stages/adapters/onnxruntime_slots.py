@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.backends import ENCODER, aligned
+from stages.adapters.backends import ENCODER, WORTH, aligned, shared_tokens
 from stages.adapters.onnxruntime import ROOM, CachedSession, Kept, Session, open_session, room_for
 from stages.runtime.contract import StageError
 
-WORTH, REMEMBERED = 32, 4096
-"""Tokens: what begins with fewer is read whole; so many are kept of rows that are free, of 4,096 some 190 MB of a model
-of 135 million parameters."""
+REMEMBERED = 4096
+"""Tokens that are kept of rows that are free: some 190 MB of a model of 135 million parameters."""
 
 
 class Stepping:
@@ -57,6 +56,15 @@ class Stepping:
     def reorder(self, rows_N: NDArray[np.int64]) -> None:
         """Go on with these rows, each as often as it is named."""
         self.kept.reorder(rows_N)
+
+    def truncate(self, tokens: int) -> None:
+        """See `stages.adapters.backends.Rewinding`; what stands behind a row's end is read by nobody."""
+        self.kept.lengths_N = np.minimum(self.kept.lengths_N, tokens)
+
+    def more(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `stages.adapters.backends.Rewinding`."""
+        logits_V: NDArray[np.float32] = self.kept.read(ids_T[None], None, np.array([[len(ids_T) - 1]]))[0, 0]
+        return logits_V
 
     @property
     def kept_bytes(self) -> int:
@@ -134,10 +142,10 @@ class RowSlots:
         """With how many tokens that were read a prompt begins at most, and what the cache keeps of them, [G, M, D]."""
         most, of = 0, dict[str, NDArray[Any]]()
         for at, said in enumerate(self._tokens):
-            if (shared := _shared(ids_T, said)) > most:
+            if (shared := shared_tokens(ids_T, said)) > most:
                 most, of = shared, {name: buffer[at] for name, buffer in self._buffers.items()}
         for said, places in self._left:
-            if (shared := _shared(ids_T, said)) > most:
+            if (shared := shared_tokens(ids_T, said)) > most:
                 most, of = shared, places
         return most, of
 
@@ -235,13 +243,6 @@ class StackSlots:
 
     def _beside(self, rows: int) -> dict[str, NDArray[Any]]:
         return {name: array[:rows] for name, array in self._texts.items()}
-
-
-def _shared(ids_T: NDArray[np.int64], said: list[int]) -> int:
-    """With how many tokens of another a prompt begins; the last is left to be read."""
-    most = min(len(ids_T) - 1, len(said))
-    parted = np.flatnonzero(ids_T[:most] != np.array(said[:most], np.int64))
-    return int(parted[0]) if len(parted) else most
 
 
 def _first(array: NDArray[Any]) -> tuple[slice, ...]:

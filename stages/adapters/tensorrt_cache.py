@@ -224,6 +224,17 @@ class DeviceSteps:
         for kept in before:
             kept.close()
 
+    def truncate(self, tokens: int) -> None:
+        """See `stages.adapters.backends.Rewinding`; what stands behind a row's end is masked."""
+        self._lengths_N = np.minimum(self._lengths_N, tokens)
+
+    def more(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `stages.adapters.backends.Rewinding`."""
+        (kept,), asked_11 = self._kept, np.array([[len(ids_T) - 1]])
+        logits_V: NDArray[np.float32] = self._opened.read(kept, ids_T[None], self._lengths_N, asked_11)[0, 0]
+        self._lengths_N = self._lengths_N + len(ids_T)
+        return logits_V
+
 
 def reordered(opened: CachedPlan, before: Sequence[Kept], rows_N: NDArray[np.int64]) -> list[Kept]:
     """The cache of these rows, each as often as it is named; what goes in beside it is not there yet."""

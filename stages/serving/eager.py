@@ -145,6 +145,25 @@ class _Steps:
         self.mask = self.mask.index_select(0, rows)
         self.kept.reorder_cache(rows)
 
+    def truncate(self, tokens: int) -> None:
+        less = self.mask.shape[1] - tokens
+        try:
+            if less > 0 and isinstance(self.kept, Cache):
+                self.kept.crop(-less)
+        except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+            raise StageError(
+                f"{type(self.model).__name__} cannot go on from an earlier token",
+                measured=error,
+                limit="layers that keep all that they read",
+                remedy="Have it read the text anew.",
+            ) from error
+        self.mask = self.mask[:, :tokens]
+
+    def more(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(1, len(ids_T))], dim=1)
+        logits_V: NDArray[np.float32] = self._read(ids_T[None])[0]
+        return logits_V
+
     @property
     def kept_bytes(self) -> int:
         """Of all keys and values, which the next token reads."""

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.backends import Forward, Slots, Steps
+from stages.adapters.backends import WORTH, Forward, Rewinding, Slots, Steps, shared_tokens
+from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
 from stages.serving.generate import ROWS, padded
 
@@ -23,28 +24,52 @@ def rows_of(model: Answerer) -> Slots:
 
 
 class Apart:
-    """See `stages.adapters.backends.Slots`; each row keeps what it has read by itself, and is read by itself."""
+    """See `stages.adapters.backends.Slots`; each row keeps what it has read by itself, and is read by itself.
+
+    The last one that left is kept until the next comes, who may go on from it: of a conversation the last message alone
+    is read.
+    """
 
     def __init__(self, begin: Callable[[], Steps]) -> None:
-        self._begin, self._rows = begin, list[Steps]()
+        self._begin, self._rows = begin, list[tuple[Steps, list[int]]]()
+        self._left: tuple[Steps, list[int]] | None = None
 
     def admit(self, ids_T: NDArray[np.int64], said_T: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Read a prompt into a new row."""
-        row = self._begin()
-        logits_V: NDArray[np.float32] = row.begin(ids_T[None], np.ones_like(ids_T[None]))[0]
+        if said_T is None and (begun := self._gone_on(ids_T)) is not None:
+            row, logits_V = begun
+        else:
+            row = self._begin()
+            logits_V = row.begin(ids_T[None], np.ones_like(ids_T[None]))[0]
         for token in () if said_T is None else said_T:
             logits_V = row.next(token[None])[0]
-        self._rows.append(row)
+        self._rows.append((row, ids_T.tolist()))
         return logits_V
 
     def next(self, tokens_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read a token of each row."""
-        return np.stack([row.next(tokens_N[at : at + 1])[0] for at, row in enumerate(self._rows)])
+        found = np.stack([row.next(tokens_N[at : at + 1])[0] for at, (row, _) in enumerate(self._rows)])
+        for (_, said), token in zip(self._rows, tokens_N.tolist(), strict=True):
+            said.append(token)
+        return found
 
     def leave(self, row: int) -> None:
         """Free a row."""
+        self._left = self._rows[row]
         self._rows[row] = self._rows[-1]
         self._rows.pop()
+
+    def _gone_on(self, ids_T: NDArray[np.int64]) -> tuple[Steps, NDArray[np.float32]] | None:
+        """Who left last, having read a prompt from where it parts from what it had read; its memory is free if not."""
+        left, self._left = self._left, None
+        row, said = left or (None, [])
+        if not isinstance(row, Rewinding) or (shared := shared_tokens(ids_T, said)) < WORTH:
+            return None
+        try:
+            row.truncate(shared)
+            return row, row.more(ids_T[shared:])
+        except StageError:  # it cannot be cut there, or there is no room: the prompt is read as any other
+            return None
 
 
 class Rereading:

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from stages.adapters import onnxruntime_slots
+from stages.adapters.backends import WORTH
 from stages.adapters.onnxruntime import Kept, open_session
-from stages.adapters.onnxruntime_slots import REMEMBERED, WORTH, RowSlots
+from stages.adapters.onnxruntime_slots import REMEMBERED, RowSlots, Stepping
 from stages.export import to_onnx
 from stages.export.layer_caches import layer_caches
 from stages.graphs import onnx_graph
@@ -128,3 +129,11 @@ def test_row_is_freed_where_memory_has_no_room_for_what_it_read(model, slots):
     assert not slots._left
     slots._buffers = buffers
     check(model, slots.next(np.array([3]))[0], np.append(said(40, 1), 3))
+
+
+def test_steps_go_on_from_an_earlier_token(model):
+    steps, parted = Stepping(model[0], PLACES), np.append(said(20), said(8, 1))
+    steps.begin(said(30)[None], np.ones((1, 30), np.int64))
+    steps.truncate(20)
+    check(model, steps.more(parted[20:]), parted)
+    check(model, steps.next(np.array([5]))[0], np.append(parted, 5))

@@ -140,3 +140,15 @@ def test_plan_is_executed_by_other_threads_than_opened_it(opened):
     for _ in range(2):
         with ThreadPoolExecutor(1) as pool:
             np.testing.assert_allclose(pool.submit(there).result(60), here[:, 8], atol=1e-4 * here.std())
+
+
+def test_text_is_gone_on_from_an_earlier_token(opened):
+    ids = token_windows(2, 20)
+    parted = np.concatenate([ids[0, :6], ids[1, :9]])
+    wanted = opened.execution.forward(parted[None], np.ones((1, 15), np.int64))[0]
+    steps = opened.execution.steps(PLACES)
+    steps.begin(ids[:1, :12], np.ones((1, 12), np.int64))
+    steps.truncate(6)
+    np.testing.assert_allclose(steps.more(parted[6:13]), wanted[12], atol=1e-4 * wanted.std())
+    for at in (13, 14):
+        np.testing.assert_allclose(steps.next(parted[at : at + 1])[0], wanted[at], atol=1e-4 * wanted.std())

@@ -9,9 +9,11 @@ import time
 import numpy as np
 import pytest
 
+from stages.adapters.backends import WORTH
 from stages.compile.stage import CompileParams, compile_engine
 from stages.runtime.contract import StageError
 from stages.serving.batching import Batching, Closed, Full
+from stages.serving.eager import _Steps
 from stages.serving.engine import open_engine
 from stages.serving.generation import Generation
 from stages.serving.writing import Answer
@@ -278,4 +280,22 @@ def test_as_many_may_be_asked_at_once_as_have_rows_and_wait(models):
     assert ends == [models["own"].answers([one], how)[0] for one in TEXTS] and len(TEXTS) == 5
     with pytest.raises(StageError, match="measured 6; limit 5"):
         batching.ask([*TEXTS, "a"], how, lambda *_: None)
+    ended(batching)
+
+
+@pytest.mark.parametrize("kind", ["own", "apart", "reread"])
+def test_next_message_of_a_conversation_is_read_behind_all_before_it(models, kind, monkeypatch):
+    model, read = models[kind], []
+    if kind == "apart":
+        begun = _Steps._read
+        monkeypatch.setattr(_Steps, "_read", lambda self, ids: read.append(ids.shape[1]) or begun(self, ids))
+    batching, how = Batching(model, rows=1), Generation(max_new_tokens=5)
+    first = model.tokenizer.encode("The value of x is " * 9).ids
+    assert len(first) > WORTH
+    said = model.tokenizer.encode(heard(batching, [first], how)[1][0].text).ids
+    longer, other = [*first, *said, *first[:4]], [*first[:-3], *said, *first[:2]]  # it was written anew near its end
+    for ids, new in ((longer, 9), (other, 11), (first[1:], len(first) - 1), (other, len(other))):
+        read.clear()
+        assert heard(batching, [ids], how)[1] == model.answers([ids], how)
+        assert kind != "apart" or (read[0] <= new and (new <= 11 or read[0] == new))
     ended(batching)

@@ -56,3 +56,20 @@ def test_token_beyond_the_table_is_told_by_steps_too(tmp_path):
     model = eager(family("gpt2", tmp_path))
     with pytest.raises(StageError, match="no such token; measured tokens up to 5000; limit below"):
         model.steps().begin(np.array([[1, 5000]]), np.ones((1, 2), np.int64))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "mistral"])
+def test_text_is_gone_on_from_an_earlier_token_or_it_is_told_that_it_cannot(name, tmp_path):
+    model = eager(family(name, tmp_path))
+    draw = np.random.default_rng(2)
+    ids, other = draw.integers(4, 90, 14), draw.integers(4, 90, 6)
+    steps, parted = model.steps(), np.concatenate([ids[:9], other])
+    steps.begin(ids[None], np.ones((1, 14), np.int64))
+    wanted = model.forward(parted[None], np.ones((1, 15), np.int64))[0]
+    try:
+        steps.truncate(9)
+    except StageError as error:  # a window that is full has forgotten what it would have to know
+        assert "cannot go on from an earlier token" in str(error) and name in ("gemma2", "mistral")
+        return
+    np.testing.assert_allclose(steps.more(other[:4]), wanted[12], atol=1e-4 * wanted.std())
+    np.testing.assert_allclose(steps.next(other[4:5])[0], wanted[13], atol=1e-4 * wanted.std())
