@@ -49,10 +49,11 @@ def chat(
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed draws the same text.")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Talk with a model: each line is a message, answered with all before it in mind.
+    """Talk with a model, a line a message.
 
-    Ctrl-C ends an answer, Ctrl-D the conversation. From a pipe every line is a message, too.
-    The oldest messages are forgotten, and that is said, once all are longer than the model reads. Nothing is written.
+    Each is answered with all before it in mind. Ctrl-C ends an answer, Ctrl-D the conversation. From a pipe every line
+    is a message, too. The oldest messages are forgotten, and that is said, once all are longer than the model reads.
+    Nothing is written.
     """
     from stages.serving.generation import generation
 

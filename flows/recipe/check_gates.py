@@ -44,6 +44,9 @@ def gate_faults(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) 
 def _size_gate(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:
     if part(gate, "corpus") not in (None, BROKEN):
         yield Fault((*here, "corpus"), "a size has no corpus; allowed: leave it out")
+    for field in ("slice", "worst"):
+        if part(gate, field) not in (None, False, BROKEN):
+            yield Fault((*here, field), "a size has no slices; allowed: leave it out")
     if part(gate, "artifact") is not None:
         yield from named(seen, (*here, "artifact"), part(gate, "artifact"), RUNS)
     elif seen.judge is None:

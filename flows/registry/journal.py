@@ -62,9 +62,14 @@ class Candidate(Frozen):
     @property
     def identity(self) -> str:
         """Equal for the same engines of which the same is served, whatever gates they held and steps are called."""
-        served = self.executables.get(self.serves)
         engines = sorted(one.fingerprint for one in self.executables.values())
-        return digest_bytes(canonical([self.model, served.fingerprint if served else "", engines]))
+        return digest_bytes(canonical([self.model, self.served, engines]))
+
+    @property
+    def served(self) -> str:
+        """The fingerprint of the engine that an alias serves."""
+        one = self.executables.get(self.serves)
+        return one.fingerprint if one else ""
 
     @property
     def targets(self) -> dict[str, str]:
@@ -186,13 +191,16 @@ def standing(entries: list[Promotion]) -> list[Version]:
 
 
 def rolled_back(entries: list[Promotion]) -> dict[str, Promotion]:
-    """Identities of what was rolled back, with the entry that did it, until a person promotes the same again."""
+    """Engines that were served and rolled back, with the entry that did it, until a person promotes one again.
+
+    By the served engine's fingerprint: it is the same whatever is compiled beside it.
+    """
     undone: dict[str, Promotion] = {}
     for before, entry in pairwise(entries):
         if entry.action != "promote":
-            undone[before.candidate.identity] = entry
+            undone[before.candidate.served] = entry
         elif entry.by_person:
-            undone.pop(entry.candidate.identity, None)
+            undone.pop(entry.candidate.served, None)
     return undone
 
 

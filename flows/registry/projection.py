@@ -250,7 +250,7 @@ def _why_not(entries: list[Promotion], version: Version, *, by_person: bool) -> 
     stands = standing_entry(entries)
     if stands and stands.version.same(version):
         return f"{stands.alias} stands on version {version.number} already"
-    undone = None if by_person else rolled_back(entries).get(version.candidate.identity)
+    undone = None if by_person else rolled_back(entries).get(version.candidate.served)
     if undone is None:
         return ""
     reason = f": {undone.why}" if undone.why else ""

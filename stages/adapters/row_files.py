@@ -33,7 +33,7 @@ def csv_rows(file: Path) -> Iterator[Row]:
     """The rows of a .csv file by the names in its first one; blank lines are none.
 
     Raises:
-        StageError: quotes that do not end, or a row of more or fewer cells; the error names file and line.
+        StageError: quotes that do not end, a column named twice, a row of more or fewer cells; file and line are named.
     """
     reader = csv.reader(StringIO(whole_text(file), newline=""), strict=True)
     names: list[str] = []
@@ -45,6 +45,13 @@ def csv_rows(file: Path) -> Iterator[Row]:
                 continue
             if not names:
                 names = [name.strip() for name in cells]
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    raise StageError(
+                        f"{where} names a column more than once",
+                        measured=", ".join(repr(name) for name in twice),
+                        limit="each once",
+                        remedy="Rename one, or take it out.",
+                    )
                 continue
             number += 1
             if len(cells) != len(names):

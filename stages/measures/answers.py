@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from stages.measures.items import Item
+from stages.measures.items import NUMBER, Item, plain_number
 
-_NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)")
-_OPENING = re.compile(r"^[\W_]+")
+_OPENING = re.compile(r"^(?:(?!-\d|(?<!\.)\.\d)[\W_])+")
+"""All but the sign or the point of a number."""
+_QUOTES = re.compile(r"^[\s\"'`\u2018\u2019\u201c\u201d\u00ab\u00bb]+")
 _ARTICLES = ("the ", "a ", "an ")
+_ALONE = tuple(one.strip() for one in _ARTICLES)
 _REPEATS = 3
 _LONGEST_REPEAT = 8
 
@@ -32,26 +34,45 @@ def right(item: Item, text: str, *, ended: bool) -> bool | None:
     """
     line, newline, _ = text.lstrip().partition("\n")
     ended = ended or bool(newline)
-    said = normalized(line)
     if item.match == "numeric":
         return _number_is(item.answers, line, ended=ended)
-    accepted = [normalized(one) for one in item.answers]
-    if item.match == "contains":
-        if any(_stands(one, said, at) for one in accepted for at in _places(one, said)):
-            return True
-        whole = ended and any(said.endswith(one) and _begins(said, len(said) - len(one)) for one in accepted)
-        return whole if ended else None
-    if any(_stands(one, said, 0) for one in accepted) or (ended and said in accepted):
-        return True
-    return None if not ended and any(_may_become(said, one) for one in accepted) else False
+    found = [_is(read(one), read(line), item.match, ended=ended) for one in item.answers for read in _readings(one)]
+    return True if True in found else None if None in found else False
 
 
 def normalized(text: str) -> str:
-    """A text as answers are compared: one case and width, single spaces, nothing before the first letter or digit."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    plain = _OPENING.sub("", re.sub(r"\s+", " ", plain))
+    """A text as answers are compared: one case and width, single spaces, nothing before the first letter or number."""
+    plain = _OPENING.sub("", _folded(text))
     article = next((one for one in _ARTICLES if plain.startswith(one)), "")
     return plain[len(article) :]
+
+
+def _readings(accepted: str) -> list[Callable[[str], str]]:
+    """As what an answer and a text are compared: a sign or an article that is all of it counts, as nowhere else."""
+    if normalized(accepted):
+        return [normalized, _as_it_stands] if _as_it_stands(accepted) in _ALONE else [normalized]
+    return [_as_it_stands if _as_it_stands(accepted) else lambda text: _folded(text).strip()]
+
+
+def _as_it_stands(text: str) -> str:
+    return _QUOTES.sub("", _folded(text))
+
+
+def _folded(text: str) -> str:
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+    return re.sub(r"\s+", " ", plain)
+
+
+def _is(accepted: str, said: str, match: str, *, ended: bool) -> bool | None:
+    """See `right`, of a single answer."""
+    if match == "contains":
+        if any(_stands(accepted, said, at) for at in _places(accepted, said)):
+            return True
+        whole = ended and said.endswith(accepted) and _begins(said, len(said) - len(accepted))
+        return whole if ended else None
+    if _stands(accepted, said, 0) or (ended and said == accepted):
+        return True
+    return None if not ended and _may_become(said, accepted) else False
 
 
 def repeats(tokens: Sequence[int]) -> bool:
@@ -65,15 +86,15 @@ def repeats(tokens: Sequence[int]) -> bool:
 
 
 def _number_is(answers: Sequence[str], line: str, *, ended: bool) -> bool | None:
-    plain = unicodedata.normalize("NFKC", line)
-    found = _NUMBER.search(plain)
+    plain = plain_number(line)
+    found = NUMBER.search(plain)
     if found is None or (not ended and found.end() >= len(plain.rstrip(",."))):
         return False if ended else None  # more digits may come
-    return _value(found.group()) in [_value(one) for one in answers]
+    return _value(found.group()) in [_value(plain_number(one)) for one in answers]
 
 
 def _value(number: str) -> float:
-    return float(number.replace(",", "").replace("\u2212", "-"))
+    return float(number.replace(",", ""))
 
 
 def _places(accepted: str, said: str) -> list[int]:

@@ -7,6 +7,8 @@ choose, and `test`, which only the stage `validate` reads; no step calibrates or
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -19,6 +21,9 @@ ITEMS = "items"
 """The key of corpus.json that says so: its tasks."""
 HARNESS = "harness"
 """The key of corpus.json that holds a task of lm-evaluation-harness, and the folder of its files."""
+
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
+"""In a `plain_number`; no letter follows it, but one of scripts without spaces, as a unit may."""
 
 Kind = Literal[
     "answers",
@@ -87,6 +92,11 @@ class Check(Frozen):
         return self
 
 
+def plain_number(text: str) -> str:
+    """A text as numbers are looked for in it: of one width, with one sign for less than nothing."""
+    return unicodedata.normalize("NFKC", text).replace("\u2212", "-").strip()
+
+
 class Item(Frozen):
     """One question.
 
@@ -146,6 +156,13 @@ class Item(Frozen):
             raise ValueError(f"item {self.id} has no `other` text")
         if self.task == "similarity" and self.score is None:
             raise ValueError(f"item {self.id} has no `score`")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers(self) -> Item:
+        compared = self.answers if self.task == "answers" and self.match == "numeric" else ()
+        if strange := [one for one in compared if not NUMBER.fullmatch(plain_number(one))]:
+            raise ValueError(f"item {self.id} is compared as a number and accepts {strange[0]!r}, which is none")
         return self
 
     @property

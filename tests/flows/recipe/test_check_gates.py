@@ -59,6 +59,12 @@ def test_gate_on_a_speed_is_of_a_judged_artifact_beside_the_baseline_and_of_no_t
     assert fault.path == ("gates", len(recipe["gates"]) - 1, field) and said in fault.text
 
 
+@pytest.mark.parametrize(("field", "value"), [("slice", "prose"), ("worst", True)])
+def test_gate_on_a_size_has_no_slices(recipe, field, value):
+    recipe["gates"].append({"measure": "size_bytes", "artifact": "cpu", "at_most": 1e9, field: value})
+    assert any(one.path[-1] == field and "a size has no slices" in one.text for one in faults(recipe))
+
+
 def test_speed_of_judge_needs_a_text(recipe):
     recipe["judge"] |= {"speed": True, "corpora": ["asked"]}
     recipe["gates"] = [FAST]

@@ -178,6 +178,19 @@ def test_rolled_back_version_stays_so_after_a_later_promotion_until_a_person_pro
     assert release(registry, candidate(registry, "b"), engine, ALIAS, why=PASSED).moved and int(served(registry)) == 2
 
 
+def test_rolled_back_engine_stays_so_beside_another_plan(registry, engine):
+    release(registry, candidate(registry, "a"), engine, ALIAS, why=PASSED)
+    asked = candidate(registry, "b")
+    release(registry, asked, engine, ALIAS, why=PASSED)
+    rollback(registry, MODEL, ALIAS, why="slow")
+    plan = next(iter(candidate(registry, "c").executables.values()))
+    beside = asked.model_copy(update={"executables": {**asked.executables, "plan": plan}})
+    assert beside.identity != asked.identity
+    made = release(registry, beside, engine, ALIAS, why=PASSED)
+    assert not made.moved and "slow" in made.note and int(served(registry)) == 1
+    assert promote(registry, MODEL, made.version, ALIAS).moved
+
+
 def test_rolled_back_engines_are_known_under_another_number_of_a_rebuilt_registry(registry, engine, tmp_path):
     for letter in "ab":
         release(registry, candidate(registry, letter), engine, ALIAS, why=PASSED)
@@ -205,7 +218,7 @@ def test_entries_of_runs_from_before_they_said_so_are_no_decisions_of_a_person(r
         registry.objects.put(key, json.dumps(data).encode(), replace=True)
     entries = history(registry.objects, MODEL)
     assert [one.by_person for one in entries] == [False, False, True, False, True]
-    assert rolled_back(entries[:-1]).keys() == {entries[1].candidate.identity} and rolled_back(entries) == {}
+    assert rolled_back(entries[:-1]).keys() == {entries[1].candidate.served} and rolled_back(entries) == {}
 
 
 def test_other_engine_that_is_served_makes_another_version_of_the_same_engines(registry, engine):

@@ -296,6 +296,8 @@ def test_csv_and_parquet_rows_are_refused_by_their_place(seal, store, tmp_path):
     assert "line 4 has not as many cells" in refused(seal, store, path).what
     path.write_text('prompt,answers\n"open,x\n', encoding="utf-8")
     assert "line 2 is not CSV" in refused(seal, store, path).what
+    path.write_text("prompt,answers,answers\na,x,y\n", encoding="utf-8")
+    assert "line 1 names a column more than once" in refused(seal, store, path).what
     frame = parquet(tmp_path / "own.parquet", [{"prompt": "p", "answers": ["x"]}, {"prompt": None, "answers": ["y"]}])
     assert f"{frame} row 2 has nothing in 'prompt'" in refused(seal, store, frame).what
     path.write_bytes(b"prompt,answers\ncaf\xe9,x\n")

@@ -39,6 +39,24 @@ def item(**given):
         (TWELVE, " twelve", False),
         ({"answers": ("-3",), "match": "numeric"}, " \u22123", True),
         ({"answers": ("1200",), "match": "numeric"}, " 1,200 km", True),
+        ({"answers": ("15",), "match": "numeric"}, "答案是15个。", True),
+        ({"answers": ("15",), "match": "numeric"}, " 15km", False),
+        ({"answers": ("-5",)}, " -5.", True),
+        ({"answers": ("-5",)}, " \u22125", True),
+        ({"answers": ("-5",)}, " 5", False),
+        ({"answers": ("5",)}, " -5", False),
+        ({"answers": ("5",)}, " = 5", True),
+        ({"answers": (".5",)}, " 5", False),
+        ({"answers": ("5",)}, " ...5", True),
+        ({"answers": ("+",)}, " + is a sign", True),
+        ({"answers": ("+",)}, " plus", False),
+        ({"answers": ("+",)}, "加", False),
+        ({"answers": ("\u221a", "?")}, ' "?"', True),
+        ({"answers": ("\u221a",), "match": "contains"}, "根号是\u221a。", True),
+        ({"answers": ("A",)}, " A is correct", True),
+        ({"answers": ("A",)}, " (A) is", True),
+        ({"answers": ("A",)}, " B", False),
+        ({"answers": ('"',)}, ' "', True),
         (ANYWHERE, " It is blue, I think", True),
         (ANYWHERE, " It is blueish", False),
         (ANYWHERE, " It is not red\nblue", False),
@@ -49,7 +67,9 @@ def test_whole_answer_is_right_or_wrong(given, text, verdict):
     assert right(item(**given), text, ended=True) is verdict
 
 
-@pytest.mark.parametrize("given", [PARIS, TWELVE, ANYWHERE, {"answers": ("New York", "the Big Apple")}])
+@pytest.mark.parametrize(
+    "given", [PARIS, TWELVE, ANYWHERE, {"answers": ("New York", "the Big Apple")}, {"answers": ("-5", "+", "A")}]
+)
 @pytest.mark.parametrize(
     "text",
     [
@@ -62,6 +82,9 @@ def test_whole_answer_is_right_or_wrong(given, text, verdict):
         " New York.",
         " a blue 12 ",
         " The big apple\n",
+        ' "+" is',
+        " -5 or so",
+        " A is",
     ],
 )
 def test_answer_that_is_settled_early_is_never_settled_otherwise_later(given, text):
@@ -89,3 +112,9 @@ def test_repeats_needs_the_same_tokens_again_and_again():
     assert repeats([9, *[1, 2, 3] * 3])
     assert not repeats(list(range(40)))
     assert not repeats([1, 2, 1, 2, 1, 2, 3])
+
+
+@pytest.mark.parametrize("answer", ["12 kg", "$5", "12%", "twelve", "1e5"])
+def test_item_that_is_compared_as_a_number_accepts_numbers_alone(answer):
+    with pytest.raises(ValueError, match="compared as a number and accepts"):
+        item(answers=("12", answer), match="numeric")
