@@ -146,17 +146,18 @@ class _Steps:
         self.kept.reorder_cache(rows)
 
     def truncate(self, tokens: int) -> None:
-        less = self.mask.shape[1] - tokens
-        try:
-            if less > 0 and isinstance(self.kept, Cache):
+        if less := self.mask.shape[1] - tokens:
+            try:
+                if not isinstance(self.kept, Cache):
+                    raise RuntimeError(f"it keeps what it has read in a way of its own: {type(self.kept).__name__}")
                 self.kept.crop(-less)
-        except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-            raise StageError(
-                f"{type(self.model).__name__} cannot go on from an earlier token",
-                measured=error,
-                limit="layers that keep all that they read",
-                remedy="Have it read the text anew.",
-            ) from error
+            except RuntimeError as error:  # as transformers says of a window that is full, and of recurrent layers
+                raise StageError(
+                    f"{type(self.model).__name__} cannot go on from an earlier token",
+                    measured=error,
+                    limit="layers that keep all that they read",
+                    remedy="Have it read the text anew.",
+                ) from error
         self.mask = self.mask[:, :tokens]
 
     def more(self, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
