@@ -110,8 +110,8 @@ class ModelResult(Frozen):
 
     Attributes:
         targets: those it was judged on.
-        undone: where the alias went by itself, as the registered model did not answer like the judged engine; empty
-            where it did.
+        undone: why the alias does not stand on it: it was rolled back before, or did not answer like the judged engine,
+            and then where the alias went by itself; empty where it stands there.
     """
 
     name: str

@@ -169,7 +169,7 @@ def _promoted(session: Session, judgement: Judgement, candidate: Candidate, resu
     registry, why = _registry(session), f"run {run} passed its gates"
     try:
         made = release(registry, candidate, engine, model.alias, against=champion.entry, why=why, card=words)
-        result = _ended(session, result, made.version)
+        result = _ended(session, result, made.version, "" if made.stands else made.note)
         return result, made.note
     except BaseException as error:
         # The entry may stand for all that: its answer was lost on the way, or a Ctrl-C came right behind it.
@@ -196,10 +196,11 @@ def _entered(session: Session, candidate: Candidate, alias: str) -> str:
     return entry.version.number if entry and entry.candidate.run == candidate.run else ""
 
 
-def _ended(session: Session, result: RunResult, version: str) -> RunResult:
-    """The result of a run whose model stands, in memory and on record before anything else is done."""
+def _ended(session: Session, result: RunResult, version: str, undone: str = "") -> RunResult:
+    """The result of a run whose model is registered, in memory and on record before anything else is done."""
     assert result.model is not None
-    result = result.model_copy(update={"model": result.model.model_copy(update={"version": version})})
+    model = result.model.model_copy(update={"version": version, "undone": undone})
+    result = result.model_copy(update={"model": model})
     session.ended.append(result)
     with session.loose.told("the record of the result", f"The report holds the same: {result.report}"):
         session.record.finish(result)

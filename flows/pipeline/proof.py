@@ -44,8 +44,7 @@ def _asked(session: Session, registry: Registry, entry: Promotion) -> tuple[int,
     judge, served = session.recipe.judge, entry.candidate.executables[entry.candidate.serves]
     assert judge is not None
     corpora = [session.store.checkout(session.done[name].fingerprint) for name in judge.corpora]
-    texts = questions(corpora, judge.split)
-    ours = engines_answers(session.store.checkout(served.fingerprint), texts)
+    texts, ours = engines_answers(session.store.checkout(served.fingerprint), questions(corpora, judge.split))
     carrier, theirs = registered_answers(registry.tracking, entry.candidate.model, entry.alias, texts)
     if carrier and carrier != entry.version.logged_model:
         raise StageError(

@@ -21,7 +21,8 @@ def asked(model: Any, texts: list[list[str]], tokens: int) -> list[Any]:
     """
     engine = model.unwrap_python_model()._engine
     if engine.task in ("generate", "translate"):
-        return list(model.predict([text for text, *_ in texts], params={"max_new_tokens": tokens}))
+        most = {"max_new_tokens": min(tokens, engine.maximum_tokens)}
+        return list(model.predict([text for text, *_ in texts], params=most))
     from stages.serving.told import asked_by, numbers
 
     if columns := asked_by(engine, texts):

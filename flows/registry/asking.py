@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from flows.tracking.connect import Tracking
-from stages.measures.items import holds_items, read_items
+from stages.measures.items import holds_harness, holds_items, read_items
 from stages.runtime.contract import Unavailable
 
 TEXTS, TOKENS = 10, 8
 """So many texts are asked; so many tokens are wanted of what continues one."""
 CHARACTERS = 60
 """Of a document, from its beginning."""
+ANY = ("The", "Once", "I", "1, 2, 3", "What is", "她")
+"""What is asked where nothing that was judged can be: a harness has rows that it alone can read, an engine may read less
+than a text is long."""
 PATIENCE_S = 600
 NEAR = 1e-3
 """How far logits may be from each other, over their length: threads add in another order."""
@@ -38,6 +41,8 @@ def questions(corpora: Sequence[Path], split: str) -> list[Asked]:
 
 
 def _beginnings(corpus: Path, split: str) -> list[Asked]:
+    if holds_harness(corpus):
+        return []
     if holds_items(corpus):
         items = [item for _, item in zip(range(TEXTS), read_items(corpus, split), strict=False)]
         return [(one.prompt, one.context) if one.context.strip() else (one.prompt,) for one in items]
@@ -53,15 +58,20 @@ def _beginnings(corpus: Path, split: str) -> list[Asked]:
     return found
 
 
-def engines_answers(engine: Path, texts: Sequence[Asked]) -> Answers:
-    """What an engine answers, opened from its folder, whose bytes are verified."""
+def engines_answers(engine: Path, texts: Sequence[Asked]) -> tuple[Sequence[Asked], Answers]:
+    """What of some texts an engine can be asked, and its answers; it is opened from its folder, verified before."""
     from stages.serving.engine import WRITES, open_engine
     from stages.serving.told import numbers
 
     opened = open_engine(engine, verified=True)
-    if opened.task in WRITES:
-        return opened.generate([text for text, *_ in texts], max_new_tokens=TOKENS)
-    return numbers(opened, texts)
+    if opened.task not in WRITES:
+        return texts, numbers(opened, texts)
+
+    def read(some: Sequence[Asked]) -> list[Asked]:
+        return [one for one in some if 0 < len(opened.tokenizer.encode(one[0]).ids) < opened.maximum_tokens]
+
+    asked = read(texts) or read([(one,) for one in ANY])
+    return asked, opened.generate([text for text, *_ in asked], max_new_tokens=min(TOKENS, opened.maximum_tokens))
 
 
 def registered_answers(tracking: Tracking, model: str, alias: str, texts: Sequence[Asked]) -> tuple[str, Answers | str]:

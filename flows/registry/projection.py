@@ -58,6 +58,7 @@ class Release:
         new: the version was registered now.
         moved: the journal has a new entry.
         note: why nothing moved; empty when it did.
+        stands: the alias stands on it, now or since before.
     """
 
     version: str
@@ -65,6 +66,7 @@ class Release:
     new: bool
     moved: bool
     note: str
+    stands: bool = True
 
 
 @dataclass(frozen=True)
@@ -235,29 +237,30 @@ def versions(registry: Registry, model: str) -> list[Version]:
 
 
 def _entered(registry: Registry, version: Version, alias: str, why: str, *, new: bool, against: int | None) -> Release:
-    note = ""
+    note, stands = "", True
 
     def chosen(entries: list[Promotion]) -> Version | None:
-        nonlocal note
-        note = _why_not(entries, version, by_person=against is None)
+        nonlocal note, stands
+        note, stands = _why_not(entries, version, by_person=against is None)
         return None if note else version
 
     entry = append(registry.objects, version.candidate.model, alias, "promote", chosen, why, against)
-    return Release(version.number, version.logged_model, new=new, moved=entry is not None, note=note)
+    return Release(version.number, version.logged_model, new, moved=entry is not None, note=note, stands=stands)
 
 
-def _why_not(entries: list[Promotion], version: Version, *, by_person: bool) -> str:
+def _why_not(entries: list[Promotion], version: Version, *, by_person: bool) -> tuple[str, bool]:
+    """Why no entry is made, empty where one is, and whether the alias stands on the version then."""
     stands = standing_entry(entries)
     if stands and stands.version.same(version):
-        return f"{stands.alias} stands on version {version.number} already"
+        return f"{stands.alias} stands on version {version.number} already", True
     undone = None if by_person else rolled_back(entries).get(version.candidate.served)
     if undone is None:
-        return ""
+        return "", True
     reason = f": {undone.why}" if undone.why else ""
     return (
         f"version {version.number} was rolled back by {undone.who} on {undone.when[:10]}{reason}; "
         f"`enginery promote {version.candidate.model} {version.number}` puts it back"
-    )
+    ), False
 
 
 def _register(registry: Registry, candidate: Candidate, carrier: LoggedModel, card: str) -> tuple[Version, bool]:

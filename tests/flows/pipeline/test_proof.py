@@ -14,11 +14,11 @@ from onnx import numpy_helper
 from flows.cli import main
 from flows.pipeline.steps import end
 from flows.registry import projection
-from flows.registry.asking import NEAR, TEXTS, alike, engines_answers, questions
+from flows.registry.asking import ANY, NEAR, TEXTS, alike, engines_answers, questions
 from flows.registry.journal import history, rolled_back
 from flows.registry.projection import drift
 from stages import STAGES
-from stages.measures.items import ITEMS
+from stages.measures.items import HARNESS, ITEMS
 from tests.flows import definitions
 from tests.flows.pipeline.test_champion import made, model, registry_of, store_of
 from tests.flows.pipeline.tiny_run import MADE, Place
@@ -139,6 +139,11 @@ def test_first_version_that_answers_otherwise_is_withdrawn(place, monkeypatch, c
     again = place.run()
     assert len(history(store_of(place).objects, "words")) == 2 and place.alias == ""
     assert "no champion" in again.gates[-1].text and any("was rolled back by" in one for one in place.terminal.lines)
+    # Nor does the run that says so claim that it had.
+    assert again.passed and "was rolled back by" in again.model.undone and again.model.version == "1"
+    assert "which no alias serves" in (place.record.folder / "report.html").read_text()
+    assert "enginery.version" not in place.followed(again.run).data.tags
+    assert main(["explain", again.run, *words]) == 0 and "as champion" not in capsys.readouterr().out
 
 
 @pytest.mark.fault
@@ -221,13 +226,25 @@ def test_questions_are_beginnings_and_prompts_of_each_corpus_in_turn(tmp_path):
     assert len(found) == TEXTS and found[1:6:2] == [("0 is",), ("1 is", "It is here."), ("2 is",)]
     assert found[6] == ("Say it",) and found[-1] == ("5 is",)
     assert found[0][0].startswith("0 word") and len(found[0][0]) <= 60
+    (two / "corpus.json").write_text(json.dumps({ITEMS: [], HARNESS: {}}))
+    assert questions([two], "test") == []
+
+
+def test_what_an_engine_cannot_read_is_not_asked_and_something_always_is(tmp_path):
+    folder = chain(tmp_path / "engine")
+    facts = json.loads((folder / "engine.json").read_text()) | {"maximum_tokens": 3}
+    (folder / "engine.json").write_text(json.dumps(facts))
+    asked, said = engines_answers(folder, [("the capital of france",), ("is",)])
+    assert asked == [("is",)] and len(said) == 1
+    asked, said = engines_answers(folder, [("the capital of france",)])
+    assert asked and set(asked) <= {(one,) for one in ANY} and len(said) == len(asked)
 
 
 def test_logits_are_alike_but_for_the_order_of_sums(tmp_path):
     folder = chain(tmp_path / "engine")
     facts = json.loads((folder / "engine.json").read_text()) | {"task": "embed"}
     (folder / "engine.json").write_text(json.dumps(facts))
-    said = engines_answers(folder, [("the capital",), ("is",)])
+    _, said = engines_answers(folder, [("the capital",), ("is",)])
     assert len(said[0]) == 2 * len(WORDS) and said[1][WORDS.index(FOLLOWS["is"])] == 9
     near = [list(np.array(one) * (1 + NEAR / 2)) for one in said]
     assert alike(said, near) == 2 and alike(said, [near[0], [0.0] * len(WORDS)]) == 1 and alike(said, [[], []]) == 0
