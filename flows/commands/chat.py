@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.asked import AskedArgument, asked_folder, opened
-from flows.commands.options import StoreOption
+from flows.commands.options import (
+    RepetitionPenaltyOption,
+    SeedOption,
+    StoreOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+)
 from flows.running.interruption import only_stops
 
 if TYPE_CHECKING:
@@ -32,21 +39,11 @@ def chat(
         int | None,
         typer.Option("--max-new-tokens", metavar="N", help="At most so many tokens an answer. Default: 1024."),
     ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option("--temperature", metavar="T", help="Draw tokens; 0, the default, takes the likeliest."),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option("--top-k", metavar="N", help="Draw from the likeliest N alone; 0 for all.")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option("--top-p", metavar="P", help="Draw from the likeliest that together have probability P."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option("--repetition-penalty", metavar="X", help="Above 1, what was said comes less often.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed draws the same text.")] = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = None,
     store: StoreOption = None,
 ) -> None:
     """Talk with a model, a line a message.

@@ -54,6 +54,22 @@ AnyModelArgument = Annotated[
 ]
 AliasOption = Annotated[str, typer.Option("--alias", help="The alias to move.", callback=_alias)]
 
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option("--temperature", metavar="T", help="Draw tokens; 0, the default, takes the likeliest."),
+]
+TopKOption = Annotated[
+    int | None, typer.Option("--top-k", metavar="N", help="Draw from the likeliest N alone; 0 for all.")
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option("--top-p", metavar="P", help="Draw from the likeliest that together have probability P."),
+]
+RepetitionPenaltyOption = Annotated[
+    float | None, typer.Option("--repetition-penalty", metavar="X", help="Above 1, what was said comes less often.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed draws the same text.")]
+
 WIDE = 130
 """Columns of a table that no terminal limits."""
 
