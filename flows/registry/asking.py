@@ -21,8 +21,8 @@ TEXTS, TOKENS = 10, 8
 CHARACTERS = 60
 """Of a document, from its beginning."""
 ANY = ("The", "Once", "I", "1, 2, 3", "What is", "她")
-"""What is asked where nothing that was judged can be: a harness has rows that it alone can read, an engine may read less
-than a text is long."""
+"""What is asked where nothing that was judged can be: a harness has rows that it alone can read, an engine may read
+less than a text is long."""
 PATIENCE_S = 600
 NEAR = 1e-3
 """How far logits may be from each other, over their length: threads add in another order."""

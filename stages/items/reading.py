@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -45,6 +46,8 @@ REMEDY = "Give a .jsonl, .csv or .parquet file, any of them with .gz, or a folde
 BETWEEN = "|"
 """Stands between the values of a list in a cell of .csv."""
 _LETTERS = "ABCDEFGHIJ"
+_UNSPACED = re.compile("[\u0e00-\u0e7f\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
+"""Scripts that put no space between words: Thai, Chinese and Japanese, with their punctuation."""
 
 
 def item_files(path: Path) -> list[tuple[str, Path]]:
@@ -71,13 +74,14 @@ def _format(file: Path) -> str:
     return suffix if suffix in READERS else ""
 
 
-def items_of(path: Path, columns: Mapping[Column, str], defaults: Mapping[str, str]) -> list[Item]:
+def items_of(path: Path, columns: Mapping[Column, str], defaults: Mapping[str, str], *, spaced: bool) -> list[Item]:
     """The items of a file or a folder, in order.
 
     Args:
         path: what was found at the source.
         columns: field -> the column that it stands in, where that is not of the field's name.
         defaults: `task`, `ability`, `language` and `match` of rows that name none.
+        spaced: a space stands between a prompt and choices that bring none.
 
     Raises:
         StageError: a row that is no item, or an id that stands twice; it names file and line or row.
@@ -91,7 +95,7 @@ def items_of(path: Path, columns: Mapping[Column, str], defaults: Mapping[str, s
             given = {**defaults, **_given(row, columns, where, table=kind == ".csv")}
             _check_needed(row, columns, given, where, table=kind == ".csv")
             given.setdefault("id", f"{name}:{number}" if name else str(number))
-            item = _item(given, where)
+            item = _apart(_item(given, where)) if spaced else _item(given, where)
             if item.id in met:
                 raise _wrong(
                     f"{where} has the id {item.id!r}, which {met[item.id]} has, too", "Give each item its own."
@@ -192,6 +196,14 @@ def _item(given: dict[str, Any], where: str) -> Item:
         raise _wrong(
             f"{where}: {at}: {said}" if at else f"{where}: {said}", "Correct the row.", measured=measured
         ) from error
+
+
+def _apart(item: Item) -> Item:
+    """An item whose choices stand apart from its prompt as words do, unless one of them says itself what is between."""
+    borders = [item.prompt[-1], *(one[:1] for one in item.choices)]
+    if item.task != "choices" or any(one.isspace() or _UNSPACED.match(one) for one in borders):
+        return item
+    return item.model_copy(update={"choices": tuple(f" {one}" for one in item.choices)})
 
 
 def _right(given: Mapping[str, Any], where: str) -> int:

@@ -57,6 +57,8 @@ class ItemsParams(Params):
         ability: of rows that name none; by default the source's name.
         language: of rows that name none.
         match: of rows that name none.
+        spaced: a space stands between a prompt and its choices where neither ends or begins with one, but not in scripts
+            that have none; false takes them as they stand, as for the rest of a word or of a line of code.
         splits: split -> its share of each ability's items; by default all are of `test`. Those of abilities:// are
             fixed: every third item is of `test`, the others of `validate`.
         abilities: take these alone; empty for all.
@@ -70,6 +72,7 @@ class ItemsParams(Params):
     ability: str = ""
     language: Literal["en", "zh"] = "en"
     match: Literal["exact", "contains", "numeric"] = "exact"
+    spaced: bool = True
     splits: dict[Split, Share] = Field({}, validate_default=True)
     abilities: tuple[str, ...] = ()
     exact: str = Location("", pinned=True)
@@ -94,6 +97,8 @@ class ItemsParams(Params):
             raise ValueError(f"{ABILITIES} has splits, columns and abilities of its own: leave them out")
         if self.harness and (self.source == ABILITIES or self.columns or self.ability or self.abilities):
             raise ValueError("a task of lm-evaluation-harness has columns and abilities of its own: leave them out")
+        if not self.spaced and (self.source == ABILITIES or self.harness):
+            raise ValueError("`spaced` is of files of one's own: leave it out")
         if self.harness and self.splits != {"test": 1.0}:
             raise ValueError("a task of lm-evaluation-harness is all of the split test: leave `splits` out")
         if sum(self.splits.values()) > 1 + 1e-9:
@@ -178,7 +183,7 @@ def _dealt(params: ItemsParams, output: Path, progress: Progress) -> tuple[dict[
     path = open_source(params.exact or params.source, WANTED, params.downloads, output / PARTIAL, progress)
     defaults: dict[str, str] = {"task": params.task, "language": params.language, "match": params.match}
     defaults["ability"] = params.ability or _name_of(params.source)
-    items = reading.items_of(path, params.columns, defaults)
+    items = reading.items_of(path, params.columns, defaults, spaced=params.spaced)
     return _by_share(items, params.splits), reading.digest_of_files(path)
 
 

@@ -182,6 +182,25 @@ def test_right_choice_may_be_a_number_a_letter_or_its_text(seal, store, tmp_path
     assert [item.right for item in items] == [1] * len(rows)
 
 
+def test_choices_stand_apart_from_the_prompt_as_words_do(seal, store, tmp_path):
+    rows = [
+        {"prompt": prompt, "choices": "|".join(choices), "right": "0", "task": "choices"}
+        for prompt, *choices in (
+            ("The capital of France is", "Paris", "London"),
+            ("The capital of France is ", "Paris", "London"),
+            ("The capital of France is", " Paris", "London"),
+            ("中国的首都是", "北京", "上海"),
+            ("The word for water is", "水", "火"),
+        )
+    ]
+    path = table(tmp_path / "own.csv", rows)
+    for about, first in (({}, " Paris"), ({"spaced": False}, "Paris")):
+        items = made(store, seal("items", {"source": str(path)} | about).identity)["test"]
+        assert [item.choices[0] for item in items] == [first, "Paris", " Paris", "北京", "水"]
+    with pytest.raises(ValidationError, match="files of one's own"):
+        ItemsParams(source="abilities://", spaced=False)
+
+
 def test_folder_is_read_in_order_and_its_name_counts_where_items_bear_none(seal, store, tmp_path):
     folder = tmp_path / "trivia"
     (folder / "deep").mkdir(parents=True)
