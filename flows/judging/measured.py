@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
+from flows.judging.pairing import Report, check_paired, read_by_both
 from stages.measures.interval import Interval
 from stages.measures.paired import Document, above_chance, of_documents, slices
 from stages.measures.table import BROUGHT, MEASURES, OWN, Measure, measure_of
 from stages.runtime.contract import StageError
 
-Report = Mapping[str, Any]
 Reports = Mapping[tuple[str, str], Report]
 
 CHAMPION = "champion"
@@ -103,25 +103,28 @@ def found(gate: Gate, artifact: str, corpus: str, reports: Reports) -> list[Foun
         StageError: it was not measured, or the documents cannot be paired, or there is no such slice.
     """
     measure, ours = measure_of(gate.measure), reports[artifact, corpus]
-    mine, theirs = _sorted(ours), None
+    theirs, beside, why = None, ours, ""
     if gate.against is not None:
         if (gate.against, corpus) not in reports:
             remedy = _LOST if gate.against == CHAMPION else f"Judge {gate.against} there too."
             raise StageError(f"{gate.against} was not measured on {corpus}", remedy=remedy)
-        check_paired(ours, reports[gate.against, corpus], f"{artifact} and {gate.against} on {corpus}")
-        theirs = _sorted(reports[gate.against, corpus])
+        which = f"{artifact} and {gate.against} on {corpus}"
+        ours, beside, why = read_by_both(ours, reports[gate.against, corpus], which)
+        check_paired(ours, beside, which)
+        theirs = _sorted(beside)
     elif measure.between:
         raise StageError(f"{gate.measure} is counted between two", remedy="Say `against` which in the gate.")
+    mine = _sorted(ours)
     places = _places(gate, measure, corpus, mine)
     looked_at = [at for where in places.values() for at in where]
     _check_measured(measure, artifact, ours, [mine[at] for at in looked_at])
     if theirs is not None and gate.against is not None:
-        _check_measured(measure, gate.against, reports[gate.against, corpus], [theirs[at] for at in looked_at])
+        _check_measured(measure, gate.against, beside, [theirs[at] for at in looked_at])
     if theirs is None or not measure.of_items or measure.between or gate.measure.startswith(BROUGHT):
         values = [Found(of_documents(measure, *_at(mine, theirs, at)), name) for name, at in places.items()]
     else:
-        values = _of_answers(gate, measure, (mine, theirs), places, reports[str(gate.against), corpus])
-    return _there(values, measure)
+        values = _of_answers(gate, measure, (mine, theirs), places, beside)
+    return [replace(one, why="; ".join(filter(None, (one.why, why)))) for one in _there(values, measure)]
 
 
 def _there(looked_at: list[Found], measure: Measure) -> list[Found]:
@@ -246,21 +249,3 @@ def _measurable(report: Report, score: str) -> str:
     if any(one.score == score for one in fitting.values()):
         return "It needs `judge: {baseline: ...}`."
     return f"Gate on what a model of its task, {report['task']}, is measured by: {', '.join(fitting)}."
-
-
-def check_paired(ours: Report, theirs: Report, which: str) -> None:
-    """Raise StageError unless two reports are of the same documents."""
-    a, b = ({d["id"]: d["tokens"] for d in report["documents"]} for report in (ours, theirs))
-    remedy = "Measure both on the same corpus, split and windows, with the same tokenizer."
-    for name in sorted(a.keys() | b.keys()):
-        if a.get(name) != b.get(name):
-            raise StageError(
-                f"the documents of {which} cannot be paired: {name} differs",
-                measured=f"{a.get(name, 'no')} tokens",
-                limit=f"{b.get(name, 'no')} tokens",
-                remedy=remedy,
-            )
-    if ours.get("corpus") and theirs.get("corpus") and ours["corpus"] != theirs["corpus"]:
-        raise StageError(f"the reports of {which} are of different corpora", remedy=remedy)
-    if any(len(names) != len(report["documents"]) for names, report in ((a, ours), (b, theirs))):
-        raise StageError(f"a document stands twice in the reports of {which}", remedy=remedy)

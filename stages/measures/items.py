@@ -112,8 +112,8 @@ class Item(Frozen):
             references, whose language `language` is.
         match: of `answers`: the beginning of the answer must be one of them, it must stand anywhere in the answer's
             first line, or the first number there must equal one of them.
-        choices: of `choices`: what may follow the prompt, with whatever space must stand between; the stage `items` puts
-            one there that a row lacks.
+        choices: of `choices`: what may follow the prompt, with whatever space must stand between: the stage `items`
+            puts it there.
         right: of `choices`: the number of the right one.
         checks: of `instructions`: all must hold.
         context: of `question`: the text that it is about.

@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from flows.judging.measured import check_paired
+from flows.judging.pairing import check_paired
 from flows.reporting.format import size
 from stages.measures.interval import Interval, resampled
 from stages.measures.paired import Document, of_documents

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.judging import gates, measured, speeds
+from flows.judging import gates, measured, pairing, speeds
 from flows.judging.gates import judge
 from stages.runtime.contract import StageError
 
@@ -288,7 +288,7 @@ def test_a_recipes_own_gates_are_taken_and_none_pass_vacuously():
     assert (empty.passed, empty.results) == (True, ())
 
 
-@pytest.mark.parametrize("module", [gates, measured, speeds])
+@pytest.mark.parametrize("module", [gates, measured, pairing, speeds])
 def test_module_reads_writes_and_asks_nothing(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
@@ -296,6 +296,7 @@ def test_module_reads_writes_and_asks_nothing(module):
     ours = {name for name in modules if name and name.startswith(("flows", "stages"))}
     assert ours <= {
         "flows.judging.measured",
+        "flows.judging.pairing",
         "flows.judging.speeds",
         "flows.reporting.format",
         "flows.results",

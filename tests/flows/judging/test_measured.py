@@ -181,6 +181,25 @@ def test_other_items_cannot_be_paired():
         only(Gate(measure="accuracy", value_at_least=0.9), made)
 
 
+def test_items_longer_than_the_engine_reads_are_left_out_and_said_and_not_too_many_of_them():
+    made = reports(DENSE, CPU)
+    for report in made.values():
+        for one in report["documents"]:
+            one["id"] += "-0123456789ab"
+    short = made["cpu", "abilities"]
+    short["left_out"] = [f"facts-{number:03d}" for number in range(20)]
+    short["documents"] = short["documents"][20:]
+    gate = Gate(measure="accuracy", value_at_least=0.5)
+    one = only(gate, made)
+    # Of dense's 141 right answers and the engine's 118 the first 20 facts are looked at in neither.
+    assert one.passed and one.measured == pytest.approx(98 / 121)
+    assert "20 of 200 items are longer than one of both reads: facts-000 is the first" in one.text
+    short["left_out"].append("facts-020")
+    short["documents"] = short["documents"][1:]
+    with pytest.raises(StageError, match=r"21 of 200 items .* limit 10% .* larger `maximum_tokens`"):
+        only(gate, made)
+
+
 def test_gate_without_a_corpus_applies_where_its_measure_is():
     text = {"documents": [{"id": f"t{n}", "tokens": 10, "nll": 30.0 + n} for n in range(9)], "corpus": "t"}
     made = MADE | {("cpu", "text"): text, ("dense", "text"): text}
