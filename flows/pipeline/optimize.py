@@ -18,6 +18,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.pipeline.champion import facing
 from flows.pipeline.pages import show
+from flows.pipeline.slices import check_slices
 from flows.pipeline.steps import AGAIN_S, STEPS_AT_ONCE, end, keep, raise_first, same, stop
 from flows.prefect_api.flow_run_tag import OURS
 from flows.prefect_api.leases import outlast_lost_slots
@@ -184,7 +185,9 @@ def _step(run: str, name: str) -> str | State[Any]:
     """One step to its sealed artifact; returns its fingerprint."""
     session = _SESSIONS[run]
     try:
-        return run_step(session, name, RunLog(get_run_logger())).fingerprint
+        made = run_step(session, name, RunLog(get_run_logger())).fingerprint
+        check_slices(session, name)
+        return made
     except Interrupted as error:
         keep(session, name, error)
         return Cancelled(message=str(error))

@@ -12,6 +12,7 @@ from tenacity.nap import sleep_using_event
 
 from flows.pipeline.champion import champion_of, measured
 from flows.pipeline.finish import finish
+from flows.pipeline.slices import check_slices
 from flows.pipeline.verdict import Judgement, judged
 from flows.prefect_api.retry import AWAY_S, patiently
 from flows.registry.journal import Overtaken
@@ -124,8 +125,13 @@ def _step(session: Session, name: str, after: list[Future[None]], stopping: Even
         reraise=True,
     )
     try:
-        again(run_step, session, name)
+        again(_made, session, name)
     except BaseException as error:
         session.errors[name] = error
         session.launcher.start_no_more()
         raise
+
+
+def _made(session: Session, name: str) -> None:
+    run_step(session, name)
+    check_slices(session, name)

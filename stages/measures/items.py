@@ -21,6 +21,8 @@ ITEMS = "items"
 """The key of corpus.json that says so: its tasks."""
 HARNESS = "harness"
 """The key of corpus.json that holds a task of lm-evaluation-harness, and the folder of its files."""
+SOURCES_OF_SLICES = ("abilities", "sources")
+"""The keys of corpus.json that name slices: what is asked, and where text is from, each with how much is of a split."""
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
 """In a `plain_number`; no letter follows it, but one of scripts without spaces, as a unit may."""

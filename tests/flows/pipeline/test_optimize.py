@@ -63,6 +63,14 @@ def test_flow_run_whose_step_breaks_is_failed_with_its_error(prefect_api, place,
     assert state == "FAILED" and "the graph is not one" in message and place.state == "error"
 
 
+def test_flow_run_whose_gate_names_no_slice_is_failed_before_it_is_judged(prefect_api, place):
+    place.gates = ("measure: perplexity, corpus: text, slice: topcs, at_most: 9",)
+    with pytest.raises(StageError, match="Did you mean 'topics'"):
+        place.run()
+    _, state, message = ended(prefect_api)
+    assert state == "FAILED" and "slice 'topcs' of text" in message
+
+
 def test_flow_run_that_a_person_ends_is_cancelled(prefect_api, place, monkeypatch):
     def asked(given, futures):
         for future in futures.values():

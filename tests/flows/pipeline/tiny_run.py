@@ -46,6 +46,12 @@ class FetchParams(definitions.FetchParams):
     worse: float = 0.0
 
 
+def read(params, inputs, output, progress):
+    said = {"sources": {"topics": {"characters": {"test": 9, "train": 9}}, "notes": {"characters": {"train": 9}}}}
+    (output / "corpus.json").write_text(json.dumps(said))
+    return definitions.CORPUS.run(params, inputs, output, progress)
+
+
 def weights(params, inputs, output, progress):
     made = b"weights" + (str(params.worse).encode() if getattr(params, "worse", 0) else b"")
     (output / "model.safetensors").write_bytes(b"all weights")
@@ -89,6 +95,7 @@ def timed(params, inputs, output, progress):
 
 
 FETCH = replace(definitions.FETCH, params=FetchParams, run=weights)
+CORPUS = replace(definitions.CORPUS, run=read)
 EXPORT = replace(definitions.EXPORT, run=weights)
 COMPILE = replace(definitions.COMPILE, run=compiled)
 VALIDATE = replace(definitions.VALIDATE, run=validated)
@@ -96,7 +103,7 @@ BENCH = replace(
     definitions.BENCH, run=timed, executed_on=lambda params: {"target": params.target, "device": "a processor x2"}
 )
 MADE = {name: "tests.flows.definitions" for name in STAGES} | dict.fromkeys(
-    ("fetch", "export", "compile", "validate", "bench"), __name__
+    ("fetch", "corpus", "export", "compile", "validate", "bench"), __name__
 )
 
 
