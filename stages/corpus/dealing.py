@@ -113,9 +113,12 @@ def dealt(sources: Sequence[Source], params: CorpusParams, items: Sequence[Item]
             raise StageError(what, measured="0 paragraphs", limit=1, remedy="Give a source with text.")
     parts, shortest = _taken(sources, passages, progress)
     splits: dict[str, list[Passage]] = {str(name): [] for name in params.splits}
-    for found, part in zip(passages, parts, strict=True):
+    for number, (found, part) in enumerate(zip(passages, parts, strict=True)):
         given = _dealt(found, {str(name): share * part for name, share in params.splits.items()})
-        _check_dealt(given, sources[shortest].name, len(passages[shortest]), params)
+        # Where all of it would do, it is the source that it is cut for that is too small.
+        whole = _dealt(found, {str(name): share for name, share in params.splits.items()})
+        at = shortest if all(whole.values()) else number
+        _check_dealt(given, sources[at].name, len(passages[at]), params)
         for name, share in given.items():
             splits[name] += share
     return Dealt(splits, removed, len(told))
@@ -201,10 +204,10 @@ def _dealt(passages: list[Passage], splits: Mapping[str, float]) -> dict[str, li
     return found
 
 
-def _check_dealt(given: Mapping[str, list[Passage]], shortest: str, passages: int, params: CorpusParams) -> None:
+def _check_dealt(given: Mapping[str, list[Passage]], source: str, passages: int, params: CorpusParams) -> None:
     empty = [name for name, share in given.items() if not share]
     if empty:
-        whose = f"source {shortest}" if shortest else "the corpus"
+        whose = f"source {source}" if source else "the corpus"
         raise StageError(
             f"{whose} is too small for its splits: nothing is left for {', '.join(empty)}",
             measured=f"{passages} passages",

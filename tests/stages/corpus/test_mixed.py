@@ -113,6 +113,12 @@ def test_source_of_which_nothing_is_left_is_refused(seal: Seal, store: Store, wr
     (written / "c.txt").write_text(prose(33, 3))
     with pytest.raises(StageError, match=r"source c is too small for its splits: nothing is left for"):
         seal("corpus", mixed(written, 0.4, 0.4, and_=[copied]))
+    # A conversation is of one piece, however long it is beside the others.
+    said = [{"messages": [{"role": "user", "content": "Say it. " * 9000}]}]
+    (written / "d.jsonl").write_text(json.dumps(said[0]))
+    talk = {"source": str(written / "d.jsonl"), "share": 0.2}
+    with pytest.raises(StageError, match=r"source d is too small for its splits: .* measured 1 passages"):
+        seal("corpus", mixed(written, 0.4, 0.4, and_=[talk]))
     assert list(store.manifests()) == []
 
 
