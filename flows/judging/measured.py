@@ -203,7 +203,7 @@ def has_any(report: Report, measure: str) -> bool:
 
 def on_request(measure: str) -> bool:
     """Whether `judge` has to ask for it, or reports of before have none of it."""
-    return measure_of(measure).score.startswith((OWN, "varied", "ended", "spelt"))
+    return measure_of(measure).score.startswith((OWN, "varied", "ended", "spelt", "said", "right_by_length"))
 
 
 def _sorted(report: Report) -> list[Document]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -75,6 +75,8 @@ class ItemSet:
         abilities: rows of items that are answered right or wrong, the whole first; none where a set has none of these.
         heat: step -> ability -> right answers less dense's, and how many items of it the step was asked.
         flips: the first ones; `flipped` of each artifact, (lost, won).
+        alike: of each artifact the share of dense's answers that it gives, too, and of its tokens up to the first that
+            differs, None where the reports do not say.
         grades: rows of other measures, the whole first.
     """
 
@@ -86,6 +88,7 @@ class ItemSet:
     flips: Sequence[Flip]
     flipped: Mapping[str, tuple[int, int]]
     grades: Sequence[Grade] = ()
+    alike: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
 
 
 def item_sets(reports: Reports, baseline: str, judged: Sequence[str], chain: Sequence[str]) -> list[ItemSet]:
@@ -146,7 +149,15 @@ def _set(
         one: (sum(f.lost for f in flips if f.artifact == one), sum(not f.lost for f in flips if f.artifact == one))
         for one in shown
     }
-    return ItemSet(corpus, baseline, shown, rows, heat, flips[:MOST_FLIPS], flipped, grades)
+    alike = {one: _alike(asked[one]) for one in shown}
+    return ItemSet(corpus, baseline, shown, rows, heat, flips[:MOST_FLIPS], flipped, grades, alike)
+
+
+def _alike(pairs: Sequence[tuple[Document, Document]]) -> tuple[float, float | None]:
+    sides = [list(side) for side in zip(*pairs, strict=True)]
+    told = all("said" in one for side in sides for one in side)
+    same, begins = (MEASURES[name] for name in ("same_answers", "same_beginning"))
+    return of_documents(same, *sides).point, of_documents(begins, *sides).point if told else None
 
 
 def _answered(pairs: Sequence[tuple[Document, Document]]) -> list[tuple[Document, Document]]:

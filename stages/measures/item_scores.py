@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,11 @@ def accuracy(ours: Columns, weights_RD: Floats) -> Floats:
     return _mean(ours["right"], weights_RD)
 
 
+def accuracy_by_length(ours: Columns, weights_RD: Floats) -> Floats:
+    """The share of items that are answered right, where that choice counts whose tokens are likeliest in the mean."""
+    return _mean(ours["right_by_length"], weights_RD)
+
+
 def above_chance(ours: Columns, weights_RD: Floats) -> Floats:
     """The share of items that are answered right, less the share that a guess would get right."""
     return _mean(ours["right"] - ours["chance"], weights_RD)
@@ -60,6 +66,20 @@ def lost(ours: Columns, theirs: Columns, weights_RD: Floats) -> Floats:
 def same_answers(ours: Columns, theirs: Columns, weights_RD: Floats) -> Floats:
     """The share of items to which both give the same answer, right or wrong."""
     return _mean(ours["answer"] == theirs["answer"], weights_RD)
+
+
+def same_beginning(ours: Columns, theirs: Columns, weights_RD: Floats) -> Floats:
+    """Of the tokens of both answers the share before the first that differs, over as many as both have; the mean.
+
+    An answer is read up to where it is settled whether it is right, so that one may be longer than the other.
+    """
+    return _mean(np.array([_begins(*pair) for pair in zip(ours["said"], theirs["said"], strict=True)]), weights_RD)
+
+
+def _begins(ours: str, theirs: str) -> float:
+    one, other = ours.split(), theirs.split()
+    same = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
+    return same / min(len(one), len(other)) if one and other else float(ours == theirs)
 
 
 def repetition(ours: Columns, weights_RD: Floats) -> Floats:

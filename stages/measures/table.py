@@ -105,6 +105,9 @@ MEASURES: Mapping[str, Measure] = {
         paired=True,
     ),
     "accuracy": _of_items("accuracy", "right", "right answers"),
+    "accuracy_by_length": _of_items(
+        "accuracy_by_length", "right_by_length", "right answers, choices by length", tasks=_WRITES
+    ),
     "above_chance": _of_items("above_chance", "right", "right above chance", ("chance",)),
     "exact_match": _graded("spans:exact_match", "exact", {"generate", "answer"}, "exact match"),
     "answer_f1": _graded("spans:answer_f1", "overlap", {"generate", "answer"}, "answer F1"),
@@ -120,6 +123,7 @@ MEASURES: Mapping[str, Measure] = {
     "flips": _of_items("flips", "right", between=True),
     "lost": _of_items("lost", "right", "right answers lost", between=True),
     "same_answers": _of_items("same_answers", "answer", "same answers", between=True),
+    "same_beginning": _of_items("same_beginning", "said", "same beginnings", between=True, tasks=_WRITES),
     "repetition": _of_items("repetition", "repeated"),
     "repeating": _of_items("repeating", "repeated", "repeats itself anew", between=True),
     "endless": _of_items("endless", "ended", "no longer ends", between=True, tasks=_WRITES),

@@ -54,7 +54,9 @@ def _judged(tokenizer: PreTrainedTokenizerBase, item: Item, new: list[int], ends
     ended = item.task != "instructions" or bool(ends.intersection(new[-1:]))
     spelt = not item.answers or any(one in text for one in item.answers)
     found = {"repeated": answers.repeats(new), "ended": ended, "spelt": spelt}
-    return judged_text(item, text) | {key: int(bool(value)) for key, value in found.items()}
+    found = judged_text(item, text) | {key: int(bool(value)) for key, value in found.items()}
+    # Of what is answered in words no choice is longer than another.
+    return found | {"said": " ".join(map(str, new))} | ({"right_by_length": found["right"]} if "right" in found else {})
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, new: list[int]) -> str:
@@ -105,6 +107,7 @@ def _chosen(pairs: Sequence[tuple[Question, torch.Tensor]], judged: Answerer) ->
             "right_by_length": int(by_length == one.item.right),
             "chance": one.item.chance,
             "answer": one.item.choices[best],
+            "said": str(best),
             "repeated": 0,
             "ended": 1,
             "spelt": 1,

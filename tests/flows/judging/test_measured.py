@@ -147,6 +147,21 @@ def test_flips_count_both_ways_and_lost_only_one():
         only(Gate(measure="flips", against=None, at_most=1), made)
 
 
+def test_same_beginning_is_the_share_of_tokens_before_the_first_that_differs():
+    rights = {"facts": [1, 1, 0, 0, 0]}
+    made = reports(rights, rights)
+    said = {"dense": ("5 6 7 8", "5 6", "3", "", ""), "cpu": ("5 6 9 8 1", "5 6 7", "4", "1 2", "")}
+    for name, each in said.items():
+        for one, tokens in zip(made[name, "abilities"]["documents"], each, strict=True):
+            one["said"] = tokens
+    gate = Gate(measure="same_beginning", at_least=0)
+    # 2 of 4, all of 2, none of 1; of two answers one has no token, and then both.
+    assert only(gate, made).measured == pytest.approx((0.5 + 1 + 0 + 0 + 1) / 5)
+    del made["dense", "abilities"]["documents"][0]["said"]
+    with pytest.raises(StageError, match=r"no 'said'.*Gate on what such items are measured by"):
+        only(gate, made)
+
+
 def test_what_dense_does_not_do_is_counted_item_by_item():
     dense, cpu = {"facts": [1, 1, 0, 0, 1]}, {"facts": [1, 1, 1, 0, 0]}
     made = reports(dense, cpu)

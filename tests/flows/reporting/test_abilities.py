@@ -54,6 +54,7 @@ def test_heat_is_the_change_from_dense_after_each_step(found):
 
 def test_flips_stand_side_by_side(found):
     assert found.flipped == {"cpu": (4, 1)}
+    assert found.alike == {"cpu": (0, None)}, "their reports say nothing of tokens"
     first = found.flips[0]
     assert (first.ability, first.prompt, first.dense, first.now, first.lost) == (
         "capitals", "capitals <2> is", " dense1", " cpu0", True

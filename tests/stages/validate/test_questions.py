@@ -89,7 +89,8 @@ def test_answers_are_right_where_the_model_says_what_is_accepted(tiny, theirs, i
             assert one["right"] == (item.ability == "odd")
             assert said(theirs, item.prompt, 30).startswith(one["answer"]) and one["answer"].strip()
             assert one["expected"] == item.answers[0]
-    assert report["slices"]["odd"] == {"accuracy": 1, "above_chance": 1, "leaks": 0, "repetition": 0}
+    found = report["slices"]["odd"]
+    assert found == {"accuracy": 1, "accuracy_by_length": 1, "above_chance": 1, "leaks": 0, "repetition": 0}
     assert report["slices"]["even"]["accuracy"] == 0
     assert report["measures"]["accuracy"] == sum(one["right"] for one in documents) / len(items)
     chance = sum(one.chance for one in items) / len(items)
@@ -108,6 +109,7 @@ def test_answer_to_an_instruction_has_ended_where_the_model_ends_it(knowing, tmp
         out = model.generate(ids, do_sample=False, max_new_tokens=32)[0, ids.shape[1] :].tolist()
         assert one["ended"] == (tokenizer.eos_token_id in out)
         assert one["answer"] == tokenizer.decode(out, skip_special_tokens=True)
+        assert one["said"] == " ".join(map(str, out))
     shutil.copytree(knowing, tmp_path / "endless")
     for name in ("config.json", "generation_config.json"):
         path = tmp_path / "endless" / name
@@ -139,6 +141,7 @@ def test_choice_is_the_likeliest_continuation(tiny, theirs, items, tmp_path):
         assert one["answer"] == item.choices[sums.index(max(sums))]
         assert one["right"] == (sums.index(max(sums)) == item.right)
         assert one["right_by_length"] == (means.index(max(means)) == item.right)
+        assert one["said"] == str(sums.index(max(sums)))
         by_length.add((one["right"], one["right_by_length"]))
     assert len(by_length) > 1
 
