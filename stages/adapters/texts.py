@@ -17,6 +17,8 @@ from stages.runtime.rows import Message
 
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
 PATTERNS = tuple(f"*{suffix}{packed}" for suffix in FORMATS for packed in ("", PACKED))
+_SENTENCES = re.compile(r"((?<=[.!?]) +|(?<=[。！？])(?![”’」』）])\s*|(?<=[。！？][”’」』）])\s*)")
+"""Between two sentences; in Chinese and Japanese nothing need stand there."""
 GENERATED = ("pydoc://topics", "descriptions://constraints")
 REMEDY = "Give a .txt, .md, .jsonl, .json or .parquet file, any of them with .gz, or a folder of them."
 
@@ -172,19 +174,31 @@ def paragraphs(text: str, longest: int) -> Iterator[Paragraph]:
 
     Args:
         text: of one document.
-        longest: a part of more characters is taken line by line, and a line that is longer sentence by sentence, since
-            text without blank lines would otherwise be one paragraph.
+        longest: a part of more characters is taken line by line, a line that is longer sentence by sentence, and such a
+            sentence by its words or characters, since text without blank lines would otherwise be one paragraph.
     """
     for part in re.split(r"\n[ \t]*\n", text):
         if len(part) <= longest:
-            yield from _filled([part.strip("\n")], "\n\n", "\n\n")
+            if part.strip():
+                yield Paragraph(part.strip("\n"), "\n\n")
             continue
         for number, line in enumerate(part.strip("\n").split("\n")):
-            sentences = re.split(r"(?<=[.!?]) +", line) if len(line) > longest else [line]
-            yield from _filled(sentences, "\n" if number else "\n\n", " ")
+            glue = "\n" if number else "\n\n"
+            for piece, between in _pieces(line, longest):
+                if piece.strip():
+                    yield Paragraph(piece, glue)
+                glue = between
 
 
-def _filled(parts: list[str], first: str, glue: str) -> Iterator[Paragraph]:
-    for number, part in enumerate(parts):
-        if part.strip():
-            yield Paragraph(part, glue if number else first)
+def _pieces(line: str, longest: int) -> Iterator[tuple[str, str]]:
+    """A line in pieces, each with what stands behind it."""
+    if len(line) <= longest:
+        yield line, ""
+        return
+    *whole, last = _SENTENCES.split(line)
+    for sentence, between in [*zip(whole[::2], whole[1::2], strict=True), (last, "")]:
+        while len(sentence) > longest:
+            at = sentence.rfind(" ", 1, longest + 1)
+            yield sentence[: at if at > 0 else longest], " " if at > 0 else ""
+            sentence = sentence[at + 1 if at > 0 else longest :]
+        yield sentence, " " if between else ""

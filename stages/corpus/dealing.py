@@ -7,6 +7,7 @@ split whole. A conversation is one passage; what many have in common, as a syste
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from stages.runtime.contract import Progress, StageError
 SHORT_WORDS = 8
 """Shorter paragraphs are duplicates only when equal: three words in common say too little."""
 _SHINGLE_WORDS = 3
+_WORDS = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\\s\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
+"""What stands between white space; of scripts without it each character."""
 _LONGEST = 4
 """A paragraph of more than so many passages is taken apart."""
 
@@ -133,7 +136,7 @@ def _without_duplicates(
     seen: set[tuple[str, ...]] = set()
     fresh, shingles = [], []
     for number, name, part in parts:
-        words = tuple(part.compared.lower().split())
+        words = tuple(_WORDS.findall(part.compared.lower()))
         if words not in seen:
             seen.add(words)
             fresh.append((number, name, part))

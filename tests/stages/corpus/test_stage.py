@@ -95,6 +95,40 @@ def test_near_duplicate_of_another_document_is_left_out(seal: Seal, store: Store
     assert copied not in whole and " ".join(first.split("\n\n")[7].split()) in whole
 
 
+def hanzi(seed: int, paragraphs: int) -> list[str]:
+    """Chinese of made-up sentences: no space between words, none between sentences."""
+    made = random.Random(seed)
+    return [
+        "".join("".join(chr(made.randrange(0x4E00, 0x4F00)) for _ in range(19)) + "。" for _ in range(4))
+        for _ in range(paragraphs)
+    ]
+
+
+def test_near_duplicate_without_spaces_between_words_is_left_out(seal: Seal, store: Store, tmp_path: Path) -> None:
+    parts = hanzi(1, 40)
+    copied = parts[7][:30] + "变" + parts[7][31:]
+    (tmp_path / "a.txt").write_text("\n\n".join([*parts, copied]))
+    outcome = seal("corpus", {"source": str(tmp_path / "a.txt"), "splits": HALVES, "passage_characters": 200})
+    whole = "".join(line["text"] for lines in read(store, outcome.identity).values() for line in lines)
+    assert outcome.manifest.metrics["duplicates_removed"] == 1 and copied not in whole and parts[7] in whole
+
+
+@pytest.mark.parametrize("text", ["".join(hanzi(2, 300)), "x" * 20_000, "word " * 4_000], ids=["hanzi", "one", "words"])
+def test_text_of_one_line_is_dealt_and_nothing_of_it_lost(text: str) -> None:
+    parts = list(texts.paragraphs(text, 800))
+    assert len(parts) > 20 and max(len(part.text) for part in parts) <= 800
+    assert "".join(part.glue + part.text for part in parts).strip() == text.strip()
+    if text.startswith(("x", "word")):
+        return
+    assert {part.text[-1] for part in parts} == {"。"} and {part.glue for part in parts[1:]} == {""}
+
+
+def test_quote_is_not_parted_from_its_sentence() -> None:
+    text = "他说：“好。”她说：“不。”" * 30
+    parts = list(texts.paragraphs(text, 50))
+    assert [part.text for part in parts] == ["他说：“好。”", "她说：“不。”"] * 30
+
+
 def test_short_paragraph_that_recurs_is_kept_once(seal: Seal, store: Store, tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_text("\n\n".join(f"{part}\n\nSee  also:" for part in prose(3, 30).split("\n\n")) + "\n\nsee also:")
