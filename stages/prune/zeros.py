@@ -23,7 +23,7 @@ from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.compress import compress
 from stages.models.blockwise.gradients import gradients
-from stages.models.blockwise.run import SITES, sensitivities
+from stages.models.blockwise.map_statistics import statistics_of
 from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights, put
 from stages.models.checkpoint import kept_zeros
@@ -162,13 +162,12 @@ def budgets(
     """
     maps = {path: one for path, one in linears(model).items() if path in how.names}
     keep, options = how.keep, {}
-    for block, statistics in sensitivities(model, ids_NT, anatomy.ROLES, partial, advanced):
-        for role in anatomy.projections(block):
-            moment_II, importance_O = statistics.moments[SITES[role]], statistics.gradients[role]
-            path = f"{block.name}.{anatomy.path(role)}"
-            if path not in maps:
-                continue
-            options[path] = prices(maps[path].weight.detach(), moment_II, importance_O, SHARES)
+    for block, seen in statistics_of(model, ids_NT, partial, advanced):
+        for inner in anatomy.maps(block):
+            path = f"{block.name}.{inner}"
+            if path in maps:
+                moment_II, importance_O = seen.moments[seen.first[inner]], seen.gradients[inner]
+                options[path] = prices(maps[path].weight.detach(), moment_II, importance_O, SHARES)
     total = sum(one.weight.numel() for one in maps.values())
     best = sum(max(option.saved for option in found) for found in options.values())
     if best < total - int(keep * total):

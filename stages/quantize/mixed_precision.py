@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from stages.algorithms.allocation import NOTHING, Option, allocate, hull
 from stages.models.anatomy import blocks as anatomy
-from stages.models.blockwise.run import SITES, sensitivities
+from stages.models.blockwise.map_statistics import statistics_of
 from stages.models.layers.quantized_linear import FORMS, QuantizedLinear
 from stages.quantize.rounding import Precision
 from stages.quantize.stored_forms import rounded
@@ -46,18 +46,20 @@ def measured(
     of every block waits in `folder`.
 
     Raises:
-        StageError: the architecture's maps have no roles that are known.
+        StageError: a map stands on a basis, or an activation is not finite.
     """
     options: dict[str, list[Option]] = {}
-    roles = [role for role in anatomy.roles(anatomy.blocks(model)[0]) if role in SITES]
-    for block, statistics in sensitivities(model, ids_NT, roles, folder, advanced):
-        for role, one in anatomy.projections(block).items():
-            if not isinstance(one, nn.Linear) or role not in SITES:
-                raise StageError(f"{block.name} has a map for {role!r} that mixed precision does not measure")
-            w_OI = one.weight.detach()
-            losses = [_loss(w_OI, form, statistics.moments[SITES[role]], statistics.gradients[role]) for form in forms]
+    for block, seen in statistics_of(model, ids_NT, folder, advanced):
+        for path, one in anatomy.maps(block).items():
+            if not isinstance(one, nn.Linear):
+                raise StageError(
+                    f"{block.name}.{path} is no dense map, which mixed precision does not measure",
+                    remedy="Give one scheme to all maps.",
+                )
+            w_OI, moment_II, gradient_O = one.weight.detach(), seen.moments[seen.first[path]], seen.gradients[path]
+            losses = [_loss(w_OI, form, moment_II, gradient_O) for form in forms]
             sizes = [bits(form, one.in_features, one.out_features) for form in forms]
-            options[f"{block.name}.{anatomy.path(role, block)}"] = [
+            options[f"{block.name}.{path}"] = [
                 Option(sizes[0] - sizes[place], max(0.0, losses[place] - losses[0]), place)
                 for place in range(1, len(forms))
             ]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.blockwise.block_calls import arguments, embedded
-from stages.models.blockwise.run import INPUT, run
+from stages.models.blockwise.run import run
 from stages.models.memory.pages import release
 from stages.models.memory.spill import Shelf
 
@@ -33,7 +33,7 @@ def gradients(
     blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
     x_NTH, inputs, total = embedded(model, ids_NT), Shelf(folder), 3 * len(blocks)
     for block, kwargs in zip(blocks, calls, strict=True):
-        inputs.put(block.index, {INPUT: x_NTH})
+        inputs.put(block.index, {"input": x_NTH})
         x_NTH = run(block, x_NTH, kwargs)
         release(block.module)
         advanced(block.index + 1, total)
@@ -43,7 +43,7 @@ def gradients(
         sums = {name: torch.zeros_like(one.weight) for name, one in maps.items()}
         weights = [one.weight.requires_grad_() for one in maps.values()]
         outgoing = []
-        for x_TH, g_TH in zip(inputs.get(block.index, INPUT), g_NTH, strict=True):
+        for x_TH, g_TH in zip(inputs.get(block.index, "input"), g_NTH, strict=True):
             x_1TH = x_TH[None].detach().requires_grad_()
             returned = block.module(x_1TH, **kwargs)
             y_1TH = returned[0] if isinstance(returned, tuple) else returned

@@ -7,44 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.algorithms.products import SHORT, gram
+from stages.algorithms.products import SHORT
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
 from stages.models.blockwise.block_calls import arguments, embedded
 from stages.models.blockwise.drawn_labels import drawn_gradient
 from stages.models.memory.pages import release
-from stages.models.memory.spill import Shelf
 from stages.runtime.contract import StageError
-
-SITES = {"q": "attention", "k": "attention", "v": "attention", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
-"""Which input each projection reads."""
-
-
-@dataclass
-class Statistics:
-    """What calibration saw of one block, as means over tokens.
-
-    Attributes:
-        moments: site -> E[x x^T], [I, I].
-        gradients: role -> E[g^2] of the log-likelihood's gradient at each output, [O]: the diagonal of the Fisher
-            information, since labels are drawn from the model's own predictions.
-    """
-
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-
-
-INPUT = "input"
-"""Beside the names of sites: what a block reads."""
 
 
 def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -88,67 +64,6 @@ def watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor
             hook.remove()
 
 
-def sensitivities(
-    model: PreTrainedModel,
-    ids_NT: Tensor,
-    roles: Sequence[str],
-    folder: Path,
-    advanced: Callable[[float, float], None],
-) -> Iterator[tuple[Block, Statistics]]:
-    """Each block with its statistics, from the last block to the first.
-
-    One forward sweep over all windows takes the moments. A backward sweep over the first half of them computes each
-    block again with gradients, so that no more than one block's graph is alive; the gradients' mean squares settle
-    with fewer tokens than the moments.
-
-    Args:
-        model: its parameters' gradients are not needed and are turned off.
-        ids_NT: calibration windows.
-        roles: the projections asked for.
-        folder: where each block's inputs and moments wait for the backward sweep.
-        advanced: told (done, total) in block passes.
-
-    Raises:
-        StageError: an activation is not finite.
-    """
-    model.requires_grad_(False)
-    blocks, calls = anatomy.blocks(model), arguments(model, ids_NT.shape[1])
-    graded = -(-len(ids_NT) // 2)
-    waiting, x_NTH = Shelf(folder), embedded(model, ids_NT)
-    total = 3 * len(blocks)  # the gradients of half the windows take about two forward passes of all
-    for block, kwargs in zip(blocks, calls, strict=True):
-        first_NTH = x_NTH[:graded]
-        x_NTH, moments = _forward(block, x_NTH, kwargs, roles)
-        waiting.put(block.index, {INPUT: first_NTH, **moments})
-        del first_NTH, moments
-        release(block.module)
-        advanced(block.index + 1, total)
-    g_NTH = drawn_gradient(model, ids_NT[:graded], x_NTH[:graded])
-    for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
-        kept = waiting.take(block.index)
-        gradients, g_NTH = _backward(block, kept.pop(INPUT), g_NTH, kwargs, roles)
-        statistics = Statistics(kept, gradients)
-        advanced(total - 2 * block.index, total)
-        yield block, statistics
-        release(block.module)
-
-
-def _forward(
-    block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any], roles: Sequence[str]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    maps, moments = anatomy.projections(block), dict[str, Tensor]()
-    one_a_site = {SITES[role]: maps[role] for role in roles}
-
-    def see(site: str, x: Tensor, _y: Tensor) -> None:
-        x_TI = x.detach().flatten(0, -2).float()
-        with torch.autocast("cpu", enabled=False):
-            _add(moments, site, gram(x_TI) / (x_NTH.shape[0] * x_NTH.shape[1]))
-
-    with watched(one_a_site, see):
-        y_NTH = run(block, x_NTH, kwargs)
-    return y_NTH, moments
-
-
 def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:
     """Path of each projection -> nats a token that are lost if its outputs are wrong by as much as they are large.
 
@@ -179,19 +94,6 @@ def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:
     return nats
 
 
-def _backward(
-    block: Block, x_NTH: Tensor, g_NTH: Tensor, kwargs: Mapping[str, Any], roles: Sequence[str]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Mean squares of the gradients at the projections' outputs, and the gradient at the block's input."""
-    squares: dict[str, Tensor] = {}
-    tokens = x_NTH.shape[0] * x_NTH.shape[1]
-
-    def see(role: str, _y: Tensor, g: Tensor) -> None:
-        _add(squares, role, g.float().square().sum((0, 1)) / tokens)
-
-    return squares, _graded(block, x_NTH, g_NTH, kwargs, roles, see)
-
-
 def _graded(
     block: Block,
     x_NTH: Tensor,
@@ -218,10 +120,6 @@ def _graded(
 
 def _keep(outputs: dict[str, Tensor], role: str, _x: Tensor, y: Tensor) -> None:
     outputs[role] = y
-
-
-def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
-    sums[key] = sums[key] + value if key in sums else value
 
 
 def output(returned: Any) -> Tensor:

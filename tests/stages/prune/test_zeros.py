@@ -78,3 +78,15 @@ def test_a_weight_that_is_written_where_there_was_a_zero_is_caught(root):
         zeros.proven(model, written, how)
     written.get_submodule(how.names[3]).weight[1, 2] = 0.0
     assert zeros.proven(model, written, how).zeros == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "bloom", "phi3", "opt", "bert_masked", "albert", "t5", "marian", "qwen3"])
+def test_zeros_without_a_pattern_are_spent_over_the_maps_of_any_family(name, tmp_path):
+    model = load_model(family(name, tmp_path / "made"))
+    maps = zeros.linears(model)
+    ids = 3 + torch.arange(4 * 20).view(4, 20) * 7 % 50
+    zeros.sparsified(model, ids, zeros.How("wanda", None, 0.6, tuple(maps)), tmp_path, Silent())
+    weights = sum(one.weight.numel() for one in zeros.linears(model).values())
+    left = [float((one.weight != 0).float().mean()) for one in zeros.linears(model).values()]
+    kept = sum(int((one.weight != 0).sum()) for one in zeros.linears(model).values())
+    assert 0.5 < kept / weights <= 0.6 + 1e-6 and max(left) - min(left) > 0.05, "where they cost least"

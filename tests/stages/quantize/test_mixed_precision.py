@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from stages.algorithms.allocation import Option
+from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.text.windows import windows
 from stages.quantize import mixed_precision
 from stages.quantize.rounding import Precision
 from stages.runtime.contract import StageError
+from tests.stages.models.families import family
 
 FORMS = [Precision("int8"), Precision("int4", block=64)]
 
@@ -75,3 +77,12 @@ def test_under_loss_is_the_smallest_of_all_choices_on_small_problems():
 def test_under_no_loss_leaves_all_as_they_are(measured):
     _, parts = measured
     assert {one.form for one in mixed_precision.under_loss(parts, FORMS, 0.0).values()} == {"int8"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "bloom", "phi3", "opt", "bert_masked", "albert", "t5", "marian", "qwen3"])
+def test_every_map_of_any_family_is_measured(name, tmp_path):
+    model = load_model(family(name, tmp_path / "made"))
+    ids_NT = 3 + torch.arange(4 * 20).view(4, 20) * 7 % 50
+    parts = mixed_precision.measured(model, ids_NT, [Precision("int8"), Precision("int4", block=8)], tmp_path, print)
+    wanted = {f"{block.name}.{path}" for block in anatomy.blocks(model) for path in anatomy.maps(block)}
+    assert parts.keys() == wanted and all(option.damage > 0 for options in parts.values() for option in options)
