@@ -16,7 +16,7 @@ from stages.adapters import texts
 from stages.algorithms.prefix_filter import first_of_each
 from stages.corpus.params import CorpusParams
 from stages.measures.items import Item
-from stages.measures.leaks import leaks
+from stages.measures.leaks import leaks, leaks_across
 from stages.runtime import rows
 from stages.runtime.contract import Progress, StageError
 
@@ -98,8 +98,9 @@ class Dealt:
 def dealt(sources: Sequence[Source], params: CorpusParams, items: Sequence[Item], progress: Progress) -> Dealt:
     """Deal what the sources hold.
 
-    A paragraph that stands in two sources is the first one's, and a passage that tells any of the items is out. Of
-    several sources as much is taken of each as its share of a mix is that none is too short for.
+    A paragraph that stands in two sources is the first one's. A passage that tells any of the items is out, and so is
+    one that does with the passage that is read before it. Of several sources as much is taken of each as its share of a
+    mix is that none is too short for.
 
     Raises:
         StageError: there is no text, or nothing of a source is left for a split.
@@ -108,8 +109,6 @@ def dealt(sources: Sequence[Source], params: CorpusParams, items: Sequence[Item]
     every = [list(_passages(one, paragraphs, params)) for one, paragraphs in zip(sources, kept, strict=True)]
     told = {passage for _, passage in leaks(items, ((p.name, p.text) for found in every for p in found))}
     passages = [[p for p in found if p.name not in told] for found in every]
-    if told:
-        progress.note(f"{len(told)} passages tell items with their answers and are left out: {min(told)} is one")
     for one, found in zip(sources, passages, strict=True):
         if not found:
             what = f"source {one.name} has no text of its own" if one.name else "the corpus is empty"
@@ -123,8 +122,19 @@ def dealt(sources: Sequence[Source], params: CorpusParams, items: Sequence[Item]
         at = shortest if all(whole.values()) else number
         _check_dealt(given, sources[at].name, len(passages[at]), params)
         for name, share in given.items():
-            splits[name] += share
+            apart = _apart(share, items)
+            told |= {p.name for p in share} - {p.name for p in apart}
+            splits[name] += apart
+    if told:
+        progress.note(f"{len(told)} passages tell items with their answers and are left out: {min(told)} is one")
     return Dealt(splits, removed, len(told))
+
+
+def _apart(passages: list[Passage], items: Sequence[Item]) -> list[Passage]:
+    """Without those that answer what the passage before them asks; it is read before another one then."""
+    while told := {name for _, name in leaks_across(items, [(p.name, p.text) for p in passages])}:
+        passages = [p for p in passages if p.name not in told]
+    return passages
 
 
 def _without_duplicates(

@@ -11,6 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from stages.measures.items import Item
 
@@ -64,6 +65,26 @@ def leaks(items: Iterable[Item], passages: Iterable[tuple[str, str]]) -> list[tu
                 here.update(one.item for one in sought[run] if one.item not in here and _ends_here(one, words, end))
         found += [(item, name) for item in sorted(here)]
     return found
+
+
+def leaks_across(items: Sequence[Item], passages: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Which items stand in no passage, but where one ends and the next begins: windows join them.
+
+    Args:
+        items: see `leaks`.
+        passages: (id, text) of each, in the order in which they are read.
+
+    Returns:
+        (id of the item, id of the later passage).
+    """
+    alone = set(leaks(items, passages))
+    before = {later: earlier for (earlier, _), (later, _) in pairwise(passages)}
+    joined = ((later, f"{one} {other}") for (_, one), (later, other) in pairwise(passages))
+    return [
+        (item, later)
+        for item, later in leaks(items, joined)
+        if (item, later) not in alone and (item, before[later]) not in alone
+    ]
 
 
 def _by_ending(items: Iterable[Item]) -> dict[Words, list[_Sought]]:

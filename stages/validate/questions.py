@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.measures.documents import Document, by_slice, summary
 from stages.measures.items import HARNESS, read_items
-from stages.measures.leaks import leaks
+from stages.measures.leaks import leaks, leaks_across
 from stages.measures.own import scored
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_config, load_tokenizer
@@ -133,14 +133,15 @@ class Questions:
         """Items that stand with their answers in the text that made the model what it is."""
         written = [one for group in self.groups if self._written(group) for one in group]
         names, items = {one.item.id: one.name for one in written}, [one.item for one in written]
-        text = (
-            (f"{split}/{passage['id']}", passage_text(passage))
-            for corpus in self.seen
-            for split in ("calibrate", "train")
-            if (corpus / f"{split}.jsonl").is_file()
-            for passage in passages(corpus, split)
-        )
-        return {names[item] for item, _ in leaks(items, text)}
+        found = set[str]()
+        for corpus in self.seen:
+            for path in (corpus / f"{split}.jsonl" for split in ("calibrate", "train")):
+                # A window holds text of one source, of passages that follow each other.
+                every = groupby(passages(corpus, path.stem) if path.is_file() else (), lambda one: one.get("source"))
+                for _, some in every:
+                    text = [(one["id"], passage_text(one)) for one in some]
+                    found.update(item for item, _ in (*leaks(items, text), *leaks_across(items, text)))
+        return {names[item] for item in found}
 
     def metrics(self, documents: list[Document]) -> Metrics:
         """Figures beside the measures."""

@@ -344,6 +344,32 @@ def test_paragraphs_keep_every_word_in_order() -> None:
         assert " ".join(part.text for part in parts).split() == text.split()
 
 
+def test_answer_whose_question_ends_the_passage_before_is_left_out(seal: Seal, store: Store, tmp_path: Path) -> None:
+    """A quiz: each question is a paragraph, its answer the next. Passages are cut between, and windows join them."""
+    words = prose(9, 1, 1200).split()
+    pairs = [
+        (f"What do they call {a} {b} in {c}?", f"It is {d} {e}.")
+        for a, b, c, d, e in zip(*[iter(words)] * 5, strict=True)
+    ]
+    (tmp_path / "quiz.txt").write_text("\n\n".join(f"{asked}\n\n{told}" for asked, told in pairs))
+    rows = [json.dumps({"prompt": asked, "answers": told, "match": "contains"}) for asked, told in pairs]
+    given = {"source": str(tmp_path / "quiz.txt"), "splits": {"train": 0.9, "test": 0.1}, "passage_characters": 250}
+    cut = [p["text"] for lines in read(store, seal("corpus", given).identity).values() for p in lines]
+    # Those that no passage tells alone: looked at one by one they would stay.
+    across = [
+        row for row, (asked, told) in zip(rows, pairs, strict=True) if not any(asked in p and told in p for p in cut)
+    ]
+    assert len(across) > 10
+    (tmp_path / "asked.jsonl").write_text("\n".join(across))
+    items = seal("items", {"source": str(tmp_path / "asked.jsonl")}).identity
+    without = seal("corpus", given, **{"items.0": items}).identity
+    record = json.loads((store.checkout(without) / "corpus.json").read_text())
+    assert record["telling_removed"] > 5
+    for lines in read(store, without).values():
+        joined = "\n\n".join(line["text"] for line in lines)
+        assert not any(f"{json.loads(row)['prompt']}\n\n{json.loads(row)['answers']}" in joined for row in across)
+
+
 def test_passage_that_tells_an_item_with_its_answer_is_left_out(seal: Seal, store: Store, tmp_path: Path) -> None:
     """The question may stand there; so may the answer; not both."""
     (tmp_path / "asked.csv").write_text("prompt,answers\nThe river that flows through the city of Oz is the,Zed\n")

@@ -80,7 +80,9 @@ def test_a_weight_that_is_written_where_there_was_a_zero_is_caught(root):
     assert zeros.proven(model, written, how).zeros == 1
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "bloom", "phi3", "opt", "bert_masked", "albert", "t5", "marian", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "neox", "bloom", "phi3", "opt", "bert_masked", "albert", "t5", "marian", "qwen3"]
+)
 def test_zeros_without_a_pattern_are_spent_over_the_maps_of_any_family(name, tmp_path):
     model = load_model(family(name, tmp_path / "made"))
     maps = zeros.linears(model)

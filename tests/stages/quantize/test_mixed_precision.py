@@ -79,7 +79,9 @@ def test_under_no_loss_leaves_all_as_they_are(measured):
     assert {one.form for one in mixed_precision.under_loss(parts, FORMS, 0.0).values()} == {"int8"}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "bloom", "phi3", "opt", "bert_masked", "albert", "t5", "marian", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "neox", "bloom", "phi3", "opt", "bert_masked", "albert", "t5", "marian", "qwen3"]
+)
 def test_every_map_of_any_family_is_measured(name, tmp_path):
     model = load_model(family(name, tmp_path / "made"))
     ids_NT = 3 + torch.arange(4 * 20).view(4, 20) * 7 % 50

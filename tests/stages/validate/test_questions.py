@@ -232,5 +232,12 @@ def test_item_that_the_model_was_trained_on_is_a_leak(tiny, items, tmp_path):
     report = asked(tmp_path, tiny, [*items[:3], known], **{"seen.0": seen})
     assert [one["leaked"] for one in report["documents"]] == [0, 0, 0, 1]
     assert report["measures"]["leaks"] == 0.25
+    # Of two passages that follow each other windows make one text.
+    parts = ["Of kings and rivers. The capital of the land of Oz", "is: Emerald City. It is far away."]
+    rows = [{"id": f"a#{n}", "text": text, "source": "a"} for n, text in enumerate(parts)]
+    for row, leaked in (({}, 1), ({"source": "b"}, 0)):
+        (seen / "train.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in (rows[0], rows[1] | row)))
+        report = asked(tmp_path, tiny, [known], **{"seen.0": seen})
+        assert report["documents"][0]["leaked"] == leaked
     (seen / "train.jsonl").rename(seen / "test.jsonl")  # what it is judged by taught it nothing
     assert asked(tmp_path, tiny, [known], **{"seen.0": seen})["measures"]["leaks"] == 0
