@@ -20,7 +20,7 @@ from stages.models.text.windows import check_split
 from stages.prune import units as surgery
 from stages.prune import width, zeros
 from stages.prune.channels_heads import plan, said
-from stages.prune.gaps import check_depth
+from stages.prune.gaps import check_depth, check_next_token
 from stages.prune.params import WEIGHTS, PruneParams
 from stages.prune.target import Asked
 from stages.prune.units import CHANNELS, HEADS
@@ -42,6 +42,8 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
     if params.method in WEIGHTS:
         if given.loose:
             raise zeros.not_dense(ON_A_BASIS)
+        if params.method == "gradient":
+            check_next_token(given.model)
         names = matching(list(zeros.linears(given.model)), params.layers, params.skip)
         if params.pattern:
             zeros.keepers(given.model, zeros.How(params.method, params.pattern, params.keep, names), {})

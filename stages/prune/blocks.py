@@ -5,7 +5,7 @@ Shapes: N windows, T tokens, M = N T, H = O hidden, F feed-forward channels, V v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stages.algorithms.block_influence import influence
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.block_calls import arguments, embedded, together
+from stages.models.blockwise.block_calls import answers, arguments, embedded, together
 from stages.models.blockwise.run import check_finite, in_short
 
 CANDIDATES = 10
@@ -43,9 +43,10 @@ class Dropped:
 
 @dataclass(frozen=True)
 class _Measure:
-    """A model, how its blocks are called, and what the whole model predicts of each window, [T / 2, V]."""
+    """A model, the windows, how its blocks are called, and what the whole model predicts of each window, [T / 2, V]."""
 
     model: PreTrainedModel
+    ids_NT: Tensor
     blocks: Sequence[Block]
     calls: Sequence[Mapping[str, Any]]
     log_p: Sequence[Tensor]
@@ -55,8 +56,8 @@ class _Measure:
         for x in _states(self.blocks, self.calls, x_NTH, gone, start):
             x_NTH = x
         total, count = 0.0, 0
-        for log_p_TV, x_1TH in zip(self.log_p, x_NTH.split(1), strict=True):
-            gap_TV = _log(self.model, x_1TH).neg_().add_(log_p_TV)
+        for log_p_TV, log_q_TV in zip(self.log_p, _log(self.model, self.ids_NT, x_NTH), strict=True):
+            gap_TV = log_q_TV.neg_().add_(log_p_TV)
             total, count = total + float(gap_TV.mul_(log_p_TV.exp()).sum()), count + len(gap_TV)
         return total / count
 
@@ -106,7 +107,7 @@ def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Cal
     with torch.no_grad(), in_short():
         first_NTH = embedded(model, ids_NT)
         whole = _states(blocks, calls, first_NTH, (), 0)
-        measure = _Measure(model, blocks, calls, [_log(model, x_1TH) for x_1TH in whole[-1].split(1)])
+        measure = _Measure(model, ids_NT, blocks, calls, [*_log(model, ids_NT, whole[-1])])
         del whole
         while candidates and len(gone) < len(blocks) - 1 and not enough([one.block for one in gone]):
             without = [one.block for one in gone]
@@ -140,7 +141,8 @@ def _states(
     return found
 
 
-def _log(model: PreTrainedModel, x_1TH: Tensor) -> Tensor:
+def _log(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor) -> Iterator[Tensor]:
+    """Log-probabilities of each window by the model's own head, with whatever it does to its logits."""
     # Every second position: neighbours say much the same, and the head is a fifth of a small model's work.
-    logits_TV: Tensor = anatomy.head(model)(anatomy.last_norm(model)(x_1TH[0, ::2]))
-    return logits_TV.float().log_softmax(-1)
+    for logits_1TV in answers(model, ids_NT[:, ::2].split(1), x_NTH[:, ::2].split(1)):
+        yield logits_1TV[0].float().log_softmax(-1)

@@ -49,7 +49,7 @@ def blocks(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progr
     rows: Rows = compress(
         model,
         ids_NT,
-        OnWeights(mending, reads=mending.reads),
+        OnWeights(mending, idle=True, reads=mending.reads),
         asked.partial,
         Pass(progress, 1, 2),
         gone=dropped,
@@ -78,11 +78,24 @@ def check_depth(model: PreTrainedModel) -> None:
 
 def chosen_by(model: PreTrainedModel, by: str, progress: Progress) -> str:
     """`influence` in place of `loss` where what comes next is not what the model predicts, which is noted."""
-    causal = all(one.stack == "decoder" for one in anatomy.blocks(model))
-    if by == "influence" or (causal and model.get_output_embeddings() is not None):
+    if by == "influence" or _predicts_next_token(model):
         return by
     progress.note(f"{type(model).__name__} predicts no next token: its blocks are chosen by influence, not by the loss")
     return "influence"
+
+
+def check_next_token(model: PreTrainedModel) -> None:
+    """Raise StageError where the gradient of what comes next is asked of a model that does not predict it."""
+    if model.config.is_encoder_decoder or not _predicts_next_token(model):
+        raise StageError(
+            f"{type(model).__name__} is no decoder that predicts the next token, whose loss `gradient` goes by",
+            remedy="Use `method: wanda` or `sparsegpt`, which look at what maps read.",
+        )
+
+
+def _predicts_next_token(model: PreTrainedModel) -> bool:
+    causal = all(one.stack == "decoder" for one in anatomy.blocks(model))
+    return causal and model.get_output_embeddings() is not None
 
 
 def _chosen(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Progress) -> list[Dropped]:

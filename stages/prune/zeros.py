@@ -165,7 +165,7 @@ def budgets(
     for block, seen in statistics_of(model, ids_NT, partial, advanced):
         for inner in anatomy.maps(block):
             path = f"{block.name}.{inner}"
-            if path in maps:
+            if path in maps and inner in seen.first:
                 moment_II, importance_O = seen.moments[seen.first[inner]], seen.gradients[inner]
                 options[path] = prices(maps[path].weight.detach(), moment_II, importance_O, SHARES)
     total = sum(one.weight.numel() for one in maps.values())
@@ -177,7 +177,8 @@ def budgets(
             limit=f"keep {keep}",
             remedy="Raise `keep`.",
         )
-    chosen = allocate([options[path] for path in maps], total - int(keep * total))
+    # A map that no token runs through stays whole: nobody knows what its zeros would cost.
+    chosen = allocate([options.get(path, []) for path in maps], total - int(keep * total))
     return {path: SHARES[one.rank] if one.saved else 1.0 for path, one in zip(maps, chosen, strict=True)}
 
 

@@ -56,6 +56,8 @@ def measured(
                     f"{block.name}.{path} is no dense map, which mixed precision does not measure",
                     remedy="Give one scheme to all maps.",
                 )
+            if path not in seen.first:
+                continue  # no token runs through it, so that nobody knows what it would lose
             w_OI, moment_II, gradient_O = one.weight.detach(), seen.moments[seen.first[path]], seen.gradients[path]
             losses = [_loss(w_OI, form, moment_II, gradient_O) for form in forms]
             sizes = [bits(form, one.in_features, one.out_features) for form in forms]

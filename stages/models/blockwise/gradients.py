@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
-from stages.models.blockwise.block_calls import arguments, embedded
+from stages.models.blockwise.block_calls import answers, arguments, embedded
 from stages.models.blockwise.run import run
 from stages.models.memory.pages import release
 from stages.models.memory.spill import Shelf
@@ -60,5 +60,5 @@ def gradients(
 
 def _at_the_end(model: PreTrainedModel, x_TH: Tensor, ids_T: Tensor) -> Tensor:
     x = x_TH.detach().requires_grad_()
-    logits_TV = anatomy.head(model)(anatomy.last_norm(model)(x))
-    return torch.autograd.grad(nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:]), x)[0]
+    (logits_1TV,) = answers(model, [ids_T[None]], [x[None]])
+    return torch.autograd.grad(nn.functional.cross_entropy(logits_1TV[0, :-1], ids_T[1:]), x)[0]

@@ -12,7 +12,9 @@ from stages.models.checkpoint.loading import load_model, load_tokenizer, save_mo
 from stages.models.text.windows import windows
 from stages.prune import blocks as dropping
 from stages.prune import depth
-from stages.prune.gaps import Mended
+from stages.prune.gaps import Mended, check_next_token
+from stages.runtime.contract import StageError
+from tests.stages.models.families import family
 
 IDS = (torch.arange(40).view(2, 20) * 13) % 768
 
@@ -96,3 +98,22 @@ def test_mended_comes_nearer_to_the_dense_model_on_text_it_has_not_seen(
         whole, plain, ours = (one(input_ids=unseen).logits.log_softmax(-1) for one in (dense, cut, model))
     lost = [float((whole.exp() * (whole - other)).sum(-1).mean()) for other in (plain, ours)]
     assert lost[1] < 0.8 * lost[0]
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma2", "xglm", "biogpt", "mamba"])
+def test_loss_without_a_block_is_that_of_the_models_own_answers(name, tmp_path, monkeypatch):
+    """Whatever its last norm is called, and whatever it does to its logits."""
+    monkeypatch.setattr(dropping, "in_short", nullcontext)
+    folder, ids = family(name, tmp_path), 3 + IDS % 50
+    (first, *_) = dropping.greedy(load_model(folder), ids, lambda gone: bool(gone), lambda _done: None)
+    whole, cut = load_model(folder), load_model(folder)
+    depth.drop_blocks(cut, [first.block])
+    with torch.no_grad():
+        log_p, log_q = (one(input_ids=ids, use_cache=False).logits[:, ::2].log_softmax(-1) for one in (whole, cut))
+    assert first.cost == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
+
+
+def test_gradient_of_what_comes_next_is_refused_of_models_that_do_not_predict_it(tmp_path):
+    for name in ("bert_masked", "t5"):
+        with pytest.raises(StageError, match=r"no decoder that predicts the next token.*wanda"):
+            check_next_token(load_model(family(name, tmp_path)))
