@@ -53,7 +53,7 @@ def admitted(params: QuantizeParams, known: Mapping[str, Any]) -> Subject:
         check_text(known)
         check_split(known, "calibrate")
     if params.scheme == "int8_w8a8" and kind not in LLAMA_TYPE:
-        plan.refuse_moved(params, kind)
+        plan.refuse_moved(params, model)
     plan.check_cache(params, model)
     return replace(given, scheme=params.scheme, layout="" if params.layout == "enginery" else params.layout)
 

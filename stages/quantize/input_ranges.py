@@ -70,14 +70,24 @@ class Decision:
     note: Mapping[str, str | float]
 
 
-def decided(model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor, how: How) -> list[Decision]:
+def decided(
+    model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor, how: How, every: Sequence[Site] | None = None
+) -> list[Decision]:
     """A decision for every site with one of these maps; nothing is folded yet.
+
+    Args:
+        model: a float model.
+        names: paths of the maps that are rounded.
+        ids_NT: calibration windows.
+        how: ranges are chosen.
+        every: the sites; those of the Llama type by default.
 
     Raises:
         StageError: fewer than two windows, an activation is not finite, or INT8 ranges cannot be moved past a tied
             tensor.
     """
-    decisions = {site.name: site for site in sites(model) if any(name in names for name in site.readers)}
+    every = sites(model) if every is None else every
+    decisions = {site.name: site for site in every if any(name in names for name in site.readers)}
     places: dict[int, list[nn.Module]] = {}
     for one in model.modules():
         places.setdefault(id(getattr(one, "weight", None)), []).append(one)

@@ -8,7 +8,7 @@ Shapes: O outputs, I inputs, F factors (I, or fewer where heads share one).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy.blocks import READS_NORM, Block, blocks, norms, path, projections
+from stages.models.blockwise.block_calls import arguments, embedded
+from stages.models.blockwise.run import run
+from stages.models.blockwise.sites import float_maps
+from stages.models.blockwise.sites import sites as found_by_running
 from stages.models.layers.low_rank_linear import ResidualLinear, SharedLinear
 from stages.models.memory.pages import own
 from stages.runtime.contract import StageError
@@ -46,13 +50,37 @@ def sites(model: PreTrainedModel) -> list[Site]:
     Raises:
         StageError: a map is the sum of two: a factor would have to move into both.
     """
+    return _merged(site for block in blocks(model) for site in _of_block(block))
+
+
+def read_together(model: PreTrainedModel, ids_1T: Tensor) -> list[Site]:
+    """As `sites` of any model of one stack, found by running: nothing is known of what writes, so no factor can move.
+
+    Args:
+        model: any whose blocks run once each.
+        ids_1T: a few tokens.
+
+    Raises:
+        StageError: it has two stacks, or a block runs several times.
+    """
+    found, x_1TH = list[Site](), embedded(model, ids_1T)
+    for block, kwargs in zip(blocks(model), arguments(model, ids_1T.shape[1]), strict=True):
+        maps = float_maps(block)
+        for paths in found_by_running(block, x_1TH, kwargs, idle=True):
+            readers = {f"{block.name}.{path}": maps[path] for path in paths}
+            found.append(Site(next(iter(readers)), block.index, (), readers, torch.arange(maps[paths[0]].in_features)))
+        x_1TH = run(block, x_1TH, kwargs)
+    return _merged(found)
+
+
+def _merged(found: Iterable[Site]) -> list[Site]:
+    """Places that share a tensor as one."""
     merged: list[Site] = []
-    for block in blocks(model):
-        for site in _of_block(block):
-            touching = [other for other in merged if _tensors(other) & _tensors(site)]
-            for other in touching:
-                merged.remove(other)
-            merged.append(_union([*touching, site]))
+    for site in found:
+        touching = [other for other in merged if _tensors(other) & _tensors(site)]
+        for other in touching:
+            merged.remove(other)
+        merged.append(_union([*touching, site]))
     return sorted(merged, key=lambda site: site.block)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.models.anatomy.blocks import LLAMA_TYPE
+from stages.models.anatomy.blocks import LLAMA_TYPE, blocks
+from stages.models.blockwise.block_calls import PROBE
 from stages.models.checkpoint.editing import calibration
 from stages.models.checkpoint.loading import load_model
 from stages.models.layers import rounded_cache
@@ -21,6 +22,7 @@ from stages.models.layers.quantization_spec import describe
 from stages.models.memory.saved_state import settle
 from stages.quantize import cache_ranges, mixed_precision, rotation_choice
 from stages.quantize.input_ranges import Decision, How, decided
+from stages.quantize.movable_scales import read_together
 from stages.quantize.params import QuantizeParams, block_of
 from stages.quantize.rounding import Precision, Rounding
 from stages.runtime.contract import Progress, StageError
@@ -232,30 +234,42 @@ def _precisions(
 def _ranges(
     params: QuantizeParams, model: PreTrainedModel, names: Sequence[str], ids_NT: Tensor, progress: Progress
 ) -> list[Decision]:
-    """Smoothing, ranges and float inputs of every site, where it is known between which maps factors may move."""
+    """Ranges and float inputs of every site, and smoothing where it is known between which maps factors may move."""
     searched, kind = params.search == "auto", model.config.model_type
-    if kind not in LLAMA_TYPE:
-        if params.scheme == "int8_w8a8":
-            refuse_moved(params, kind)
-            progress.note(f"inputs are rounded by the largest of the text: no range is moved in models of type {kind}")
-        return []  # plain ranges are found on the way
+    known, every = kind in LLAMA_TYPE, None
+    if not known and params.scheme == "int8_w8a8":
+        refuse_moved(params, model)
+        progress.note(f"no range is moved in models of type {kind}: between which maps one could is not known")
     if params.scheme != "int8_w8a8" and not searched:
         return []
-    strengths = None if searched else (0.0,)
+    if not known:
+        try:
+            every = read_together(model, ids_NT[:1, :PROBE])
+        except StageError as error:
+            progress.note(f"inputs are rounded by the largest of the text: {error.what}")
+            return []  # plain ranges are found on the way
+    strengths = None if searched and known else (0.0,)
     strengths = strengths if params.smoothing is None else (params.smoothing,)
     observer = params.observer if searched else "minmax"
     how = How(str(_precision(params).input_form), observer, strengths, params.keep)
-    return decided(model, names, ids_NT, how)
+    return decided(model, names, ids_NT, how, every)
 
 
-def refuse_moved(params: QuantizeParams, kind: str) -> None:
-    """Raise StageError where a range is asked for that takes to know between which maps factors may move."""
-    asked = [f"smoothing: {params.smoothing}"] if params.smoothing else []
-    asked += [f"observer: {params.observer}"] if params.observer not in ("search", "minmax") else []
-    if asked:
+def refuse_moved(params: QuantizeParams, model: PreTrainedModel) -> None:
+    """Raise StageError where ranges are asked for that a model of this type cannot have."""
+    kind = model.config.model_type
+    if params.smoothing:
         raise StageError(
             f"between which maps of a model of type {kind!r} ranges may move is not known",
-            measured=", ".join(asked),
+            measured=f"smoothing: {params.smoothing}",
             limit=", ".join(LLAMA_TYPE),
-            remedy=f"Take `{asked[0].partition(':')[0]}` out of the step: inputs are then rounded by their largest.",
+            remedy="Take `smoothing` out of the step: inputs are then rounded as they are.",
+        )
+    runs = int(model.config.get_text_config().num_hidden_layers)
+    if params.observer not in ("search", "minmax") and (model.config.is_encoder_decoder or len(blocks(model)) < runs):
+        raise StageError(
+            f"a model of type {kind!r} runs two stacks, or a block several times: inputs are rounded by their largest",
+            measured=f"observer: {params.observer}",
+            limit="search or minmax",
+            remedy="Take `observer` out of the step.",
         )

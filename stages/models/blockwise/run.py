@@ -5,7 +5,7 @@ Shapes: N windows, T tokens, H hidden, I inputs and O outputs of a linear map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -65,7 +65,7 @@ def watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor
 
 
 def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:
-    """Path of each projection -> nats a token that are lost if its outputs are wrong by as much as they are large.
+    """Path of each map that runs -> nats a token that are lost if its outputs are wrong by as much as they are large.
 
     To second order, half the mean square of the gradient times that of the output of a usual token: a few tokens whose
     outputs are huge do not count for more than the others.
@@ -84,12 +84,12 @@ def worth(model: PreTrainedModel, ids_NT: Tensor) -> dict[str, float]:
     g_NTH = drawn_gradient(model, ids_NT, x_NTH)
     for block, kwargs in zip(reversed(blocks), reversed(calls), strict=True):
 
-        def see(role: str, y: Tensor, g: Tensor, block: Block = block) -> None:
+        def see(inner: str, y: Tensor, g: Tensor, block: Block = block) -> None:
             size_T = y.flatten(0, -2).float().square().sum(1)
-            path = f"{block.name}.{anatomy.path(role, block)}"
+            path = f"{block.name}.{inner}"
             nats[path] = nats.get(path, 0.0) + float(g.float().square().mean() * size_T.median()) / 2 / len(ids_NT)
 
-        g_NTH = _graded(block, inputs.pop(), g_NTH, kwargs, list(anatomy.projections(block)), see)
+        g_NTH = _graded(block, inputs.pop(), g_NTH, kwargs, see)
         release(block.module)
     return nats
 
@@ -99,27 +99,25 @@ def _graded(
     x_NTH: Tensor,
     g_NTH: Tensor,
     kwargs: Mapping[str, Any],
-    roles: Sequence[str],
     see: Callable[[str, Tensor, Tensor], None],
 ) -> Tensor:
-    """Call see(role, output, gradient) for each window, and return the gradient at the block's input."""
-    maps = {role: one for role, one in anatomy.projections(block).items() if role in roles}
-    outgoing = []
+    """Call see(map, output, gradient) for each window, and return the gradient at the block's input."""
+    maps, outgoing = anatomy.linear_maps(block), []
     for x_TH, g_TH in zip(x_NTH, g_NTH, strict=True):
         outputs: dict[str, Tensor] = {}
         x_1TH = x_TH[None].detach().requires_grad_()
         with watched(maps, partial(_keep, outputs)), in_short():
             y_1TH = output(block.module(x_1TH, **kwargs)).float()
-        asked = [outputs[role] for role in maps]
-        g_1TH, *g_outputs = torch.autograd.grad(y_1TH, [x_1TH, *asked], g_TH[None])
+        g_1TH, *g_outputs = torch.autograd.grad(y_1TH, [x_1TH, *outputs.values()], g_TH[None], allow_unused=True)
         outgoing.append(g_1TH[0])
-        for role, y, g in zip(maps, asked, g_outputs, strict=True):
-            see(role, y.detach(), g)
+        for (path, y), g in zip(outputs.items(), g_outputs, strict=True):
+            if g is not None:
+                see(path, y.detach(), g)
     return torch.stack(outgoing)
 
 
-def _keep(outputs: dict[str, Tensor], role: str, _x: Tensor, y: Tensor) -> None:
-    outputs[role] = y
+def _keep(outputs: dict[str, Tensor], path: str, _x: Tensor, y: Tensor) -> None:
+    outputs[path] = y
 
 
 def output(returned: Any) -> Tensor:

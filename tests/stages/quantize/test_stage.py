@@ -10,6 +10,7 @@ from stages.models.checkpoint.files import dtypes
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.layers.quantized_linear import QuantizedLinear, quantized_modules
 from stages.models.text.windows import windows
+from stages.quantize import plan
 from stages.quantize.input_ranges import CUT
 from stages.quantize.params import QuantizeParams
 from stages.quantize.stage import quantize
@@ -17,7 +18,7 @@ from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.conftest import sealer
 from tests.engines import Hears
-from tests.stages.models.families import FAMILIES
+from tests.stages.models.families import FAMILIES, family
 from tests.stages.models.grouped import grouped
 
 SHORT = {"windows": 8, "window_tokens": 128}
@@ -134,7 +135,8 @@ def test_inputs_of_a_type_whose_ranges_cannot_be_moved_are_rounded_by_their_larg
     bert, shared_store, topics, tmp_path
 ):
     text, heard = shared_store.checkout(topics), Hears()
-    quantize(QuantizeParams(**SHORT, scheme="int8_w8a8"), {"model": bert, "text": text}, tmp_path / "out", heard)
+    params = QuantizeParams(**SHORT, scheme="int8_w8a8", observer="minmax", keep=0)
+    quantize(params, {"model": bert, "text": text}, tmp_path / "out", heard)
     assert [note for note in heard.notes if "no range is moved in models of type bert" in note]
     ids_NT = windows(text, "calibrate", load_tokenizer(bert), 128, most=8)
     plain, peaks = BertForSequenceClassification.from_pretrained(bert), {}
@@ -155,11 +157,33 @@ def test_inputs_of_a_type_whose_ranges_cannot_be_moved_are_rounded_by_their_larg
     assert (found - wanted).abs().max() < 0.2 * wanted.std()
 
 
-@pytest.mark.parametrize("asked", [{"smoothing": 0.5}, {"observer": "mse"}])
-def test_ranges_that_would_have_to_move_are_refused_by_name(bert, shared_store, topics, tmp_path, asked):
-    params = QuantizeParams(**SHORT, scheme="int8_w8a8", **asked)
-    with pytest.raises(StageError, match=rf"type 'bert'.*measured {next(iter(asked))}.*Take `{next(iter(asked))}` out"):
+def test_ranges_that_would_have_to_move_are_refused_by_name(bert, shared_store, topics, tmp_path):
+    params = QuantizeParams(**SHORT, scheme="int8_w8a8", smoothing=0.5)
+    with pytest.raises(StageError, match=r"type 'bert'.*measured smoothing: 0.5.*Take `smoothing` out"):
         quantize(params, {"model": bert, "text": shared_store.checkout(topics)}, tmp_path, Hears())
+    params = QuantizeParams(scheme="int8_w8a8", observer="mse")
+    plan.refuse_moved(params, load_model(bert))
+    for name in ("t5", "albert"):
+        with pytest.raises(StageError, match=r"rounded by their largest.*observer: mse.*Take `observer` out"):
+            plan.refuse_moved(params, load_model(family(name, tmp_path)))
+
+
+@pytest.mark.parametrize("scheme", ["int8_w8a8", "fp8_e4m3"])
+def test_inputs_that_lose_most_stay_float_in_models_of_any_type(bert, shared_store, topics, tmp_path, scheme):
+    inputs = {"model": bert, "text": shared_store.checkout(topics)}
+    params = QuantizeParams(**SHORT, scheme=scheme, keep=0.2)
+    quantize(params, inputs, tmp_path / "out", Silent())
+    kept = {
+        name: one
+        for name, one in quantized_modules(load_model(tmp_path / "out")).items()
+        if isinstance(one, QuantizedLinear)
+    }
+    weights = {name: one.in_features * one.out_features for name, one in kept.items()}
+    float_inputs = sum(weights[name] for name, one in kept.items() if one.input_scale is None)
+    assert 0 < float_inputs <= 0.2 * sum(weights.values())
+    layers = json.loads((tmp_path / "out" / "quantization.json").read_text())["layers"]
+    noted = {name for name, one in layers.items() if "kept" in one.get("note", {})}
+    assert noted == {name for name, one in kept.items() if one.input_scale is None}
 
 
 @pytest.fixture(scope="session")
