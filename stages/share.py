@@ -58,6 +58,10 @@ class ShareParams(Params):
     def _tables_of_tie(self) -> ShareParams:
         if self.tables != "equal" and self.method != "tie":
             raise ValueError(f"{self.method} leaves the tables alone; `tables` goes with tie")
+        if self.projections != TOGETHER and self.method != "basis":
+            raise ValueError(f"{self.method} takes whole blocks; `projections` goes with basis")
+        if self.method == "tie" and (self.keep, self.group) != (0.95, 2):
+            raise ValueError("tie stores once what is equal, whatever that saves; leave `keep` and `group` out")
         return self
 
 

@@ -108,7 +108,7 @@ def of_json(file: Path, column: str) -> Iterator[tuple[int, str, Content]]:
         return
     try:
         found, end = json.JSONDecoder().raw_decode(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _not_json(f"{file} line {getattr(error, 'lineno', 1)}", error) from error
     if text[end:].strip():
         yield from _of_lines(file, enumerate(text.split("\n"), 1), column)
@@ -122,7 +122,7 @@ def is_side_file(file: Path, column: str) -> bool:
     """Whether a .json file holds one object without text, as configurations and indexes of a data set do."""
     try:
         found = json.loads(whole_text(file))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and not any(reads(found, name) for name in (column, *CHATS)) and not pair_of(found)
 
@@ -165,12 +165,12 @@ def _parsed(file: Path, numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[i
         where = f"{file} line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _not_json(where, error) from error
         yield number, where, row
 
 
-def _not_json(where: str, error: ValueError) -> StageError:
+def _not_json(where: str, error: Exception) -> StageError:
     return StageError(
         f"{where} is not JSON ({error})",
         remedy="One JSON object a line is expected, or in a .json file a list of objects.",

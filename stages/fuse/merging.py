@@ -30,6 +30,8 @@ PIECE = 1 << 21
 """Elements computed at once: memory does not grow with the tensors."""
 _LIKE_ANY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Fields of a configuration that change no output; ids of special tokens are the generation's."""
+_LEARNING = ("dropout", "_pdrop", "layerdrop", "initializer", "init_std", "problem_type", "gradient_checkpointing")
+"""Parts of the names of fields that speak of how a model learned."""
 _TOKENIZES = ("model", "normalizer", "pre_tokenizer", "added_tokens")
 
 
@@ -145,7 +147,11 @@ def _compare(kinds: Sequence[_Kind]) -> None:
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     found: dict[str, Any] = config.to_dict()
-    return {name: value for name, value in found.items() if name not in _LIKE_ANY and not name.endswith("_token_id")}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in _LIKE_ANY and not name.endswith("_token_id") and not any(part in name for part in _LEARNING)
+    }
 
 
 def _tokens(folder: Path) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _texts(value: Any, where: str, field: str, *, table: bool) -> Iterator[str]:
 def _of_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _wrong(
             f"{where} has checks that are not JSON ({error})", 'As in [{"demand": "lines", "value": 3}].'
         ) from error

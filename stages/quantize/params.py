@@ -75,6 +75,8 @@ class QuantizeParams(Params):
             raise ValueError(f"layout compressed-tensors holds no {self.scheme}: engines load it as it is")
         if self.rotation not in (None, "off") and self.scheme in SIXTEEN_BITS:
             raise ValueError(f"`rotation` spreads what few bits lose; {self.scheme} has no use for it")
+        if self.observer not in ("search", "minmax") and self.search == "off":
+            raise ValueError(f"`search: off` takes the largest input; `observer: {self.observer}` goes with `auto`")
         if self.layout == "compressed-tensors" and self.embedding == "int8":
             raise ValueError("layout compressed-tensors holds no INT8 table: set `embedding: keep`")
         return self

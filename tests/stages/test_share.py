@@ -399,6 +399,11 @@ def test_share_params_refuse_a_projection_that_stands_twice():
         ShareParams(projections=("q+k", "q+k+v"))
     with pytest.raises(ValidationError, match="basis leaves the tables alone"):
         ShareParams(tables="mean")
+    with pytest.raises(ValidationError, match="recursive takes whole blocks; `projections` goes with basis"):
+        ShareParams(method="recursive", projections=("q",))
+    with pytest.raises(ValidationError, match="leave `keep` and `group` out"):
+        ShareParams(method="tie", keep=0.5)
+    assert ShareParams.model_validate(ShareParams(method="tie").model_dump()).method == "tie"
     with pytest.raises(ValidationError):
         ShareParams(group=1)
     with pytest.raises(ValidationError):

@@ -320,5 +320,9 @@ def test_broken_json_is_refused_by_line(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('{"text": "a"}\n{"text": "b"}\n{"text"}\n')
     with pytest.raises(StageError, match=r"b\.json line 3 is not JSON"):
         read(tmp_path / "b.json")
+    for name in ("d.json", "d.jsonl"):  # deeper than Python reads
+        (tmp_path / name).write_text("[" * 200_000)
+        with pytest.raises(StageError, match=r"d\.jsonl? line 1 is not JSON"):
+            read(tmp_path / name)
     (tmp_path / "c.json").write_text(" \n")
     assert read(tmp_path / "c.json") == []

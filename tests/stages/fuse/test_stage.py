@@ -214,7 +214,9 @@ def test_fuse_of_unlike_checkpoints_is_refused_by_what_differs(three, tmp_path):
         (copy / "config.json").write_text(json.dumps(config | fields))
         with pytest.raises(StageError, match=message):
             merging.check_alike([three[0], copy])
-    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": 3, "use_cache": False}))
+    (copy / "config.json").write_text(
+        json.dumps(config | {"eos_token_id": 3, "use_cache": False, "attention_dropout": 0.3})
+    )
     merging.check_alike([three[0], copy])
     less = edited(three[1], tmp_path / "less", lambda t: t.pop(NORM))
     with pytest.raises(StageError, match=f"checkpoint 1 is unlike the first in {NORM}; measured absent"):

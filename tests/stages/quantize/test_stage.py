@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -385,6 +386,11 @@ def test_quantize_pattern_that_matches_nothing_is_refused_by_name(shared_store, 
 def test_quantize_that_skips_everything_is_refused(shared_store, dense, topics):
     with pytest.raises(StageError, match="leave nothing to do"):
         sealer(shared_store)("quantize", SHORT | {"skip": ("*",)}, model=dense, text=topics)
+
+
+def test_observer_that_the_search_alone_asks_is_refused_without_it():
+    with pytest.raises(ValidationError, match="`search: off` takes the largest input"):
+        QuantizeParams(search="off", observer="mse")
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse", "entropy"])
