@@ -191,16 +191,21 @@ def standing(entries: list[Promotion]) -> list[Version]:
 
 
 def rolled_back(entries: list[Promotion]) -> dict[str, Promotion]:
-    """Engines that were served and rolled back, with the entry that did it, until a person promotes one again.
+    """Engines that were rolled back or that a person moved away from, with the entry that did it.
 
-    By the served engine's fingerprint: it is the same whatever is compiled beside it.
+    Until a person promotes one again, or rolls back to one that was only left. By the served engine's fingerprint: it
+    is the same whatever is compiled beside it. What a run promotes marks nothing: it only found a better one.
     """
     undone: dict[str, Promotion] = {}
     for before, entry in pairwise(entries):
-        if entry.action != "promote":
-            undone[before.candidate.served] = entry
-        elif entry.by_person:
-            undone.pop(entry.candidate.served, None)
+        left, now = before.candidate.served, entry.candidate.served
+        if entry.action == "promote" and not entry.by_person:
+            continue
+        if entry.action == "promote" or (now in undone and undone[now].action == "promote"):
+            undone.pop(now, None)
+        # A person who promotes where nothing stood leaves nothing, nor does one who has it served beside another plan.
+        if entry.action != "promote" or (before.action != "withdraw" and left != now):
+            undone[left] = entry
     return undone
 
 

@@ -82,7 +82,7 @@ class Drift:
 def release(
     registry: Registry, candidate: Candidate, engine: Path, alias: str, *, against: int, why: str = "", card: str = ""
 ) -> Release:
-    """Register a candidate, once for the same engines, and enter it in the journal unless it was rolled back.
+    """Register a candidate, once for the same engines, and enter it in the journal unless a person did away with it.
 
     From the entry on it is promoted: `reconcile` makes MLflow's alias follow, now or whenever it is asked to.
 
@@ -118,7 +118,9 @@ def release(
 
 
 def promote(registry: Registry, model: str, number: str, alias: str, why: str = "") -> Release:
-    """Make an alias stand on a registered version because a person says so, even one that was rolled back.
+    """Make an alias stand on a registered version because a person says so, even one that was rolled back or left.
+
+    No run has the alias stand again on the engine that it leaves, until a person promotes that one.
 
     Raises:
         StageError: there is no such version, or no recipe registered it.
@@ -256,10 +258,12 @@ def _why_not(entries: list[Promotion], version: Version, *, by_person: bool) -> 
     undone = None if by_person else rolled_back(entries).get(version.candidate.served)
     if undone is None:
         return "", True
+    done = "rolled back" if undone.action != "promote" else f"left for version {undone.version.number}"
     reason = f": {undone.why}" if undone.why else ""
+    where = "" if undone.alias == "champion" else f" --alias {undone.alias}"
     return (
-        f"version {version.number} was rolled back by {undone.who} on {undone.when[:10]}{reason}; "
-        f"`enginery promote {version.candidate.model} {version.number}` puts it back"
+        f"version {version.number} was {done} by {undone.who} on {undone.when[:10]}{reason}; "
+        f"`enginery promote {version.candidate.model} {version.number}{where}` puts it back"
     ), False
 
 

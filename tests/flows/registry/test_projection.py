@@ -174,8 +174,50 @@ def test_rolled_back_version_stays_so_after_a_later_promotion_until_a_person_pro
     release(registry, candidate(registry, "c"), engine, ALIAS, why=PASSED)
     made = release(registry, candidate(registry, "b"), engine, ALIAS, why=PASSED)  # a cached rerun
     assert not made.moved and "rolled back by" in made.note and "slow" in made.note and int(served(registry)) == 3
-    assert promote(registry, MODEL, "2", ALIAS).moved and promote(registry, MODEL, "3", ALIAS).moved
+    assert promote(registry, MODEL, "2", ALIAS).moved
+    release(registry, candidate(registry, "d"), engine, ALIAS, why=PASSED)
     assert release(registry, candidate(registry, "b"), engine, ALIAS, why=PASSED).moved and int(served(registry)) == 2
+
+
+def test_rerun_of_an_engine_that_a_person_left_does_not_overrule_them(registry, engine):
+    for letter in "abac":
+        release(registry, candidate(registry, letter), engine, ALIAS, why=PASSED)  # what runs promote marks nothing
+    assert int(served(registry)) == 3 and rolled_back(history(registry.objects, MODEL, ALIAS)) == {}
+    assert promote(registry, MODEL, "1", ALIAS, why="the third answers badly").moved
+    for _ in range(2):
+        made = release(registry, candidate(registry, "c"), engine, ALIAS, why=PASSED)
+        assert (made.version, made.moved, made.stands) == ("3", False, False) and int(served(registry)) == 1
+        assert "version 3 was left for version 1 by " in made.note and "the third answers badly" in made.note
+        assert f"`enginery promote {MODEL} 3` puts it back" in made.note and "rolled back" not in made.note
+    assert promote(registry, MODEL, "2", ALIAS, why="forward is away, too").moved
+    assert not release(registry, candidate(registry, "a"), engine, ALIAS, why=PASSED).moved
+    assert release(registry, candidate(registry, "d"), engine, ALIAS, why=PASSED).moved  # a new engine may follow
+    assert release(registry, candidate(registry, "b"), engine, ALIAS, why=PASSED).moved  # which a run left, no person
+    assert promote(registry, MODEL, "3", ALIAS).moved
+    release(registry, candidate(registry, "d"), engine, ALIAS, why=PASSED)
+    assert release(registry, candidate(registry, "c"), engine, ALIAS, why=PASSED).moved and int(served(registry)) == 3
+
+
+def test_rollback_of_a_persons_promotion_takes_back_that_they_left_an_engine(registry, engine):
+    for letter in "ab":
+        release(registry, candidate(registry, letter), engine, ALIAS, why=PASSED)
+    promote(registry, MODEL, "1", ALIAS)
+    assert rollback(registry, MODEL, ALIAS).version == "2"
+    undone = rolled_back(history(registry.objects, MODEL, ALIAS))
+    assert undone.keys() == {"a" * 64} and undone["a" * 64].action == "rollback"
+    release(registry, candidate(registry, "c"), engine, ALIAS, why=PASSED)
+    assert release(registry, candidate(registry, "b"), engine, ALIAS, why=PASSED).moved
+    assert not release(registry, candidate(registry, "a"), engine, ALIAS, why=PASSED).moved
+
+
+def test_another_plan_beside_a_served_engine_is_no_leaving_of_it(registry, engine):
+    asked = candidate(registry, "a")
+    beside = asked.model_copy(update={"executables": {"cpu": asked.executables["cpu"]}})
+    for one in (asked, beside):
+        release(registry, one, engine, ALIAS, why=PASSED)
+    assert promote(registry, MODEL, "1", ALIAS).moved
+    assert rolled_back(history(registry.objects, MODEL, ALIAS)) == {}
+    assert release(registry, beside, engine, ALIAS, why=PASSED).moved and int(served(registry)) == 2
 
 
 def test_rolled_back_engine_stays_so_beside_another_plan(registry, engine):
@@ -218,7 +260,8 @@ def test_entries_of_runs_from_before_they_said_so_are_no_decisions_of_a_person(r
         registry.objects.put(key, json.dumps(data).encode(), replace=True)
     entries = history(registry.objects, MODEL)
     assert [one.by_person for one in entries] == [False, False, True, False, True]
-    assert rolled_back(entries[:-1]).keys() == {entries[1].candidate.served} and rolled_back(entries) == {}
+    assert rolled_back(entries[:-1]).keys() == {entries[1].candidate.served}
+    assert rolled_back(entries).keys() == {entries[3].candidate.served}  # a person promoted 2, and left 3 for it
 
 
 def test_other_engine_that_is_served_makes_another_version_of_the_same_engines(registry, engine):
