@@ -11,7 +11,6 @@ import re
 import socket
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any, Literal
 
 from flows.names import checked_alias
@@ -175,38 +174,6 @@ def refuse_overtaken(entries: Sequence[Promotion], against: int) -> None:
 def models(objects: Objects) -> list[str]:
     """The models that have a journal."""
     return sorted({entry.key.split("/")[1] for entry in objects.list(JOURNAL)})
-
-
-def standing(entries: list[Promotion]) -> list[Version]:
-    """The versions an alias stands on and would roll back to, last first served: promote pushes, rollback pops."""
-    stack: list[Version] = []
-    for entry in entries:
-        if entry.action != "promote":
-            stack.pop()
-            continue
-        if stack and stack[-1].candidate.identity == entry.version.candidate.identity:
-            stack.pop()  # registered again after MLflow's registry was lost: not a step to go back to
-        stack.append(entry.version)
-    return stack
-
-
-def rolled_back(entries: list[Promotion]) -> dict[str, Promotion]:
-    """Engines that were rolled back or that a person moved away from, with the entry that did it.
-
-    Until a person promotes one again, or rolls back to one that was only left. By the served engine's fingerprint: it
-    is the same whatever is compiled beside it. What a run promotes marks nothing: it only found a better one.
-    """
-    undone: dict[str, Promotion] = {}
-    for before, entry in pairwise(entries):
-        left, now = before.candidate.served, entry.candidate.served
-        if entry.action == "promote" and not entry.by_person:
-            continue
-        if entry.action == "promote" or (now in undone and undone[now].action == "promote"):
-            undone.pop(now, None)
-        # A person who promotes where nothing stood leaves nothing, nor does one who has it served beside another plan.
-        if entry.action != "promote" or (before.action != "withdraw" and left != now):
-            undone[left] = entry
-    return undone
 
 
 def append(

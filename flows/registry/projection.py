@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from flows.names import alias_fault, checked_alias
 from flows.registry.announce import tell
+from flows.registry.going_back import before, standing, why_not
 from flows.registry.journal import (
     Action,
     Candidate,
@@ -21,9 +22,6 @@ from flows.registry.journal import (
     head,
     history,
     refuse_overtaken,
-    rolled_back,
-    standing,
-    standing_entry,
 )
 from flows.registry.mlflow_versions import CANDIDATE, CARRIER, aliases, create_version
 from flows.registry.package import logged_model
@@ -57,7 +55,7 @@ class Release:
         version: the number that the alias stands on, or that was asked for and not promoted (see `note`).
         new: the version was registered now.
         moved: the journal has a new entry.
-        note: why nothing moved; empty when it did.
+        note: why nothing moved, or what a rollback passed over; empty otherwise.
         stands: the alias stands on it, now or since before.
     """
 
@@ -138,27 +136,34 @@ def promote(registry: Registry, model: str, number: str, alias: str, why: str = 
 def rollback(registry: Registry, model: str, alias: str, why: str = "") -> Release:
     """Append an entry that points to what the alias stood on before the version it stands on now.
 
+    What was rolled back before is passed over, and the note says so.
+
     Raises:
-        StageError: nothing stood before, or the registry has lost it.
+        StageError: nothing stood before that was not rolled back, or the registry has lost it.
         Unavailable: MLflow does not answer.
     """
+    note = ""
 
-    def before(entries: list[Promotion]) -> Version:
-        stack = standing(entries)
-        if len(stack) < 2:
+    def chosen(entries: list[Promotion]) -> Version:
+        nonlocal note
+        version, passed = before(entries)
+        undone = ", ".join(dict.fromkeys(one.number for one in passed))
+        if version is None:
+            stood = f"{len(standing(entries))} promoted"
             raise StageError(
                 f"{model}@{alias} has no version to go back to",
-                measured=f"{len(stack)} promoted",
-                limit="2 promoted",
+                measured=f"before it stood version {undone}, rolled back or the same" if passed else stood,
+                limit="one that stood before and was not rolled back" if passed else "2 promoted",
                 remedy=f"`enginery promote {model} VERSION` moves the alias to any registered version.",
             )
-        _check_present(registry, stack[-2])
-        return stack[-2]
+        _check_present(registry, version)
+        note = f"passed over what was rolled back before: version {undone}" if passed else ""
+        return version
 
-    entry = append(registry.objects, model, alias, "rollback", before, why)
+    entry = append(registry.objects, model, alias, "rollback", chosen, why)
     assert entry is not None
     reconcile(registry, model)
-    return Release(entry.version.number, entry.version.logged_model, new=False, moved=True, note="")
+    return Release(entry.version.number, entry.version.logged_model, new=False, moved=True, note=note)
 
 
 def undo(registry: Registry, entry: Promotion, why: str) -> str | None:
@@ -173,15 +178,15 @@ def undo(registry: Registry, entry: Promotion, why: str) -> str | None:
     model, alias = entry.candidate.model, entry.alias
     stack = standing(history(registry.objects, model, alias))
     known = versions(registry, model)
-    before = [one for one in stack[:-1][-1:] if any(two.same(one) for two in known)]
-    action: Action = "rollback" if before else "withdraw"
-    stands = before[0] if before else entry.version
+    stood = [one for one in stack[:-1][-1:] if any(two.same(one) for two in known)]
+    action: Action = "rollback" if stood else "withdraw"
+    stands = stood[0] if stood else entry.version
     try:
         append(registry.objects, model, alias, action, lambda _: stands, why, entry.number)
     except Overtaken:
         return None
     reconcile(registry, model)
-    return stands.number if before else ""
+    return stands.number if stood else ""
 
 
 def reconcile(registry: Registry, model: str) -> list[Drift]:
@@ -243,28 +248,11 @@ def _entered(registry: Registry, version: Version, alias: str, why: str, *, new:
 
     def chosen(entries: list[Promotion]) -> Version | None:
         nonlocal note, stands
-        note, stands = _why_not(entries, version, by_person=against is None)
+        note, stands = why_not(entries, version, by_person=against is None)
         return None if note else version
 
     entry = append(registry.objects, version.candidate.model, alias, "promote", chosen, why, against)
     return Release(version.number, version.logged_model, new, moved=entry is not None, note=note, stands=stands)
-
-
-def _why_not(entries: list[Promotion], version: Version, *, by_person: bool) -> tuple[str, bool]:
-    """Why no entry is made, empty where one is, and whether the alias stands on the version then."""
-    stands = standing_entry(entries)
-    if stands and stands.version.same(version):
-        return f"{stands.alias} stands on version {version.number} already", True
-    undone = None if by_person else rolled_back(entries).get(version.candidate.served)
-    if undone is None:
-        return "", True
-    done = "rolled back" if undone.action != "promote" else f"left for version {undone.version.number}"
-    reason = f": {undone.why}" if undone.why else ""
-    where = "" if undone.alias == "champion" else f" --alias {undone.alias}"
-    return (
-        f"version {version.number} was {done} by {undone.who} on {undone.when[:10]}{reason}; "
-        f"`enginery promote {version.candidate.model} {version.number}{where}` puts it back"
-    ), False
 
 
 def _register(registry: Registry, candidate: Candidate, carrier: LoggedModel, card: str) -> tuple[Version, bool]:

@@ -15,7 +15,8 @@ from flows.cli import main
 from flows.pipeline.steps import end
 from flows.registry import projection
 from flows.registry.asking import ANY, NEAR, TEXTS, alike, engines_answers, questions
-from flows.registry.journal import history, rolled_back
+from flows.registry.going_back import rolled_back
+from flows.registry.journal import history
 from flows.registry.projection import drift
 from stages import STAGES
 from stages.measures.items import HARNESS, ITEMS

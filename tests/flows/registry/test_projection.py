@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from flows.recipe.model import Register
 from flows.registry import package, projection
-from flows.registry.journal import Candidate, Executable, append, head, history, last, models, rolled_back
+from flows.registry.going_back import rolled_back
+from flows.registry.journal import Candidate, Executable, append, head, history, last, models
 from flows.registry.projection import Drift, Registry, drift, promote, reconcile, rollback, versions
 from stages.runtime.contract import StageError
 from stages.runtime.stores import LocalObjects
@@ -208,6 +209,29 @@ def test_rollback_of_a_persons_promotion_takes_back_that_they_left_an_engine(reg
     release(registry, candidate(registry, "c"), engine, ALIAS, why=PASSED)
     assert release(registry, candidate(registry, "b"), engine, ALIAS, why=PASSED).moved
     assert not release(registry, candidate(registry, "a"), engine, ALIAS, why=PASSED).moved
+
+
+def test_second_rollback_passes_over_what_the_first_one_rolled_back(registry, engine):
+    for letter in "cabab":
+        release(registry, candidate(registry, letter), engine, ALIAS, why=PASSED)
+    assert rollback(registry, MODEL, ALIAS).note == "" and int(served(registry)) == 2  # 3, and a stands, which is 2
+    back = rollback(registry, MODEL, ALIAS)
+    assert (back.version, back.moved) == ("1", True) and int(served(registry)) == 1
+    assert back.note == "passed over what was rolled back before: version 3, 2"
+    with pytest.raises(StageError, match="no version to go back to; measured 1 promoted"):
+        rollback(registry, MODEL, ALIAS)
+    release(registry, candidate(registry, "d"), engine, ALIAS, why=PASSED)
+    assert rollback(registry, MODEL, ALIAS).version == "1"  # the journal is read again as it was written
+
+
+def test_rollback_where_all_that_stood_was_rolled_back_is_refused(registry, engine):
+    for letter in "abab":
+        release(registry, candidate(registry, letter), engine, ALIAS, why=PASSED)
+    assert rollback(registry, MODEL, ALIAS).version == "1"
+    with pytest.raises(StageError, match="before it stood version 2, 1, rolled back or the same") as refused:
+        rollback(registry, MODEL, ALIAS)
+    assert f"`enginery promote {MODEL} VERSION`" in str(refused.value) and int(served(registry)) == 1
+    assert len(history(registry.objects, MODEL)) == 5
 
 
 def test_another_plan_beside_a_served_engine_is_no_leaving_of_it(registry, engine):
