@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.recipe.check_gates import RUNS, gate_faults, named
+from flows.recipe.check_gates import RUNS, gate_faults, named, ungated
 from flows.recipe.expand import expanded, upstream
 from flows.recipe.located_yaml import Fault
 from flows.recipe.located_yaml import Path as Field
@@ -62,6 +62,8 @@ def faults(data: dict[str, Any]) -> list[Fault]:
     for index, gate in enumerate(seen.gates):
         if isinstance(gate, dict):
             found += gate_faults(seen, ("gates", index), gate, wrong)
+    if part(left, "register") is not None:
+        found += ungated(seen, tuple(found))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from flows.recipe.located_yaml import Fault
@@ -32,7 +32,7 @@ def gate_faults(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) 
     """What is wrong with one gate; `wrong` are the fields of `judge` that cannot be relied on."""
     measure = part(gate, "measure")
     if measure == "size_bytes":
-        yield from _size_gate(seen, here, gate)
+        yield from _size_gate(seen, here, gate, wrong)
     elif measure in SPEEDS:
         yield from _speed_gate(seen, here, gate, measure, wrong)
     elif seen.judge is None and isinstance(measure, str):
@@ -41,7 +41,41 @@ def gate_faults(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) 
         yield from _score_gate(seen, here, gate, wrong)
 
 
-def _size_gate(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:
+def ungated(seen: Seen, found: Collection[Fault]) -> Iterator[Fault]:
+    """That no gate speaks of the engine that would be promoted; `found` is what is wrong already.
+
+    A gate against the champion holds nothing of the first one, nor does one that compares that engine with itself.
+    """
+    judged = [seen.find(name) for name in seen.named("artifacts")]
+    known = all(step and step.output and (step.stage != "compile" or step.index not in seen.unsound) for step in judged)
+    if not known or any(fault.path[:1] == ("judge",) or fault.path == ("gates",) for fault in found):
+        return  # which engine it is cannot be told, or no gate holds anything
+    engines = [step.name for step in judged if step and step.output is Kind.ENGINE and step.name in seen.executed()]
+    faulty = {fault.path[1] for fault in found if fault.path[:1] == ("gates",)}
+    for place, gate in enumerate(seen.gates if engines else ()):
+        artifact, against = part(gate, "artifact"), part(gate, "against")
+        # What is meant by a gate that is wrong cannot be told.
+        if place in faulty or (against not in (CHAMPION, engines[0]) and artifact in (None, BROKEN, engines[0])):
+            return
+        if artifact == engines[0] and against != CHAMPION:
+            return
+    if engines and seen.gates:
+        text = f"{engines[0]!r} would be served, and none of the gates without `champion` speaks of it"
+        yield Fault(("gates",), f"{text}; allowed: one more, of `artifact: {engines[0]}` or of every artifact")
+
+
+def _with_itself(here: Field, gate: dict[str, Any], judged: list[str], others: Iterable[str]) -> Iterator[Fault]:
+    """What is compared with itself is equal whatever was made of it."""
+    artifact, against = part(gate, "artifact"), part(gate, "against")
+    if not isinstance(against, str) or not (artifact == against or (artifact is None and judged == [against])):
+        return
+    text = f"{against!r} compared with itself holds nothing"
+    text += "" if artifact else ", and no other artifact is judged"
+    allowed = ", ".join(dict.fromkeys(one for one in (CHAMPION, *others) if one != against))
+    yield Fault((*here, "against"), f"{text}; allowed: {allowed}")
+
+
+def _size_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) -> Iterator[Fault]:
     if part(gate, "corpus") not in (None, BROKEN):
         yield Fault((*here, "corpus"), "a size has no corpus; allowed: leave it out")
     for field in ("slice", "worst"):
@@ -53,6 +87,8 @@ def _size_gate(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]
         yield Fault((*here, "artifact"), "required, since nothing is judged; allowed: the name of a step")
     if part(gate, "against") != CHAMPION:
         yield from named(seen, (*here, "against"), part(gate, "against"), RUNS)
+    others = [step.name for step in seen.steps if step.output in RUNS]
+    yield from _with_itself(here, gate, [] if "artifacts" in wrong else seen.named("artifacts"), others)
 
 
 def _speed_gate(seen: Seen, here: Field, gate: dict[str, Any], measure: str, wrong: set[str]) -> Iterator[Fault]:
@@ -73,7 +109,8 @@ def _speed_gate(seen: Seen, here: Field, gate: dict[str, Any], measure: str, wro
         value = part(gate, field)
         if isinstance(value, str) and isinstance(seen.judge, dict) and value not in allowed and not of & wrong:
             yield Fault((*here, field), f"{value!r} {why}; allowed: {', '.join(allowed) or 'none in this recipe'}")
-    if baseline in executed and part(gate, "artifact") == part(gate, "against") == baseline:
+    alone = part(gate, "artifact") or (executed[0] if len(executed) == 1 and not wrong else None)
+    if baseline in executed and alone == part(gate, "against") == baseline:
         yield Fault((*here, "artifact"), f"{baseline!r} takes no turns with itself; allowed: another artifact")
 
 
@@ -101,6 +138,8 @@ def _score_gate(seen: Seen, here: Field, gate: dict[str, Any], wrong: set[str]) 
         if strange or (isinstance(seen.judge, dict) and not of & wrong and measure is not BROKEN):
             text = f"there is no step {value!r}" if strange else f"{value!r} {why}"
             yield Fault((*here, field), f"{text}; allowed: {', '.join(allowed) or 'none in this recipe'}")
+    if part(gate, "against") in against:
+        yield from _with_itself(here, gate, [] if "artifacts" in wrong else executed, against)
 
 
 def _kinds_of_corpora(seen: Seen, here: Field, gate: dict[str, Any]) -> Iterator[Fault]:

@@ -79,3 +79,64 @@ def test_gate_on_a_speed_of_the_baseline_against_itself_is_refused_and_one_of_al
     recipe["gates"][-1] = {**FAST, "artifact": "dense"}
     (fault,) = faults(recipe)
     assert "'dense' takes no turns with itself" in fault.text
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "flips", "size_bytes"])
+def test_gate_on_an_artifact_beside_itself_is_refused(recipe, measure):
+    itself = {"measure": measure, "artifact": "cpu", "against": "cpu", "at_most": 1.0}
+    recipe["gates"].append(itself)
+    (fault,) = faults(recipe)
+    assert fault.path == ("gates", len(recipe["gates"]) - 1, "against")
+    assert "'cpu' compared with itself holds nothing; allowed: champion, " in fault.text
+    recipe["gates"][-1] = {**itself, "against": "champion"}
+    assert not faults(recipe)
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "size_bytes"])
+def test_gate_of_every_artifact_against_the_only_one_is_refused_and_beside_another_is_not(recipe, measure):
+    recipe["judge"]["artifacts"] = ["cpu"]
+    recipe["gates"].append({"measure": measure, "against": "cpu", "at_most": 1.0})
+    (fault,) = faults(recipe)
+    assert fault.path == ("gates", len(recipe["gates"]) - 1, "against")
+    assert "'cpu' compared with itself holds nothing, and no other artifact is judged" in fault.text
+    recipe["judge"]["artifacts"] = ["cpu", "int8"]
+    assert not faults(recipe)
+
+
+def test_gate_on_a_speed_of_every_artifact_where_only_the_baseline_is_judged_is_refused(recipe):
+    del recipe["register"]
+    recipe["judge"] |= {"speed": True, "artifacts": ["dense"]}
+    recipe["gates"] = [FAST]
+    (fault,) = faults(recipe)
+    assert "'dense' takes no turns with itself" in fault.text
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {"measure": "size_bytes", "artifact": "dense", "at_most": 1e12},
+        {"measure": "size_bytes", "artifact": "gpu", "at_most": 1e12},
+        {"measure": "perplexity", "artifact": "int8", "against": "dense", "at_most": 2},
+        {"measure": "perplexity", "against": "cpu", "at_most": 2},
+        {"measure": "perplexity", "artifact": "cpu", "against": "champion", "at_most": 2},
+    ],
+)
+def test_recipe_that_registers_needs_a_gate_that_speaks_of_the_engine_it_would_serve(recipe, gate):
+    recipe["judge"]["artifacts"] = ["int8", "gpu", "cpu"]
+    recipe["gates"] = [gate, {"measure": "size_bytes", "artifact": "int8", "at_most": 1e12}]
+    (fault,) = faults(recipe)
+    assert fault.path == ("gates",) and "'cpu' would be served, and none of the gates without `champion`" in fault.text
+    for held in (
+        {"measure": "size_bytes", "artifact": "cpu", "at_most": 1e8},
+        {"measure": "top1_agreement", "at_least": 0.4},
+        {"measure": "perplexity", "artifact": "cpu", "against": "int8", "at_most": 1.1},
+    ):
+        recipe["gates"][-1] = held
+        assert not faults(recipe)
+    # A gate that is wrong itself may be the one that was meant.
+    recipe["gates"][-1] = {"measure": "perplexity", "artifact": "cqu", "at_most": 2}
+    (fault,) = faults(recipe)
+    assert fault.path == ("gates", 1, "artifact")
+    recipe["gates"].pop()
+    del recipe["register"]
+    assert gate.get("against") == "champion" or not faults(recipe)
