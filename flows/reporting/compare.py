@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ import yaml
 from flows.reporting.format import held_words, number
 from flows.reporting.inspect_artifact import find_artifact
 from flows.results import RunResult
+from stages import STAGES, stage
 from stages.runtime.artifacts import Store
-from stages.runtime.contract import Frozen, Kind
+from stages.runtime.contract import Frozen, Kind, Work
 from stages.runtime.fingerprint import first_difference
 
 
@@ -115,19 +117,39 @@ def _of_run(run: Run) -> _Side:
 
 
 def _measures(store: Store, name: str) -> dict[str, float]:
-    """An artifact's metrics and those of the reports about it."""
+    """An artifact's metrics and those of the reports about it; of two reports that were asked alike the later one's."""
     identity = find_artifact(store, name)
     manifest = store.manifest(identity)
     assert manifest is not None
     found = {"files_bytes": float(manifest.size_bytes), **manifest.metrics}
-    for _, report in store.manifests():
-        if report.kind is Kind.REPORT and report.work.inputs.get("model") == identity:
-            corpus = report.work.inputs.get("text", "")[:8]
-            found |= {f"{key} on {corpus}": value for key, value in report.metrics.items() if key != "size_bytes"}
-        elif report.kind is Kind.REPORT and report.work.inputs.get("artifact") == identity:
-            device = report.work.executor["device"]
-            found |= {f"{key} on {device}": value for key, value in report.metrics.items()}
+    reports = [one for _, one in store.manifests() if one.kind is Kind.REPORT]
+    for report in sorted(reports, key=lambda one: one.provenance.created):
+        if report.work.inputs.get("model") == identity:
+            where = f"{report.work.inputs.get('text', '')[:8]}{_asked(report.work)}"
+            found |= {f"{key} on {where}": value for key, value in report.metrics.items() if key != "size_bytes"}
+        elif report.work.inputs.get("artifact") == identity:
+            where = f"{report.work.executor['device']}{_asked(report.work)}"
+            found |= {f"{key} on {where}": value for key, value in report.metrics.items()}
     return found
+
+
+def _asked(work: Work) -> str:
+    """What a report was asked for otherwise than by default: figures of other windows or items are no pair.
+
+    What executed it says nothing of that: a checkpoint and its engine are measured on two targets.
+    """
+    fields = stage(work.stage).params.model_fields if work.stage in STAGES else {}
+    usual = {name: _plain(field.default) for name, field in fields.items()}
+    asked = {name: value for name, value in sorted(work.params.items()) if name != "target"}
+    return "".join(f", {name} {_said(value)}" for name, value in asked.items() if _plain(value) != usual.get(name))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False)
 
 
 def _pairs(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Pair]:

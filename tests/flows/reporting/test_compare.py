@@ -1,8 +1,11 @@
 """Two runs side by side: a speed stands beside one of the same device alone."""
 
+import itertools
+
 from flows.reporting.compare import Run, compared
 from flows.results import RunResult, StepResult
-from stages.runtime.contract import Kind
+from stages.runtime.contract import FileEntry, Kind, Manifest, Provenance, Work
+from stages.runtime.fingerprint import digest_bytes, fingerprint
 
 
 def run(device, speed):
@@ -40,3 +43,64 @@ def test_speeds_of_one_device_are_a_pair_and_of_two_never_are(store):
     there = "bench-cpu decode_tokens_per_s on b x8"
     assert (found[here].a, found[here].b, found[there].a, found[there].b) == (10.0, None, None, 20.0)
     assert found["validate-cpu-text perplexity"].a == found["validate-cpu-text perplexity"].b
+
+
+NUMBERS = itertools.count()
+
+
+def sealed(store, kind=Kind.CHECKPOINT, metrics=None, stage="share", inputs=(), created="2026-01-01", **params):
+    number = next(NUMBERS)
+    data = str(number).encode()
+    folder = store.scratch / "made" / str(number)
+    folder.mkdir(parents=True)
+    (folder / "a").write_bytes(data)
+    executor = {"device": f"{params.get('target', '')} x2"}
+    work = Work(stage=stage, code=f"{number:064}", params=params, inputs=dict(inputs), requires={}, executor=executor)
+    told = {"host": "h", "device": "d", "created": created, "seconds": 1.0, "peak_rss_bytes": 1}
+    files = {"a": FileEntry(sha256=digest_bytes(data), size=len(data))}
+    made = Manifest(work=work, kind=kind, files=files, metrics=metrics or {}, provenance=Provenance(step="s", **told))
+    store.publish(folder, made)
+    return fingerprint(work)
+
+
+def test_reports_of_other_windows_are_rows_of_their_own(store):
+    dense, cpu = sealed(store, keep=1), sealed(store, Kind.ENGINE, keep=2)
+    usual = {"split": "test", "window_tokens": 512, "windows": None, "variants": []}
+
+    def measured(model, perplexity, target, created="2026-01-01", **params):
+        words = {"stage": "validate", "inputs": {"model": model, "text": "c" * 64}, "created": created}
+        sealed(store, Kind.REPORT, {"perplexity": perplexity}, target=target, **words, **{**usual, **params})
+
+    for perplexity, params in (
+        (1455.0, {"windows": 8}),
+        (1509.0, {"windows": 4}),
+        (7.0, {}),
+        (3.0, {"split": "train"}),
+    ):
+        measured(dense, perplexity, "torch:cpu", **params)
+        if "split" not in params:
+            measured(cpu, perplexity + 1, "onnxruntime:cpu", **params)
+    found = compared(store, (dense, cpu), (None, None)).measures
+    rows = {name: (pair.a, pair.b) for name, pair in found.items() if name.startswith("perplexity")}
+    assert rows == {
+        "perplexity on cccccccc": (7.0, 8.0),
+        "perplexity on cccccccc, windows 8": (1455.0, 1456.0),
+        "perplexity on cccccccc, windows 4": (1509.0, 1510.0),
+        "perplexity on cccccccc, split train": (3.0, None),
+    }
+    measured(dense, 9.0, "torch:cpu", created="2026-01-03")
+    measured(dense, 8.0, "torch:cpu", created="2026-01-02")
+    assert compared(store, (dense, cpu), (None, None)).measures["perplexity on cccccccc"].a == 9.0  # the latest
+
+
+def test_speeds_at_other_prompts_are_rows_of_their_own(store):
+    cpu, other = sealed(store, Kind.ENGINE, keep=3), sealed(store, Kind.ENGINE, keep=4)
+    for engine, new_tokens in ((cpu, 20), (other, 20), (other, 40)):
+        words = {"stage": "bench", "inputs": {"artifact": engine}, "target": "onnxruntime:cpu", "batches": [1, 4]}
+        sealed(store, Kind.REPORT, {"items_per_s": float(new_tokens)}, new_tokens=new_tokens, **words)
+    found = compared(store, (cpu, other), (None, None)).measures
+    rows = {name: (pair.a, pair.b) for name, pair in found.items() if name.startswith("items")}
+    assert rows == {
+        "items_per_s on onnxruntime:cpu x2": (20.0, 20.0),
+        "items_per_s on onnxruntime:cpu x2, new_tokens 40": (None, 40.0),
+    }
