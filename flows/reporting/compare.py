@@ -107,12 +107,15 @@ def _of_run(run: Run) -> _Side:
         against = f" against {gate.against}" if gate.against else ""
         where = f" on {gate.corpus}" if gate.corpus else ""
         where += f" ({'worst slice' if gate.worst else gate.slice})" if gate.worst or gate.slice else ""
-        words = held_words(gate.bound, gate.held)
-        where += f", {words}{gate.bound.replace('_', ' ')}" if words else ""
-        held = "passed" if gate.passed else "failed"
-        gates[f"{gate.measure} of {gate.artifact}{against}{where}"] = (
-            f"{held}: {number(gate.measured)}, limit {number(gate.limit)}"
+        bound = f"{held_words(gate.bound, gate.held)}{gate.bound.replace('_', ' ')}"
+        held, name = (
+            "passed" if gate.passed else "failed",
+            f"{gate.measure} of {gate.artifact}{against}{where}, {bound}",
         )
+        # Two gates may differ in nothing but their limits.
+        alike = sum(one == name or one.startswith(f"{name} (") for one in gates)
+        name += f" ({alike + 1})" if alike else ""
+        gates[name] = f"{held}: {number(gate.measured)}, limit {number(gate.limit)}"
     return _Side(measures, dict(flat(yaml.safe_load(run.recipe))), {"state": run.state, **gates})
 
 

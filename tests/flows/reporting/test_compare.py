@@ -3,7 +3,7 @@
 import itertools
 
 from flows.reporting.compare import Run, compared
-from flows.results import RunResult, StepResult
+from flows.results import GateResult, RunResult, StepResult
 from stages.runtime.contract import FileEntry, Kind, Manifest, Provenance, Work
 from stages.runtime.fingerprint import digest_bytes, fingerprint
 
@@ -43,6 +43,26 @@ def test_speeds_of_one_device_are_a_pair_and_of_two_never_are(store):
     there = "bench-cpu decode_tokens_per_s on b x8"
     assert (found[here].a, found[here].b, found[there].a, found[there].b) == (10.0, None, None, 20.0)
     assert found["validate-cpu-text perplexity"].a == found["validate-cpu-text perplexity"].b
+
+
+def test_each_bound_of_a_gate_is_a_row_and_a_failed_one_stays_failed(store):
+    size = {"measure": "size_bytes", "artifact": "cpu", "target": "", "corpus": "", "measured": 202_416.0, "text": ""}
+    gates = [
+        GateResult(bound="at_most", limit=1e3, passed=False, **size),
+        GateResult(bound="at_least", limit=1.0, passed=True, **size),
+        GateResult(bound="at_least", limit=2.0, passed=True, **size),
+        GateResult(bound="at_most", held="value", limit=1e6, passed=True, **size),
+    ]
+    one = run("a x2", 10.0)
+    gated = Run("gate failed", "{}", one.result.model_copy(update={"gates": gates}))
+    found = compared(store, ("one", "two"), (gated, one)).gates
+    assert {name: pair.a for name, pair in found.items()} == {
+        "state": "gate failed",
+        "size_bytes of cpu, at most": "failed: 202,416, limit 1000",
+        "size_bytes of cpu, at least": "passed: 202,416, limit 1",
+        "size_bytes of cpu, at least (2)": "passed: 202,416, limit 2",
+        "size_bytes of cpu, value at most": "passed: 202,416, limit 1,000,000",
+    }
 
 
 NUMBERS = itertools.count()
