@@ -103,6 +103,7 @@ def sweep(
     found = looked_at(store) if dry_run else opened(store)
     if artifact:
         identity = find_artifact(found, artifact)
+        _refuse_served(found, identity)
         if not dry_run:
             found.remove(identity)
         typer.echo(f"{'would take' if dry_run else 'took'} away artifact {identity[:12]}; its files go 24 hours later")
@@ -110,6 +111,21 @@ def sweep(
     for line in said(swept):
         typer.echo(line)
     typer.echo(f"{'would remove' if dry_run else 'removed'} {swept.counts.total()} in all, {size(swept.bytes)}")
+
+
+def _refuse_served(store: Store, identity: str) -> None:
+    from flows.registry.journal import serving
+    from stages.runtime.contract import StageError
+
+    if entries := serving(store.objects, identity):
+        named = [f"{one.candidate.model}@{one.alias} stands on version {one.version.number} of it" for one in entries]
+        raise StageError(
+            f"artifact {identity[:12]} is served",
+            measured=", ".join(named),
+            limit="what no alias serves",
+            remedy="Without it no run could be judged against what is served: first have the alias stand on another "
+            "version, by `enginery promote` or `enginery rollback`.",
+        )
 
 
 def doctor(store: StoreOption = None) -> int:

@@ -176,6 +176,16 @@ def models(objects: Objects) -> list[str]:
     return sorted({entry.key.split("/")[1] for entry in objects.list(JOURNAL)})
 
 
+def serving(objects: Objects, engine: str) -> list[Promotion]:
+    """The entries that aliases of all models stand on and that serve an engine, given by its fingerprint."""
+    found: list[Promotion] = []
+    for model in models(objects):
+        entries = history(objects, model)
+        heads = [standing_entry([one for one in entries if one.alias == alias]) for alias in {e.alias for e in entries}]
+        found += [one for one in heads if one and one.candidate.served == engine]
+    return sorted(found, key=lambda one: (one.candidate.model, one.alias))
+
+
 def append(
     objects: Objects,
     model: str,

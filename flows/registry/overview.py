@@ -28,7 +28,7 @@ class ModelLine(Frozen):
         mlflow: those that MLflow has on it, None where MLflow was not asked or knows no such version.
         targets: target -> `judged` or `compiled, not judged`.
         size_bytes: of the engine that it serves, None where the store has it no more.
-        measures: the verdict's figures, by measure, what it is divided by, artifact and corpus.
+        measures: the verdict's figures, by measure, what it is divided by, corpus and slice.
         when: of the newest entry in the journal, empty where it was never promoted.
         run: MLflow's run that made it.
         digest: fingerprint of the engine that it serves.
@@ -163,7 +163,9 @@ def _measures(candidate: Candidate) -> dict[str, float]:
         if gate.get("measured") is not None and gate.get("artifact") in (candidate.serves, None, ""):
             against = f" against {gate['against']}" if gate.get("against") else ""
             corpus = f" on {gate['corpus']}" if gate.get("corpus") else ""
-            found[f"{gate['measure']}{against}{corpus}"] = float(gate["measured"])
+            # The worst slice of a corpus, or one of it, is not the corpus.
+            part = f", {'worst ' if gate.get('worst') else ''}slice {gate['slice']}" if gate.get("slice") else ""
+            found[f"{gate['measure']}{against}{corpus}{part}"] = float(gate["measured"])
     return found
 
 

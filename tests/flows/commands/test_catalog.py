@@ -144,3 +144,52 @@ def test_models_tells_versions_of_one_number_apart_and_follows_a_rollback(regist
         ("1", True, ["champion"]),
     ]
     assert lines[1]["size_bytes"] is None and lines[1]["mlflow"] is None
+
+
+def test_models_tells_a_slice_from_its_corpus(registered, capsys):
+    gate = {
+        "measure": "kl_divergence",
+        "artifact": "cpu",
+        "corpus": "text",
+        "against": None,
+        "slice": "",
+        "worst": False,
+    }
+    gates = [
+        gate | {"measured": 1.023e-05},
+        gate | {"measured": 1.519e-05, "slice": "docs", "worst": True},
+        gate | {"measured": 2e-06, "slice": "code"},
+    ]
+    first = journal.head(registered.objects, "m", "champion").version
+    candidate = first.candidate.model_copy(update={"verdict": {"passed": True, "gates": gates}})
+    held = first.model_copy(update={"candidate": candidate})
+    journal.append(
+        registered.objects, "m", "next", "promote", lambda _: held.model_copy(update={"number": "2"}), "again"
+    )
+    assert listed(capsys)["models"][1]["measures"] == {
+        "kl_divergence on text": 1.023e-05,
+        "kl_divergence on text, worst slice docs": 1.519e-05,
+        "kl_divergence on text, slice code": 2e-06,
+    }
+
+
+def test_sweep_leaves_the_engine_that_an_alias_serves(registered, capsys):
+    engine = journal.head(registered.objects, "m", "champion").candidate.served
+    assert engine in dict(registered.manifests())
+    for more in ([], ["--dry-run"]):
+        assert main(["sweep", "--artifact", engine[:12], *more]) == 1
+        said = capsys.readouterr().err
+        assert f"artifact {engine[:12]} is served; measured m@champion stands on version 1 of it" in said
+        assert "enginery promote" in said and engine in dict(registered.manifests())
+    first = journal.head(registered.objects, "m", "champion").version
+    other = first.candidate.executables["cpu"].model_copy(update={"fingerprint": "f" * 64})
+    later = first.candidate.model_copy(update={"executables": {"cpu": other}})
+    moved = first.model_copy(update={"number": "2", "candidate": later})
+    journal.append(registered.objects, "m", "next", "promote", lambda _: first, "again")
+    journal.append(registered.objects, "m", "champion", "promote", lambda _: moved, "again")
+    assert main(["sweep", "--artifact", engine[:12]]) == 1
+    said = capsys.readouterr().err
+    assert "m@next stands on version 1 of it" in said and "m@champion" not in said
+    journal.append(registered.objects, "m", "next", "withdraw", lambda _: first, "away")
+    assert main(["sweep", "--artifact", engine[:12]]) == 0
+    assert engine not in dict(registered.manifests())
