@@ -16,7 +16,9 @@ _TITLE = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 _ALIAS, _VERSION, _MOST = r"[\w-]+", r"[vV]\d+", 255
 _ALIASES = f"letters, digits, _ and -, at most {_MOST} of them, but neither `latest` nor `v` and a number"
 
-Title = Annotated[str, Field(pattern=_TITLE, max_length=100)]
+LONGEST = 100
+"""Characters of a title."""
+Title = Annotated[str, Field(pattern=_TITLE, max_length=LONGEST)]
 """The name of a recipe or a registered model; dots as in `qwen2.5`. MLflow takes all of them."""
 
 

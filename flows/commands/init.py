@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import unquote, urlsplit
@@ -11,11 +12,13 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from flows.commands.options import absolute_source
+from flows.names import LONGEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from stages.admission import Answer
+    from stages.runtime.contract import StageError
 
 TEMPLATE = Path(__file__).with_name("template.yaml")
 
@@ -83,14 +86,14 @@ def init(
     """Write a recipe for your own checkpoint, text and items."""
     from jinja2 import Environment, StrictUndefined
 
-    from flows.recipe.read import load_recipe
-    from stages.runtime.contract import StageError
+    from flows.commands.own_files import check_text
 
-    if output.exists():
-        raise StageError(f"{output} is there already", remedy="Name another file with -o, or remove it.")
+    _refuse_standing(output)
     source, words = absolute_source(checkpoint), absolute_source(text)
+    check_text(words)
     stem = re.split(r"[/\\]", checkpoint.rstrip("/"))[-1]
-    name = re.sub(r"[^a-z0-9.-]+", "-", stem.lower().removesuffix(".gguf")).strip("-.") or "model"
+    name = re.sub(r"[^a-z0-9.-]+", "-", stem.lower().removesuffix(".gguf")).strip("-.")[:LONGEST].strip("-.")
+    name = name or "model"
     steps = _steps(source)
     steps |= _judged_by(None if items is None else absolute_source(items), steps["task"], source)
     # YAML, not HTML: values are quoted as JSON.
@@ -98,12 +101,46 @@ def init(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = jinja.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    written = template.render(name=name, checkpoint=_quoted(source), text=_quoted(words), **steps)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(written, encoding="utf-8")
-    load_recipe(output)
+    _write(output, template.render(name=name, checkpoint=_quoted(source), text=_quoted(words), **steps))
+    named = shlex.quote(str(output))
     typer.echo(f"wrote {output}")
-    typer.echo(f"next: enginery plan {output}, then enginery run {output}")
+    typer.echo(f"next: enginery plan {named}, then enginery run {named}")
+
+
+def _refuse_standing(output: Path) -> None:
+    from stages.runtime.contract import StageError
+
+    try:
+        there = output.exists()
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    if there:
+        raise StageError(f"{output} is there already", remedy="Name another file with -o, or remove it.")
+
+
+def _write(output: Path, recipe: str) -> None:
+    """The recipe in its file; none stays that cannot be read."""
+    from flows.recipe.read import load_recipe
+    from stages.runtime.contract import StageError
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(recipe, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    try:
+        load_recipe(output)
+    except StageError:
+        output.unlink()
+        raise
+
+
+def _unwritable(output: Path, error: OSError) -> StageError:
+    from stages.runtime.contract import StageError
+
+    return StageError(
+        f"{output} cannot be written", measured=error.strerror or str(error), remedy="Name another file with -o."
+    )
 
 
 def _steps(source: str) -> dict[str, Any]:
@@ -167,7 +204,7 @@ def _judged_by(items: str | None, task: str, source: str) -> dict[str, Any]:
     if items is None:
         if task != "generate" and task in _ITEMS:
             typer.echo("whether its answers are right no text tells: `--items` judges by items of your own")
-        return {"items": "", "kind": "", "gates": (), "elsewhere": True, "corpora": corpora}
+        return {"items": "", "kind": "", "columns": "", "gates": (), "elsewhere": True, "corpora": corpora}
     if task not in _ITEMS:
         raise StageError(
             "items are put to no model of this task",
@@ -180,7 +217,23 @@ def _judged_by(items: str | None, task: str, source: str) -> dict[str, Any]:
         named = read_json(Path(unquote(urlsplit(source).path)) / "config.json", optional=True).get("id2label") or {}
         gates += [_ENTITIES] if any(str(one).startswith("B-") for one in named.values()) else []
     judged = {"elsewhere": elsewhere, "corpora": [*corpora, "items"]}
-    return {"items": _quoted(items), "kind": kind, "gates": gates, **judged}
+    columns = _columns(items, kind)
+    return {"items": _quoted(items), "kind": kind, "columns": columns, "gates": gates, **judged}
+
+
+def _columns(items: str, kind: str) -> str:
+    """What the template says of the columns of one's own items, empty for nothing; what cannot be told is asked for."""
+    from flows.commands.own_files import columns_of
+
+    columns, lacking, have = columns_of(items, kind)
+    for field, column in columns.items():
+        typer.echo(f"the column {column!r} of your items is taken for `{field}`; `columns` of the step `items` says so")
+    if lacking:
+        typer.echo(
+            f"the first of your items has no column for {' and '.join(f'`{one}`' for one in lacking)}, it has "
+            f"{', '.join(have) or 'none'}: name each in `columns` of the step `items`, or no run can read them"
+        )
+    return _quoted(columns) if columns else ""
 
 
 def _takes(answer: Answer) -> bool:
@@ -214,5 +267,5 @@ def _told(
     }
 
 
-def _quoted(text: str) -> str:
+def _quoted(text: str | Mapping[str, str]) -> str:
     return json.dumps(text, ensure_ascii=False)

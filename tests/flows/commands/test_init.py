@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,91 @@ def test_items_for_a_model_that_is_put_none_are_refused(tmp_path, capsys):
     assert main(["init", *words, "--items", str(tmp_path / "a.txt")]) == 1
     assert "items are put to no model of this task; measured its task is fill" in capsys.readouterr().err
     assert not (tmp_path / "mine.yaml").exists()
+
+
+def initial(root: Path, out: Path | str, *more: str, text: str = "a.txt") -> int:
+    if text == "a.txt":
+        (root / text).write_text("words")
+    return main(["init", str(root / "model"), str(root / text), "-o", str(out), *more])
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return checkpoint("bert_answers", tmp_path).rename(tmp_path / "model")
+
+
+def test_file_that_cannot_be_written_is_named_and_is_no_defect(model, tmp_path, capsys):
+    (tmp_path / "afile").write_text("")
+    for out, why in (
+        (tmp_path / "afile" / "x.yaml", ("File exists", "Not a directory")),
+        (Path("/proc/x.yaml"), ("No such file or directory", "Permission denied")),
+        (tmp_path / ("long" * 100), ("File name too long",)),
+    ):
+        assert initial(tmp_path, out) == 1
+        said = capsys.readouterr().err
+        assert f"{out} cannot be written; measured " in said and any(one in said for one in why), said
+        assert "Name another file with -o." in said and "defect" not in said
+
+
+def test_next_command_can_be_pasted_whatever_the_file_is_called(model, tmp_path, capsys):
+    out = tmp_path / "Mein Ordner" / "it's é.yaml"
+    assert initial(tmp_path, out) == 0
+    line = next(one for one in capsys.readouterr().out.splitlines() if one.startswith("next: "))
+    planned, run = line.removeprefix("next: ").split(", then ")
+    assert shlex.split(planned) == ["enginery", "plan", str(out)] and shlex.split(run) == ["enginery", "run", str(out)]
+
+
+def test_checkpoint_of_a_long_name_is_called_by_its_beginning(model, tmp_path):
+    long = model.rename(tmp_path / ("a" * 99 + "." + "b" * 50))
+    (tmp_path / "a.txt").write_text("words")
+    assert main(["init", str(long), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml")]) == 0
+    assert load_recipe(tmp_path / "mine.yaml").name == "a" * 99
+
+
+def test_recipe_that_is_refused_is_not_left(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "wrong.yaml").write_text("recipe: 1\nname: {{ name }}\nsteps: []\n")
+    monkeypatch.setattr("flows.commands.init.TEMPLATE", tmp_path / "wrong.yaml")
+    for _ in range(2):
+        assert initial(tmp_path, tmp_path / "mine.yaml") == 1
+        assert "steps" in capsys.readouterr().err and not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize("text", ["book.pdf", "empty"])
+def test_text_that_no_corpus_reads_is_refused(text, tmp_path, capsys, model):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "book.pdf").write_bytes(b"%PDF")
+    assert initial(tmp_path, tmp_path / "mine.yaml", text=text) == 1
+    said = capsys.readouterr().err
+    assert text in said and ".parquet" in said and not (tmp_path / "mine.yaml").exists()
+
+
+def test_items_that_no_set_reads_are_refused(tmp_path, capsys, model):
+    (tmp_path / "items.txt").write_text("a question")
+    assert initial(tmp_path, tmp_path / "mine.yaml", "--items", str(tmp_path / "items.txt")) == 1
+    assert "holds no items" in capsys.readouterr().err and not (tmp_path / "mine.yaml").exists()
+    (tmp_path / "items.jsonl").write_text("no JSON")
+    assert initial(tmp_path, tmp_path / "mine.yaml", "--items", str(tmp_path / "items.jsonl")) == 1
+    assert "items.jsonl" in capsys.readouterr().err and not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "said"),
+    [
+        ({"prompt": "a", "answers": ["b"], "context": "c"}, {}, ""),
+        ({"question": "a", "answer": "b", "context": "c"}, {"prompt": "question", "answers": "answer"}, "is taken for"),
+        (
+            {"question": "a", "input": "a", "answers": ["b"]},
+            {},
+            "no column for `prompt`, it has question, input, answers",
+        ),
+        ({"q": "a", "answer": "b"}, {"answers": "answer"}, "no column for `prompt`, it has q, answer"),
+        ({"q": "a", "task": "answers"}, {}, ""),
+    ],
+)
+def test_columns_of_items_by_other_names_are_written_or_asked_for(row, columns, said, tmp_path, capsys, model):
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps(row) + "\n")
+    assert initial(tmp_path, tmp_path / "mine.yaml", "--items", str(items)) == 0
+    assert load_recipe(tmp_path / "mine.yaml").step("items").params.get("columns", {}) == columns
+    told = capsys.readouterr().out
+    assert said in told and ("your items" in told) == bool(said)
