@@ -31,14 +31,16 @@ def standing(entries: list[Promotion]) -> list[Version]:
 def before(entries: list[Promotion]) -> tuple[Version | None, list[Version]]:
     """The version that a rollback goes to, None for none, and those that it passes over.
 
-    Passed over is what was rolled back before and what the alias stands on now; what a person left by `promote` is not:
-    to go back to it is to take that promotion back.
+    Passed over is what was rolled back before; what a person left by `promote` is not: to go back to it is to take that
+    promotion back.
     """
     stack = standing(entries)
     undone = {engine for engine, entry in rolled_back(entries).items() if entry.action != "promote"}
     passed: list[Version] = []
     for version in reversed(stack[:-1]):
-        if version.candidate.served not in undone and not _alike(version, stack[-1]):
+        if _alike(version, stack[-1]):
+            continue
+        if version.candidate.served not in undone:
             return version, passed
         passed.append(version)
     return None, passed
@@ -55,14 +57,14 @@ def rolled_back(entries: list[Promotion]) -> dict[str, Promotion]:
     is the same whatever is compiled beside it. What a run promotes marks nothing: it only found a better one.
     """
     undone: dict[str, Promotion] = {}
-    for before, entry in pairwise(entries):
-        left, now = before.candidate.served, entry.candidate.served
+    for former, entry in pairwise(entries):
+        left, now = former.candidate.served, entry.candidate.served
         if entry.action == "promote" and not entry.by_person:
             continue
         if entry.action == "promote" or (now in undone and undone[now].action == "promote"):
             undone.pop(now, None)
         # A person who promotes where nothing stood leaves nothing, nor does one who has it served beside another plan.
-        if entry.action != "promote" or (before.action != "withdraw" and left != now):
+        if entry.action != "promote" or (former.action != "withdraw" and left != now):
             undone[left] = entry
     return undone
 

@@ -152,7 +152,7 @@ def rollback(registry: Registry, model: str, alias: str, why: str = "") -> Relea
             stood = f"{len(standing(entries))} promoted"
             raise StageError(
                 f"{model}@{alias} has no version to go back to",
-                measured=f"before it stood version {undone}, rolled back or the same" if passed else stood,
+                measured=f"before it stood version {undone}, which was rolled back" if passed else stood,
                 limit="one that stood before and was not rolled back" if passed else "2 promoted",
                 remedy=f"`enginery promote {model} VERSION` moves the alias to any registered version.",
             )

@@ -217,7 +217,7 @@ def test_second_rollback_passes_over_what_the_first_one_rolled_back(registry, en
     assert rollback(registry, MODEL, ALIAS).note == "" and int(served(registry)) == 2  # 3, and a stands, which is 2
     back = rollback(registry, MODEL, ALIAS)
     assert (back.version, back.moved) == ("1", True) and int(served(registry)) == 1
-    assert back.note == "passed over what was rolled back before: version 3, 2"
+    assert back.note == "passed over what was rolled back before: version 3"
     with pytest.raises(StageError, match="no version to go back to; measured 1 promoted"):
         rollback(registry, MODEL, ALIAS)
     release(registry, candidate(registry, "d"), engine, ALIAS, why=PASSED)
@@ -228,7 +228,7 @@ def test_rollback_where_all_that_stood_was_rolled_back_is_refused(registry, engi
     for letter in "abab":
         release(registry, candidate(registry, letter), engine, ALIAS, why=PASSED)
     assert rollback(registry, MODEL, ALIAS).version == "1"
-    with pytest.raises(StageError, match="before it stood version 2, 1, rolled back or the same") as refused:
+    with pytest.raises(StageError, match="before it stood version 2, which was rolled back; limit one") as refused:
         rollback(registry, MODEL, ALIAS)
     assert f"`enginery promote {MODEL} VERSION`" in str(refused.value) and int(served(registry)) == 1
     assert len(history(registry.objects, MODEL)) == 5
