@@ -68,9 +68,15 @@ def finish(session: Session, judgement: Judgement) -> RunResult:
 
 
 def _candidate(session: Session, judgement: Judgement) -> Candidate | None:
-    """What is to be promoted; None where a gate failed or none was applied, or nothing is asked to be registered."""
+    """What is to be promoted; None where nothing is to be, a gate failed, or none was applied to what is served."""
     register = session.recipe.register_as
     if register is None or judgement.outcome != "passed":
+        return None
+    # Gates that a recipe has of it may not apply: to the right answers of a dense model that has none, for one.
+    if judgement.serves and not any(one.applied and one.artifact == judgement.serves for one in judgement.gates):
+        session.loose.heard(
+            f"nothing is registered: no gate that applied speaks of {judgement.serves}, which would be served"
+        )
         return None
     gates = [one.model_dump(mode="json") for one in judgement.gates]
     said = {"passed": True, "verdict": judgement.outcome, "gates": gates}

@@ -17,11 +17,14 @@ from mlflow.exceptions import MlflowException
 from flows.cli import main
 from flows.pipeline import optimize
 from flows.pipeline.drive import optimize as optimized
-from flows.pipeline.finish import finish
+from flows.pipeline.finish import _candidate, finish
 from flows.pipeline.steps import end, run_steps
 from flows.pipeline.verdict import judged
 from flows.recipe.expand import expanded
+from flows.recipe.model import Register
 from flows.recipe.read import load_recipe
+from flows.registry.journal import Executable
+from flows.results import GateResult
 from flows.running.session import run_step
 from stages.runtime.contract import StageError, Unavailable
 from tests.flows.pipeline.tiny_run import RECIPE, place, sealed  # noqa: F401
@@ -407,3 +410,31 @@ def test_command_exits_0_and_names_the_remedy_where_the_alias_broke_and_1_where_
     assert f"registered: {place.model} version 1" in said.out and "MLflow's alias did not come about" in said.err
     assert f"enginery reconcile {place.model}" in said.err
     assert main(["reconcile", place.model, "--store", str(place.root / "store")]) == 0 and place.alias == "1"
+
+
+def test_engine_of_which_no_gate_applied_is_no_candidate_though_another_artifacts_holds():
+    said: list[str] = []
+    session = SimpleNamespace(
+        recipe=SimpleNamespace(register_as=Register(model="m")),
+        loose=SimpleNamespace(heard=said.append),
+        mlflow=SimpleNamespace(id="r"),
+    )
+    told = {
+        "measure": "accuracy",
+        "target": "",
+        "corpus": "",
+        "limit": 1.0,
+        "bound": "at_least",
+        "passed": True,
+        "text": "",
+    }
+    of_none, of_other, of_it = (
+        GateResult(artifact=name, measured=measured, **told)
+        for name, measured in (("cpu", None), ("graph", 2.0), ("cpu", 2.0))
+    )
+    engines = {"cpu": Executable(fingerprint="a" * 64, target="onnxruntime:cpu", judged=True)}
+    judgement = SimpleNamespace(outcome="passed", serves="cpu", engines=engines, gates=[of_none, of_other])
+    assert _candidate(session, judgement) is None
+    assert said == ["nothing is registered: no gate that applied speaks of cpu, which would be served"]
+    judgement.gates.append(of_it)
+    assert _candidate(session, judgement).serves == "cpu" and len(said) == 1
