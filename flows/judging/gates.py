@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from flows.judging.measured import CHAMPION, JUDGE_MORE, Found, Gate, Report, found, has_any, of_size, on_request
+from flows.judging.measured import CHAMPION, JUDGE_MORE, Found, Gate, found, has_any, of_size, on_request
+from flows.judging.pairing import Report
 from flows.judging.speeds import Speeds, of_speed
 from flows.reporting.format import held_words, number
 from flows.results import Bound, GateResult, Held

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flows.judging.measured import Found, Gate, Report
+from flows.judging.measured import Found, Gate
+from flows.judging.pairing import Report
 from stages.measures.interval import Interval
 from stages.measures.table import SPEED, SPEEDS
 from stages.runtime.contract import StageError
