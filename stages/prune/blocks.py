@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 import torch
@@ -43,27 +44,41 @@ class Dropped:
 
 @dataclass(frozen=True)
 class _Measure:
-    """A model, the windows, how its blocks are called, and what the whole model predicts of each window, [T / 2, V]."""
+    """What a model predicts without some blocks.
+
+    Attributes:
+        model: whole.
+        ids_NT: the windows.
+        blocks: of the model.
+        calls: how each is called.
+        log_p: what the whole model predicts of each window, [T / 2, V].
+        sources: the windows of each.
+    """
 
     model: PreTrainedModel
     ids_NT: Tensor
     blocks: Sequence[Block]
     calls: Sequence[Mapping[str, Any]]
     log_p: Sequence[Tensor]
+    sources: Sequence[Sequence[int]]
 
     def kl(self, x_NTH: Tensor, start: int, gone: Collection[int]) -> float:
-        """From the state before block `start` on, without the blocks that are gone."""
+        """Of the source that it costs most, from the state before block `start` on without the blocks that are gone."""
         for x in _states(self.blocks, self.calls, x_NTH, gone, start):
             x_NTH = x
-        total, count = 0.0, 0
+        found = []
         for log_p_TV, log_q_TV in zip(self.log_p, _log(self.model, self.ids_NT, x_NTH), strict=True):
             gap_TV = log_q_TV.neg_().add_(log_p_TV)
-            total, count = total + float(gap_TV.mul_(log_p_TV.exp()).sum()), count + len(gap_TV)
-        return total / count
+            found.append(float(gap_TV.mul_(log_p_TV.exp()).sum()) / len(gap_TV))
+        return max(mean(found[at] for at in places) for places in self.sources)
 
 
 def least_influential(
-    model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Callable[[int], None]
+    model: PreTrainedModel,
+    ids_NT: Tensor,
+    enough: Enough,
+    advanced: Callable[[int], None],
+    sources: Sequence[str] = (),
 ) -> list[Dropped]:
     """Blocks in the order in which they go, those that change least what passes through them; arguments as `greedy`.
 
@@ -74,7 +89,11 @@ def least_influential(
     with torch.no_grad():
         first_NTH = embedded(model, ids_NT)
         states = [first_NTH, *_states(blocks, calls, first_NTH, (), 0)]
-    found = [influence(x.flatten(0, 1), y.flatten(0, 1)) for x, y in pairwise(states)]
+    every = _places(len(ids_NT), sources)
+    found = [
+        max(influence(x[places].flatten(0, 1), y[places].flatten(0, 1)) for places in every)
+        for x, y in pairwise(states)
+    ]
     gone: list[Dropped] = []
     for index in sorted(range(len(found)), key=lambda index: (found[index], index))[:-1]:
         if enough([one.block for one in gone]):
@@ -84,7 +103,19 @@ def least_influential(
     return gone
 
 
-def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Callable[[int], None]) -> list[Dropped]:
+def _places(windows: int, sources: Sequence[str]) -> list[list[int]]:
+    """The windows of each source; all of them where there is one."""
+    named = sources or [""] * windows
+    return [[at for at, name in enumerate(named) if name == source] for source in dict.fromkeys(named)]
+
+
+def greedy(
+    model: PreTrainedModel,
+    ids_NT: Tensor,
+    enough: Enough,
+    advanced: Callable[[int], None],
+    sources: Sequence[str] = (),
+) -> list[Dropped]:
     """Blocks in the order in which they go: each round the one without which the KL to the whole model is least.
 
     Args:
@@ -92,6 +123,8 @@ def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Cal
         ids_NT: a few windows.
         enough: whether the blocks chosen so far suffice.
         advanced: told the number of blocks chosen.
+        sources: of each window; of several it is the KL on the one that it is largest on, so that what is rare goes on
+            being looked at.
 
     Returns:
         The blocks; all but one if it is never enough.
@@ -107,7 +140,8 @@ def greedy(model: PreTrainedModel, ids_NT: Tensor, enough: Enough, advanced: Cal
     with torch.no_grad(), in_short():
         first_NTH = embedded(model, ids_NT)
         whole = _states(blocks, calls, first_NTH, (), 0)
-        measure = _Measure(model, ids_NT, blocks, calls, [*_log(model, ids_NT, whole[-1])])
+        every = _places(len(ids_NT), sources)
+        measure = _Measure(model, ids_NT, blocks, calls, [*_log(model, ids_NT, whole[-1])], every)
         del whole
         while candidates and len(gone) < len(blocks) - 1 and not enough([one.block for one in gone]):
             without = [one.block for one in gone]

@@ -26,7 +26,7 @@ from stages.runtime.contract import Progress, StageError
 from stages.runtime.progress import Pass
 
 FEW_WINDOWS = 2
-"""Windows by whose loss blocks are chosen: blocks differ by far more than two windows' noise."""
+"""Windows of each source by whose loss blocks are chosen: blocks differ by far more than two windows' noise."""
 GAP_DAMPING = 0.1
 """Of the fit after gaps: what a gap leaves out is large, and a fit that is too close suits this text alone."""
 
@@ -103,12 +103,15 @@ def _chosen(model: PreTrainedModel, ids_NT: Tensor, asked: Asked, progress: Prog
     kept, blocks = asked.partial / "chosen.safetensors", len(anatomy.blocks(model))
     if (record := read_record(kept)) is not None:
         return [Dropped(block, cost) for block, cost in record["gone"]]
-    choose, few_NT = (greedy, ids_NT[:FEW_WINDOWS]) if asked.by == "loss" else (least_influential, ids_NT)
+    choose, few = (greedy, FEW_WINDOWS) if asked.by == "loss" else (least_influential, len(ids_NT))
+    names = asked.sources or [""] * len(ids_NT)
+    taken = [at for at, name in enumerate(names) if list(names[:at]).count(name) < few]
     gone = choose(
         model,
-        few_NT,
+        ids_NT[taken],
         lambda chosen: parameters_without(model, chosen) <= asked.limit,
         lambda done: progress.advanced(done / blocks, 2),
+        [names[at] for at in taken],
     )
     save_state(kept, {}, {"gone": [(one.block, one.cost) for one in gone]})
     return gone

@@ -19,8 +19,8 @@ class PruneParams(Params):
             the text; `channels` narrows every block's feed-forward part to one width, `heads` takes key-value groups of
             attention heads out of every block, `width` takes dimensions out of the residual stream that passes
             through all of them, `blocks` takes whole blocks out; `magnitude`, `wanda`, `gradient` and `sparsegpt` put
-            zeros into the blocks' maps, the last one mending the other weights. Of a text of several sources, channels
-            and heads are judged by the source that they cost most.
+            zeros into the blocks' maps, the last one mending the other weights. Of a text of several sources, channels,
+            heads and blocks are judged by the source that they cost most.
         keep: largest share of the blocks' parameters that stays; of zeros: of the maps' weights that are not zero.
         pattern: zeros: so many of so many neighbours stay in every row, whatever `keep` says; without one each map has
             as many zeros as the measured loss allows.

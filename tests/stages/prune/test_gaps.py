@@ -117,3 +117,20 @@ def test_gradient_of_what_comes_next_is_refused_of_models_that_do_not_predict_it
     for name in ("bert_masked", "t5"):
         with pytest.raises(StageError, match=r"no decoder that predicts the next token.*wanda"):
             check_next_token(load_model(family(name, tmp_path)))
+
+
+def test_block_goes_by_the_source_that_it_costs_most(model):
+    ids = torch.cat([IDS, IDS.flip(1), (IDS * 31 + 5) % 768])
+    sources = [f"s{at}" for at in range(len(ids))]
+    (found, *_) = dropping.greedy(model, ids, lambda gone: bool(gone), lambda _done: None, sources)
+    costs = []
+    for index in range(len(anatomy.blocks(model))):
+        cut = copy.deepcopy(model)
+        depth.drop_blocks(cut, [index])
+        with torch.no_grad():
+            log_p, log_q = (one(input_ids=ids).logits[:, ::2].log_softmax(-1) for one in (model, cut))
+        costs.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean(1).max()))
+    assert found.block == costs.index(min(costs)) and found.cost == pytest.approx(min(costs), rel=0.05)
+    least = dropping.least_influential(model, ids, lambda gone: bool(gone), lambda _done: None, sources)
+    whole = dropping.least_influential(model, ids, lambda gone: bool(gone), lambda _done: None)
+    assert least[0].cost >= whole[0].cost
