@@ -242,16 +242,23 @@ def _windows(
 
 
 def _carry(source: Path, output: Path) -> None:
+    """Files that serving reads; `tokenizer.json`, the only one by which engines read texts, is what transformers reads.
+
+    transformers takes of that file what its class of tokenizers does not make by itself or by tokenizer_config.json, and
+    a checkpoint may bring the same in an older format.
+    """
     from stages.models.checkpoint.loading import load_tokenizer
+    from stages.serving.artifact_files import bare, read_tokenizer
     from stages.serving.files import TOKENIZER, carry
 
     carry(source, output)
-    if not (output / TOKENIZER).is_file():
-        # The one file that engines read; checkpoints may bring the same in an older format.
-        tokenizer = load_tokenizer(source)
-        if not tokenizer.is_fast:
-            raise StageError("the tokenizer cannot be written as tokenizer.json", measured=type(tokenizer).__name__)
-        tokenizer.backend_tokenizer.save(str(output / TOKENIZER))
+    tokenizer, path = load_tokenizer(source), output / TOKENIZER
+    if tokenizer.is_fast:
+        read = bare(tokenizer.backend_tokenizer)
+        if not path.is_file() or read_tokenizer(path).to_str() != read.to_str():
+            read.save(str(path))
+    elif not path.is_file():
+        raise StageError("the tokenizer cannot be written as tokenizer.json", measured=type(tokenizer).__name__)
 
 
 EXPORT = Stage(
