@@ -62,6 +62,7 @@ class ExportParams(Params):
 def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write `model.onnx` and `graph.json`, with the tokenizer beside them; and `encoder.onnx` if there is one."""
     from stages.export import called, checks, stacked, to_onnx
+    from stages.export.positions import hold_frequencies
     from stages.models.anatomy import classes, tasks
     from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
     from stages.models.checkpoint.pooling import pooled, reads
@@ -72,12 +73,16 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         stacked.refuse_unwritten(
             classes.model_class(config), task, params.opset, cache=params.cache, whole=params.dtype not in HALVES
         )
-    most = most or _longest(config, tokenizer, progress)
+    if most is None:
+        most = _longest(config, tokenizer, progress)
+    elif most == tasks.turned_alike(config) != tasks.places(config):
+        progress.note(f"engines read {most} tokens: longer texts have all their positions turned otherwise (longrope)")
     ids_NT = _windows(inputs, tokenizer, params.parity_windows, _parity_tokens(params, config, most))
     model = load_model(source)
     to_onnx.densify(model)
     segments = tasks.tells_segments(config, tokenizer.model_input_names)
     wanted = checks.expected(model, ids_NT, task, pool, tells_segments=segments)
+    hold_frequencies(model)
     progress.advanced(1, 4)
     if config.is_encoder_decoder:
         written, difference, signature = stacked.export_stacks(model, output / GRAPH, wanted, ids_NT, most)
@@ -88,6 +93,7 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
             if layers:  # it was laid out for the exporter
                 model, layers = load_model(source), ()
                 to_onnx.densify(model)
+                hold_frequencies(model)
             exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1], pool, tells_segments=segments)
             del model
             made = _written(exported, output, wanted), checks.require_numbers(output / GRAPH, ids_NT, wanted, task)

@@ -244,5 +244,5 @@ def fast_tokenizer(folder: Path) -> Tokenizer:
 
 def _counts_itself(model: PreTrainedModel) -> bool:
     """Whether positions begin behind padding's own: such a model leaves padding out when it counts (RoBERTa)."""
-    most = tasks.longest(model.config)
+    most = tasks.places(model.config)
     return most != getattr(model.config.get_text_config(), "max_position_embeddings", most)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -84,6 +84,34 @@ def tells_segments(config: PreTrainedConfig, given: Collection[str]) -> bool:
 
 def longest(config: PreTrainedConfig) -> int | None:
     """Tokens that a model of the configuration reads at once; None where its positions have no end.
+
+    Of positions that turn in one way up to some length and in another beyond it, so many (`turned_alike`).
+
+    Raises:
+        StageError: the architecture is not understood.
+    """
+    return min((one for one in (places(config), turned_alike(config)) if one is not None), default=None)
+
+
+def ropes(config: PreTrainedConfig) -> list[Mapping[str, Any]]:
+    """How a model turns positions: one way, or one for each kind of layer; none where it turns none."""
+    told = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [told] if "rope_type" in told else [one for one in told.values() if isinstance(one, Mapping)]
+
+
+def turned_alike(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which all positions turn in one way, whatever comes behind them; None where they always do.
+
+    By `longrope` the longest of all texts that are read at once decides, and what has been read stays as it was turned:
+    beyond this length an answer depends on what is asked beside it, and on where its prompt ends.
+    """
+    two = [one for one in ropes(config) if one.get("rope_type") == "longrope"]
+    two = [one for one in two if one.get("short_factor") != one.get("long_factor")]
+    return min((int(one["original_max_position_embeddings"]) for one in two), default=None)
+
+
+def places(config: PreTrainedConfig) -> int | None:
+    """Tokens that there are positions for; None where these have no end.
 
     Raises:
         StageError: the architecture is not understood.

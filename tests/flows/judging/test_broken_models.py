@@ -121,16 +121,14 @@ def negate(table: str, token: str, model: LlamaForCausalLM, tokenizer: Any) -> N
 
 
 def far_positions(after: int, model: LlamaForCausalLM, tokenizer: Any) -> None:
-    """The positions of what is longer than so many tokens turn eight times as fast; what is shorter is as it was."""
-    half = model.config.head_dim // 2
+    """What turns once in more than so many tokens turns eight times as fast: near ones are told apart as before."""
     model.config.rope_parameters = {
-        "rope_type": "longrope",
+        "rope_type": "llama3",
         "rope_theta": model.config.rope_parameters["rope_theta"],
         "original_max_position_embeddings": after,
-        "short_factor": [1.0] * half,
-        "long_factor": [0.125] * half,
-        "attention_factor": 1.0,
-        "factor": 1.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "factor": 0.125,
     }
 
 

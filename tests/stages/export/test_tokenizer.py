@@ -59,7 +59,9 @@ def test_tokenizer_that_its_class_makes_otherwise_is_written_as_it_is_made(tiny,
 
 def test_words_in_lower_case_stay_so_in_the_graph(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "Hello", "world"]
-    BertTokenizer(vocab={word: place for place, word in enumerate(words)}, do_lower_case=False).save_pretrained(tmp_path)
+    BertTokenizer(vocab={word: place for place, word in enumerate(words)}, do_lower_case=False).save_pretrained(
+        tmp_path
+    )
     source = changed(tmp_path, {"do_lower_case": True})
     (source / "config.json").write_text('{"model_type": "bert", "vocab_size": 8}')
     assert carried(source, tmp_path / "graph").encode("Hello world").ids == [2, 5, 7, 3]
