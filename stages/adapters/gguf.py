@@ -71,7 +71,9 @@ def dequantize(path: Path, output: Path, progress: Progress) -> None:
     config.dtype = "float32"
     _strip(config)
     config.save_pretrained(output)
-    GenerationConfig.from_model_config(config).save_pretrained(output)
+    settings = GenerationConfig.from_model_config(config)
+    settings.eos_token_id = _ends(reader, settings.eos_token_id)
+    settings.save_pretrained(output)
     _write_tokenizer(path, output)
 
 
@@ -104,6 +106,14 @@ def _opened(path: Path) -> gguf.GGUFReader:
 
 def _architecture(reader: gguf.GGUFReader) -> str:
     return str(reading.read_field(reader, "general.architecture")[0])
+
+
+def _ends(reader: gguf.GGUFReader, told: int | list[int] | None) -> int | list[int] | None:
+    """Tokens that end an answer: of a turn and of a message beside that of a text."""
+    ends = told if isinstance(told, list) else [] if told is None else [told]
+    more = [reading.read_field(reader, key) for key in (gguf.Keys.Tokenizer.EOT_ID, gguf.Keys.Tokenizer.EOM_ID)]
+    found = list(dict.fromkeys([*ends, *(int(one[0]) for one in more if one)]))
+    return found if len(found) > 1 else next(iter(found), None)
 
 
 def _plan(path: Path, reader: gguf.GGUFReader, model: Any, config: Any) -> list[tuple[str, tuple[int, ...], Any]]:

@@ -250,8 +250,8 @@ def _windows(
 def _carry(source: Path, output: Path) -> None:
     """Files that serving reads; `tokenizer.json`, the only one by which engines read texts, is what transformers reads.
 
-    transformers takes of that file what its class of tokenizers does not make by itself or by tokenizer_config.json, and
-    a checkpoint may bring the same in an older format.
+    Its class of tokenizers makes some parts by itself, or by tokenizer_config.json, and takes others from that file; a
+    checkpoint may bring the same in an older format.
     """
     from stages.models.checkpoint.loading import load_tokenizer
     from stages.serving.artifact_files import bare, read_tokenizer

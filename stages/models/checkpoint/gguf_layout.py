@@ -5,15 +5,15 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from stages.models.anatomy import blocks as anatomy
@@ -37,6 +37,8 @@ _BLOCK = 32
 _F16 = float(np.finfo(np.float16).max)
 _SPLITS = ("llama-bpe", "qwen2", "tekken", "gpt-4o")
 """Names of ways to split text, of those that transformers knows by more than one."""
+_COMPOSED = "NFC"
+"""The one change of a text that readers of GGUF leave out of the tokenizers of Qwen, whose texts are nearly all so."""
 _UNLIKE = "Take --format hf, onnx or genai."
 
 
@@ -57,7 +59,7 @@ def refuse(folder: Path) -> None:
             raise StageError(
                 f"the checkpoint becomes no GGUF file: {what}", measured=measured, limit=limit, remedy=_UNLIKE
             )
-    _split(_written_tokenizer(folder))
+    _split(_written(load_tokenizer(folder)))
 
 
 def write_gguf(folder: Path, output: Path, stored: Stored, progress: Progress) -> None:
@@ -76,7 +78,7 @@ def write_gguf(folder: Path, output: Path, stored: Stored, progress: Progress) -
     config = model.config.to_dict()
     writer = gguf.GGUFWriter(output / FILE, config["model_type"])
     _add_config(writer, config, stored)
-    _add_tokenizer(writer, folder, config)
+    _add_tokenizer(writer, folder, config, progress)
     _add_tensors(writer, model, config, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -103,14 +105,17 @@ def _add_config(writer: gguf.GGUFWriter, config: Mapping[str, Any], stored: Stor
     writer.add_vocab_size(config["vocab_size"])
 
 
-def _written_tokenizer(folder: Path) -> dict[str, Any]:
-    return read_json(
-        folder / "tokenizer.json",
-        absent=StageError(
-            "the checkpoint becomes no GGUF file: it has no tokenizer.json",
-            remedy="Write one beside its weights: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).",
-        ),
-    )
+def _written(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A tokenizer as transformers has made it of a folder, in the words of `tokenizer.json`."""
+    if not tokenizer.is_fast:
+        raise StageError(
+            "the checkpoint becomes no GGUF file: its tokenizer is not written",
+            measured=type(tokenizer).__name__,
+            limit="one of the library tokenizers",
+            remedy=_UNLIKE,
+        )
+    written: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return written
 
 
 def _split(written: Mapping[str, Any]) -> str:
@@ -118,6 +123,7 @@ def _split(written: Mapping[str, Any]) -> str:
     before, model = written.get("pre_tokenizer") or {}, written.get("model") or {}
     steps = before.get("pretokenizers", [before])
     kinds = [one.get("type") for one in steps]
+    _refuse_changed_texts(written, steps)
     if model.get("type") == "BPE" and not model.get("byte_fallback") and kinds and kinds[-1] == "ByteLevel":
         if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
             return "gpt-2"
@@ -136,8 +142,28 @@ def _split(written: Mapping[str, Any]) -> str:
     )
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: Mapping[str, Any]) -> None:
-    written = _written_tokenizer(folder)
+def _refuse_changed_texts(written: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
+    """Raise StageError where a text is changed before it is split: readers of GGUF take it as it is."""
+    normalizer = (written.get("normalizer") or {}).get("type")
+    spaced = any(one.get("add_prefix_space") for one in steps if one.get("type") == "ByteLevel")
+    for strange, what, measured, limit in (
+        (normalizer not in (None, _COMPOSED), "it changes texts before it splits them", normalizer, _COMPOSED),
+        (spaced, "it puts a space before each text", "add_prefix_space: true", "false"),
+    ):
+        if strange:
+            raise StageError(
+                f"the checkpoint becomes no GGUF file: its tokenizer is not written, as {what}",
+                measured=measured,
+                limit=limit,
+                remedy=_UNLIKE,
+            )
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: Mapping[str, Any], progress: Progress) -> None:
+    tokenizer = load_tokenizer(folder)
+    written = _written(tokenizer)
+    if written.get("normalizer"):
+        progress.note(f"readers of GGUF split texts as they come: one that is not in {_COMPOSED} becomes other tokens")
     words = {place: word for word, place in written["model"]["vocab"].items()}
     added = {one["id"]: one for one in written.get("added_tokens", [])}
     words |= {place: one["content"] for place, one in added.items()}
@@ -154,21 +180,28 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: Mapping[str, A
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    _add_ends(writer, folder, config)
-    if isinstance(template := load_tokenizer(folder).chat_template, str):
+    said = {**config, **read_json(folder / GENERATION, optional=True)}
+    _add_ends(writer, tokenizer, said, progress)
+    if isinstance(template := tokenizer.chat_template, str):
         writer.add_chat_template(template)
 
 
-def _add_ends(writer: gguf.GGUFWriter, folder: Path, config: Mapping[str, Any]) -> None:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    bare, framed = (tokenizer.encode("a", add_special_tokens=said).ids for said in (False, True))
+def _add_ends(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, said: Mapping[str, Any], progress: Progress
+) -> None:
+    bare, framed = (tokenizer.backend_tokenizer.encode("a", add_special_tokens=said).ids for said in (False, True))
     before = next(place for place in range(len(framed)) if framed[place : place + len(bare)] == bare)
-    said = {**config, **read_json(folder / GENERATION, optional=True)}
-    ends = said.get("eos_token_id")
+    told = said.get("eos_token_id")
+    ends = list(told) if isinstance(told, list) else [told] if told is not None else []
+    # What is the tokenizer's own end stays it: chats are written with that one. Readers end answers by all three.
+    ends.sort(key=lambda one: one != tokenizer.eos_token_id)
+    if more := ends[3:]:
+        names = ", ".join(map(str, more))
+        progress.note(f"GGUF has places for three tokens that end an answer: {names} end none any more")
     begins = framed[0] if before else said.get("bos_token_id")
     for value, add in (
         (begins, writer.add_bos_token_id),
-        (ends[0] if isinstance(ends, list) else ends, writer.add_eos_token_id),
+        *zip(ends, (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), strict=False),
         (said.get("pad_token_id"), writer.add_pad_token_id),
     ):
         if value is not None:

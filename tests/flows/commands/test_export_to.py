@@ -289,13 +289,71 @@ def test_what_gguf_does_not_hold_is_refused_by_name_before_any_weight_is_read(ti
         config = json.loads((tiny / "config.json").read_text()) | changes
         (folder / "config.json").write_text(json.dumps(config))  # and no weights
         assert text in refused(capsys, folder, tmp_path / "to", "--format", "gguf")
-    tokenizer = json.loads((tiny / "tokenizer.json").read_text()) | {"pre_tokenizer": {"type": "Metaspace"}}
+    pieces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text()) | {"pre_tokenizer": pieces}
     (folder / "config.json").write_text((tiny / "config.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "its tokenizer is not written; measured BPE behind Metaspace" in refused(
         capsys, folder, tmp_path / "to", "--format", "gguf"
     )
     assert not (tmp_path / "to").exists()
+
+
+def copied(tiny, folder, **files):
+    """The tiny Llama, with other values in these files of it."""
+    shutil.copytree(tiny, folder)
+    for name, changes in files.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        (
+            {"tokenizer": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}},
+            "it puts a space before each text; measured add_prefix_space: true; limit false",
+        ),
+        (
+            {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, "unk_token": "<end>"}},
+            "it puts a space before each text",
+        ),
+        ({"tokenizer": {"normalizer": {"type": "Lowercase"}}}, "it changes texts before it splits them; measured Low"),
+    ],
+)
+def test_tokenizer_that_changes_texts_becomes_no_gguf_file(tiny, tmp_path, capsys, files, text):
+    source = copied(tiny, tmp_path / "source", **files)
+    assert text in refused(capsys, source, tmp_path / "to", "--format", "gguf")
+
+
+def test_composed_texts_of_a_gguf_file_are_told_of(tiny, tmp_path, handed):
+    source = copied(tiny, tmp_path / "source", tokenizer={"normalizer": {"type": "NFC"}})
+    assert "note: readers of GGUF split texts as they come" in handed(source, "gguf")[1]
+
+
+def test_gguf_file_has_the_tokens_that_transformers_reads(tiny, tmp_path, handed):
+    """Its class splits otherwise than tokenizer.json says."""
+    source = copied(tiny, tmp_path / "source", tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"})
+    theirs, folder = AutoTokenizer.from_pretrained(source), handed(source, "gguf")[0]
+    ours = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    texts = ("Return the 12345th, don't", "one\n\n two")
+    assert any(AutoTokenizer.from_pretrained(tiny)(text).input_ids != theirs(text).input_ids for text in texts)
+    for text in texts:
+        assert ours(text).input_ids == theirs(text).input_ids
+
+
+def test_ends_of_a_gguf_file_are_the_checkpoints_and_its_chats_own_is_the_first(tiny, tmp_path, handed):
+    source = copied(tiny, tmp_path / "source", generation_config={"eos_token_id": [5, 0, 7, 9]})
+    folder, said = handed(source, "gguf")
+    assert "9 end none any more" in said and "5" not in said.partition("three tokens")[2].partition("\n")[0]
+    assert AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf").eos_token_id == 0
+    fields = gguf.GGUFReader(folder / "model.gguf").fields
+    held = [int(fields[f"tokenizer.ggml.{one}_token_id"].parts[-1][0]) for one in ("eos", "eot", "eom")]
+    assert held == [0, 5, 7]
+    (tmp_path / "read").mkdir()
+    dequantize(folder / "model.gguf", tmp_path / "read", Silent())
+    assert open_engine(tmp_path / "read").ends == {0, 5, 7}
 
 
 def test_folder_is_written_whole_or_not_at_all(tiny, tmp_path, capsys):
