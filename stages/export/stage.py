@@ -106,6 +106,7 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         written, halving = halve(output / GRAPH, half, ids_NT, wanted.answer_N, predicts=task == "generate")
     progress.advanced(3, 4)
     _carry(source, output)
+    _note_unfollowed(output, task, progress)
     described = signature | {
         "opset": written.opset,
         "dtype": half or WHOLE,
@@ -265,6 +266,16 @@ def _carry(source: Path, output: Path) -> None:
             read.save(str(path))
     elif not path.is_file():
         raise StageError("the tokenizer cannot be written as tokenizer.json", measured=type(tokenizer).__name__)
+
+
+def _note_unfollowed(output: Path, task: str, progress: Progress) -> None:
+    from stages.models.checkpoint.json_files import read_json
+    from stages.models.checkpoint.layout import CONFIG
+    from stages.serving.artifact_files import settings_of, unfollowed
+
+    settings = settings_of(output, read_json(output / CONFIG))
+    if task in ("generate", "translate") and (told := unfollowed(settings, task)):
+        progress.note(f"answers do not follow all that the settings of generation ask for: {', '.join(told)}")
 
 
 EXPORT = Stage(

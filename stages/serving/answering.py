@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.adapters.backends import Begun, Slots, Stacks
+from stages.adapters.backends import Begun, Execution, Forward, Slots, Stacks, Steps
 from stages.runtime.contract import StageError
+from stages.serving.beams import scoring
 from stages.serving.generate import padded
 from stages.serving.sampling import log_probabilities
 
@@ -27,20 +29,22 @@ ROOM = 64
 class Manner:
     """How answers begin.
 
-    As by transformers' own greedy generation the checkpoint's settings force the first token (a language's) and leave
-    out single tokens (padding); those that ask for lengths or no repetition are not followed.
+    As by transformers' own generation the checkpoint's settings force the first token (a language's) and leave out
+    single tokens (padding), some at first alone; see `stages.serving.artifact_files.unfollowed`.
 
     Attributes:
         start: the token that the decoder reads first.
         forced: the first token that it says; None for what it likes.
         left_out: tokens that it never says.
         wraps: where the decoder is asked for a text itself, it reads the text's last token first, not `start`.
+        left_out_first: tokens that it does not say first, where none is forced.
     """
 
     start: int
     forced: int | None
     left_out: tuple[int, ...]
     wraps: bool
+    left_out_first: tuple[int, ...] = ()
 
     def shifted(self, ids_NT: NDArray[np.int64], counts_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """What the decoder reads when it is asked for texts, right-padded, of which so many tokens count."""
@@ -53,7 +57,7 @@ class Manner:
             logits_NV[:] = NEVER
             logits_NV[:, self.forced] = 0
         else:
-            logits_NV[:, list(self.left_out)] = NEVER
+            logits_NV[:, [*self.left_out, *(self.left_out_first if first else ())]] = NEVER
         return logits_NV
 
 
@@ -64,12 +68,13 @@ def manner(described: Mapping[str, Any]) -> Manner:
         StageError: they say something else.
     """
     try:
-        return Manner(**{**described, "left_out": tuple(described["left_out"])})
+        first = tuple(described.get("left_out_first", ()))
+        return Manner(**{**described, "left_out": tuple(described["left_out"]), "left_out_first": first})
     except (TypeError, KeyError) as error:
         raise StageError(
             "it is not said how answers begin",
             measured=f"answers: {described!r:.200}",
-            limit="start, forced, left_out and wraps",
+            limit="start, forced, left_out, left_out_first and wraps",
             remedy="Make the artifact again.",
         ) from error
 
@@ -153,3 +158,27 @@ def whole(stacks: Stacks, how: Manner, ids_NT: NDArray[np.int64], mask_NT: NDArr
     logits_NTV = np.zeros((*ids_NT.shape, found_NTV.shape[2]), np.float32)
     logits_NTV[mask_NT > 0] = found_NTV[kept_NT > 0]
     return logits_NTV
+
+
+Begin = Callable[[], Steps] | None
+
+
+def asking(opened: Execution, described: Mapping[str, Any], most: int) -> tuple[Forward, Begin, Begin, int | None]:
+    """How an executable is asked.
+
+    Args:
+        opened: it.
+        described: as `graph.json` or `engine.json` says it.
+        most: tokens that it reads.
+
+    Returns:
+        How whole sequences are answered, how what is read is kept, and the same told by log-probabilities; the token
+        that a decoder behind an encoder reads first.
+    """
+    if opened.stacks is not None:
+        how = manner(described.get("answers") or {})
+        begin = partial(Answering, opened.stacks, how)
+        return partial(whole, opened.stacks, how), begin, partial(begin, scores=True), how.start
+    assert opened.forward is not None
+    steps = None if opened.steps is None else partial(opened.steps, most)
+    return opened.forward, steps, scoring(steps), None

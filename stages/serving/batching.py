@@ -221,7 +221,7 @@ class Batching:
         """Draw a row's next token, and tell of it."""
         one = self._rows[row]
         try:
-            token = one.drawing(0, one.new if self._stacked else one.all, logits_V)
+            token = one.drawing(0, self.model.seen(one.all[: one.prompt_tokens], one.new), logits_V)
             one.new.append(token)
             one.all.append(token)
             now, first = time.monotonic(), len(one.new) == 1

@@ -39,11 +39,14 @@ class Beams:
         length_penalty: an answer is worth the sum of its tokens' log-probabilities over its length to this power.
         early_stopping: true ends with as many answers as beams, false where the best beginning is worth less than the
             worst of them as long as it is, `never` where it is even as long as it may get.
+        last: tokens that an answer ends with at the latest, in the last place that it may have; none for any. They are
+            no part of what is found, by beams or without: one token less is all that it may have.
     """
 
     count: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    last: tuple[int, ...] = ()
 
 
 def beams_of(settings: Mapping[str, Any], task: str) -> Beams:
@@ -65,7 +68,20 @@ def beams_of(settings: Mapping[str, Any], task: str) -> Beams:
             limit=f"num_beams 1 to {MOST_BEAMS}; a number; true, false or never",
             remedy="Correct generation_config.json.",
         )
-    return Beams(count, float(penalty), early)
+    return Beams(count, float(penalty), early, _last(settings) if task == "translate" else ())
+
+
+def _last(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    told = settings.get("forced_eos_token_id")
+    ends = [] if told is None else told if isinstance(told, list) else [told]
+    if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in ends):
+        raise StageError(
+            "a token that answers are to end with is none",
+            measured=f"forced_eos_token_id: {told!r:.60}",
+            limit="a whole number from 0 on, or a list of them",
+            remedy="Correct generation_config.json.",
+        )
+    return tuple(ends)
 
 
 class _Scoring:
@@ -190,7 +206,7 @@ class _Search:
     """
 
     def __init__(self, how: Beams, most: int, ends: frozenset[int], ended: Ended) -> None:
-        self._how, self._most, self._ends, self._ended = how, most, ends, ended
+        self._how, self._most, self._ends, self._ended = how, most + bool(how.last), ends, ended
         self.lines, self.done = [list[int]() for _ in range(how.count)], False
         self._score_B = np.full(how.count, _NONE)
         self._score_B[0] = 0
@@ -199,11 +215,15 @@ class _Search:
     @property
     def best(self) -> list[int]:
         """The answer, once it is done."""
-        return self._whole[0][1] if self._whole else []
+        found = self._whole[0][1] if self._whole else []
+        return found[: self._most - bool(self._how.last)]
 
     def advance(self, score_BV: NDArray[np.float32]) -> list[tuple[int, int]]:
         """Go on by a token; the beam that each beam comes from, and its token."""
         count, vocabulary = score_BV.shape
+        if self._how.last and len(self.lines[0]) == self._most - 1:
+            score_BV = np.full_like(score_BV, _NONE)
+            score_BV[:, list(self._how.last)] = 0
         sums = (score_BV + self._score_B[:, None]).ravel()
         # So many that a beam which does not end stands behind each that may.
         best = _largest(sums, max(2, 1 + len(self._ends)) * count)

@@ -29,7 +29,7 @@ from stages.runtime.contract import StageError
 from stages.serving.answering import Answering
 from stages.serving.beams import scoring
 from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
-from stages.serving.translating import Translating, manner_of, shifted
+from stages.serving.translating import Translating, manner_of, setting, shifted
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Eager:
         steps: begins to keep what it reads, None where it keeps nothing.
         scores: the same, told by log-probabilities.
         tells_segments: `forward` takes the segments of tokens, too, if the tokenizer `names_segments`.
+        start: the token that a decoder behind an encoder reads first, None where nothing says it.
     """
 
     forward: Forward
@@ -52,6 +53,7 @@ class Eager:
     steps: Callable[[], Steps] | None
     scores: Callable[[], Steps] | None
     tells_segments: bool = False
+    start: int | None = None
 
 
 def eager(folder: Path, device: str = CPU) -> Eager:
@@ -102,7 +104,8 @@ def eager(folder: Path, device: str = CPU) -> Eager:
     tells_segments = tasks.tells_segments(model.config, (TYPES,))
     both = (answering, partial(answering, scores=True)) if task == "translate" else (steps, scoring(steps))
     begin, scores = both if keeps else (None, None)
-    return Eager(forward, task, longest, begin, scores, tells_segments)
+    start = setting(model, "decoder_start_token_id") if task == "translate" else None
+    return Eager(forward, task, longest, begin, scores, tells_segments, start)
 
 
 class _Steps:

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 
 from stages.adapters.backends import GRAPHS_BACKEND, Execution, Forward, Slots, Steps, backend, refuse_impossible
 from stages.runtime.contract import StageError
-from stages.serving.answering import Answering, manner, rows_apart, whole
+from stages.serving.answering import asking, rows_apart
 from stages.serving.artifact_files import bare, described_by, ends_of, read_beside, read_tokenizer, settings_of
-from stages.serving.beams import Beams, beams_of, chosen, refuse_pieces, scoring, searched
+from stages.serving.beams import Beams, beams_of, chosen, refuse_pieces, searched
 from stages.serving.chat import Chat, chat
 from stages.serving.generate import ROWS, written
 from stages.serving.generation import Generation, generation
@@ -57,6 +57,7 @@ class Answerer:
         tells_segments: `forward` takes the segments of a pair's tokens, too.
         scores: as `steps`, told by log-probabilities.
         beams: how answers are searched by its settings.
+        start: the token that a decoder behind an encoder reads first.
     """
 
     target: str
@@ -72,6 +73,7 @@ class Answerer:
     tells_segments: bool = False
     scores: Callable[[], Steps] | None = None
     beams: Beams = field(default_factory=Beams)
+    start: int | None = None
 
     def logits(self, ids_NT: NDArray[np.int64], type_NT: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """logits_NTV of whole sequences, or what else a model of its task answers.
@@ -130,9 +132,7 @@ class Answerer:
 
     def _by_beams(self, rows: Sequence[list[int]], how: Generation, beams: Beams, most: int) -> list[Answer]:
         def weigh(number: int, new: Sequence[int], score_V: NDArray[np.float32]) -> NDArray[np.float32]:
-            # What an encoder reads is not said before: a decoder may well say it again.
-            said = new if self.task == "translate" else [*rows[number], *new]
-            return penalized(score_V, said, how.repetition_penalty)
+            return penalized(score_V, self.seen(rows[number], new), how.repetition_penalty)
 
         def ended(new: list[int]) -> bool:
             return bool(how.stop) and Writing(self.tokenizer, how.stop).ends(new)
@@ -179,13 +179,23 @@ class Answerer:
         draw = Drawing(how, len(rows))
 
         def choose(number: int, row: Sequence[int], logits_V: NDArray[np.float32]) -> int:
-            return draw(number, row[len(rows[number]) :] if self.task == "translate" else row, logits_V)
+            return draw(number, self.seen(rows[number], row[len(rows[number]) :]), logits_V)
 
         return written(self.steps() if self.steps else self.forward, rows, new, goes_on, choose)
 
+    def seen(self, prompt: Sequence[int], new: Sequence[int]) -> list[int]:
+        """What a decoder has read when it has said so much; what an encoder reads it may well say again."""
+        if self.task != "translate":
+            return [*prompt, *new]
+        return [*new] if self.start is None else [self.start, *new]
+
     def most_new(self, prompt_tokens: int, most: int) -> int:
-        """New tokens that there is room for; a decoder behind an encoder reads one before them, and not the prompt."""
-        return min(most, self.maximum_tokens - (1 if self.task == "translate" else prompt_tokens))
+        """New tokens that there is room for; a decoder behind an encoder reads one before them, and not the prompt.
+
+        The last place is that of an end, where the settings want one there.
+        """
+        room = min(most, self.maximum_tokens - (1 if self.task == "translate" else prompt_tokens))
+        return room - bool(self.beams.last)
 
     def goes_on(self, prompt_tokens: int, new: list[int], writing: Writing, most: int) -> bool:
         """Whether another token of an answer is wanted.
@@ -257,28 +267,15 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
         opened = backend(GRAPHS_BACKEND).execute(folder / GRAPH, (), False)
     task, most = described.get("task", "generate"), int(described["maximum_tokens"])
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    forward, steps, scores = _asked(opened, described, most)
+    forward, steps, scores, start = asking(opened, described, most)
     slots: Callable[[], Slots] | None = None if opened.slots is None else partial(opened.slots, most)
     slots = slots if opened.stacks is None else rows_apart(slots, described)
     settings, talks = settings_of(folder, config), chat(folder)
     made = Answerer(
         opened.target, task, most, tokenizer, ends_of(settings, config), forward, steps, talks, slots, config
     )
-    return replace(made, tells_segments=opened.tells_segments, scores=scores, beams=beams_of(settings, task))
-
-
-Begin = Callable[[], Steps] | None
-
-
-def _asked(opened: Execution, described: dict[str, Any], most: int) -> tuple[Forward, Begin, Begin]:
-    """How whole sequences are answered, how what is read is kept, and the same told by log-probabilities."""
-    if opened.stacks is not None:
-        how = manner(described.get("answers") or {})
-        begin = partial(Answering, opened.stacks, how)
-        return partial(whole, opened.stacks, how), begin, partial(begin, scores=True)
-    assert opened.forward is not None
-    steps = None if opened.steps is None else partial(opened.steps, most)
-    return opened.forward, steps, scoring(steps)
+    beams = beams_of(settings, task)
+    return replace(made, tells_segments=opened.tells_segments, scores=scores, beams=beams, start=start)
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
@@ -292,7 +289,8 @@ def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
     ends, told = ends_of(settings, config), (opened.forward, opened.steps, talks)
     made = Answerer(target, opened.task, most, tokenizer, ends, *told, config=config)
     segments = opened.tells_segments and names_segments(folder)
-    return replace(made, tells_segments=segments, scores=opened.scores, beams=beams_of(settings, opened.task))
+    beams = beams_of(settings, opened.task)
+    return replace(made, tells_segments=segments, scores=opened.scores, beams=beams, start=opened.start)
 
 
 def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> Execution:

@@ -69,9 +69,19 @@ def manner_of(model: PreTrainedModel) -> Manner:
     Raises:
         StageError: it does not say so.
     """
-    forced = _setting(model, "forced_bos_token_id")
-    left_out = tuple(int(one[0]) for one in _setting(model, "bad_words_ids") or () if len(one) == 1)
-    return Manner(_first_token(model), None if forced is None else int(forced), left_out, wraps=False)
+    forced, told = setting(model, "forced_bos_token_id"), setting(model, "eos_token_id")
+    ends = told if isinstance(told, list) else [told]
+    bad = [int(one[0]) for one in setting(model, "bad_words_ids") or () if len(one) == 1 and one[0] not in ends]
+    suppressed = [int(one) for one in setting(model, "suppress_tokens") or ()]
+    begins = [int(one) for one in setting(model, "begin_suppress_tokens") or ()]
+    left_out = tuple(dict.fromkeys([*bad, *suppressed]))
+    return Manner(
+        _first_token(model),
+        None if forced is None else int(forced),
+        left_out,
+        wraps=False,
+        left_out_first=tuple(begins),
+    )
 
 
 def whole_manner_of(model: PreTrainedModel) -> Manner:
@@ -110,7 +120,7 @@ def _first_token(model: PreTrainedModel) -> int:
     Raises:
         StageError: the decoder does not say how an answer begins.
     """
-    first = _setting(model, "decoder_start_token_id")
+    first = setting(model, "decoder_start_token_id")
     if first is None:
         raise StageError(
             f"{type(model).__name__} does not say how an answer begins",
@@ -120,7 +130,7 @@ def _first_token(model: PreTrainedModel) -> int:
     return int(first)
 
 
-def _setting(model: PreTrainedModel, name: str) -> Any:
+def setting(model: PreTrainedModel, name: str) -> Any:
     """What generation_config.json says, or else config.json."""
     told = [getattr(one, name, None) for one in (model.generation_config, model.config)]
     return next((one for one in told if one is not None), None)

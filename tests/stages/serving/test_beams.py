@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from stages.runtime.contract import StageError
+from stages.serving.artifact_files import unfollowed
+from stages.serving.batching import Batching
 from stages.serving.beams import Beams, beams_of, searched
 from stages.serving.eager import eager
 from stages.serving.engine import open_engine
@@ -94,6 +98,64 @@ def test_tokens_that_are_forced_and_left_out_weigh_as_by_transformers(name, tmp_
     found = searched(eager(folder).scores, ROWS, Beams(4), ends=frozenset(ENDS), most=[NEW] * len(ROWS))
     assert found == by_library(folder, Beams(4)) != plain
     assert {row[0] for row in found} == {40}
+
+
+def settings(folder, to, **told):
+    """The checkpoint with such settings of generation."""
+    path = shutil.copytree(folder, to) / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    return to
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_tokens_that_are_suppressed_and_ends_that_are_forced_are_as_by_transformers(name, count, tmp_path):
+    how, without = Beams(count), made(name, tmp_path)
+    plain = by_library(without, how, forced_eos_token_id=None)
+    said = sorted({token for row in plain for token in row[1:]} - {*ENDS})
+    told = {"suppress_tokens": said[:3], "begin_suppress_tokens": sorted({row[0] for row in plain})}
+    told |= {"forced_eos_token_id": ENDS[0], "bad_words_ids": [[ENDS[1]], [said[3]]]}
+    folder = settings(without, tmp_path / "told", eos_token_id=[*ENDS], **told)
+    opened, wanted = open_engine(folder), by_library(folder, how)
+    assert any(len(row) == NEW for row in wanted) and wanted != plain
+    most = [opened.most_new(len(row), NEW) for row in ROWS]
+    assert most == [NEW - 1] * len(ROWS)
+    if count == 1:
+        found = greedy(opened.steps(), ROWS, ends=opened.ends, max_new_tokens=most, maximum_tokens=60)
+    else:
+        asked = opened.searching(Generation(beams=count))
+        found = searched(opened.scores, ROWS, asked, ends=opened.ends, most=most)
+    assert found == [row[: NEW - 1] for row in wanted]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_token_that_a_decoder_begins_behind_counts_as_said_where_repetition_costs(count, tmp_path):
+    start, ends = 5, [2]
+    given = {"decoder_start_token_id": start, "eos_token_id": ends, "forced_eos_token_id": None}
+    folder = settings(made("bart", tmp_path), tmp_path / "told", **given)
+    opened, tokenizer = open_engine(folder), AutoTokenizer.from_pretrained(folder)
+    asked = {"max_new_tokens": NEW, "repetition_penalty": 1.8}
+    wanted = by_library(folder, Beams(count), eos_token_id=ends, **asked)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in wanted]
+    assert opened.start == start
+    assert opened.generate(ROWS, beams=count, **asked) == texts
+    assert replace(opened, start=None).generate(ROWS, beams=count, **asked) != texts
+    rows = Batching(opened)
+    try:
+        heard = [Queue() for _ in ROWS]
+        if count == 1:
+            rows.ask(ROWS, Generation(**asked), lambda at, one: heard[at].put(one))
+            assert [one.get(timeout=30).text for one in heard] == texts
+    finally:
+        rows.close()
+
+
+def test_settings_that_are_not_followed_are_named():
+    none = {"min_length": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "bad_words_ids": [[3]]}
+    assert unfollowed(none, "translate") == []
+    told = {"min_length": 5, "no_repeat_ngram_size": 3, "bad_words_ids": [[3], [4, 5]], "suppress_tokens": [7]}
+    assert unfollowed(told, "translate") == ["min_length 5", "no_repeat_ngram_size 3", "bad_words_ids [[4, 5]]"]
+    assert unfollowed(told, "generate")[2:] == ["bad_words_ids [[3], [4, 5]]", "suppress_tokens [7]"]
 
 
 def test_settings_of_an_encoder_decoder_are_followed_as_by_transformers(tmp_path):
