@@ -36,9 +36,9 @@ ASKED_TOKENS = 16
 """Length of the window on which a model is asked how it has to be called."""
 _NO_TOKEN = -1
 
-Way = Literal["counted", "own", "rolled"]
-"""How each token gets its place: told to the model, counted without the padding; by the model itself; or by the model
-itself once each row was rolled until its padding stands on the right."""
+Way = Literal["counted", "own", "counted_rolled", "rolled"]
+"""How each token gets its place: told to the model, counted without the padding; by the model itself; or in one of
+these ways once each row was rolled until its padding stands on the right."""
 
 
 def inputs_of(*, tells_segments: bool) -> list[str]:
@@ -59,13 +59,14 @@ class AsCalled(nn.Module):
         if pad is not None:
             # Models look for the id itself: to find the last token that counts, or to count places.
             input_ids = torch.where(attention_mask > 0, input_ids, pad)
-        if self.way == "rolled":
+        if self.way in ("rolled", "counted_rolled"):
             return self._rolled(input_ids, attention_mask, token_type_ids)
-        positions = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if self.way == "counted" else {}
-        return self._answer(input_ids, attention_mask, token_type_ids, **positions)
+        return self._answer(input_ids, attention_mask, token_type_ids)
 
-    def _answer(self, ids_NT: Tensor, mask_NT: Tensor, type_NT: Tensor | None, **positions: Tensor) -> Tensor:
-        more = positions if type_NT is None else positions | {TYPES: type_NT}
+    def _answer(self, ids_NT: Tensor, mask_NT: Tensor, type_NT: Tensor | None) -> Tensor:
+        more = {} if type_NT is None else {TYPES: type_NT}
+        if self.way in ("counted", "counted_rolled"):
+            more["position_ids"] = (mask_NT.cumsum(-1) - 1).clamp(min=0)
         said = answer(self.task, self.model(input_ids=ids_NT, attention_mask=mask_NT, **more))
         return said if self.pool is None else self.pool.vectors(said, mask_NT)
 
@@ -201,7 +202,8 @@ def _padding(model: PreTrainedModel) -> int | None:
 
 def _ways(model: PreTrainedModel) -> tuple[Way, ...]:
     told = "position_ids" in inspect.signature(model.forward).parameters
-    return ("counted", "own", "rolled") if told else ("own", "rolled")
+    # Not told, a model may turn all rows by one table (ModernBERT), which the operator for that does not take.
+    return ("counted", "own", "counted_rolled", "rolled") if told else ("own", "rolled")
 
 
 def _name_padding(model: PreTrainedModel, task: str) -> None:

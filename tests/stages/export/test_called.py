@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -107,6 +108,38 @@ def test_rows_beside_padding_are_found_again():
     assert (kept == token_windows(1, 12)[0, :-PADDING]).all()
     assert (unpadded("answer", np.repeat(ids_NT[:, None], 2, 1)) == kept[:, None]).all()
     assert (unpadded("score", ids_NT[:, :1]) == ids_NT[:, :1]).all()
+
+
+@pytest.mark.parametrize("padded_left", [True, False])
+def test_encoder_that_turns_positions_and_reads_its_first_token_becomes_a_graph(tiny, tmp_path, padded_left):
+    """Its rows are rolled, and it is told the places of their tokens: without, all had one table of them."""
+    from stages.adapters.onnxruntime import open_session
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    marks = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "cls_token_id": 2, "sep_token_id": 3}
+    config = transformers.ModernBertConfig(
+        vocab_size=768, num_labels=3, max_position_embeddings=256, local_attention=16, **sizes, **marks
+    )
+    library = transformers.ModernBertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for one in library.parameters():
+            one.mul_(4 if one.ndim > 1 else 1)
+    library.save_pretrained(tmp_path / "checkpoint")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny / name, tmp_path / "checkpoint" / name)
+    (tmp_path / "graph").mkdir()
+    params = ExportParams(parity_windows=1, parity_tokens=24)
+    export(params, {"model": tmp_path / "checkpoint"}, tmp_path / "graph", Hears())
+    ids = token_windows(2, 30)
+    mask = np.ones_like(ids)
+    kept = slice(10, None) if padded_left else slice(0, 20)
+    mask[1] = 0
+    mask[1, kept] = 1
+    with torch.no_grad():
+        wanted = [library(torch.from_numpy(one)).logits.numpy() for one in (ids[:1], ids[1:, kept])]
+    found = open_session(tmp_path / "graph" / "model.onnx").logits(ids, mask)
+    np.testing.assert_allclose(found, np.concatenate(wanted), atol=1e-3 * np.std(wanted))
 
 
 @pytest.fixture(scope="module")
