@@ -61,10 +61,9 @@ class ExportParams(Params):
 
 def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Write `model.onnx` and `graph.json`, with the tokenizer beside them; and `encoder.onnx` if there is one."""
-    from stages.export import called, checks, stacked, to_onnx
-    from stages.export.positions import hold_frequencies
+    from stages.export import called, checks, positions, stacked, to_onnx, told
     from stages.models.anatomy import classes, tasks
-    from stages.models.checkpoint.loading import load_config, load_model, load_tokenizer
+    from stages.models.checkpoint.loading import load_config, load_tokenizer
     from stages.models.checkpoint.pooling import pooled, reads
 
     source, config, tokenizer = inputs["model"], load_config(inputs["model"]), load_tokenizer(inputs["model"])
@@ -73,16 +72,12 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         stacked.refuse_unwritten(
             classes.model_class(config), task, params.opset, cache=params.cache, whole=params.dtype not in HALVES
         )
-    if most is None:
-        most = _longest(config, tokenizer, progress)
-    elif most == tasks.turned_alike(config) != tasks.places(config):
-        progress.note(f"engines read {most} tokens: longer texts have all their positions turned otherwise (longrope)")
+    most = _longest(config, tokenizer, progress) if most is None else told.longest(most, config, progress)
     ids_NT = _windows(inputs, tokenizer, params.parity_windows, _parity_tokens(params, config, most))
-    model = load_model(source)
-    to_onnx.densify(model)
+    model = _dense(source)
     segments = tasks.tells_segments(config, tokenizer.model_input_names)
     wanted = checks.expected(model, ids_NT, task, pool, tells_segments=segments)
-    hold_frequencies(model)
+    positions.hold_frequencies(model)
     progress.advanced(1, 4)
     if config.is_encoder_decoder:
         written, difference, signature = stacked.export_stacks(model, output / GRAPH, wanted, ids_NT, most)
@@ -91,9 +86,8 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         made = _with_cache(model, layers, output, wanted, ids_NT, progress) if layers else None
         if made is None:
             if layers:  # it was laid out for the exporter
-                model, layers = load_model(source), ()
-                to_onnx.densify(model)
-                hold_frequencies(model)
+                model, layers = _dense(source), ()
+                positions.hold_frequencies(model)
             exported = to_onnx.to_onnx(model, params.opset, task, ids_NT[:1], pool, tells_segments=segments)
             del model
             made = _written(exported, output, wanted), checks.require_numbers(output / GRAPH, ids_NT, wanted, task)
@@ -106,7 +100,7 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         written, halving = halve(output / GRAPH, half, ids_NT, wanted.answer_N, predicts=task == "generate")
     progress.advanced(3, 4)
     _carry(source, output)
-    _note_unfollowed(output, task, progress)
+    told.settings(output, task, progress)
     described = signature | {
         "opset": written.opset,
         "dtype": half or WHOLE,
@@ -125,6 +119,15 @@ def export(params: ExportParams, inputs: Mapping[str, Path], output: Path, progr
         "nodes": float(written.nodes),
         "quantized_matrices": float(written.quantized.total()),
     } | halving
+
+
+def _dense(source: Path) -> PreTrainedModel:
+    from stages.export.to_onnx import densify
+    from stages.models.checkpoint.loading import load_model
+
+    model = load_model(source)
+    densify(model)
+    return model
 
 
 def _layers(model: PreTrainedModel, params: ExportParams, progress: Progress) -> Sequence[LayerCache]:
@@ -266,16 +269,6 @@ def _carry(source: Path, output: Path) -> None:
             read.save(str(path))
     elif not path.is_file():
         raise StageError("the tokenizer cannot be written as tokenizer.json", measured=type(tokenizer).__name__)
-
-
-def _note_unfollowed(output: Path, task: str, progress: Progress) -> None:
-    from stages.models.checkpoint.json_files import read_json
-    from stages.models.checkpoint.layout import CONFIG
-    from stages.serving.artifact_files import settings_of, unfollowed
-
-    settings = settings_of(output, read_json(output / CONFIG))
-    if task in ("generate", "translate") and (told := unfollowed(settings, task)):
-        progress.note(f"answers do not follow all that the settings of generation ask for: {', '.join(told)}")
 
 
 EXPORT = Stage(
