@@ -63,7 +63,7 @@ def forcing(folder, root):
     """The same checkpoint whose settings force the first token and leave some out."""
     shutil.copytree(folder, root / "forced")
     padding = {"pad_token_id": 0}  # the tokenizer's own
-    settings = padding | {"forced_bos_token_id": FORCED, "bad_words_ids": [[3]], "suppress_tokens": [7, 8]}
+    settings = padding | {"forced_bos_token_id": FORCED, "bad_words_ids": [[3]], "suppress_tokens": [7]}
     for name, more in (("config.json", padding), ("generation_config.json", settings)):
         path = root / "forced" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | more))
