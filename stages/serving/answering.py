@@ -57,7 +57,9 @@ class Manner:
             logits_NV[:] = NEVER
             logits_NV[:, self.forced] = 0
         else:
-            logits_NV[:, [*self.left_out, *(self.left_out_first if first else ())]] = NEVER
+            out = [*self.left_out, *(self.left_out_first if first else ())]
+            # Settings name tokens that a model has no logit of: -1 for none, or those of a larger table.
+            logits_NV[:, [one for one in out if 0 <= one < logits_NV.shape[1]]] = NEVER
         return logits_NV
 
 

@@ -113,7 +113,7 @@ def test_tokens_that_are_suppressed_and_ends_that_are_forced_are_as_by_transform
     how, without = Beams(count), made(name, tmp_path)
     plain = by_library(without, how, forced_eos_token_id=None)
     said = sorted({token for row in plain for token in row[1:]} - {*ENDS})
-    told = {"suppress_tokens": said[:3], "begin_suppress_tokens": sorted({row[0] for row in plain})}
+    told = {"suppress_tokens": [-1, *said[:3], 99_999], "begin_suppress_tokens": sorted({row[0] for row in plain})}
     told |= {"forced_eos_token_id": ENDS[0], "bad_words_ids": [[ENDS[1]], [said[3]]]}
     folder = settings(without, tmp_path / "told", eos_token_id=[*ENDS], **told)
     opened, wanted = open_engine(folder), by_library(folder, how)
