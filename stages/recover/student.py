@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from stages.algorithms.distillation import Targets, distill
 from stages.algorithms.products import SHORT
 from stages.models.anatomy import blocks as anatomy
-from stages.models.memory.saved_state import read_record, restore, save_state
+from stages.models.memory.saved_state import names, read_record, restore, save_state
 from stages.recover.checks import check_goal
 from stages.recover.headless import Apart
 from stages.recover.held_out import Score
@@ -201,8 +201,10 @@ def save(made: Learner, folder: Path, record: Record) -> None:
     made.updates.check(list(made.updates.masks))
     state = {f"weight.{name}": tensor for name, tensor in moved.items()}
     for name, tensor in moved.items():
-        moments = made.optimizer.state[tensor]
-        state[f"mean.{name}"], state[f"square.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+        # What a window does not pass through (a pooler, the maps of a global attention) has no gradient, so no moments.
+        if moments := made.optimizer.state.get(tensor):
+            state[f"mean.{name}"], state[f"square.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+            state[f"steps.{name}"] = moments["step"]
     if record.best_step == record.step:
         save_state(_best(folder, record.step), moved, {})
     save_state(folder / "state.safetensors", state, vars(record))
@@ -220,11 +222,13 @@ def resume(made: Learner, folder: Path) -> Record | None:
     record = Record(**read)
     for scores in (record.before, record.best):
         scores.update({name: Score(*values) for name, values in scores.items()})
-    moments: dict[str, Tensor] = {}
+    moments, kept = {}, names(path)
+    made.optimizer.state.clear()
     for name, tensor in moved.items():
-        mean, square = torch.empty_like(tensor), torch.empty_like(tensor)
-        made.optimizer.state[tensor] = {"step": torch.tensor(float(record.step)), "exp_avg": mean, "exp_avg_sq": square}
-        moments |= {f"mean.{name}": mean, f"square.{name}": square}
+        if f"mean.{name}" in kept:
+            mean, square, steps = torch.empty_like(tensor), torch.empty_like(tensor), torch.tensor(0.0)
+            made.optimizer.state[tensor] = {"step": steps, "exp_avg": mean, "exp_avg_sq": square}
+            moments |= {f"mean.{name}": mean, f"square.{name}": square, f"steps.{name}": steps}
     restore(path, {f"weight.{name}": tensor for name, tensor in moved.items()} | moments)
     made.updates.put()
     return record

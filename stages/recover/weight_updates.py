@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from stages.algorithms.lora import Factors, begun, merged, slopes
 from stages.algorithms.sparsity import SPARSE
+from stages.models.anatomy import classes
 from stages.models.checkpoint.kept_zeros import is_pruned
 from stages.recover.headless import embedded_names
 from stages.runtime.contract import StageError
@@ -110,8 +111,10 @@ def updates(kind: Kind, saved: PreTrainedModel, computing: PreTrainedModel, *, r
     Raises:
         StageError: `sparse` finds no matrix with zeros.
     """
-    # What a model computes from its configuration (places as sines) is not saved, and so does not learn.
+    # What a model computes from its configuration (places as sines) is not saved, and so does not learn; nor does what
+    # its class does not learn: a loaded tensor no longer says which.
     stays = embedded_names(saved) | set(getattr(saved, "_keys_to_ignore_on_save", None) or ())
+    stays |= {name for name, one in classes.plain(saved).named_parameters() if not one.requires_grad}
     weights = {name: tensor.detach() for name, tensor in saved.named_parameters() if name not in stays}
     if kind == "lora":
         weights = {name: tensor for name, tensor in weights.items() if tensor.dim() == 2}

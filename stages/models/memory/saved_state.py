@@ -46,6 +46,12 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def names(path: Path) -> set[str]:
+    """The names of a state's tensors."""
+    with safe_open(path, framework="pt") as opened:
+        return set(opened.keys())
+
+
 def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Copy a state's tensors into those of the same names, in place."""
     with safe_open(path, framework="pt") as opened:
