@@ -7,7 +7,9 @@ import pytest
 import torch
 import transformers
 
+from stages.factorize import FACTORIZE
 from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy.tasks import answer, task_of
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.models.text.decoder_answers import answered
 from stages.models.text.windows import windows
@@ -135,3 +137,70 @@ def test_model_that_does_not_say_how_an_answer_begins_is_refused(folders, tmp_pa
     inputs = {"model": tmp_path / "model", "text": folders["text"]}
     with pytest.raises(StageError, match="does not say how an answer begins"):
         run(QUANTIZE, {"scheme": "int4_weight_only", "block": 8, "window_tokens": 32}, inputs, tmp_path / "out")
+
+
+SAYS_NO_TEXT = {
+    "classes": ("BartForSequenceClassification", "BartConfig", FAMILIES["bart"][2] | {"num_labels": 3}),
+    "span": ("BartForQuestionAnswering", "BartConfig", FAMILIES["bart"][2]),
+    "t5_classes": ("T5ForSequenceClassification", "T5Config", FAMILIES["t5"][2] | {"num_labels": 3, "pad_token_id": 1}),
+    "t5_span": ("T5ForQuestionAnswering", "T5Config", FAMILIES["t5"][2]),
+}
+
+
+@pytest.fixture(scope="module")
+def writes_nothing(tmp_path_factory, tiny):
+    """Encoder-decoders that classify, or find answers, by name."""
+    root, tokenizer = tmp_path_factory.mktemp("writes-nothing"), load_tokenizer(tiny)
+
+    def made(name):
+        kind, config, settings = SAYS_NO_TEXT[name]
+        if not (root / name).is_dir():
+            torch.manual_seed(5)
+            said = settings | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+            model = getattr(transformers, kind)(getattr(transformers, config)(**said))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            model.save_pretrained(root / name)
+            for file in tiny.glob("tokenizer*"):
+                shutil.copyfile(file, root / name / file.name)
+        return root / name
+
+    return made
+
+
+@pytest.mark.parametrize("name", SAYS_NO_TEXT)
+def test_decoder_that_writes_nothing_reads_what_its_own_forward_hands_it(writes_nothing, folders, tmp_path, name):
+    model, seen = load_model(writes_nothing(name)), []
+    ids_NS = windows(folders["text"], "test", load_tokenizer(writes_nothing(name)), 16, most=5)
+    found_NS = answered(model, ids_NS, tmp_path / "answers.safetensors")
+    assert int((ids_NS[:, -1] == model.config.eos_token_id).sum()) == 5
+    model.get_decoder().register_forward_pre_hook(
+        lambda _m, _a, given: seen.append(given["input_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=ids_NS)
+    assert torch.equal(found_NS, seen[0])
+    assert torch.equal(found_NS[:, 1:], ids_NS[:, :-1])
+
+
+CALIBRATED = {
+    "int8": (QUANTIZE, {"scheme": "int8_w8a8", "embedding": "keep"}),
+    "int4": (QUANTIZE, {"scheme": "int4_weight_only", "block": 8, "embedding": "keep"}),
+    "factorize": (FACTORIZE, {"keep": 0.9}),
+    "channels": (PRUNE, {"method": "channels", "keep": 0.9, "multiple": 4}),
+}
+
+
+@pytest.mark.parametrize("what", CALIBRATED)
+@pytest.mark.parametrize("name", SAYS_NO_TEXT)
+def test_encoder_decoders_that_write_nothing_are_calibrated_by_a_text(writes_nothing, folders, tmp_path, name, what):
+    stage, params = CALIBRATED[what]
+    inputs = {"model": writes_nothing(name), "text": folders["text"]}
+    run(stage, params | {"windows": 8, "window_tokens": 32}, inputs, tmp_path / "out")
+    dense, made = (load_model(one) for one in (inputs["model"], tmp_path / "out"))
+    ids_NS = windows(folders["text"], "test", load_tokenizer(inputs["model"]), 32, most=8)
+    ids_NS[:, -1] = dense.config.eos_token_id
+    with torch.no_grad():
+        wanted, found = (answer(task_of(one), one(input_ids=ids_NS)) for one in (dense, made))
+    assert 0 < float((found - wanted).norm()) < 0.5 * float(wanted.norm())

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -177,7 +178,9 @@ def leaving(stack: Stack, x_NTH: Tensor) -> Iterator[Tensor]:
         yield y_1TH
 
 
-def answers(model: PreTrainedModel, ids: Iterable[Tensor], outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+def answers(
+    model: PreTrainedModel, ids: Iterable[Tensor], outputs: Iterable[Tensor], texts: Iterable[Tensor] | None = None
+) -> Iterator[Tensor]:
     """What the model answers to texts, each by itself, where the last block gives these outputs; see `tasks.answer`.
 
     A gradient can be taken. An encoder is not run: what the decoder's last block gives is there.
@@ -186,11 +189,14 @@ def answers(model: PreTrainedModel, ids: Iterable[Tensor], outputs: Iterable[Ten
         model: any.
         ids: of each text, [1, T].
         outputs: of the last block to it, [1, T, H].
+        texts: what the encoder reads, [1, S], where the answer's place depends on it (BART's classes stand at an end).
     """
     stack, task = stacks(model)[-1], tasks.task_of(model)
     kinds, read = _arguments(stack, 1)[1], _nothing(stack, 1)
-    for ids_1T, x_1TH in zip(ids, outputs, strict=True):
+    for ids_1T, x_1TH, text_1S in zip(ids, outputs, repeat(None) if texts is None else texts, strict=False):
         given = {"input_ids": ids_1T} if read is None else {"decoder_input_ids": ids_1T, "encoder_outputs": (read,)}
+        if text_1S is not None:
+            given["input_ids"] = text_1S
         with _handing_on(stack, kinds, [x_1TH]):
             yield tasks.answer(task, model(**given, **stack.plain))
 

@@ -1,6 +1,6 @@
 """How what a model says depends on the outputs of its last block, for labels drawn from what it says.
 
-Shapes: N windows, T tokens, t of them at once, H hidden, M answers, C classes, V vocabulary.
+Shapes: N windows, T tokens, t of them at once, S tokens of an encoder, H hidden, M answers, C classes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEAD_TOKENS = 64
 """Tokens whose logits are held at once: a vocabulary is a hundred times as wide as a small model."""
 
 
-def drawn_gradient(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor) -> Tensor:
+def drawn_gradient(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor, text_NS: Tensor | None = None) -> Tensor:
     """Gradient at the last block's outputs of log p(label), [N, T, H], the labels drawn from the model's answers.
 
     An answer of a number, or of vectors, counts as the mean of a normal distribution, as wide as the answers to the
@@ -29,10 +29,11 @@ def drawn_gradient(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor) -> Ten
         model: any; of an encoder and a decoder, what the decoder says counts.
         ids_NT: the windows that the last stack reads.
         x_NTH: the last block's outputs on them.
+        text_NS: what the encoder of two stacks reads.
     """
     generator = torch.Generator().manual_seed(0)
     if model.get_output_embeddings() is None:
-        return _of_texts(model, ids_NT, x_NTH, generator)
+        return _of_texts(model, ids_NT, x_NTH, text_NS, generator)
     ids = [ids_1t for ids_1T in ids_NT.split(1) for ids_1t in ids_1T.split(HEAD_TOKENS, dim=1)]
     parts = [x_1tH.detach() for x_1TH in x_NTH.split(1) for x_1tH in x_1TH.split(HEAD_TOKENS, dim=1)]
     gradients = []
@@ -43,11 +44,14 @@ def drawn_gradient(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor) -> Ten
     return torch.cat(gradients).view_as(x_NTH)
 
 
-def _of_texts(model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor, generator: torch.Generator) -> Tensor:
+def _of_texts(
+    model: PreTrainedModel, ids_NT: Tensor, x_NTH: Tensor, text_NS: Tensor | None, generator: torch.Generator
+) -> Tensor:
     """Of models whose answer to a text is no row of tokens: classes, a span, numbers or vectors."""
     gradients, numbers = [], []
     x_NTH, real = x_NTH.detach().requires_grad_(), tasks.task_of(model) == "embed"
-    for n, said in enumerate(answers(model, ids_NT.split(1), x_NTH.split(1))):
+    texts = None if text_NS is None else text_NS.split(1)
+    for n, said in enumerate(answers(model, ids_NT.split(1), x_NTH.split(1), texts)):
         said_MC = said.flatten(0, -2)
         if real or said_MC.shape[1] == 1:
             slope_MC = torch.randn(said_MC.shape, generator=generator)

@@ -8,10 +8,12 @@ Shapes: N windows, S tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from stages.models.memory.pages import release
@@ -34,6 +36,8 @@ def answered(
 ) -> Tensor:
     """What the decoder reads: its first token and an answer drawn from what it says; NOTHING after its end.
 
+    That of a model that writes nothing (it classifies, or finds answers) reads what the model makes of the text itself.
+
     The likeliest answer would do for a model that is sure of it; one that is not says the same token for ever, and a
     decoder that reads nothing else shows one direction of its inputs.
 
@@ -55,8 +59,11 @@ def answered(
     name, most = type(model).__name__, getattr(model.config, "max_position_embeddings", None)
     if most is not None and ids_NS.shape[1] > most:
         raise StageError(f"{name} reads no windows of this length", measured=ids_NS.shape[1], limit=most)
-    own = model.generation_config or GenerationConfig()
-    if own.decoder_start_token_id is None and own.bos_token_id is None:
+    writes = model.can_generate()
+    own = (
+        model.generation_config if writes else GenerationConfig.from_model_config(model.config)
+    ) or GenerationConfig()
+    if writes and own.decoder_start_token_id is None and own.bos_token_id is None:
         raise StageError(
             f"{name} does not say how an answer begins",
             measured="neither decoder_start_token_id nor bos_token_id",
@@ -66,6 +73,8 @@ def answered(
     # A tokenizer that closes its texts has done so; a language's token may stand behind (mBART).
     if ends and not torch.isin(ids_NS[:, -2:], torch.tensor(ends, dtype=ids_NS.dtype)).any():
         ids_NS[:, -1] = ends[0]
+    if not writes:
+        return _read(model, ids_NS)
     found_NS = torch.full_like(ids_NS, NOTHING)
     if read_record(path) is None:
         # All else is the model's own: which token comes first, which are never said.
@@ -80,6 +89,35 @@ def answered(
         save_state(path, {"ids": found_NS}, {})
     restore(path, {"ids": found_NS})
     return found_NS
+
+
+class _Called(Exception):
+    """Ends a run at the decoder."""
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:
+    """What the model's forward hands to its decoder where it is given the text alone: its tokens, shifted by one."""
+    found: list[Tensor] = []
+
+    def called(_module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        found.append(given["input_ids"])
+        raise _Called
+
+    # The encoder need not run: in its place stands one token's nothing.
+    nothing_1H = torch.zeros(len(ids_NS), 1, model.config.hidden_size)
+    hook = model.get_decoder().register_forward_pre_hook(called, with_kwargs=True)
+    try:
+        with suppress(_Called):
+            model(input_ids=ids_NS, encoder_outputs=(nothing_1H,))
+    finally:
+        hook.remove()
+    if not found:
+        raise StageError(
+            f"{type(model).__name__} makes nothing of a text for its decoder to read",
+            remedy="Leave out the steps that need a text.",
+        )
+    return found[0].clone()
 
 
 @torch.no_grad()
