@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,9 +78,16 @@ def check_goal(model: PreTrainedModel, task: str, kl_weight: float) -> None:
 
 
 def check_writer(model: PreTrainedModel, task: str) -> None:
-    """Raise StageError where a teacher that is no decoder is to write text."""
+    """Raise StageError where a teacher is to write text that is no decoder, or keeps no keys and values."""
     if not anatomy.predicts(model, task):
         raise StageError(f"{type(model).__name__} cannot write text", remedy="Give `written_windows: 0`.")
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise StageError(
+            f"{type(model).__name__} cannot write text here: it hands on what it has read in a way of its own",
+            measured="no past_key_values",
+            limit="past_key_values, as transformers caches them",
+            remedy="Give `written_windows: 0`, or a corpus of `model://self` beside the text.",
+        )
 
 
 def _other_tokens(ours: int, theirs: int) -> StageError:

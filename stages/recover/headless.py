@@ -27,15 +27,27 @@ WHOLE_ATTENTION = 256
 """Up to this many tokens the plain product of queries and keys takes half the time of torch's fused one in bfloat16."""
 OF_A_WINDOW = {"classify": 1, "score": 1, "choose": 1, "answer": 2}
 """Task -> the answers to a window, where these are not one a token."""
+ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What a model raises that wants more than it is given."""
 LOGIT_TOLERANCE = 0.02
 """Difference, over the largest logit, that two roundings to a short float explain."""
 
 
 class Taken(nn.Module):
-    """In a head's place: keeps what the head would have read, and says that, or what it is told to."""
+    """In a head's place: keeps what the head would have read, and says that, or what it is told to.
 
-    def __init__(self) -> None:
+    Attributes:
+        weight: the head's, by whose type or device a model may cast what it gives the head (Mamba).
+        bias: the head's.
+        states: what it was given last.
+        instead: what it says.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
+        # Detached they are plain attributes, and no parameters that the head's table would be counted by.
+        self.weight = head.weight.detach()  # type: ignore[operator]
+        self.bias = None if getattr(head, "bias", None) is None else head.bias.detach()  # type: ignore[operator,union-attr]
         self.states: Tensor | None = None
         self.instead: Tensor | None = None
 
@@ -83,7 +95,8 @@ class Apart:
             logits = tasks.answer(self.task, said)
             return logits if logits.ndim == 3 else logits[:, None]
         states, self.taken.states = self.taken.states, None
-        assert states is not None
+        if states is None:
+            raise LookupError("the model reads its head's weight and does not call it")
         return states if self.scale == 1 else states * self.scale
 
     def length(self, ids_NT: Tensor) -> int:
@@ -132,31 +145,53 @@ def load_apart(folder: Path, tokens: int) -> Apart:
     two = bool(model.config.is_encoder_decoder)
     ids_1T = torch.arange(min(tokens, 8))[None] % model.config.get_text_config().vocab_size
     read = {"input_ids": ids_1T} | ({"decoder_input_ids": ids_1T} if two else {})
+    try:
+        return _without_head(model, task, read, tokens if two else 0)
+    except ERRORS as error:
+        raise _not_understood(name, said(error), "logits by its head alone") from error
+
+
+def said(error: BaseException) -> str:
+    """An error's type and the first line of its text."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _without_head(model: PreTrainedModel, task: str, read: dict[str, Tensor], source: int) -> Apart:
     old = anatomy.head(model)
     assert isinstance(old.weight, Tensor)
     with torch.no_grad():
-        expected_TV, taken = model(**read).logits[0].float(), Taken()
+        expected_TV, taken = model(**read).logits[0].float(), Taken(old)
         anatomy.replace(model, old, taken)
         bias_V = _added(model, old.weight)
         scale, cap = _scale_and_cap(model, read, taken)
         if isinstance(own_V := getattr(old, "bias", None), Tensor):
             bias_V = own_V.detach() * scale if bias_V is None else bias_V + own_V.detach() * scale
-        made = Apart(model, Head(old.weight.detach(), bias_V, cap), task, tokens if two else 0, taken, scale)
+        made = Apart(model, Head(old.weight.detach(), bias_V, cap), task, source, taken, scale)
         found_TV = made.head.logits(made.states(model(**read))[0]).float()
     if not (found_TV - expected_TV).abs().max() <= LOGIT_TOLERANCE * expected_TV.abs().max():
-        raise StageError(
-            f"the logits of {name} are not its head's product, scaled and capped; recovery does not understand it",
-            measured=f"difference {float((found_TV - expected_TV).abs().max()):.3g}",
-            limit=f"{LOGIT_TOLERANCE} of the largest, {float(expected_TV.abs().max()):.3g}",
-            remedy="Take `recover` out of the recipe.",
+        raise _not_understood(
+            type(model).__name__,
+            f"difference {float((found_TV - expected_TV).abs().max()):.3g}",
+            f"{LOGIT_TOLERANCE} of the largest, {float(expected_TV.abs().max()):.3g}",
         )
     return made
 
 
+def _not_understood(name: str, measured: str, limit: str) -> StageError:
+    return StageError(
+        f"the logits of {name} are not its head's product, scaled and capped; recovery does not understand it",
+        measured=measured,
+        limit=limit,
+        remedy="Take `recover` out of the recipe.",
+    )
+
+
 def _classifier(model: PreTrainedModel, task: str, tokens: int) -> Apart:
     """What comes after the blocks of a classifier is small and its answers are few: they keep float32."""
+    inside = {id(module) for path in anatomy.stacks(model) for module in model.get_submodule(path)}
+    inside.add(id(anatomy.embedding(model)))
     for child in model.children():
-        if child is not model.base_model:
+        if inside.isdisjoint(map(id, child.modules())):  # T5 that finds answers has its stacks beside its head
             child.float()
             child.register_forward_pre_hook(lambda _module, args: (args[0].float(), *args[1:]))
     config = model.config.get_text_config()

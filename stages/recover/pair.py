@@ -5,7 +5,7 @@ Shapes: N windows, T tokens, S tokens of an encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.text.decoder_answers import answered
 from stages.models.text.text_ends import special_ends
 from stages.models.text.windows import Each, sliced_windows, windows
-from stages.recover.headless import Apart, load_apart
+from stages.recover.headless import ERRORS, Apart, load_apart, said
 from stages.recover.held_out import HeldOut, by_source, held_out
-from stages.recover.matched_blocks import listened
+from stages.recover.matched_blocks import inputs_of, listened
 from stages.recover.params import RecoverParams
 from stages.recover.student import Goal, Learner, learner
 from stages.recover.teacher_answers import Lessons
@@ -66,12 +66,14 @@ def side_by_side(
     if made_for == "fill":
         ids_NT, judged = _with_gaps(tokenizer, ids_NT, judged, params.seed, progress)
     if made_for == "translate":
-        ids_NT = ids_NT[: params.steps * params.batch_windows]
+        ids_NT = ids_NT[: params.steps(tokens) * params.batch_windows]
         ids_NT, judged = _with_answers(inputs["teacher"], ids_NT, judged, partial, progress)
     student, teacher = (load_apart(inputs[role], tokens) for role in ("model", "teacher"))
     if teacher.task in ("score", "choose"):
         student, teacher = _spread(student, teacher, ids_NT)
     pairs = _pairs(params, student, teacher, progress)
+    for one, blocks in ((student, [mine for mine, _ in pairs]), (teacher, [theirs for _, theirs in pairs])):
+        _check_read(one, ids_NT[:1], blocks)
     lessons = _lessons(params, teacher, ids_NT, [theirs for _, theirs in pairs], partial)
     made = learner(
         student,
@@ -141,6 +143,30 @@ def _pairs(params: RecoverParams, student: Apart, teacher: Apart, progress: Prog
         progress.note("the teacher's hidden states are of another width: the student learns from its tokens alone")
         return []
     return pairs
+
+
+@torch.no_grad()
+def _check_read(one: Apart, ids_1T: Tensor, blocks: Sequence[Block]) -> None:
+    """Raise StageError where a model does not run on a window, or its blocks read something else than [N, T, H]."""
+    name = type(one.model).__name__
+    try:
+        with inputs_of({block.name: block.module for block in blocks}) as heard:
+            one.hidden(ids_1T)
+    except ERRORS as error:
+        raise StageError(
+            f"{name} does not read a window of the text",
+            measured=said(error),
+            remedy="Give a tokenizer that begins and ends texts as the model learned them, or leave `recover` out.",
+        ) from error
+    tokens = one.counted_tokens(ids_1T).shape[1]
+    for block, x_NTH in heard.items():
+        if x_NTH.shape[:2] != (1, tokens):
+            raise StageError(
+                f"{block} of {name} reads its tokens in another order than one window after another",
+                measured=f"{list(x_NTH.shape)} of one window of {tokens} tokens",
+                limit="[windows, tokens, hidden]",
+                remedy="Set `hidden_weight: 0` in the step.",
+            )
 
 
 def _lessons(params: RecoverParams, teacher: Apart, ids_NT: Tensor, blocks: list[Block], partial: Path) -> Lessons:

@@ -66,7 +66,6 @@ class RecoverParams(Params):
     patience: int = Field(default=3, ge=1)
     seed: int = 0
 
-    @property
-    def steps(self) -> int:
-        """Steps of the optimizer."""
-        return max(1, round(self.tokens / (self.window_tokens * self.batch_windows)))
+    def steps(self, window_tokens: int) -> int:
+        """Steps of the optimizer by windows of this length, which a model that reads less makes shorter."""
+        return max(1, round(self.tokens / (window_tokens * self.batch_windows)))

@@ -33,7 +33,9 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
     check(inputs, params.update)
     saved, partial = load_model(inputs["model"]), output / PARTIAL
     made, held = side_by_side(params, inputs, saved, partial, progress)
-    plan = Plan(**params.model_dump(include={field.name for field in fields(Plan)}), steps=params.steps)
+    plan = Plan(
+        **params.model_dump(include={field.name for field in fields(Plan)}), steps=params.steps(made.window_tokens)
+    )
 
     def start() -> Mapping[str, Tensor]:
         fresh = dict(load_model(inputs["model"]).named_parameters())
@@ -51,7 +53,7 @@ def recover(params: RecoverParams, inputs: Mapping[str, Path], output: Path, pro
         **gained,
         "steps": float(record.step),
         "best_step": float(record.best_step),
-        "tokens": float(record.step * params.batch_windows * params.window_tokens),
+        "tokens": float(record.step * params.batch_windows * made.window_tokens),
     }
 
 

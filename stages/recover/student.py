@@ -78,6 +78,11 @@ class Learner:
     at_once: int
     listened: Mapping[str, nn.Module]
 
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of the text in one window: of an encoder-decoder, what the encoder reads."""
+        return self.student.source or self.ids_NT.shape[1]
+
 
 @dataclass
 class Record:

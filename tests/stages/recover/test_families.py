@@ -10,8 +10,9 @@ from stages.models.anatomy import blocks as anatomy
 from stages.models.checkpoint.loading import load_model, load_tokenizer, save_model
 from stages.recover.params import RecoverParams
 from stages.recover.stage import recover
+from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
-from tests.stages.models.families import _BOTH, _ENCODER
+from tests.stages.models.families import _BOTH, _ENCODER, FAMILIES, WIDER
 from tests.stages.recover.test_stage import Heard, Stopped, sealed
 
 PARAMS = {"tokens": 8 * 64, "window_tokens": 16, "batch_windows": 4, "check_windows": 8, "check_every_steps": 4}
@@ -88,3 +89,52 @@ def test_run_with_parameters_without_gradient_goes_on_to_the_same_bytes(checkpoi
     found = [recover(params, inputs, tmp_path / name, Silent()) for name in ("cut-off", "whole")]
     assert found[0] == found[1]
     assert sealed(tmp_path / "cut-off") == sealed(tmp_path / "whole")
+
+
+OWN_FORWARD = {
+    "mamba": ("MambaForCausalLM", "MambaConfig", WIDER["mamba"][2]),
+    "t5_span": ("T5ForQuestionAnswering", "T5Config", FAMILIES["t5"][2]),
+    "rwkv": ("RwkvForCausalLM", "RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64,
+             "attention_hidden_size": 32, "intermediate_size": 48}),
+    "esm": ("EsmForMaskedLM", "EsmConfig", _ENCODER | {"pad_token_id": 1, "mask_token_id": 3, "token_dropout": False,
+            "position_embedding_type": "rotary"}),
+    "mobilebert": ("MobileBertForMaskedLM", "MobileBertConfig", _ENCODER | {"embedding_size": 16,
+                   "intra_bottleneck_size": 16, "num_feedforward_networks": 2}),
+    "xlnet": ("XLNetLMHeadModel", "XLNetConfig", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+    "no_end": ("BartForSequenceClassification", "BartConfig", _BOTH | {"num_labels": 3}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", FAMILIES["gpt2"][2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("mamba", {}), ("t5_span", {}), ("xlnet", {"hidden_weight": 0.0}), ("gpt2", {})]
+)
+def test_model_whose_forward_reads_its_heads_weight_or_calls_by_name_learns(checkpoint, name, more, tmp_path):
+    inputs = checkpoint(name, OWN_FORWARD)
+    metrics = recover(RecoverParams(**PARAMS | more), inputs, tmp_path / "out", Silent())
+    assert metrics["kl_after"] < metrics["kl_before"]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "why"),
+    [
+        ("esm", {}, r"logits of EsmForMaskedLM are not its head's product.*RuntimeError.*Take `recover` out"),
+        ("mobilebert", {}, r"logits of MobileBertForMaskedLM are not its head's product.*Take `recover` out"),
+        ("xlnet", {}, r"reads its tokens in another order.*\[16, 1, 32\] of one window of 16.*hidden_weight: 0"),
+        ("rwkv", {"written_windows": 2}, r"RwkvForCausalLM cannot write text here.*written_windows: 0"),
+        ("no_end", {}, r"BartForSequenceClassification does not read a window of the text.*<eos>.*a tokenizer that"),
+    ],
+)
+def test_model_that_recovery_does_not_understand_is_refused_before_it_learns(checkpoint, name, more, why, tmp_path):
+    heard = Heard()
+    with pytest.raises(StageError, match=why):
+        recover(RecoverParams(**PARAMS | more), checkpoint(name, OWN_FORWARD), tmp_path / "out", heard)
+    assert not heard.points
+
+
+def test_windows_that_the_model_cuts_short_are_counted_as_they_are_read(checkpoint, tmp_path):
+    heard = Heard()
+    how = {"tokens": 1024, "window_tokens": 512, "batch_windows": 2}
+    metrics = recover(RecoverParams(**PARAMS | how), checkpoint("gpt2", OWN_FORWARD), tmp_path / "out", heard)
+    assert metrics["steps"] == len(heard.steps()) == 8
+    assert metrics["tokens"] == 8 * 2 * 64
