@@ -28,6 +28,7 @@ from stages.prune.units import CHANNELS, Units
 from stages.runtime.contract import StageError
 
 _IDS = (3, 5, 7, 4, 6, 2, 9, 8)
+_PADDED = 2
 _ROWS = 16
 """Of the tables of tokens that the copy has: more than the tokens that it reads."""
 _SLACK = 1e-4
@@ -122,7 +123,10 @@ def _meta(one: Tensor) -> Tensor:
 
 def _run(model: PreTrainedModel) -> Tensor:
     ids_NT = torch.tensor([_IDS])
-    given: dict[str, Any] = {"input_ids": ids_NT}
+    # With padding attentions take another path (keys are repeated for the heads that read them) than without a mask.
+    mask_NT = torch.ones_like(ids_NT)
+    mask_NT[:, -_PADDED:] = 0
+    given: dict[str, Any] = {"input_ids": ids_NT, "attention_mask": mask_NT}
     if model.config.is_encoder_decoder:
         given["decoder_input_ids"] = ids_NT.flip(1)
     if hasattr(model.config, "use_cache"):

@@ -11,6 +11,8 @@ from stages.models.anatomy import blocks as anatomy
 from stages.runtime.contract import StageError
 
 _DECODER_DEPTH = ("decoder_layers", "num_decoder_layers")
+_NUMBERS = ("layer_idx", "layer_id")
+"""What modules call their block's number, by which they find their keys and values."""
 
 
 def drop_blocks(model: PreTrainedModel, dropped: Collection[int]) -> None:
@@ -34,13 +36,16 @@ def drop_blocks(model: PreTrainedModel, dropped: Collection[int]) -> None:
         for name, value in config.to_dict().items():
             if isinstance(value, list) and len(value) == before and not config.is_encoder_decoder:
                 setattr(config, name, [value[place] for place in kept])
+        if hasattr(config, "attention_types"):  # GPT-Neo says its layers' kinds a second time, in runs
+            config.attention_types = [[[kind], 1] for kind in config.attention_layers]
         setattr(config, depth, len(kept))
         remaining = nn.ModuleList(layers[place] for place in kept)
         anatomy.replace(model, layers, remaining)
         for place, block in enumerate(remaining):
             for module in block.modules():
-                if hasattr(module, "layer_idx"):
-                    module.layer_idx = place  # type: ignore[assignment]
+                for name in _NUMBERS:
+                    if isinstance(getattr(module, name, None), int):
+                        setattr(module, name, place)
 
 
 def _check(path: str, layers: nn.ModuleList, kept: list[int]) -> None:

@@ -67,6 +67,12 @@ def check_depth(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has an encoder and a decoder: blocks are chosen in a single stack",
             remedy="Prune its weights by `magnitude`, or give a model with one stack.",
         )
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+        raise StageError(
+            f"the blocks of {type(model).__name__} divide their attention by their number, which the others' going changes",
+            measured="scale_attn_by_inverse_layer_idx",
+            remedy="Prune its weights: `method: magnitude`, or by `channels` or `heads`.",
+        )
     blocks, runs = len(anatomy.blocks(model)), int(model.config.get_text_config().num_hidden_layers)
     if blocks < runs:
         raise StageError(

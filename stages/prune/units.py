@@ -22,8 +22,9 @@ from stages.models.layers.low_rank_linear import SharedLinear
 from stages.runtime.contract import StageError
 
 CHANNELS, HEADS = "channels", "heads"
-_NO_COUNTS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "num_key_value_groups")
-"""Numbers of an attention that stay: a head's width, and how many heads of queries read a key."""
+_READ_A_KEY = "num_key_value_groups"
+_NO_COUNTS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", _READ_A_KEY)
+"""Numbers of an attention that stay: a head's width, and how many heads of queries read a key, unless these alone go."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Units:
         writers: path -> outputs of each map that writes them, unit by unit, [G, R].
         owner: path of the module that knows how many there are.
         numbers: a number of it -> how much of that one unit is.
+        alone: whether they are heads of queries that all read one key: fewer of them read it then.
     """
 
     what: str
@@ -45,6 +47,7 @@ class Units:
     writers: Mapping[str, Tensor]
     owner: str
     numbers: Mapping[int, int]
+    alone: bool = False
 
     @property
     def count(self) -> int:
@@ -102,6 +105,7 @@ def _heads(one: Attention, where: Mapping[str, str], prefix: str) -> Units:
         {path: torch.cat(rows, 1) for path, rows in written.items()},
         owner,
         numbers,
+        alone,
     )
 
 
@@ -174,15 +178,16 @@ def cut(block: Block, units: Units, stay_P: Tensor, reader_OK: Tensor, fields: M
     reader.in_features = reader_OK.shape[1]
     owner = block.module.get_submodule(units.owner) if units.owner else block.module
     gone = units.count - len(stay_P)
-    for name, value in _counts(owner):
+    for name, value in _counts(owner, units.alone):
         if value in units.numbers:
             setattr(owner, name, value - gone * units.numbers[value])
     configure(owner, fields)
 
 
-def _counts(owner: nn.Module) -> Iterator[tuple[str, int]]:
+def _counts(owner: nn.Module, alone: bool) -> Iterator[tuple[str, int]]:
+    stay = {*_NO_COUNTS, "layer_idx", "layer_id"} - ({_READ_A_KEY} if alone else set())
     for name, value in list(vars(owner).items()):
-        if type(value) is int and not name.startswith("_") and name not in (*_NO_COUNTS, "layer_idx"):
+        if type(value) is int and not name.startswith("_") and name not in stay:
             yield name, value
 
 

@@ -2,20 +2,23 @@
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from stages.models.anatomy import blocks as anatomy
+from stages.models.anatomy.attention import attentions
 from stages.models.checkpoint.loading import load_model, outlined, save_model
 from stages.models.checkpoint.subject import Subject
 from stages.models.text.windows import Windows
 from stages.prune import zeros
 from stages.prune.admission import admitted
+from stages.prune.depth import drop_blocks
 from stages.prune.params import PruneParams
 from stages.prune.stage import _structure
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from stages.share import ShareParams, share
-from tests.stages.models.families import FAMILIES, WIDER, answers, family, library
+from tests.stages.models.families import FAMILIES, VOCABULARY, WIDER, answers, family, library
 
 IDS = torch.arange(40).view(2, 20) * 7 % 90
 
@@ -76,6 +79,73 @@ def test_family_loses_a_block_and_answers_as_what_is_left(name, root, tmp_path):
     torch.testing.assert_close(
         answers(library(name, tmp_path / "out")), answers(load_model(tmp_path / "out")), rtol=1e-4, atol=1e-5
     )
+
+
+def drawn(root, kind, config, settings):
+    """A checkpoint that stands in no table of families."""
+    torch.manual_seed(7)
+    model = getattr(transformers, kind)(getattr(transformers, config)(vocab_size=VOCABULARY, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(root / "drawn")
+    return root / "drawn"
+
+
+_NEO = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64,
+        "window_size": 4, "attention_types": [[["global", "local"], 2]]}  # fmt: skip
+
+
+@pytest.mark.parametrize("gone", [[0], [1], [0, 3]])
+def test_gpt_neo_without_blocks_is_what_transformers_opens_and_keeps_its_kinds_of_attention(gone, tmp_path):
+    folder = drawn(tmp_path, "GPTNeoForCausalLM", "GPTNeoConfig", _NEO)
+    model = load_model(folder)
+    kinds = [one for place, one in enumerate(model.config.attention_layers) if place not in gone]
+    drop_blocks(model, gone)
+    (tmp_path / "out").mkdir()
+    save_model(model, tmp_path / "out", like=folder)
+    theirs = transformers.GPTNeoForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert theirs.config.attention_layers == kinds
+    assert [block.attn.attention_type for block in theirs.transformer.h] == kinds
+    torch.testing.assert_close(answers(theirs), answers(load_model(tmp_path / "out")), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answers(theirs), answers(model), rtol=1e-4, atol=1e-5)
+
+
+def test_gpt_neo_loses_blocks_by_the_stage(tmp_path):
+    folder = drawn(tmp_path, "GPTNeoForCausalLM", "GPTNeoConfig", _NEO)
+    params = PruneParams(method="blocks", keep=0.8, windows=2, window_tokens=20)
+    admitted(params, outline(folder))
+    (tmp_path / "out").mkdir()
+    found = _structure(params, load_model(folder), Windows(IDS, ()), folder, tmp_path / "out", Silent())
+    assert found["layers"] == 3
+
+
+def test_blocks_that_divide_their_attention_by_their_number_are_refused_at_admission(tmp_path):
+    settings = FAMILIES["gpt2"][2] | {"scale_attn_by_inverse_layer_idx": True}
+    folder = drawn(tmp_path, "GPT2LMHeadModel", "GPT2Config", settings)
+    with pytest.raises(StageError, match=r"divide their attention by their number.*method: magnitude"):
+        admitted(PruneParams(method="blocks", keep=0.7), outline(folder))
+
+
+_ONE_KEY = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", FAMILIES["llama"][2] | {"num_key_value_heads": 1}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", FAMILIES["llama"][2] | {"num_key_value_heads": 1, "pad_token_id": 0}),
+    "bigcode": ("GPTBigCodeForCausalLM", "GPTBigCodeConfig", FAMILIES["gpt2"][2] | {"multi_query": True}),
+}
+
+
+@pytest.mark.parametrize("name", _ONE_KEY)
+def test_heads_of_queries_that_read_one_key_go_and_what_is_written_answers(name, tmp_path):
+    folder = drawn(tmp_path, *_ONE_KEY[name])
+    params = PruneParams(method="heads", keep=0.9, windows=2, window_tokens=20)
+    admitted(params, outline(folder))
+    (tmp_path / "out").mkdir()
+    found = _structure(params, load_model(folder), Windows(IDS, ()), folder, tmp_path / "out", Silent())
+    assert found["block_parameters"] <= 0.9 * found["block_parameters_before"]
+    written = load_model(tmp_path / "out")
+    assert answers(written).isfinite().all()
+    found = [(one.heads, one.kv_heads) for block in anatomy.blocks(written) for one in attentions(block).values()]
+    assert found == [(2, 1)] * 3
 
 
 @pytest.mark.parametrize(("name", "why"), [("albert", "run several times"), ("bart", "an encoder and a decoder")])
