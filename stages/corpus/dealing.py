@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 from stages.adapters import texts
-from stages.algorithms.prefix_filter import first_of_each
+from stages.algorithms.prefix_filter import first_of_each, shingles
 from stages.corpus.params import CorpusParams
 from stages.measures.items import Item
 from stages.measures.leaks import leaks, leaks_across
@@ -143,26 +144,21 @@ def _without_duplicates(
     """Of each source each document's paragraphs that stand nowhere earlier, and how many were left out."""
     longest = _LONGEST * params.passage_characters
     parts = [(n, d.name, p) for n, one in enumerate(sources) for d in one.documents for p in texts.parts(d, longest)]
-    seen: set[tuple[str, ...]] = set()
-    fresh, shingles = [], []
+    seen: set[bytes] = set()
+    fresh, found = [], []
     for number, name, part in parts:
-        words = tuple(_WORDS.findall(part.compared.lower()))
-        if words not in seen:
-            seen.add(words)
+        words = _WORDS.findall(part.compared.lower())
+        same = blake2b(" ".join(words).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if same not in seen:
+            seen.add(same)
             fresh.append((number, name, part))
-            shingles.append(_shingles(words))
+            found.append(shingles(words if len(words) >= SHORT_WORDS else (), _SHINGLE_WORDS))
     kept: list[dict[str, list[texts.Paragraph]]] = [{} for _ in sources]
-    keep = first_of_each(shingles, params.near_duplicate)
+    keep = first_of_each(found, params.near_duplicate)
     for (number, name, part), alone in zip(fresh, keep, strict=True):
         if alone:
             kept[number].setdefault(name, []).append(part)
     return kept, len(parts) - sum(keep)
-
-
-def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
-    if len(words) < SHORT_WORDS:
-        return frozenset()
-    return frozenset(words[i : i + _SHINGLE_WORDS] for i in range(len(words) - _SHINGLE_WORDS + 1))
 
 
 def _passages(

@@ -69,7 +69,7 @@ def check_depth(model: PreTrainedModel) -> None:
         )
     if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
         raise StageError(
-            f"the blocks of {type(model).__name__} divide their attention by their number, which the others' going changes",
+            f"the blocks of {type(model).__name__} divide their attention by their number, which changes as others go",
             measured="scale_attn_by_inverse_layer_idx",
             remedy="Prune its weights: `method: magnitude`, or by `channels` or `heads`.",
         )

@@ -24,7 +24,7 @@ from stages.runtime.contract import StageError
 CHANNELS, HEADS = "channels", "heads"
 _READ_A_KEY = "num_key_value_groups"
 _NO_COUNTS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", _READ_A_KEY)
-"""Numbers of an attention that stay: a head's width, and how many heads of queries read a key, unless these alone go."""
+"""Numbers of an attention that stay: a head's width, and how many heads of queries read a key, unless only these go."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from stages.adapters import texts
 from stages.adapters.connect import pins
+from stages.corpus.dealing import Source, _without_duplicates
 from stages.corpus.params import CorpusParams
 from stages.corpus.stage import pin
 from stages.runtime.artifacts import Store
@@ -111,6 +113,21 @@ def test_near_duplicate_without_spaces_between_words_is_left_out(seal: Seal, sto
     outcome = seal("corpus", {"source": str(tmp_path / "a.txt"), "splits": HALVES, "passage_characters": 200})
     whole = "".join(line["text"] for lines in read(store, outcome.identity).values() for line in lines)
     assert outcome.manifest.metrics["duplicates_removed"] == 1 and copied not in whole and parts[7] in whole
+
+
+def test_near_duplicates_are_found_in_little_more_memory_than_the_text_takes() -> None:
+    made = random.Random(3)
+    vocabulary = ["".join(made.choices("abcdefghij", k=made.randrange(2, 10))) for _ in range(5_000)]
+    text = "\n\n".join(" ".join(made.choices(vocabulary, k=90)) for _ in range(900))
+    params = CorpusParams(source="pydoc://topics", splits=HALVES)
+    tracemalloc.start()
+    try:
+        _, removed = _without_duplicates([Source("", 1.0, [texts.Document("one", text)], "")], params)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert removed == 0
+    assert peak < 20 * len(text)
 
 
 @pytest.mark.parametrize("text", ["".join(hanzi(2, 300)), "x" * 20_000, "word " * 4_000], ids=["hanzi", "one", "words"])
