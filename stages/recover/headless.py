@@ -47,7 +47,7 @@ class Taken(nn.Module):
         super().__init__()
         # Detached they are plain attributes, and no parameters that the head's table would be counted by.
         self.weight = head.weight.detach()  # type: ignore[operator]
-        self.bias = None if getattr(head, "bias", None) is None else head.bias.detach()  # type: ignore[operator,union-attr]
+        self.bias = None if getattr(head, "bias", None) is None else head.bias.detach()  # type: ignore[operator]
         self.states: Tensor | None = None
         self.instead: Tensor | None = None
 

@@ -227,7 +227,8 @@ def resume(made: Learner, folder: Path) -> Record | None:
     record = Record(**read)
     for scores in (record.before, record.best):
         scores.update({name: Score(*values) for name, values in scores.items()})
-    moments, kept = {}, names(path)
+    moments: dict[str, Tensor] = {}
+    kept = names(path)
     made.optimizer.state.clear()
     for name, tensor in moved.items():
         if f"mean.{name}" in kept:

@@ -129,8 +129,7 @@ def statistics_of(
         ways.append(way)
         ends.append(x_NTH[:graded] if stack is every[-1] else x_NTH)
     counted_NT = ways[-1].counted_NT[:graded]
-    text_NS = ids_NT[:graded] if len(every) > 1 else None
-    g_NTH = drawn_gradient(model, parts[-1][:graded] * counted_NT, ends[-1], text_NS) * counted_NT[..., None]
+    g_NTH = drawn_gradient(model, parts[-1][:graded] * counted_NT, ends[-1], *parts[:-1]) * counted_NT[..., None]
     for way, end_NTH in zip(reversed(ways), reversed(ends), strict=True):
         if way is not ways[-1]:
             x_NTH = end_NTH[:graded].detach().requires_grad_()

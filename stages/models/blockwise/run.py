@@ -117,7 +117,9 @@ def _graded(
 
 
 def _keep(outputs: dict[str, Tensor], path: str, _x: Tensor, y: Tensor) -> None:
-    outputs[path] = y
+    # DeBERTa's maps read the tokens, then distances, which hang on no token.
+    if y.requires_grad:
+        outputs.setdefault(path, y)
 
 
 def output(returned: Any) -> Tensor:

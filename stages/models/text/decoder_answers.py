@@ -36,7 +36,7 @@ def answered(
 ) -> Tensor:
     """What the decoder reads: its first token and an answer drawn from what it says; NOTHING after its end.
 
-    That of a model that writes nothing (it classifies, or finds answers) reads what the model makes of the text itself.
+    Of a model that writes nothing (it classifies, or finds answers) what its own forward makes of the text.
 
     The likeliest answer would do for a model that is sure of it; one that is not says the same token for ever, and a
     decoder that reads nothing else shows one direction of its inputs.
@@ -59,17 +59,15 @@ def answered(
     name, most = type(model).__name__, getattr(model.config, "max_position_embeddings", None)
     if most is not None and ids_NS.shape[1] > most:
         raise StageError(f"{name} reads no windows of this length", measured=ids_NS.shape[1], limit=most)
-    writes = model.can_generate()
-    own = (
-        model.generation_config if writes else GenerationConfig.from_model_config(model.config)
-    ) or GenerationConfig()
+    writes, own = model.can_generate(), getattr(model, "generation_config", None) or GenerationConfig()
     if writes and own.decoder_start_token_id is None and own.bos_token_id is None:
         raise StageError(
             f"{name} does not say how an answer begins",
             measured="neither decoder_start_token_id nor bos_token_id",
             remedy="Give generation_config.json beside the checkpoint.",
         )
-    ends = [own.eos_token_id] if isinstance(own.eos_token_id, int) else list(own.eos_token_id or [])
+    last = own.eos_token_id if writes else model.config.eos_token_id
+    ends = [last] if isinstance(last, int) else list(last or [])
     # A tokenizer that closes its texts has done so; a language's token may stand behind (mBART).
     if ends and not torch.isin(ids_NS[:, -2:], torch.tensor(ends, dtype=ids_NS.dtype)).any():
         ids_NS[:, -1] = ends[0]

@@ -14,7 +14,7 @@ from tests.stages.models.families import family
 IDS = 3 + torch.arange(4 * 20).view(4, 20) * 7 % 50
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "bloom", "phi3", "gemma3", "opt", "bert_masked", "electra"])
+@pytest.mark.parametrize("name", ["gpt2", "neox", "bloom", "phi3", "gemma3", "opt", "bert_masked", "electra", "deberta"])
 def test_every_map_has_a_range_that_holds_what_it_reads(name, tmp_path):
     model, read = load_model(family(name, tmp_path)), {}
     every = read_together(model, IDS[:1, :8])
