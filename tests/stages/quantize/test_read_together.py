@@ -14,16 +14,20 @@ from tests.stages.models.families import family
 IDS = 3 + torch.arange(4 * 20).view(4, 20) * 7 % 50
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "bloom", "phi3", "gemma3", "opt", "bert_masked", "electra", "deberta"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "neox", "bloom", "phi3", "gemma3", "opt", "bert_masked", "electra", "deberta"]
+)
 def test_every_map_has_a_range_that_holds_what_it_reads(name, tmp_path):
     model, read = load_model(family(name, tmp_path)), {}
     every = read_together(model, IDS[:1, :8])
     decisions = decided(model, names(model), IDS, How("int8", "minmax", (0.0,), 0.0), every)
+
+    def hear(path, x):
+        read[path] = max(read.get(path, 0.0), float(x.detach().abs().max()))
+
     for path, one in model.named_modules():
         if path in names(model):
-            one.register_forward_pre_hook(
-                lambda _m, args, path=path: read.update({path: float(args[0].detach().abs().max())})
-            )
+            one.register_forward_pre_hook(lambda _m, args, path=path: hear(path, args[0]))
     with torch.no_grad():
         model(input_ids=IDS)
     scales = {path: one.input_scale for one in decisions for path in one.site.readers}
