@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
@@ -79,7 +79,10 @@ def _rounded(
     if ids_NT is None:
         return rounding.plainly(model, planned, folder)
     fitted_NT = ids_NT[: max(2, len(ids_NT) // FITTED)] if planned.notes else ids_NT
-    return compress(model, fitted_NT, planned, folder, progress)
+    rows = compress(model, fitted_NT, planned, folder, progress)
+    if idle := [name for name in planned.precision if isinstance(model.get_submodule(name), nn.Linear)]:
+        progress.note(f"{len(idle)} maps stay in float, since no token of the text runs through them: {idle[0]} ...")
+    return rows
 
 
 def _warn_of_mixed_forms(params: QuantizeParams, model: PreTrainedModel, progress: Progress) -> None:

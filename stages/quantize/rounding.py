@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,10 @@ class Rounding:
         search: scales are searched; otherwise the format's own.
         input_scales: by path; scales that nobody decided on are found on the way.
         notes: by path, what the table and `quantization.json` say of a map.
+        idle: a map that no token of the text runs through stays as it is (Longformer's global attention).
     """
+
+    idle: ClassVar[bool] = True
 
     precision: Mapping[str, Precision]
     search: bool = True

@@ -93,7 +93,7 @@ def at_sites(
     block, x_NTH, z_NTH = turn.block, streams.dense_NTH, streams.compressed_NTH
     probe = turn.beside.probe(turn.probe)
     few_1TH = x_NTH[:1, :PROBE]
-    found = sites(block, few_1TH, probe, idle=isinstance(technique, OnWeights) and technique.idle)
+    found = sites(block, few_1TH, probe, idle=technique.idle)
     added = added_to(block, [path for site in found for path in site], few_1TH, probe)
     if isinstance(technique, OnWeights):
         found = [site for site in found if technique.reads(block, site, added.keys() & {*site})]

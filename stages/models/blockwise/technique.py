@@ -27,6 +27,10 @@ class Compressed:
 class Technique(Protocol):
     """How one site's maps are compressed. Names are paths in the model."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether blocks may have maps that read nothing; these stay as they are."""
+
     def enter(self, block: Block) -> None:
         """Told of each block in order, dense still, before it runs; what changes there must leave its outputs."""
 

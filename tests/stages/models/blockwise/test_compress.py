@@ -21,6 +21,8 @@ TWO_STACKS = ["t5", "t5_plain", "bart", "marian"]
 class Halved:
     """Sets every second row of every map to zero, and keeps what it was told."""
 
+    idle = False
+
     def __init__(self):
         self.seen, self.order = {}, []
 
@@ -177,6 +179,16 @@ def test_compress_of_a_map_that_never_runs_is_refused_by_name(folders, tmp_path)
     model.model.layers[1].mlp.idle = nn.Linear(4, 4)
     with pytest.raises(StageError, match=r"layers\.1\.mlp\.idle read nothing"):
         compress(model, ids(), Halved(), tmp_path)
+
+
+def test_rounding_leaves_alone_what_no_token_runs_through(folders, tmp_path):
+    model = load_model(folders["llama"])
+    model.model.layers[1].mlp.idle = nn.Linear(16, 16)
+    wanted = names(model)
+    rows = compress(model, ids(), Rounding(dict.fromkeys(wanted, Precision("int8", input_form="int8"))), tmp_path)
+    assert {row["layer"] for row in rows} == {*wanted} - {"model.layers.1.mlp.idle"}
+    left = [name for name in wanted if isinstance(model.get_submodule(name), nn.Linear)]
+    assert left == ["model.layers.1.mlp.idle"]
 
 
 @pytest.mark.parametrize(
