@@ -12,7 +12,6 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from flows.commands.options import absolute_source
-from flows.names import LONGEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,6 +86,7 @@ def init(
     from jinja2 import Environment, StrictUndefined
 
     from flows.commands.own_files import check_text
+    from flows.names import LONGEST
 
     _refuse_standing(output)
     source, words = absolute_source(checkpoint), absolute_source(text)
