@@ -242,6 +242,14 @@ def test_load_tokenizer_absent_is_refused(tiny, copy):
         load_tokenizer(copy)
 
 
+@pytest.mark.parametrize("damage", ['{"model": {"type": "BPE"}}', '{"model": 3}', "[]", "{", ""])
+def test_tokenizer_that_is_damaged_is_refused_by_its_folder(tiny, tmp_path, damage):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    (copy / "tokenizer.json").write_text(damage)
+    with pytest.raises(StageError, match=r"copy has no tokenizer that can be read; measured \S"):
+        load_tokenizer(copy)
+
+
 def test_structure_that_does_not_fit_is_refused(tiny, copy):
     group = {"modules": ["model.layers.9.mlp.up_proj"], "rank": 2}
     for spec, message in (
