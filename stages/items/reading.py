@@ -48,6 +48,8 @@ BETWEEN = "|"
 _LETTERS = "ABCDEFGHIJ"
 _UNSPACED = re.compile("[\u0e00-\u0e7f\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 """Scripts that put no space between words: Thai, Chinese and Japanese, with their punctuation."""
+_OPENS, _CLOSES = tuple("([{<\u201c\u2018\"'`_/$#@"), tuple(".,;:!?)]}%\u201d\u2019")
+"""What the next word clings to, and what clings to the word before."""
 
 
 def item_files(path: Path) -> list[tuple[str, Path]]:
@@ -201,7 +203,8 @@ def _item(given: dict[str, Any], where: str) -> Item:
 def _apart(item: Item) -> Item:
     """An item whose choices stand apart from its prompt as words do, unless one of them says itself what is between."""
     borders = [item.prompt[-1], *(one[:1] for one in item.choices)]
-    if item.task != "choices" or any(one.isspace() or _UNSPACED.match(one) for one in borders):
+    cling = item.prompt.endswith(_OPENS) or any(one.startswith(_CLOSES) for one in item.choices)
+    if item.task != "choices" or cling or any(one.isspace() or _UNSPACED.match(one) for one in borders):
         return item
     return item.model_copy(update={"choices": tuple(f" {one}" for one in item.choices)})
 

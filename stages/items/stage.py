@@ -58,7 +58,7 @@ class ItemsParams(Params):
         language: of rows that name none.
         match: of rows that name none.
         spaced: a space is put between a prompt and its choices where neither brings one, but not in scripts without
-            spaces; false takes them as they stand, as for the rest of a word or of a line of code.
+            spaces, behind what opens or before what closes; false takes them as they stand, as for the rest of a word.
         splits: split -> its share of each ability's items; by default all are of `test`. Those of abilities:// are
             fixed: every third item is of `test`, the others of `validate`.
         abilities: take these alone; empty for all.

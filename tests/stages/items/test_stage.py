@@ -191,12 +191,14 @@ def test_choices_stand_apart_from_the_prompt_as_words_do(seal, store, tmp_path):
             ("The capital of France is", " Paris", "London"),
             ("中国的首都是", "北京", "上海"),
             ("The word for water is", "水", "火"),
+            ("values = list(", "range(3))", "len(3))"),
+            ("Is it late", "?", "!"),
         )
     ]
     path = table(tmp_path / "own.csv", rows)
     for about, first in (({}, " Paris"), ({"spaced": False}, "Paris")):
         items = made(store, seal("items", {"source": str(path)} | about).identity)["test"]
-        assert [item.choices[0] for item in items] == [first, "Paris", " Paris", "北京", "水"]
+        assert [item.choices[0] for item in items] == [first, "Paris", " Paris", "北京", "水", "range(3))", "?"]
     with pytest.raises(ValidationError, match="files of one's own"):
         ItemsParams(source="abilities://", spaced=False)
 
