@@ -84,8 +84,8 @@ bench-serving: install  ## `enginery serve` for one client and for 16 at once: t
 schemas: install  ## write the JSON Schemas that ship with the package
 	@$(BIN)/python -m flows.commands.schema
 
-images:  ## build the container images; TORCH_INDEX and TRT choose the torch build and the TensorRT family
-	@docker/build.sh
+images:  ## build the container images; TORCH_INDEX and TRT choose the torch build and the TensorRT family, GPUS=1 adds one that executes plans
+	@GPUS='$(or $(GPUS),$(shell sed -n 's/^GPUS=//p' '$(ENV_FILE)' 2>/dev/null))' docker/build.sh
 
 production-env:  ## write infra/.env with random secrets, unless it is there (ENV_FILE=other for another stack)
 	@infra/env.sh '$(ENV_FILE)'

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds every image in the order in which they stand on each other, and prints their sizes.
-# TORCH_INDEX and TRT choose the torch build and the TensorRT family; DOCKER_FLAGS goes to `docker build`.
+# TORCH_INDEX and TRT choose the torch build and the TensorRT family; DOCKER_FLAGS goes to `docker build`. With GPUS above 0
+# there is an image besides, in which plans are executed.
 set -eu
 cd "$(dirname "$0")/.."
 docker info >/dev/null 2>&1 || { echo "error: no Docker engine answers; start one and run again" >&2; exit 1; }
@@ -14,7 +15,7 @@ build() { # build IMAGE TARGET TAG
     --build-arg TORCH_INDEX="${TORCH_INDEX:-}" --build-arg TRT="${TRT:-tensorrt_rtx}" . >/dev/null
 }
 
-for image in base torch tensorrt server; do
+for image in base torch tensorrt server $([ "${GPUS:-0}" = 0 ] || echo gpu); do
   echo "building enginery/$image:$version"
   build "$image" libraries libraries
   build "$image" image "$version"

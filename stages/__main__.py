@@ -97,7 +97,7 @@ def _answered(asked: argparse.Namespace, events: JsonLines) -> int:
 
 def _lean(definition: Stage[Any], params: Params) -> Stage[Any]:
     """The stage, but when it runs, after all checks, transformers comes without what no stage uses."""
-    if definition.image_of(params) is not Image.TORCH:
+    if definition.image_of(params) not in (Image.TORCH, Image.GPU):
         return definition
 
     def run(*given: Any) -> Metrics:

@@ -41,6 +41,7 @@ def run(
     from flows.recipe.read import load_recipe
     from flows.reporting.tables import show_result
     from flows.reporting.terminal import TerminalProgress
+    from flows.running.placement import judging_gpu
     from flows.settings import enter, settle
 
     settings = replace(
@@ -49,7 +50,8 @@ def run(
         from_step=from_step,
         force=frozenset(force or ()),
     )
-    asked = expanded(load_recipe(recipe, sets or ()))
+    gpu = judging_gpu(settings)
+    asked = expanded(load_recipe(recipe, sets or (), gpu), gpu)
     _check_steps(asked, [*(force or ()), *([from_step] if from_step else [])])
     enter(settings)
     if settings.output:
@@ -79,10 +81,12 @@ def plan(
     from flows.recipe.read import load_recipe
     from flows.reporting.terminal import TerminalProgress
     from flows.results import PlanResult
+    from flows.running.placement import judging_gpu
     from flows.settings import enter, settle
 
     settings = settle(store=store)
-    asked = expanded(load_recipe(recipe, sets or ()))
+    gpu = judging_gpu(settings)
+    asked = expanded(load_recipe(recipe, sets or (), gpu), gpu)
     enter(settings)
     with TerminalProgress() as terminal:
         lines = look_ahead(asked, settings, terminal)

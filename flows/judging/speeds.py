@@ -27,13 +27,17 @@ def of_speed(gate: Gate, artifact: str, speeds: Speeds) -> Found:
     if not beside:
         remedy = "Say `judge: {speed: true}`, or take the gate out."
         raise StageError(f"a gate asks for {gate.measure} of {artifact}, whose speed was not measured", remedy=remedy)
+    report = next(iter(beside.values()))
+    # By name, a gate that cannot hold is refused before any work; of every artifact it speaks of those that it can.
+    if gate.against is not None and gate.artifact is None and "ratios" not in report[SPEED]:
+        return Found(None, why=f"timed alone on {device(report)}, since torch is built without CUDA")
     if gate.against is not None and (gate.against not in beside or "ratios" not in beside[gate.against][SPEED]):
         raise StageError(
             f"{artifact} was not measured in turn with {gate.against}, so their speeds cannot be compared",
             limit=", ".join(name for name, one in beside.items() if "ratios" in one[SPEED]) or "none",
             remedy="Compare with the baseline: another report may be of another device or of a busier hour.",
         )
-    report = beside[gate.against] if gate.against is not None else next(iter(beside.values()))
+    report = beside[gate.against] if gate.against is not None else report
     said = report[SPEED]
     have = said["artifact"]["measures"] if gate.against is None else said["ratios"]
     if gate.measure not in have:

@@ -14,9 +14,10 @@ from typing import Any
 from flows.recipe.expand import Expanded, PlannedStep
 from flows.recipe.model import CHAMPION, Recipe
 from flows.registry.journal import Executable, Promotion, history, last, standing_entry
-from flows.running.placement import load_pools
+from flows.running.placement import devices
 from flows.running.plan import resolve
 from flows.running.session import Session, model_size, run_step
+from stages.adapters.targets import is_plan
 from stages.measures.table import BENCH
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import StageError
@@ -79,8 +80,8 @@ def measured(session: Session, champion: Champion) -> Session:
         return session
     own = {name: one for name, one in session.planned.items() if one.measures != CHAMPION}
     theirs = [step for step in steps if step.measures == CHAMPION]
-    devices = load_pools().devices_of_stages() if session.settings.launcher == "pool" else {}
-    planned = resolve(theirs, session.store, session.terminal.for_step, devices=devices, known=own)
+    there = devices(session.settings)
+    planned = resolve(theirs, session.store, session.terminal.for_step, devices=there, known=own)
     session = replace(session, steps=steps, planned=planned)
     for step in theirs:
         run_step(session, step.name)
@@ -128,6 +129,14 @@ def _facing(asked: Expanded, store: Store, champion: Champion) -> Sequence[Plann
             measured=f"artifact {served.fingerprint[:12]} is gone",
             remedy=f"Run the recipe that made it again, move the alias by `enginery promote {register.model} VERSION` "
             "to a version whose engine is there, or take the gates against champion out.",
+        )
+    if compares and is_plan(served.target) and served.target.partition(":")[2] != asked.gpu:
+        raise StageError(
+            f"{register.model}@{register.alias}, version {champion.version}, is a plan that no GPU here executes, so "
+            "no gate can compare with it",
+            measured=asked.gpu or "no GPU",
+            limit=served.target,
+            remedy="Run it on a machine with such a GPU, or take the gates against champion out.",
         )
     theirs = [
         MeasuredChampion(

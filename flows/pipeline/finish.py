@@ -108,7 +108,7 @@ def _result(session: Session, judgement: Judgement, candidate: Candidate | None)
         gates=judgement.gates,
         model=model,
         executed=[f"{name} on {one.target}" for name, one in judgement.engines.items() if one.judged],
-        compiled=[f"{name} for {one.target}" for name, one in judgement.engines.items() if not one.judged],
+        compiled=[f"{name} for {other}" for name, one in judgement.engines.items() if (other := one.unexecuted)],
         outputs=_outputs(session, judgement),
         lost=whereabouts(judgement.reports, chain(session, judgement)),
     )

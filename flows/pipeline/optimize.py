@@ -31,6 +31,7 @@ from flows.recipe.read import load_recipe
 from flows.reporting.terminal import TerminalProgress
 from flows.reporting.verdict_text import summary
 from flows.results import RunResult
+from flows.running.placement import judging_gpu
 from flows.running.session import Session, opened, run_step
 from flows.settings import settle
 from stages.runtime.contract import Interrupted, StageError, Unavailable
@@ -104,7 +105,7 @@ def optimize_recipe(
     """
     asked = _ASKED.get()
     if asked is None:
-        return drive(as_recipe(recipe, sets or ()), force or (), from_step)
+        return drive(as_recipe(recipe, sets or (), judging_gpu(settle())), force or (), from_step)
     try:
         asked.result = _driven(asked.session)
     except KeyboardInterrupt as error:
@@ -116,24 +117,25 @@ def optimize_recipe(
     return _state(asked.result)
 
 
-def as_recipe(given: Recipe | str, sets: Sequence[str] = ()) -> Recipe:
-    """The recipe that a flow's parameter names or is, checked.
+def as_recipe(given: Recipe | str, sets: Sequence[str] = (), gpu: str | None = None) -> Recipe:
+    """The recipe that a flow's parameter names or is, checked; `gpu` as of `load_recipe`.
 
     Raises:
         RecipeError: it is missing or wrong.
     """
     if isinstance(given, str):
-        return load_recipe(given, sets)
+        return load_recipe(given, sets, gpu)
     if sets:
         raise StageError("`sets` change a recipe that is named", remedy="Change the recipe that is given itself.")
-    check_recipe(given)
+    check_recipe(given, gpu)
     return given
 
 
 def drive(recipe: Recipe, force: Sequence[str] = (), from_step: str | None = None) -> dict[str, Any] | State[Any]:
     """Run a recipe inside the flow run that goes on; returns its RunResult as JSON values, or the flow run's state."""
     settings = replace(settle(), force=frozenset(force), from_step=from_step)
-    with TerminalProgress() as terminal, opened(expanded(recipe), settings, terminal, facing) as session:
+    asked = expanded(recipe, judging_gpu(settings))
+    with TerminalProgress() as terminal, opened(asked, settings, terminal, facing) as session:
         state = _state(_driven(session))
     await_api(str(flow_run.id))
     return state

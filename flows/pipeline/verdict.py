@@ -120,14 +120,26 @@ def _verdict(session: Session, reports: Reports, speeds: Speeds, champion: Champ
 
 
 def _engines(session: Session) -> dict[str, Executable]:
-    executable = {step.name: step.executable for step in session.steps}
+    executed = {step.name: step.target for step in session.steps}
     found: dict[str, Executable] = {}
     for name in session.recipe.judge.artifacts if session.recipe.judge else ():
         step = session.done[name]
         if step.kind is Kind.ENGINE:
             target = _json(session.store, step.fingerprint, "engine.json")["target"]
-            found[name] = Executable(fingerprint=step.fingerprint, target=target, judged=executable[name])
+            found[name] = _executable(step.fingerprint, target, executed[name])
     return found
+
+
+def _executable(fingerprint: str, compiled: str, executed: str) -> Executable:
+    """An engine compiled for a target, `tensorrt_rtx:sm_89+sm_120`, and executed on one of its GPUs or on none."""
+    name, _, architectures = compiled.partition(":")
+    besides = [one for one in architectures.split("+") if executed and f"{name}:{one}" != executed]
+    return Executable(
+        fingerprint=fingerprint,
+        target=executed or compiled,
+        judged=bool(executed),
+        besides=f"{name}:{'+'.join(besides)}" if besides else "",
+    )
 
 
 def _serves(engines: Mapping[str, Executable]) -> str:

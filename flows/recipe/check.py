@@ -13,28 +13,35 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.recipe.check_gates import RUNS, gate_faults, named, ungated
+from flows.recipe.check_gates import gate_faults, named, ungated
 from flows.recipe.expand import expanded, upstream
 from flows.recipe.located_yaml import Fault
 from flows.recipe.located_yaml import Path as Field
 from flows.recipe.model import CHAMPION, Recipe, RecipeError
-from flows.recipe.seen import Seen, SeenStep, Wanted, guessed, steps_of
+from flows.recipe.seen import RUNS, Seen, SeenStep, Wanted, guessed, steps_of
 from flows.recipe.shape import BROKEN, dotted, meant, part, said, shaped, without_echoes
 from stages import STAGES, stage
+from stages.adapters.targets import CPU, CUDA
 from stages.measures.own import GROUP, installed
 from stages.runtime.contract import Kind, StageError
+from stages.runtime.cuda_driver import gpu_architecture
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise RecipeError unless the steps, the judging and the gates fit together."""
+def check_recipe(recipe: Recipe, gpu: str | None = None) -> None:
+    """Raise RecipeError unless the steps, the judging and the gates fit together; `gpu` as of `faults`."""
     data = recipe.model_dump(mode="json", by_alias=True)
-    found = faults(data)
+    found = faults(data, gpu)
     if found:
         raise RecipeError("\n".join(f"{dotted(fault.path, data)}: {fault.text}" for fault in found))
 
 
-def faults(data: dict[str, Any]) -> list[Fault]:
-    """Everything that keeps a recipe, given as JSON values, from running."""
+def faults(data: dict[str, Any], gpu: str | None = None) -> list[Fault]:
+    """Everything that keeps a recipe, given as JSON values, from running.
+
+    Args:
+        data: the recipe.
+        gpu: the architecture of the GPU where artifacts are measured, empty for none; this machine's by default.
+    """
     found, left = shaped(data)
     steps, judge, gates = steps_of(data, left), part(left, "judge"), part(left, "gates", [])
     of_params = {step.index: _params(step, left["steps"][step.index]) for step in steps}
@@ -44,6 +51,7 @@ def faults(data: dict[str, Any]) -> list[Fault]:
         gates=gates if isinstance(gates, list) else [],
         unsound=frozenset(index for index, faulty in of_params.items() if faulty or steps[index].params is BROKEN),
         guessed={},
+        gpu=gpu_architecture() if gpu is None else gpu,
     )
     seen = replace(seen, guessed=guessed(steps, _wanted(seen)))
     for faulty in of_params.values():
@@ -55,6 +63,7 @@ def faults(data: dict[str, Any]) -> list[Fault]:
     for step in steps:
         found += _inputs(seen, step)
     found += _precisions(seen)
+    found += _targets(seen)
     found += _judge(seen)
     wrong = {str(fault.path[1]) for fault in found if fault.path[:1] == ("judge",) and len(fault.path) > 1}
     if not wrong:
@@ -170,6 +179,24 @@ def _precisions(seen: Seen) -> Iterator[Fault]:
                 told.add(text)
 
 
+def _targets(seen: Seen) -> Iterator[Fault]:
+    """That a step is to execute its artifact on what does not: known here, before there is the artifact."""
+    for step in seen.steps:
+        role = {"validate": "model", "bench": "artifact"}.get(step.stage, "")
+        source = part(step.inputs, role) if role and step.index not in seen.unsound else None
+        fitting = seen.target(source) if isinstance(source, str) else None
+        if fitting is None or not isinstance(source, str):
+            continue
+        asked = str(getattr(stage(step.stage).params.model_validate(step.params), "target", ""))
+        here, built = ("steps", step.index, "params", "target"), seen.find(source)
+        if not fitting and built is not None:
+            on = " + ".join(built.params.get("architectures", ()))
+            lacks = f"the GPU here is {seen.gpu}" if seen.gpu else "no GPU is here"
+            yield Fault(here, f"{source!r} is for {on}, and {lacks}; allowed: leave the step out, or run it there")
+        elif asked != fitting and not (fitting == CPU and asked == CUDA):
+            yield Fault(here, f"{source!r} is not executed on {asked}; allowed: {fitting}")
+
+
 def _formats(seen: Seen, name: str) -> dict[str, str]:
     """Number formats of the graph that a step reads -> the step that chose them."""
     # Norms, scales and products of activations stay float32 in every graph that is exported.
@@ -232,7 +259,7 @@ def _measured(seen: Seen) -> Iterator[Fault]:
     unsound = any(step.index in seen.unsound for step in seen.steps if step.stage in ("compile", "prune", "quantize"))
     if recipe.judge is None or unsound or not {*recipe.judge.artifacts, recipe.judge.baseline} <= taken:
         return  # which measurements there will be cannot be told
-    for name in [step.name for step in expanded(recipe).steps if step.measures and step.name in taken]:
+    for name in [step.name for step in expanded(recipe, seen.gpu).steps if step.measures and step.name in taken]:
         yield Fault(("judge",), f"a step is called {name!r} as this measurement would be; allowed: another name")
 
 

@@ -8,13 +8,11 @@ from typing import Any
 from flows.recipe.located_yaml import Fault
 from flows.recipe.located_yaml import Path as Field
 from flows.recipe.model import CHAMPION
-from flows.recipe.seen import Seen
+from flows.recipe.seen import RUNS, Seen
 from flows.recipe.shape import BROKEN, part
+from stages.adapters.targets import CPU, takes_turns
 from stages.measures.table import HARNESS_MEASURES, MEASURES, OWN, SPEEDS, known, measure_of
 from stages.runtime.contract import Kind
-
-RUNS = frozenset({Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE})
-"""Kinds that answer, so that they can be judged."""
 
 
 def named(seen: Seen, path: Field, name: Any, kinds: frozenset[Kind]) -> Iterator[Fault]:
@@ -109,6 +107,14 @@ def _speed_gate(seen: Seen, here: Field, gate: dict[str, Any], measure: str, wro
         value = part(gate, field)
         if isinstance(value, str) and isinstance(seen.judge, dict) and value not in allowed and not of & wrong:
             yield Fault((*here, field), f"{value!r} {why}; allowed: {', '.join(allowed) or 'none in this recipe'}")
+    artifact = part(gate, "artifact")
+    if (
+        isinstance(artifact, str)
+        and part(gate, "against") == baseline
+        and not takes_turns(seen.target(artifact) or CPU)
+    ):
+        text = f"{artifact!r} is timed alone, since torch here is built without CUDA"
+        yield Fault((*here, "against"), f"{text}; allowed: leave it out, or install a torch for CUDA")
     alone = part(gate, "artifact") or (executed[0] if len(executed) == 1 and not wrong else None)
     if baseline in executed and alone == part(gate, "against") == baseline:
         yield Fault((*here, "artifact"), f"{baseline!r} takes no turns with itself; allowed: another artifact")

@@ -11,10 +11,12 @@ from typing import Any
 
 from flows.recipe.model import CHAMPION, Judge, Recipe, Step
 from stages import stage
-from stages.adapters.backends import GRAPHS_BACKEND, backend
+from stages.adapters.backends import GRAPHS_BACKEND
+from stages.adapters.targets import CPU, takes_turns, target_of
 from stages.measures.table import BENCH
 from stages.quantize.params import QuantizeParams, block_of
 from stages.runtime.contract import Kind
+from stages.runtime.cuda_driver import gpu_architecture
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class PlannedStep:
         measures: the step that this one measures, empty for a step of the recipe.
         corpus: the corpus it is measured on; with `measures` the identity of a measurement.
         traced: it only draws the curve of the intermediate checkpoints; no gate reads it.
-        executable: its artifact can be executed by the runtimes of a machine without a GPU.
+        target: what executes its artifact; empty for what makes none, and for an engine of GPUs that are not there.
         given: role -> fingerprint of a sealed artifact that no step of the recipe makes.
     """
 
@@ -37,7 +39,7 @@ class PlannedStep:
     measures: str = ""
     corpus: str = ""
     traced: bool = False
-    executable: bool = True
+    target: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -49,27 +51,38 @@ class Expanded:
         champion: the measurements of the champion that gates ask for; its engine, the role `model`, and what executes
             it are known when the recipe runs.
         chains: of each judged artifact the checkpoints from the baseline to it, in order, and itself.
+        gpu: the architecture of the GPU where artifacts are measured, empty for none.
     """
 
     recipe: Recipe
     steps: tuple[PlannedStep, ...]
     champion: tuple[PlannedStep, ...] = ()
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gpu: str = ""
 
 
-def expanded(recipe: Recipe) -> Expanded:
-    """The recipe's steps, then the measurements that `judge` asks for."""
+def expanded(recipe: Recipe, gpu: str | None = None) -> Expanded:
+    """The recipe's steps, then the measurements that `judge` asks for.
+
+    Args:
+        recipe: checked.
+        gpu: the architecture of the GPU where its artifacts are measured, empty for none; this machine's by default.
+    """
+    gpu = gpu_architecture() if gpu is None else gpu
     own = [
-        PlannedStep(s.name, s.stage, s.roles(), _in_blocks(s, recipe), executable=executable_here(s))
+        PlannedStep(s.name, s.stage, s.roles(), _in_blocks(s, recipe), target=target(s.stage, s.params, gpu))
         for s in recipe.steps
     ]
-    measured = [] if recipe.judge is None else [*_measurements(recipe, recipe.judge), *_speeds(recipe, recipe.judge)]
+    targets = {one.name: one.target for one in own}
+    measured = []
+    if recipe.judge is not None:
+        measured = [*_measurements(recipe, recipe.judge, targets), *_speeds(recipe, recipe.judge, targets)]
     steps = (*own, *_named_apart(measured))
     taken = {step.name for step in steps}
     if recipe.judge is None:
-        return Expanded(recipe, steps)
+        return Expanded(recipe, steps, gpu=gpu)
     chains = {name: _chain(recipe, recipe.judge, name) for name in recipe.judge.artifacts}
-    return Expanded(recipe, steps, tuple(_champions(recipe, recipe.judge, taken)), chains)
+    return Expanded(recipe, steps, tuple(_champions(recipe, recipe.judge, taken)), chains, gpu)
 
 
 def _chain(recipe: Recipe, judge: Judge, artifact: str) -> tuple[str, ...]:
@@ -117,9 +130,20 @@ def _any(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def executable_here(step: Step) -> bool:
-    """Whether the artifact of a step can be executed by the runtimes of this machine without a GPU."""
-    return step.stage != "compile" or not backend(step.params["backend"]).architectures
+def target(stage_name: str, params: Mapping[str, Any], gpu: str) -> str:
+    """What executes the artifact of a step, empty where nothing does: it is no model, or for GPUs that are not there.
+
+    Args:
+        stage_name: of the step.
+        params: its own, which name a backend that there is.
+        gpu: the architecture of the GPU that there is, empty for none.
+    """
+    made = stage(stage_name).output
+    if made is Kind.CHECKPOINT:
+        return CPU
+    if made is Kind.ONNX:
+        return target_of(GRAPHS_BACKEND, (), gpu)
+    return target_of(params["backend"], params.get("architectures", ()), gpu) if made is Kind.ENGINE else ""
 
 
 def upstream(recipe: Recipe, name: str) -> set[str]:
@@ -153,32 +177,29 @@ def _apart(artifact: str, corpus: str) -> str:
     return f"validate-{artifact}.{corpus}"
 
 
-def _measurements(recipe: Recipe, judge: Judge) -> Iterator[PlannedStep]:
-    executed = [name for name in judge.artifacts if executable_here(recipe.step(name))]
-    for artifact in dict.fromkeys([judge.baseline, *executed]):
+def _measurements(recipe: Recipe, judge: Judge, targets: Mapping[str, str]) -> Iterator[PlannedStep]:
+    for artifact in dict.fromkeys([judge.baseline, *(name for name in judge.artifacts if targets[name])]):
         for corpus in judge.corpora:
-            yield _measurement(recipe, judge, recipe.step(artifact), corpus)
+            yield _measurement(recipe, judge, artifact, targets[artifact], corpus)
     if not judge.trace:
         return
     sets = [name for name in judge.corpora[1:] if _is_set(recipe, name)]
     for step in recipe.steps:
         if step.name in between(recipe) and step.name not in judge.artifacts:
             for corpus in (judge.corpora[0], *sets):
-                yield _measurement(recipe, judge, step, corpus, traced=True)
+                yield _measurement(recipe, judge, step.name, targets[step.name], corpus, traced=True)
 
 
-def _speeds(recipe: Recipe, judge: Judge) -> Iterator[PlannedStep]:
+def _speeds(recipe: Recipe, judge: Judge, targets: Mapping[str, str]) -> Iterator[PlannedStep]:
     """Each executed artifact in turn with the baseline; prompts come from the first text that is judged on."""
     if not judge.speed:
         return
     text = next(one for one in judge.corpora if not _is_set(recipe, one))
     for artifact in judge.artifacts:
-        step = recipe.step(artifact)
-        if executable_here(step):
+        if found := targets[artifact]:
             inputs = {"artifact": artifact, "text": text}
-            inputs |= {"baseline": judge.baseline} if artifact != judge.baseline else {}
-            params = {"split": judge.split, "target": _target(step)}
-            yield PlannedStep(f"{BENCH}-{artifact}", BENCH, inputs, params, artifact)
+            inputs |= {"baseline": judge.baseline} if artifact != judge.baseline and takes_turns(found) else {}
+            yield PlannedStep(f"{BENCH}-{artifact}", BENCH, inputs, {"split": judge.split, "target": found}, artifact)
 
 
 def _is_set(recipe: Recipe, corpus: str) -> bool:
@@ -199,8 +220,10 @@ def between(recipe: Recipe) -> list[str]:
     ]
 
 
-def _measurement(recipe: Recipe, judge: Judge, step: Step, corpus: str, *, traced: bool = False) -> PlannedStep:
-    artifact, params = step.name, _params(recipe, judge, _target(step), corpus)
+def _measurement(
+    recipe: Recipe, judge: Judge, artifact: str, on: str, corpus: str, *, traced: bool = False
+) -> PlannedStep:
+    params = _params(recipe, judge, on, corpus)
     inputs = {"model": artifact, "text": corpus}
     if traced and _is_set(recipe, corpus):
         params["items"] = min(judge.trace_items, judge.items or judge.trace_items)
@@ -226,10 +249,3 @@ def _params(recipe: Recipe, judge: Judge, target: str, corpus: str) -> dict[str,
         return params | {"harness": True} | ({"items": judge.items} if judge.items else {})
     asked = {"items": judge.items, "variants": judge.variants, "own": judge.own, "beams": judge.beams}
     return params | {name: value for name, value in asked.items() if value}
-
-
-def _target(step: Step) -> str:
-    """What executes the artifact of a step here."""
-    if stage(step.stage).output is Kind.CHECKPOINT:
-        return "torch:cpu"
-    return f"{step.params['backend'] if step.stage == 'compile' else GRAPHS_BACKEND}:cpu"

@@ -20,12 +20,13 @@ from flows.recipe.shape import dotted, keys_at, names_of
 SHIPPED = Path(__file__).parent / "shipped"
 
 
-def load_recipe(source: str | Path, sets: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, sets: Sequence[str] = (), gpu: str | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
         source: a YAML file, its s3:// URI, or the bare name of a shipped recipe.
         sets: changes such as `steps.int8.params.scheme=int4_weight_only`.
+        gpu: the architecture of the GPU where its artifacts are measured, empty for none; this machine's by default.
 
     Raises:
         RecipeError: it is missing or wrong; every mistake at once.
@@ -36,8 +37,8 @@ def load_recipe(source: str | Path, sets: Sequence[str] = ()) -> Recipe:
         with TemporaryDirectory() as folder:
             local = Path(folder, str(source).rpartition("/")[2])
             fetch_object(*parse(str(source)), local, lambda _: None)
-            return read_recipe(local, sets)
-    return read_recipe(recipe_path(source), sets)
+            return read_recipe(local, sets, gpu)
+    return read_recipe(recipe_path(source), sets, gpu)
 
 
 def shipped() -> list[str]:
@@ -62,7 +63,7 @@ def recipe_path(source: str | Path) -> Path:
     return path
 
 
-def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path, sets: Sequence[str] = (), gpu: str | None = None) -> Recipe:
     """Read, change and check the recipe in `path`.
 
     Raises:
@@ -79,7 +80,7 @@ def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
     _resolve_sources(data, path.parent, changed)
     # Where YAML itself was refused, nothing is left to look at.
     lost = [fault.path for fault in document.faults if _at(data, fault.path) is None]
-    found = [one for one in faults(data) if not any(one.path[: len(at)] == at for at in [*lost, *unset])]
+    found = [one for one in faults(data, gpu) if not any(one.path[: len(at)] == at for at in [*lost, *unset])]
     if document.faults or found or unset:
         raise _refused(path, document, changed, [*document.faults, *found], list(unset.values()))
     return Recipe.model_validate_json(json.dumps(data), strict=True)

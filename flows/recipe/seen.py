@@ -10,11 +10,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from flows.recipe.expand import target
 from flows.recipe.model import CHAMPION, Judge, Name, Recipe, Step
 from flows.recipe.shape import part
 from stages import STAGES, stage
-from stages.adapters.backends import backend
 from stages.runtime.contract import Kind
+
+RUNS = frozenset({Kind.CHECKPOINT, Kind.ONNX, Kind.ENGINE})
+"""Kinds that answer, so that they can be judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class Seen:
         judge: a mapping, None for none, BROKEN where it cannot be read.
         unsound: numbers of the steps whose stage or params are wrong.
         guessed: names that no step bears -> the step that is probably meant, whose own name is wrong.
+        gpu: the architecture of the GPU where artifacts are measured, empty for none.
     """
 
     steps: tuple[SeenStep, ...]
@@ -66,6 +70,7 @@ class Seen:
     gates: list[Any]
     unsound: frozenset[int]
     guessed: Mapping[str, SeenStep]
+    gpu: str
 
     def find(self, name: str) -> SeenStep | None:
         """The first step of a name, or the one that is probably meant by it."""
@@ -78,13 +83,14 @@ class Seen:
 
     def executed(self) -> list[str]:
         """The judged artifacts that are executed here, or may be for all that can be read."""
-        return [name for name in self.named("artifacts") if self._executable(name)]
+        return [name for name in self.named("artifacts") if self.target(name) != ""]
 
-    def _executable(self, name: str) -> bool:
+    def target(self, name: str) -> str | None:
+        """What executes the artifact of a step, empty where nothing here does, None where that cannot be told."""
         step = self.find(name)
-        if step is None or step.stage != "compile" or step.index in self.unsound:
-            return True
-        return not backend(step.params["backend"]).architectures
+        if step is None or step.output not in RUNS or (step.stage == "compile" and step.index in self.unsound):
+            return None
+        return target(step.stage, step.params if isinstance(step.params, dict) else {}, self.gpu)
 
     def sound(self) -> Recipe:
         """The steps whose names and stages are known, as a recipe whose params nobody has checked."""

@@ -19,6 +19,7 @@ from stages.runtime.fingerprint import canonical, digest_bytes
 from stages.runtime.stores import Objects
 
 JOURNAL = "promotions/"
+COMPILED = "compiled, not judged"
 Action = Literal["promote", "rollback", "withdraw"]
 _BY_RUN = re.compile(r"run \S+ (passed its gates$|was promoted without a gate)")
 """Why a run promoted, in entries that do not say against what."""
@@ -29,16 +30,33 @@ class Overtaken(StageError):
 
 
 class Executable(Frozen):
-    """An engine that a recipe compiled."""
+    """An engine that a recipe compiled.
+
+    Attributes:
+        target: what executed it, or, where nothing did, all that it was compiled for.
+        judged: it was executed.
+        besides: what else a plan was compiled for, which nobody executed: `tensorrt_rtx:sm_120`; empty for nothing.
+    """
 
     fingerprint: str
     target: str
     judged: bool
+    besides: str = ""
 
     @property
     def status(self) -> str:
-        """What may be said of it."""
-        return "judged" if self.judged else "compiled, not judged"
+        """What may be said of it on its target."""
+        return "judged" if self.judged else COMPILED
+
+    @property
+    def unexecuted(self) -> str:
+        """What it was compiled for and nobody executed, empty for nothing."""
+        return self.besides if self.judged else self.target
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        """Target -> what may be said of it there."""
+        return {self.target: self.status} | ({self.besides: COMPILED} if self.besides else {})
 
 
 class Candidate(Frozen):
@@ -73,7 +91,7 @@ class Candidate(Frozen):
     @property
     def targets(self) -> dict[str, str]:
         """Target -> `judged` or `compiled, not judged`."""
-        return {one.target: one.status for one in self.executables.values()}
+        return {target: status for one in self.executables.values() for target, status in one.statuses.items()}
 
     def check(self) -> None:
         """Raise StageError unless it passed its gates and the engine it serves was executed."""

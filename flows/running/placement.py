@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from flows.settings import Settings
 from stages import STAGES, stage
+from stages.adapters.targets import on_gpu
 from stages.runtime.contract import Frozen, Params, StageError
+from stages.runtime.cuda_driver import gpu_architecture
 
 GB = 10**9
 
@@ -73,6 +76,18 @@ _DEFAULTS: Mapping[str, Place] = {
 }
 
 
+class Gpu(Frozen):
+    """The GPU of a pool's machines.
+
+    Attributes:
+        name: as its driver tells it and a report's provenance names it.
+        architecture: `sm_89`, ...
+    """
+
+    name: str
+    architecture: str = Field(pattern=r"^sm_\d+$")
+
+
 class Pools(Frozen):
     """The settings of work pools: stage -> place, and what they share.
 
@@ -83,6 +98,8 @@ class Pools(Frozen):
             $ENGINERY_STACK names.
         devices: pool -> the processor that its machines have, as a report's provenance names it: `validate` and `bench`
             record it. Without an entry a pool's machines are taken to be like the one that plans.
+        gpus: pool -> the GPU that its machines have; plans for it are executed and judged there. Without an entry the
+            GPU is that of the machine that plans, if it has one.
         no_worker_seconds: how long a step waits for a pool to have a live worker.
         start_seconds: how long a submitted step may take to start before it is submitted again.
         attempts: how often a step whose container was lost is started.
@@ -94,6 +111,7 @@ class Pools(Frozen):
         default_factory=lambda: {"inside": f"{stack_name()}-stages", "outside": f"{stack_name()}-outside"}
     )
     devices: Mapping[str, str] = Field(default_factory=dict)
+    gpus: Mapping[str, Gpu] = Field(default_factory=dict)
     no_worker_seconds: float = Field(60, gt=0)
     start_seconds: float = Field(600, gt=0)
     attempts: int = Field(3, ge=1)
@@ -119,9 +137,17 @@ class Pools(Frozen):
             "seconds": int(place.minutes * 60) + 120,
         }
 
-    def devices_of_stages(self) -> dict[str, str]:
-        """Stage -> the device of its pool, where the settings name one."""
-        return {name: self.devices[pool] for name in STAGES if (pool := self.place(name).pool) in self.devices}
+    def device(self, name: str, target: str) -> str:
+        """The device of a stage's pool that a target is, empty where the settings name none."""
+        pool = self.place(name).pool
+        if not on_gpu(target):
+            return self.devices.get(pool, "")
+        return self.gpus[pool].name if pool in self.gpus else ""
+
+    def gpu(self) -> str:
+        """The architecture of the GPU where artifacts are measured, empty for none."""
+        pool = self.place("validate").pool
+        return self.gpus[pool].architecture if pool in self.gpus else gpu_architecture()
 
 
 def load_pools(path: str | None = None) -> Pools:
@@ -161,3 +187,17 @@ def _text(path: str) -> str:
     with TemporaryDirectory() as folder:
         fetch_object(*parse(path), Path(folder, "pools.yaml"), lambda _: None)
         return Path(folder, "pools.yaml").read_text(encoding="utf-8")
+
+
+def judging_gpu(settings: Settings) -> str:
+    """The architecture of the GPU where a run's artifacts are measured, empty for none.
+
+    Raises:
+        StageError: the pools' settings cannot be read.
+    """
+    return load_pools().gpu() if settings.launcher == "pool" else gpu_architecture()
+
+
+def devices(settings: Settings) -> Callable[[str, str], str]:
+    """(stage, target) -> the device it is where a run's steps compute, empty where that is this machine's."""
+    return load_pools().device if settings.launcher == "pool" else lambda _stage, _target: ""

@@ -75,7 +75,7 @@ def resolve(
     store: Store,
     listener: Callable[[str], Progress],
     forced: frozenset[str] = frozenset(),
-    devices: Mapping[str, str] = MappingProxyType({}),
+    devices: Callable[[str, str], str] = lambda _stage, _target: "",
     known: Mapping[str, Planned] = MappingProxyType({}),
 ) -> dict[str, Planned]:
     """Give each step its identity; sources are pinned to digests, which may download them.
@@ -85,7 +85,7 @@ def resolve(
         store: where hits are looked for.
         listener: step name -> who hears of a download.
         forced: names of steps to make again.
-        devices: stage -> the device it will run on, where that is not this machine's.
+        devices: (stage, target) -> the device it will run on, empty where that is this machine's.
         known: steps that have an identity already.
 
     Returns:
@@ -106,8 +106,8 @@ def resolve(
         check_kinds(definition, {role: kinds[source] for role, source in roles.items()} | given)
         made = {role: planned[source].identity for role, source in roles.items()}
         work = work_of(definition, params, made | dict(step.given))
-        if work.executor and step.stage in devices:
-            work = work.model_copy(update={"executor": {**work.executor, "device": devices[step.stage]}})
+        if work.executor and (there := devices(step.stage, work.executor["target"])):
+            work = work.model_copy(update={"executor": {**work.executor, "device": there}})
         identity = fingerprint(work)
         manifest = store.manifest(identity)
         kinds[step.name] = definition.output

@@ -21,7 +21,7 @@ from flows.running.child_process import Launcher
 from flows.running.interruption import ended_by, unwinding
 from flows.running.loose_ends import LooseEnds
 from flows.running.order import Order
-from flows.running.placement import load_pools
+from flows.running.placement import devices, load_pools
 from flows.running.plan import Planned, check_start, resolve
 from flows.running.run_records import Record, Recorder, open_run
 from flows.running.step_queue import Slots
@@ -224,11 +224,11 @@ def planned_steps(
     names = [step.name for step in steps]
     for name in sorted(settings.force - set(names)):
         raise StageError(f"--force names no step: {name!r}", limit=", ".join(names))
-    devices = load_pools().devices_of_stages() if settings.launcher == "pool" else {}
-    planned = resolve(steps, store, listener, settings.force, devices)
+    there = devices(settings)
+    planned = resolve(steps, store, listener, settings.force, there)
     if settings.from_step is not None:
         again = check_start(planned, settings.from_step)
-        planned = resolve(steps, store, listener, settings.force | again, devices)
+        planned = resolve(steps, store, listener, settings.force | again, there)
     return planned
 
 

@@ -19,6 +19,7 @@ from flows.recipe.expand import expanded
 from flows.recipe.model import Recipe
 from flows.recipe.read import load_recipe
 from flows.reporting.terminal import TerminalProgress
+from flows.running.placement import judging_gpu
 from flows.settings import Settings, enter, settle
 from flows.tracking.connect import open_tracking
 from flows.triggers.arrival_records import Arrival, arrived, checkpoint, finish, finished, on_source
@@ -183,7 +184,8 @@ def _run_here(one: Arrival, recipe: Recipe, settings: Settings, store: Store, sa
         say(f"running {recipe.name} on {record.name} ({record.key[:12]})")
         try:
             with TerminalProgress() as terminal:
-                result = optimize(expanded(on_source(recipe, record.uri, record.digest)), settings, terminal)
+                asked = expanded(on_source(recipe, record.uri, record.digest), judging_gpu(settings))
+                result = optimize(asked, settings, terminal)
         except (Interrupted, Unavailable):
             raise
         except StageError as error:

@@ -219,11 +219,6 @@ def backend(name: str) -> Backend:
     return found
 
 
-def processor_targets() -> tuple[str, ...]:
-    """The targets of the backends for the processor."""
-    return tuple(f"{name}:cpu" for name in backends() if not backend(name).architectures)
-
-
 def refuse_impossible(name: str, architectures: Sequence[str], precisions: Collection[str] = ()) -> None:
     """Refuse before anything is built what no builder can build.
 

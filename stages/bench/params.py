@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from stages.adapters.targets import Target, backend_code, executor
-from stages.runtime.contract import Params
+from stages.adapters.targets import CPU, Target, backend_code, executor, image_on
+from stages.runtime.contract import Image, Params
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -30,7 +30,7 @@ class BenchParams(Params):
     new_tokens: int = Field(20, ge=2)
     batches: tuple[Count, ...] = Field((1, 4), min_length=1)
     repeats: int = Field(4, ge=2)
-    target: Target = "torch:cpu"
+    target: Target = CPU
 
     @field_validator("prompt_tokens", "batches")
     @classmethod
@@ -46,3 +46,8 @@ def executed_on(params: BenchParams) -> dict[str, str]:
 def chosen_code(params: BenchParams) -> tuple[str, ...]:
     """The module of the backend."""
     return backend_code(params.target)
+
+
+def chosen_image(params: BenchParams) -> Image:
+    """The image that holds what executes the target."""
+    return image_on(params.target)

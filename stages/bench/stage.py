@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.adapters.targets import CUDA, refuse_unexecuted
+from stages.adapters.targets import CUDA, on_gpu, refuse_unexecuted
 from stages.bench.bytes_read import copy_bytes_per_s, weight_bytes
 from stages.bench.child import WRITES
 from stages.bench.figures import Cell, headline
-from stages.bench.params import BenchParams, chosen_code, executed_on
+from stages.bench.params import BenchParams, chosen_code, chosen_image, executed_on
 from stages.bench.turns import Contestant, contestant
 from stages.measures.items import ItemSplits
 from stages.measures.table import SPEED
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def bench(params: BenchParams, inputs: Mapping[str, Path], output: Path, progress: Progress) -> Metrics:
     """Have artifact and baseline answer the same prompts in turn, and write `report.json`."""
     _check_alike(inputs)
-    device = "cuda" if params.target == CUDA else "cpu"
+    device = "cuda" if on_gpu(params.target) else "cpu"  # of checkpoints: beside a plan, too, the same GPU's
     with ExitStack() as stack:
         opened: dict[str, Contestant] = {}
         for role in ("artifact", "baseline"):
@@ -61,7 +61,7 @@ def _take_turns(
     roles, copies = [*opened], list[float]()
     turns = params.repeats * len(cells) * len(roles)
     for turn in range(params.repeats):
-        if params.target != CUDA:
+        if not on_gpu(params.target):
             copies.append(copy_bytes_per_s(opened["artifact"].about["threads"]))
         for cell in cells:
             for role in roles:
@@ -175,4 +175,5 @@ BENCH = Stage(
     admit=admit,
     executed_on=executed_on,
     uses=chosen_code,
+    chosen_image=chosen_image,
 )

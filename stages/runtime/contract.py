@@ -35,6 +35,7 @@ class Image(StrEnum):
     BASE = "base"
     TORCH = "torch"
     TENSORRT = "tensorrt"
+    GPU = "gpu"
 
 
 class StageError(Exception):

@@ -21,10 +21,13 @@ from stages.runtime.contract import Image, StageError, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 
+_TORCH = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnx", "onnxruntime")
 LIBRARIES: Mapping[Image, tuple[str, ...]] = {
     Image.BASE: ("pyarrow",),
-    Image.TORCH: ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnx", "onnxruntime"),
+    Image.TORCH: _TORCH,
     Image.TENSORRT: ("onnx", "onnxruntime", "tensorrt-rtx", "numpy"),
+    # What executes a plan is a fact of where that is, and stands among the work's `executor`.
+    Image.GPU: _TORCH,
 }
 """The libraries whose version can change a stage's bytes."""
 

@@ -7,10 +7,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from stages.adapters.targets import Target, backend_code, executor
+from stages.adapters.targets import CPU, Target, backend_code, executor, image_on
 from stages.measures.own import identity
 from stages.measures.table import MEASURES, OWN
-from stages.runtime.contract import Params, StageError
+from stages.runtime.contract import Image, Params, StageError
 from stages.serving.generation import MOST_BEAMS
 
 Variant = Literal["typos", "case", "space"]
@@ -42,7 +42,7 @@ class ValidateParams(Params):
     own: tuple[Own, ...] = ()
     harness: bool = False
     beams: int | None = Field(None, ge=1, le=MOST_BEAMS)
-    target: Target = "torch:cpu"
+    target: Target = CPU
 
     @field_validator("variants")
     @classmethod
@@ -119,3 +119,8 @@ def chosen_code(params: ValidateParams) -> tuple[str, ...]:
     """The modules of the measures and of the backend."""
     measures = dict.fromkeys(one.function.partition(":")[0] for one in MEASURES.values())
     return (*measures, *backend_code(params.target))
+
+
+def chosen_image(params: ValidateParams) -> Image:
+    """The image that holds what executes the target."""
+    return image_on(params.target)

@@ -17,6 +17,7 @@ from stages.validate.params import (
     check_beams,
     check_harness,
     chosen_code,
+    chosen_image,
     executed_on,
 )
 
@@ -159,6 +160,7 @@ def _scorer(
     from stages.serving.engine import open_engine
 
     baseline = inputs.get("baseline")
+    # Of checkpoints; beside an engine the baseline computes on the processor.
     device = "cuda" if params.target == CUDA else "cpu"
     # An input's every byte was hashed against its manifest.
     judged = open_engine(inputs["model"], verified=True, device=device)
@@ -217,5 +219,6 @@ VALIDATE = Stage(
     admit=admit,
     executed_on=executed_on,
     uses=chosen_code,
+    chosen_image=chosen_image,
     divided=Divided(count=count_units, part=score_part),
 )

@@ -74,6 +74,7 @@ def made(name, params, output, **inputs):
 
 FETCH = made("fetch", FetchParams, Kind.CHECKPOINT)
 CORPUS = made("corpus", CorpusParams, Kind.CORPUS)
+ITEMS = made("items", FetchParams, Kind.CORPUS)
 SHARE = made("share", ShareParams, Kind.CHECKPOINT, model=C, text=Input(kinds=T, optional=True))
 PRUNE = made("prune", ShareParams, Kind.CHECKPOINT, model=C, text=T)
 RECOVER = made("recover", TokensParams, Kind.CHECKPOINT, model=C, teacher=Input(kinds=C, optional=True), text=T)

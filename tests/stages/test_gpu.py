@@ -9,6 +9,8 @@ import torch
 from stages import stage
 from stages.adapters.backends import backend
 from stages.adapters.tensorrt.device import Device, open_device
+from stages.bench.params import BenchParams
+from stages.bench.stage import BENCH
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.runtime.cuda_driver import gpu_name, loaded
 from stages.runtime.progress import Silent
@@ -198,6 +200,27 @@ def test_plans_of_an_encoder_and_a_decoder_answer_as_the_engine_for_the_processo
     free = Device(loaded()[0]).free_bytes()
     assert plan.generate(list(SOURCES), max_new_tokens=12) == cpu.generate(list(SOURCES), max_new_tokens=12)
     assert Device(loaded()[0]).free_bytes() >= free - (32 << 20)
+
+
+def test_verdict_and_speed_of_a_plan_are_of_the_gpu_and_its_answers_the_processors(plans_for, root, tmp_path):
+    library, here = plans_for
+    dense = checkpoint(ROWS["Llama"], root)
+    _opened(dense, {}, plans_for, 3, tmp_path)
+    found = {}
+    for name, target in (("plan", f"{library}:{here}"), ("cpu", "onnxruntime:cpu")):
+        out = tmp_path / f"{name}-report"
+        out.mkdir()
+        inputs = {"model": tmp_path / name, "text": text(root), "baseline": dense}
+        found[name] = VALIDATE.run(ValidateParams(window_tokens=32, windows=4, target=target), inputs, out, Silent())
+    assert found["plan"]["perplexity"] == pytest.approx(found["cpu"]["perplexity"], rel=1e-3)
+    timed = tmp_path / "timed"
+    timed.mkdir()
+    asked = BenchParams(target=f"{library}:{here}", prompt_tokens=(16,), new_tokens=4, batches=(1,), repeats=2)
+    inputs = {"artifact": tmp_path / "plan", "text": text(root), "baseline": dense}
+    measured = BENCH.run(asked, inputs, timed, Silent())
+    report = json.loads((timed / "report.json").read_text())
+    assert measured["decode_tokens_per_s"] > 0 and report["executor"]["device"] == gpu_name()
+    assert report["speed"]["baseline"]["target"] == "torch:cuda"
 
 
 class _Generates:

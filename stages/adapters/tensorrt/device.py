@@ -11,10 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from stages.runtime.contract import DoesNotFit, StageError
-from stages.runtime.cuda_driver import DRIVER, loaded
-
-_MAJOR, _MINOR = 75, 76
-"""Numbers of CUDA's device attributes for the compute capability."""
+from stages.runtime.cuda_driver import DRIVER, architecture_of, loaded
 
 
 class Device:
@@ -27,12 +24,7 @@ class Device:
         self.call("cuDeviceGet", ctypes.byref(device), 0)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._context = context
-        numbers = []
-        for attribute in (_MAJOR, _MINOR):
-            number = ctypes.c_int()
-            self.call("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
-            numbers.append(number.value)
-        self.architecture = f"sm_{numbers[0]}{numbers[1]}"
+        self.architecture = architecture_of(self.call, device)
 
     def call(self, function: str, *arguments: Any) -> None:
         """Call a driver function; raises StageError with its name and code when it fails."""

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from flows.commands.schema import FOLDER, schemas
 from flows.recipe.check import check_recipe
-from flows.recipe.expand import executable_here, expanded, upstream
+from flows.recipe.expand import expanded, target, upstream
 from flows.recipe.located_yaml import read_yaml, scalar
 from flows.recipe.model import Recipe, RecipeError, Step
 from flows.recipe.read import load_recipe, shipped
 from flows.running.run_records import as_yaml
 from stages import STAGES, stage
+from stages.adapters.targets import takes_turns, torch_cuda
 from stages.measures.table import MEASURES
 from stages.runtime.contract import Kind
 from tests.flows.definitions import plain_stages  # noqa: F401
@@ -434,7 +435,57 @@ def test_expanded_steps_fit_the_real_definitions(tmp_path):
             assert kinds[source] in definition.inputs[role].kinds
         kinds[planned.name] = definition.output
     assert upstream(recipe, "int8") == {"dense", "text", "shared", "healed"}
-    assert not executable_here(recipe.step("gpu")) and executable_here(recipe.step("cpu"))
+    gpu, cpu = (recipe.step(name) for name in ("gpu", "cpu"))
+    assert target(cpu.stage, cpu.params, "sm_89") == "onnxruntime:cpu" and target(gpu.stage, gpu.params, "") == ""
+
+
+def test_plan_is_judged_and_timed_where_the_gpu_is_that_it_is_for(tmp_path):
+    path = written(tmp_path, GOOD.replace("corpora: [text, other]", "corpora: [text, other], speed: true"))
+
+    def planned(gpu):
+        return {one.name: one for one in expanded(load_recipe(path, gpu=gpu), gpu).steps}
+
+    here = planned("sm_120")
+    assert here["gpu"].target == "tensorrt_rtx:sm_120" and here["cpu"].target == "onnxruntime:cpu"
+    for name in ("validate-gpu-text", "validate-gpu-other", "bench-gpu"):
+        assert here[name].params["target"] == "tensorrt_rtx:sm_120"
+    assert here["validate-gpu-text"].inputs == {"model": "gpu", "text": "text", "baseline": "dense"}
+    assert ("baseline" in here["bench-gpu"].inputs) == takes_turns("tensorrt_rtx:sm_120") == (torch_cuda() != "none")
+    for other in ("", "sm_90"):
+        there = planned(other)
+        assert not there["gpu"].target and not {"validate-gpu-text", "bench-gpu"} & {*there}
+
+
+def test_what_is_asked_of_a_plan_by_name_is_refused_where_its_gpu_is_not(tmp_path):
+    gate = "  - {measure: perplexity, artifact: gpu, against: dense, at_most: 1.2}\nregister:"
+    path = written(tmp_path, GOOD.replace("register:", gate))
+    assert load_recipe(path, gpu="sm_89").gates[-1].artifact == "gpu"
+    with pytest.raises(RecipeError, match="'gpu' is not judged by execution here; allowed: cpu"):
+        load_recipe(path, gpu="sm_90")
+
+
+@pytest.mark.parametrize(
+    ("artifact", "asked", "gpu", "wrong"),
+    [
+        ("gpu", "tensorrt_rtx:sm_89", "sm_89", ""),
+        ("gpu", "tensorrt_rtx:sm_89", "", "'gpu' is for sm_89 + sm_120, and no GPU is here"),
+        ("gpu", "tensorrt_rtx:sm_89", "sm_90", "and the GPU here is sm_90"),
+        ("gpu", "torch:cpu", "sm_120", "'gpu' is not executed on torch:cpu; allowed: tensorrt_rtx:sm_120"),
+        ("cpu", "torch:cpu", "", "'cpu' is not executed on torch:cpu; allowed: onnxruntime:cpu"),
+        ("int8", "onnxruntime:cpu", "", "allowed: torch:cpu"),
+        ("int8", "torch:cuda", "", ""),
+    ],
+)
+def test_step_that_measures_names_what_executes_its_artifact(artifact, asked, gpu, wrong, tmp_path):
+    step = f"stage: validate, inputs: {{model: {artifact}, text: text}}, params: {{split: test, target: '{asked}'}}"
+    path = written(tmp_path, GOOD.replace("judge:", f"  - {{name: asked, {step}}}\njudge:"))
+    if not wrong:
+        assert load_recipe(path, gpu=gpu).step("asked")
+        return
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, gpu=gpu)
+    (line,) = str(caught.value).splitlines()
+    assert "steps.asked.params.target" in line and wrong in line
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from stages import STAGES, stage
 from stages.corpus.params import CorpusParams
 from stages.runtime.cgroup_memory import memory_limit_bytes, memory_peak_bytes, out_of_memory_kills
 from stages.runtime.contract import StageError
+from stages.runtime.cuda_driver import gpu_architecture
 
 
 def test_pools_by_default_send_compile_and_what_measures_to_the_gpu_and_the_rest_to_the_cpu():
@@ -25,13 +26,21 @@ def test_pools_by_default_send_compile_and_what_measures_to_the_gpu_and_the_rest
 
 def test_pools_file_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "pools.yaml"
-    path.write_text("stages: {compile: {memory_bytes: 5}, recover: {minutes: 9}}\ndevices: {gpu: NVIDIA L4 x1}\n")
+    path.write_text(
+        "stages: {compile: {memory_bytes: 5}, recover: {minutes: 9}}\ndevices: {gpu: a processor x8}\n"
+        "gpus: {gpu: {name: NVIDIA L4, architecture: sm_89}}\n"
+    )
     monkeypatch.setenv("ENGINERY_POOLS", str(path))
     pools = load_pools()
     assert pools.place("compile") == Pools().place("compile").model_copy(update={"memory_bytes": 5})
     assert pools.place("recover").minutes == 9
     assert pools.place("share") == Pools().place("share")
-    assert pools.devices_of_stages() == dict.fromkeys(("compile", "validate", "bench"), "NVIDIA L4 x1")
+    assert [pools.device(name, "onnxruntime:cpu") for name in ("validate", "bench", "share")] == [
+        *["a processor x8"] * 2,
+        "",
+    ]
+    assert [pools.device("validate", one) for one in ("torch:cuda", "tensorrt_rtx:sm_89")] == ["NVIDIA L4"] * 2
+    assert pools.gpu() == "sm_89" and Pools().gpu() == gpu_architecture()
 
 
 def test_corpus_that_a_model_writes_runs_where_torch_is_unless_its_place_names_an_image(tmp_path):
