@@ -22,12 +22,13 @@ OURS = {name: one for name, one in COMPOSE["services"].items() if one["image"].s
 @pytest.mark.parametrize("name", [*Image, "server"])
 def test_image_has_a_dockerfile_and_an_extra_and_does_not_run_as_root(name):
     text = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
-    assert name in PROJECT["optional-dependencies"]
+    extra = "tensorrt" if name == "gpu" else name  # which stands on torch's
+    assert extra in PROJECT["optional-dependencies"]
     final = text[text.rindex("FROM ") :]
     assert re.findall(r"^USER (\S+)$", final, re.MULTILINE)[-1:] == ["enginery"]
     for label in ("version", "revision"):
         assert f"org.opencontainers.image.{label}=" in final
-    assert f"wanted/{name}.txt" in text
+    assert f"wanted/{extra}.txt" in text
     assert "--constraint constraints.txt" in text
 
 

@@ -108,6 +108,12 @@ BEFORE = {
     "journal": Break(where=PUT, error=Unavailable("the store is gone"), on=in_journal),
 }
 
+
+def in_main_thread(*_args, **_kwargs):
+    """Python raises an interrupt nowhere else; what writes to MLflow meanwhile ends runs of steps."""
+    return threading.current_thread() is threading.main_thread()
+
+
 AFTER = {
     "alias": Break(where=ALIAS, error=REFUSED),
     "alias while MLflow stays away": Break(where=ALIAS, error=AWAY),
@@ -118,7 +124,7 @@ AFTER = {
     "MLflow's report": Break(where=ARTIFACT, error=FULL, at=2),
     "record": Break(where="flows.running.run_records._write", error=FULL, once=True, on=is_result),
     "record's last line": Break(where="flows.running.run_records.Record._ended", error=FULL),
-    "closing of MLflow's run": Break(where=ENDED, error=REFUSED),
+    "closing of MLflow's run": Break(where=ENDED, error=REFUSED, on=in_main_thread),
 }
 
 
@@ -217,11 +223,6 @@ def test_full_disk_after_the_promotion_leaves_a_passed_run(place):
         assert place.run().passed
     assert place.promoted == ["1"] and not (place.record.folder / "failure.json").exists()
     assert len({one["what"] for one in place.loose}) == 4
-
-
-def in_main_thread(*_args, **_kwargs):
-    """Python raises an interrupt nowhere else; what writes to MLflow meanwhile ends runs of steps."""
-    return threading.current_thread() is threading.main_thread()
 
 
 INTERRUPTED = {
