@@ -97,6 +97,7 @@ def run(params: FetchParams, inputs: Mapping[str, Path], output: Path, progress:
         folder = located(path) if path.is_dir() else path.parent
         layout.check_headers(folder, chosen.weights)
         left = _unread(folder, chosen, progress)
+        _check_beside(folder)
         if _dequantized(folder, chosen, output, progress):
             _check_digest(params, chosen)
         else:
@@ -166,11 +167,22 @@ def admit(params: FetchParams, known: Mapping[str, Any]) -> Subject | None:
         return of_gguf(chosen.gguf)
     folder = located(path) if path.is_dir() else path.parent
     tensors = layout.check_headers(folder, chosen.weights)
-    layout.check_tokenizer(folder)
     model, left = outlined(folder, chosen.weights.values())
+    _check_beside(folder)
     if adapter:
         merge(model, folder, adapter, None, Silent())
     return subject(folder, model, {name: one for name, one in tensors.items() if name not in left}, left)
+
+
+def _check_beside(folder: Path) -> None:
+    """Read what lies beside the weights: no later step can do without its tokenizer and the ends of its answers."""
+    from stages.models.checkpoint.loading import load_tokenizer
+    from stages.serving.artifact_files import ends_of, settings_of
+
+    layout.check_tokenizer(folder)
+    load_tokenizer(folder)
+    config = read_given(folder / layout.CONFIG)
+    ends_of(settings_of(folder, config), config)
 
 
 def _here(exact: str, downloads: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -12,18 +13,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from stages.adapters.connect import pins
 from stages.fetch import FETCH, FetchParams, pin
 from stages.models.checkpoint.layout import INDEX, WEIGHTS
+from stages.models.checkpoint.loading import load_config
 from stages.runtime.artifacts import Store
 from stages.runtime.contract import StageError
 from stages.runtime.execute import Outcome, execute, work_of
 from stages.runtime.progress import Silent
+from stages.serving.eager import eager
 from tests.conftest import Seal
 from tests.stages.adapters.ggufs import write_gguf
 from tests.stages.adapters.wheels import make_wheel, only_wheels_of
-from tests.stages.models.families import family
+from tests.stages.models.families import VOCABULARY, family
+from tests.tiny import reference_text, tiny_tokenizer
 
 
 @pytest.fixture
@@ -228,6 +233,28 @@ UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+    "value of another type": (
+        lambda f: change_json(f / "config.json", vocab_size="768"),
+        r"no model of .*mine/config\.json; measured .*'vocab_size' expected int, got str.*Correct that field",
+    ),
+    "unknown rope": (
+        lambda f: change_json(f / "config.json", rope_scaling={"rope_type": "spiral", "factor": 2.0}),
+        r"no model of this configuration of 'llama'; measured rope_parameters: 'spiral'",
+    ),
+    "unknown activation": (lambda f: change_json(f / "config.json", hidden_act="soft"), "measured hidden_act: 'soft'"),
+    "no such type": (lambda f: change_json(f / "config.json", dtype="float17"), "no attribute 'float17'"),
+    "tokenizer cut": (lambda f: truncate(f / "tokenizer.json", 900), "mine has no tokenizer that can be read"),
+    "tokenizer of its own": (
+        lambda f: change_json(
+            f / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]}
+        ),
+        r"no tokenizer that can be read.*tokenizer_config\.json that names no code \(auto_map\)",
+    ),
+    "settings no JSON": (lambda f: (f / "generation_config.json").write_text("{"), r"generation_config\.json .*JSON"),
+    "end no number": (
+        lambda f: change_json(f / "generation_config.json", eos_token_id="<end>"),
+        "ends a sequence is no number; measured eos_token_id: '<end>'",
+    ),
     "ties that differ": (untied, r"tied by the configuration but differ in the file.*false in .*mine/config\.json"),
     "no tokenizer": (no_tokenizer, "has no tokenizer.*save_pretrained"),
     "no parameters": (empty_weights, "mine lacks tensors of LlamaForCausalLM; measured 56 missing"),
@@ -271,6 +298,37 @@ def test_file_that_is_no_checkpoint_is_refused(seal: Seal, tmp_path: Path, name:
         (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x01" * 40)
     with pytest.raises(StageError, match=message):
         seal("fetch", {"source": str(tmp_path / name)})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_how_somebody_ran_or_stored_a_model_plays_no_part(seal: Seal, store: Store, copy: Path, tiny: Path) -> None:
+    change_json(
+        copy / "config.json", _attn_implementation="flash_attention_2", attn_implementation="flash_attention_3",
+        return_dict=False, output_hidden_states=True, quantization_config=None, architectures="LlamaForCausalLM",
+    )  # fmt: skip
+    ids_NT = np.arange(24).reshape(2, 12) % 768
+    opened = eager(store.checkout(seal("fetch", {"source": str(copy)}).identity))
+    expected = eager(tiny)
+    np.testing.assert_array_equal(*(one.forward(ids_NT, np.ones_like(ids_NT)) for one in (opened, expected)))
+    told, wanted = (one.steps().begin(ids_NT, np.ones_like(ids_NT)) for one in (opened, expected) if one.steps)
+    np.testing.assert_array_equal(told, wanted)
+
+
+def test_number_without_end_in_a_configuration_is_read_as_transformers_writes_it(
+    seal: Seal, store: Store, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, n_groups=1, state_size=4
+    )
+    model = Mamba2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "mamba")
+    assert json.loads((tmp_path / "mamba" / "config.json").read_text())["time_step_limit"][1] == {
+        "__float__": "Infinity"
+    }
+    tiny_tokenizer(reference_text()[:20_000]).save_pretrained(tmp_path / "mamba")
+    arrived = store.checkout(seal("fetch", {"source": str(tmp_path / "mamba")}).identity)
+    assert list(load_config(arrived).time_step_limit) == list(config.time_step_limit)
 
 
 def test_files_that_changed_after_they_were_pinned_are_refused(store: Store, copy: Path) -> None:
@@ -430,15 +488,30 @@ def test_modules_of_sentence_transformers_arrive_in_folders_of_their_own(seal: S
         assert (view / "modules.json").is_file() and (view / "1_Pooling" / "config.json").read_text() == "{}"
 
 
+def sentence_pieces(count: int) -> bytes:
+    """A sentencepiece model of the reference text."""
+    pieces, made = pytest.importorskip("sentencepiece"), io.BytesIO()
+    sentences = iter(reference_text()[:5_000].split("\n\n"))
+    pieces.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=made, vocab_size=count, hard_vocab_limit=False, minloglevel=2
+    )
+    return made.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers recommends a library
 def test_translator_arrives_with_both_of_its_sentence_pieces(seal: Seal, store: Store, tmp_path: Path) -> None:
     folder = family("marian", tmp_path)
-    tokenizer = {"source.spm": b"source pieces", "target.spm": b"target pieces", "vocab.json": b'{"</s>": 0}'}
+    spoken = {"<unk>": 0, "</s>": 1, "<pad>": 2}
+    tokenizer = {
+        "source.spm": sentence_pieces(60), "target.spm": sentence_pieces(61), "vocab.json": json.dumps(spoken).encode(),
+        "tokenizer_config.json": b'{"source_lang": "a", "target_lang": "b"}',
+    }  # fmt: skip
     for name, content in tokenizer.items():
         (folder / name).write_bytes(content)
     first = seal("fetch", {"source": folder.as_uri()})
     view = store.checkout(first.identity)
     assert {name: (view / name).read_bytes() for name in tokenizer} == tokenizer
-    (folder / "target.spm").write_bytes(b"other pieces")
+    (folder / "target.spm").write_bytes(sentence_pieces(62))
     assert seal("fetch", {"source": folder.as_uri()}).identity != first.identity
     (folder / "target.spm").unlink()
     with pytest.raises(StageError, match="has no tokenizer"):

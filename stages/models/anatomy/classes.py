@@ -43,6 +43,14 @@ TASKS = (
 """transformers' own tables of architectures, by what they answer."""
 _ROWS = 2
 """Dimensions of token ids."""
+_MANNERS = (
+    "auto_map", "torchscript", "return_dict", "use_return_dict", "output_attentions",
+    "output_hidden_states", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "quantization_config",
+)  # fmt: skip
+"""Fields that say how somebody ran or stored a model: none of what it is, and some fail where that is not installed."""
+_NONSENSE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+"""What transformers raises of a configuration that it makes no model of."""
 
 
 def configuration(read: Mapping[str, Any], where: str, *, bare: bool = False) -> PreTrainedConfig:
@@ -54,7 +62,8 @@ def configuration(read: Mapping[str, Any], where: str, *, bare: bool = False) ->
         bare: the model is asked for its tokens' vectors, so that a head plays no part.
 
     Raises:
-        StageError: its architecture is not understood, or another tool quantized the checkpoint.
+        StageError: its architecture is not understood, transformers takes no such values, or another tool quantized
+            the checkpoint.
     """
     kind = str(read.get("model_type", ""))
     if kind not in CONFIG_MAPPING:
@@ -64,12 +73,15 @@ def configuration(read: Mapping[str, Any], where: str, *, bare: bool = False) ->
             limit="the model types that transformers itself knows",
             remedy="Give a checkpoint of one of these types.",
         )
-    if "quantization_config" in read:
+    if read.get("quantization_config"):
         raise StageError(
             f"{where} is quantized by {read['quantization_config'].get('quant_method', 'another tool')}",
             remedy="Give the checkpoint it was made from.",
         )
-    config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict({k: v for k, v in read.items() if k != "auto_map"})
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(_bare(PreTrainedConfig._decode_special_floats(read)))
+    except Exception as error:  # of a value that its checks refuse it raises classes of its own
+        raise _refused(where, error, read) from error
     config.architectures = [_native(config, read, where)]
     found = AutoModel._model_mapping.get(type(config), ()) if bare else ()
     headless = [one.__name__ for one in (found if isinstance(found, tuple) else (found,))]
@@ -78,9 +90,30 @@ def configuration(read: Mapping[str, Any], where: str, *, bare: bool = False) ->
     return config
 
 
+def _bare(read: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without _MANNERS, those of the parts that it is made of included."""
+    kept = {name: one for name, one in read.items() if name not in _MANNERS}
+    return {
+        name: _bare(one) if name.endswith("_config") and isinstance(one, dict) else one for name, one in kept.items()
+    }
+
+
+def _refused(where: str, error: Exception, read: Mapping[str, Any]) -> StageError:
+    said = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    if isinstance(error, LookupError):  # of a table of transformers: whose key it is says the field
+        fields = {name: [*one.values()] if isinstance(one, dict) else [one] for name, one in read.items()}
+        said = "; ".join(f"{name}: {key!r}" for key in error.args for name, of in fields.items() if key in of) or said
+    return StageError(
+        f"transformers makes no model of {where}",
+        measured=said,
+        remedy="Correct that field, or save the checkpoint again by the transformers that it was made with.",
+    )
+
+
 def _native(config: PreTrainedConfig, read: Mapping[str, Any], where: str) -> str:
     """The class that `architectures` names, or, where that one is code of the checkpoint's own, what stands for it."""
-    named = (read.get("architectures") or [""])[0]
+    told = read.get("architectures") or [""]
+    named = told if isinstance(told, str) else told[0]
     known = [one.__name__ for one in known_classes(config)]
     # auto_map says for which task the class of its own is: transformers has a class for that task, too.
     own = {str(of).rpartition(".")[2]: task for task, of in (read.get("auto_map") or {}).items()}
@@ -115,9 +148,16 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the configuration whose linear maps are all nn.Linear; its parameters hold no values yet."""
+    """A model of the configuration whose linear maps are all nn.Linear; its parameters hold no values yet.
+
+    Raises:
+        StageError: transformers makes none: an unknown way to turn positions, an unknown activation, sizes at odds.
+    """
     with no_init_weights():
-        model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
+        try:
+            model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
+        except _NONSENSE as error:
+            raise _refused(f"this configuration of {config.model_type!r}", error, config.to_dict()) from error
         model.tie_weights()
         _one_choice_a_row(model)
         for path, module in list(model.named_modules()):

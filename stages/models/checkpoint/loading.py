@@ -208,7 +208,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise StageError(
             f"{folder} has no tokenizer that can be read",
             measured=next((line for line in str(error).splitlines() if line), type(error).__name__),
-            remedy="Put tokenizer.json and tokenizer_config.json beside the weights.",
+            remedy="Put tokenizer.json beside the weights, and a tokenizer_config.json that names no code (auto_map).",
         ) from error
     return tokenizer
 

@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
-from tests.stages.models.families import family
+from tests.benchmarks.families import checkpoint
 
 
 @pytest.fixture
 def gpt2(tmp_path: Path) -> Path:
-    folder = family("gpt2", tmp_path)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+    return checkpoint("gpt2", tmp_path)
 
 
 def test_check_says_what_a_checkpoint_is_and_who_takes_it(gpt2, tmp_path):

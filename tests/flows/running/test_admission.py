@@ -17,15 +17,10 @@ from stages.admission import Answer, Asked
 from stages.models.checkpoint.loading import load_model
 from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
-from tests.stages.models.families import FAMILIES, WIDER, family
+from tests.benchmarks.families import checkpoint
+from tests.stages.models.families import FAMILIES, WIDER
 
 TEXT = {"source": "pydoc://topics", "splits": dict.fromkeys(("calibrate", "train", "validate", "test"), 0.25)}
-
-
-def checkpoint(name: str, root: Path) -> Path:
-    folder = family(name, root)
-    (folder / "tokenizer.json").write_text("{}")  # that it is there is asked; what it says is asked by who reads it
-    return folder
 
 
 def recipe(folder: Path, *steps: dict[str, object], **more: object) -> Recipe:
@@ -131,7 +126,7 @@ def test_all_that_is_wrong_is_said_at_once(store, tmp_path):
     asked = recipe(
         folder,
         step("q", "quantize", scheme="int4_weight_only", block=64),
-        {"name": "g", "stage": "export", "inputs": {"model": "dense"}, "params": {}},
+        {"name": "g", "stage": "export", "inputs": {"model": "dense"}, "params": {"dtype": "fp16"}},
     )
     with pytest.raises(StageError, match="2 things keep this recipe from running") as refused:
         admitted(store, asked)
