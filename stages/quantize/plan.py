@@ -223,7 +223,9 @@ def _precisions(
         return dict.fromkeys(names, _precision(params))
     assert ids_NT is not None
     forms = [Precision("int8"), _precision(params)]
-    found = mixed_precision.measured(model, ids_NT[: max(2, len(ids_NT) // 2)], forms, folder, Silent().advanced)
+    half_NT = ids_NT[: max(2, len(ids_NT) // 2)]
+    # What rounds the maps afterwards keeps a decoder's answers to all windows in `folder`: these are to half of them.
+    found = mixed_precision.measured(model, half_NT, forms, folder / "measured", Silent().advanced)
     parts = {name: options for name, options in found.items() if name in names}
     if params.loss is not None:
         return mixed_precision.under_loss(parts, forms, params.loss)

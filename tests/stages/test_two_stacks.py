@@ -83,10 +83,12 @@ def test_maps_of_both_stacks_are_fitted_to_what_the_model_answers(folders, tmp_p
     assert lost[0] < 0.8 * lost[1], lost
 
 
-@pytest.mark.parametrize("scheme", ["fp8_e4m3", "nvfp4"])
-def test_other_schemes_take_both_stacks(folders, tmp_path, scheme):
+@pytest.mark.parametrize(
+    "params", [{"scheme": "fp8_e4m3"}, {"scheme": "nvfp4"}, {"scheme": "auto", "bits": 6.0, "block": 8}]
+)
+def test_other_schemes_take_both_stacks(folders, tmp_path, params):
     inputs = {"model": folders["bart"], "text": folders["text"]}
-    run(QUANTIZE, {"scheme": scheme, "window_tokens": 32, "windows": 4, "embedding": "keep"}, inputs, tmp_path / "out")
+    run(QUANTIZE, params | {"window_tokens": 32, "windows": 6, "embedding": "keep"}, inputs, tmp_path / "out")
     assert kl(folders["bart"], tmp_path / "out", folders["text"], tmp_path) < 0.1
 
 
