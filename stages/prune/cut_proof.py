@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -161,8 +162,9 @@ def _candidates(dense: PreTrainedModel, what: str, changes: Mapping[int, int]) -
     if what == CHANNELS:
         values = config.to_dict()
         named = {name: changes[value] for name, value in values.items() if type(value) is int and value in changes}
-        yield named
-        yield from ({name: value} for name, value in named.items())
+        # As few as will do: other fields may have the same number by chance (bert-tiny's positions are its channels).
+        for many in range(1, len(named) + 1):
+            yield from (dict(chosen) for chosen in combinations(named.items(), many))
         # A width that follows from another one unless a field gives it.
         free = [name for name, value in values.items() if value is None and not name.endswith("_id")]
         yield from ({name: one} for one in changes.values() for name in free)

@@ -1,9 +1,10 @@
 import pytest
 import torch
+import transformers
 
 from stages.models.anatomy import attention
 from stages.models.anatomy import blocks as anatomy
-from stages.models.checkpoint.loading import load_model
+from stages.models.checkpoint.loading import load_config, load_model
 from stages.prune import units as surgery
 from stages.prune.cut_proof import proven
 from stages.prune.units import CHANNELS, HEADS
@@ -51,3 +52,14 @@ def test_proof_needs_no_weights_and_leaves_the_model_alone(tmp_path):
     assert proven(model, CHANNELS, halves(model, CHANNELS)) == {"intermediate_size": 24}
     assert {name: one.shape for name, one in model.state_dict().items()} == before
     assert (model.config.intermediate_size, model.config.num_hidden_layers) == (48, 3)
+
+
+@pytest.mark.parametrize(("name", "fields"), [("bert_classes", ["intermediate_size"]), ("bart", [])])
+def test_numbers_that_equal_the_channels_by_chance_stay(name, fields, tmp_path):
+    folder = family(name, tmp_path)
+    config = load_config(folder)
+    config.max_position_embeddings = config.to_dict().get("intermediate_size") or config.encoder_ffn_dim
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config)
+    found = proven(model, CHANNELS, halves(model, CHANNELS))
+    assert sorted(found) == (fields or ["decoder_ffn_dim", "encoder_ffn_dim"])
