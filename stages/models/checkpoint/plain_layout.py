@@ -95,7 +95,8 @@ def plain(model: PreTrainedModel, progress: Progress) -> PreTrainedModel:
         to.copy_(functional.pad(value.to(to.dtype), [side for lack in reversed(lacks) for side in (0, lack)]))
     if padded:
         progress.note(f"{padded} tensors of cut blocks are filled up with zeros to the one size that config.json knows")
-    made.generation_config = model.generation_config
+    if model.can_generate():  # no other model has such settings
+        made.generation_config = model.generation_config
     try:
         with rounded_cache.left_float(model):
             same_answers.check(model, made.eval(), {}, progress)

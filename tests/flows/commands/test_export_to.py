@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from flows.cli import main
 from flows.registry.journal import Candidate, Executable
@@ -30,6 +30,7 @@ from tests.conftest import sealer
 from tests.engines import mixed, mixed_graph, one_block, rounded, token_windows
 from tests.flows.recorded import tracking_in
 from tests.flows.registry.test_served import chain
+from tests.stages.models import families
 from tests.stages.models.families import FAMILIES
 
 PROMPTS = ["The for statement is used to", "A class", "If the expression is found to be true, then the suite"]
@@ -149,6 +150,22 @@ def test_rounded_table_and_cache_become_floats_and_it_is_said(tiny, tmp_path, ha
         wanted = plain.eval()(torch.from_numpy(ids)).logits.numpy()
     assert np.abs(by_transformers(folder, ids) - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert np.abs(open_engine(tmp_path / "rounded").logits(ids) - wanted).max() > 1e-3 * np.abs(wanted).max()
+
+
+def test_rounded_classifier_that_generates_nothing_is_opened_and_answers_the_same(tmp_path, handed):
+    source = families.family("bert_classes", tmp_path)
+    model = load_model(source)
+    table = QuantizedEmbedding(*model.get_input_embeddings().weight.shape)
+    table.weight, table.weight_scale = rounded(model.get_input_embeddings().weight.data)
+    quantized_linear.replace(model, "bert.embeddings.word_embeddings", table)
+    annotate(model, {}, {})
+    save_model(model, tmp_path / "rounded", like=source)
+    folder, said = handed(tmp_path / "rounded", "hf")
+    assert "table of INT8 rows" in said
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        found = AutoModelForSequenceClassification.from_pretrained(folder).eval()(ids).logits
+        assert torch.allclose(found, model(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_quantized_maps_stay_quantized_where_transformers_has_the_layout(shared_store, tiny, tmp_path, handed):
