@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -21,9 +21,20 @@ _CALLED: Mapping[str, tuple[str, ...]] = {
     "prompt": ("question", "query", "instruction", "input", "text", "sentence"),
     "answers": ("answer", "output", "response", "target"),
     "choices": ("options",),
-    "labels": ("tags",),
+    "labels": ("tags", "ner_tags"),
 }
 """Field of an item -> what others call it."""
+_CALLED_IN: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("translate", "prompt"): ("source", "src"),
+    ("translate", "answers"): ("translation", "reference", "references", "tgt"),
+    ("classify", "answers"): ("label", "labels", "class", "category", "sentiment"),
+    ("question", "answers"): ("answers.text",),
+    ("tag", "words"): ("tokens",),
+    ("similarity", "prompt"): ("sentence1", "text1"),
+    ("similarity", "other"): ("sentence2", "text2"),
+    ("similarity", "score"): ("similarity", "label"),
+}
+"""The same in items of one task alone."""
 
 
 def check_text(source: str) -> None:
@@ -38,7 +49,8 @@ def columns_of(source: str, task: str) -> tuple[dict[str, str], list[str], list[
     """What the first row of items that lie here says of its columns.
 
     Returns:
-        Fields that stand in columns of other names, the fields that stand in none, and the row's columns.
+        Fields that stand in columns of other names, the fields that stand in none, and the row's columns; `a.b` is
+        a column within one.
 
     Raises:
         StageError: no set of items reads it.
@@ -51,14 +63,35 @@ def columns_of(source: str, task: str) -> tuple[dict[str, str], list[str], list[
     row = _first_row(files[0][1])
     if row is None or "task" in row:  # a row that names its task has columns of that one
         return {}, [], []
-    lacking = [field for field in _NEEDED.get(task, ()) if field not in row]
-    if task == "tag" and "words" in row:
+    lacking = [field for field in _NEEDED.get(task, ()) if not _holds(row, field)]
+    found = {field: column for field in lacking if (column := _called(row, task, field))}
+    if task == "tag" and not _holds(row, "words") and (column := _called(row, task, "words")):
+        found["words"] = column
+    if task == "tag" and (_holds(row, "words") or "words" in found):
+        found.pop("prompt", None)
         lacking = [field for field in lacking if field != "prompt"]
-    found: dict[str, str] = {}
-    for field in lacking:
-        there = [one for one in _CALLED.get(field, ()) if one in row]
-        found |= {field: there[0]} if len(there) == 1 else {}
-    return found, [field for field in lacking if field not in found], list(row)
+    return found, [field for field in lacking if field not in found], list(_columns(row))
+
+
+def _called(row: Mapping[str, Any], task: str, field: str) -> str:
+    """What others call a field, where a row has one such column alone; else nothing."""
+    there = [one for one in (*_CALLED.get(field, ()), *_CALLED_IN.get((task, field), ())) if _holds(row, one)]
+    return there[0] if len(there) == 1 else ""
+
+
+def _holds(row: Mapping[str, Any], column: str) -> bool:
+    from stages.runtime.rows import reached
+
+    there, value = reached(row, column)
+    return there and not isinstance(value, dict)
+
+
+def _columns(row: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            yield from _columns(value, f"{within}{name}.")
+        else:
+            yield f"{within}{name}"
 
 
 def _first_row(file: Path) -> Mapping[str, Any] | None:

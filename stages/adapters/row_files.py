@@ -15,6 +15,8 @@ from stages.runtime.rows import CHATS, TEXT, Content, content_of, no_text, pair_
 
 Row = tuple[int, str, dict[str, Any]]
 """Its number, where it stands, and its columns."""
+_BETWEEN_CELLS = ",;\t"
+"""Semicolons are what Excel writes where the comma stands in numbers."""
 
 
 def json_rows(file: Path) -> Iterator[Row]:
@@ -32,10 +34,14 @@ def json_rows(file: Path) -> Iterator[Row]:
 def csv_rows(file: Path) -> Iterator[Row]:
     """The rows of a .csv file by the names in its first one; blank lines are none.
 
+    Between its cells stand commas, or semicolons or tabs where these are the most of the first line.
+
     Raises:
         StageError: quotes that do not end, a column named twice, a row of more or fewer cells; file and line are named.
     """
-    reader = csv.reader(StringIO(whole_text(file), newline=""), strict=True)
+    text = whole_text(file)
+    first = next((line for line in StringIO(text) if line.strip()), "")
+    reader = csv.reader(StringIO(text, newline=""), delimiter=max(_BETWEEN_CELLS, key=first.count), strict=True)
     names: list[str] = []
     number = line = 0
     try:
@@ -59,7 +65,7 @@ def csv_rows(file: Path) -> Iterator[Row]:
                     f"{where} has not as many cells as there are columns",
                     measured=len(cells),
                     limit=len(names),
-                    remedy="Put text with commas, quotes or line ends between double quotes.",
+                    remedy="Put text with what stands between cells, with quotes or line ends between double quotes.",
                 )
             yield number, where, dict(zip(names, cells, strict=True))
     except csv.Error as error:

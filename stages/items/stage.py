@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stages.adapters.lm_eval_harness import folder as harness_folder
-from stages.adapters.sources import Wanted, changed_source, open_source, pin_source
+from stages.adapters.sources import Wanted, changed_source, local_path, open_source, pin_source, scheme_of
 from stages.items import reading
 from stages.items.abilities.shipped import shipped
 from stages.measures.items import HARNESS, Item, ItemSplits
@@ -109,8 +109,10 @@ class ItemsParams(Params):
 def pin(params: ItemsParams, pins: Pins, progress: Progress) -> ItemsParams:
     """Resolve the source to the digest of its items.
 
+    Rows that lie here are read, so that one that is no item is told before any work.
+
     Raises:
-        StageError: there are none, or not those whose digest was asked for.
+        StageError: there are none, one that is no item, or not those whose digest was asked for.
     """
     if params.source == ABILITIES:
         digest, exact, downloads, ability = _digest_of(shipped()), params.source, "", ""
@@ -122,6 +124,8 @@ def pin(params: ItemsParams, pins: Pins, progress: Progress) -> ItemsParams:
         digest, exact, downloads = found.digest, found.exact, found.downloads
         # It is written into the items, so that it is a part of what they are, wherever they lie.
         ability = params.ability or _name_of(params.source)
+        if scheme_of(params.source) == "file":
+            _read(params, local_path(params.source))
     if params.digest not in ("", digest):
         raise changed_source(params.source, digest, params.digest)
     return params.model_copy(update={"digest": digest, "exact": exact, "downloads": downloads, "ability": ability})
@@ -181,10 +185,13 @@ def _dealt(params: ItemsParams, output: Path, progress: Progress) -> tuple[dict[
     if params.source == ABILITIES:
         return {split: list(items) for split, items in shipped().items()}, _digest_of(shipped())
     path = open_source(params.exact or params.source, WANTED, params.downloads, output / PARTIAL, progress)
+    return _by_share(_read(params, path), params.splits), reading.digest_of_files(path)
+
+
+def _read(params: ItemsParams, path: Path) -> list[Item]:
     defaults: dict[str, str] = {"task": params.task, "language": params.language, "match": params.match}
     defaults["ability"] = params.ability or _name_of(params.source)
-    items = reading.items_of(path, params.columns, defaults, spaced=params.spaced)
-    return _by_share(items, params.splits), reading.digest_of_files(path)
+    return reading.items_of(path, params.columns, defaults, spaced=params.spaced)
 
 
 def _by_share(items: Sequence[Item], splits: Mapping[Split, float]) -> dict[str, list[Item]]:

@@ -229,6 +229,13 @@ def test_items_that_no_set_reads_are_refused(tmp_path, capsys, model):
         ),
         ({"q": "a", "answer": "b"}, {"answers": "answer"}, "no column for `prompt`, it has q, answer"),
         ({"q": "a", "task": "answers"}, {}, ""),
+        # As SQuAD has them.
+        (
+            {"question": "a", "answers": {"text": ["b"], "answer_start": [0]}, "context": "c"},
+            {"prompt": "question", "answers": "answers.text"},
+            "is taken for",
+        ),
+        ({"prompt": "a", "answers": {"en": "b"}}, {}, "no column for `answers`, it has prompt, answers.en"),
     ],
 )
 def test_columns_of_items_by_other_names_are_written_or_asked_for(row, columns, said, tmp_path, capsys, model):
@@ -238,3 +245,21 @@ def test_columns_of_items_by_other_names_are_written_or_asked_for(row, columns, 
     assert load_recipe(tmp_path / "mine.yaml").step("items").params.get("columns", {}) == columns
     told = capsys.readouterr().out
     assert said in told and ("your items" in told) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "columns"),
+    [
+        ("bert_classes", {"text": "a", "label": "b", "id": "1"}, {"prompt": "text", "answers": "label"}),
+        ("bert_classes", {"sentence": "a", "sentiment": 1}, {"prompt": "sentence", "answers": "sentiment"}),
+        ("t5", {"source": "a", "target": "b"}, {"prompt": "source", "answers": "target"}),
+        ("bert_tokens", {"tokens": ["a"], "ner_tags": [1]}, {"words": "tokens", "labels": "ner_tags"}),
+        ("bert_bare", {"sentence1": "a", "sentence2": "b", "score": 1}, {"prompt": "sentence1", "other": "sentence2"}),
+    ],
+)
+def test_columns_that_data_sets_of_a_task_have_are_known(name, row, columns, tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "items.jsonl").write_text(json.dumps(row) + "\n")
+    words = [str(checkpoint(name, tmp_path)), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml")]
+    assert main(["init", *words, "--items", str(tmp_path / "items.jsonl")]) == 0
+    assert load_recipe(tmp_path / "mine.yaml").step("items").params["columns"] == columns

@@ -325,6 +325,27 @@ def test_csv_and_parquet_rows_are_refused_by_their_place(seal, store, tmp_path):
     assert "line 2 is not UTF-8" in refused(seal, store, path).what
 
 
+@pytest.mark.parametrize("between", [";", "\t"])
+def test_csv_with_semicolons_or_tabs_is_read_as_one_with_commas(seal, store, tmp_path, between):
+    lines = ["id,prompt,answers", 'a,"One, two; three\tfour",five', "b,Six,seven|eight"]
+    (tmp_path / "comma.csv").write_text("\n".join(lines))
+    other = [lines[0].replace(",", between), f'a{between}"One, two; three\tfour"{between}five', "b,Six,seven|eight"]
+    other[2] = other[2].replace(",", between)
+    (tmp_path / "other.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(other).encode())
+    params = [{"source": str(tmp_path / f"{name}.csv"), "ability": "own"} for name in ("comma", "other")]
+    first, second = (seal("items", one).identity for one in params)
+    assert made(store, first) == made(store, second) and len(made(store, first)["test"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"), [({"prompt": "q"}, "no row has|no column 'q'"), ({}, "no column 'prompt'")]
+)
+def test_items_that_lie_here_are_read_before_any_work(store, tmp_path, columns, said):
+    jsonl(tmp_path / "own.jsonl", [{"question": "a", "answers": ["b"]}])
+    with pytest.raises(StageError, match=said):
+        pin(ItemsParams(source=(tmp_path / "own.jsonl").as_uri(), columns=columns), pins(store), Silent())
+
+
 def test_line_that_is_no_object_and_files_without_items_are_refused(seal, store, tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "p", "answers": "x"}\n["p"]\n', encoding="utf-8")
