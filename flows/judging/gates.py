@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from flows.judging.measured import CHAMPION, JUDGE_MORE, Found, Gate, found, has_any, of_size, on_request
@@ -195,6 +195,8 @@ def _result(gate: Gate, limit: _Limit, one: Found, *, artifact: str, target: str
         outcome = f"measured {number(interval.point)}"
         if interval.low != interval.high:
             outcome += f" (95% interval {number(interval.low)} to {number(interval.high)})"
+        if not passed and limit.held == "bad end" and corpus and replace(limit, held="value").met(interval) >= 0:
+            beside += " (the value holds: more text or items, or more `windows`, narrow the interval)"
     held = "" if interval is None and not one.failed else f": {'passed' if passed else 'FAILED'}"
     bound = f"{held_words(limit.bound, limit.held)}{limit.bound.replace('_', ' ')} {number(limit.limit)}"
     return GateResult(

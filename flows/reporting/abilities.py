@@ -136,7 +136,7 @@ def _set(
         return ItemSet(corpus, baseline, [one for one in judged if every.get(one)], [], {}, [], {}, grades)
     shown = [one for one in judged if asked.get(one)]
     order = [one for one in (*chain, *judged) if asked.get(one)]
-    names = ["all", *slices([theirs for _, theirs in max(asked.values(), key=len)])]
+    names = _rows([theirs for _, theirs in max(asked.values(), key=len)])
     rows = [_ability(name, {one: _of(asked[one], name) for one in shown}) for name in names] if shown else []
     heat = {
         step: {name: _change(pairs) for name in names if (pairs := _of(asked[step], name))}
@@ -151,6 +151,12 @@ def _set(
     }
     alike = {one: _alike(asked[one]) for one in shown}
     return ItemSet(corpus, baseline, shown, rows, heat, flips[:MOST_FLIPS], flipped, grades, alike)
+
+
+def _rows(documents: Sequence[Document]) -> list[str]:
+    """The whole, and each ability where there are several."""
+    found = slices(documents)
+    return ["all", *(found if len(found) > 1 else ())]
 
 
 def _alike(pairs: Sequence[tuple[Document, Document]]) -> tuple[float, float | None]:
@@ -168,7 +174,7 @@ def _answered(pairs: Sequence[tuple[Document, Document]]) -> list[tuple[Document
 def _grades(asked: Mapping[str, list[tuple[Document, Document]]], judged: Sequence[str]) -> list[Grade]:
     most = max(asked.values(), key=len, default=[])
     found = []
-    for name in ["all", *slices([theirs for _, theirs in most])]:
+    for name in _rows([theirs for _, theirs in most]):
         for measure, one in MEASURES.items():
             inside = {step: _of(pairs, name) for step, pairs in asked.items()}
             if one.graded and all(one.score in document for pair in _of(most, name) for document in pair):

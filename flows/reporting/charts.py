@@ -61,7 +61,7 @@ def steps_chart(
     """One row a step: its size as a bar, its measure on each corpus as a dot."""
     height = ROW * len(rows) + 52
     body = [_text(LABEL, 14, "size", "start head"), _text(540, 14, measure, "start head")]
-    body += _legend(corpora, 640, 14)
+    body += _legend(corpora, max(640, 560 + 8 * len(measure)), 14)
     bars = Scale(0, max([one for _, one, _ in rows if one] or [1.0]), LABEL, 440)
     values = [v for _, _, scores in rows for v in scores.values() if math.isfinite(v)]
     dots = _padded(values, 540, WIDTH - 60) if values else None

@@ -140,8 +140,8 @@ def curves_of(
 
 
 def reproduce(command: Sequence[str]) -> str:
-    """The command line that ran, as one may paste it."""
-    return shlex.join([Path(command[0]).name, *command[1:]]) if command else ""
+    """The command line that ran, as one may paste it, also where `python -m flows` stood in its place."""
+    return shlex.join(["enginery", *command[1:]]) if command else ""
 
 
 def _row(step: StepResult, manifests: Mapping[str, Manifest], reports: Reports, shown: str) -> Row:

@@ -175,10 +175,10 @@ def _took(one: Planned, sealed: Iterable[Manifest]) -> str:
     work, step = one.order.work, one.name
     alike = [manifest for manifest in sealed if manifest.work.stage == work.stage]
     if not alike:
-        return "memory and disk: known when its like was made once"
+        return "memory and disk not known before the first"
     nearest = min(alike, key=lambda m: (m.provenance.step != step, differing_fields(m.work, work)))
     memory = f"{size(nearest.provenance.peak_rss_bytes)} memory, " if nearest.provenance.peak_rss_bytes else ""
-    return f"{memory}{size(nearest.size_bytes)} disk (as the nearest sealed one took)"
+    return f"{memory}{size(nearest.size_bytes)} disk, as its like took"
 
 
 def _network(params: Params) -> str:

@@ -271,6 +271,14 @@ def test_champion_that_stands_and_of_which_nothing_is_known_is_an_error_and_not_
         judge([gate], REPORTS, SIZES, TARGETS, champion="3")
 
 
+def test_value_that_holds_with_a_wide_interval_fails_and_says_what_narrows_it():
+    told = only(Gate(corpus="other", at_most=1.05))
+    assert told.high and told.measured and "narrow" not in told.text
+    near = only(Gate(corpus="other", at_most=(told.measured + told.high) / 2))
+    assert not near.passed and near.text.endswith("more `windows`, narrow the interval): FAILED")
+    assert "narrow" not in only(Gate(corpus="other", at_most=told.high)).text
+
+
 def test_text_says_gate_measured_interval_limit_and_outcome():
     failed = only(Gate(corpus="other", at_most=1.05)).text
     assert failed.startswith("perplexity of cpu on onnxruntime:cpu against dense on other: measured 1.2")

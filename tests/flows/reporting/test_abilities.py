@@ -46,6 +46,12 @@ def test_rows_hold_right_answers_and_their_share_of_denses(found):
     assert not rows["noise"].known and rows["noise"].cells["cpu"].ratio is None
 
 
+def test_set_of_one_ability_has_one_row():
+    reports = {key: one | {"documents": one["documents"][:6]} for key, one in REPORTS.items() if "documents" in one}
+    (found,) = item_sets(reports, "dense", ["cpu"], CHAIN)
+    assert [row.name for row in found.abilities] == ["all"] and [*found.heat["cpu"]] == ["all"]
+
+
 def test_heat_is_the_change_from_dense_after_each_step(found):
     assert [*found.heat] == ["pruned", "int8", "cpu"]
     assert found.heat["pruned"] == {"all": (-4, 14), "capitals": (-4, 6), "sums": (0, 4), "noise": (0, 4)}

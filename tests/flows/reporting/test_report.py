@@ -187,6 +187,8 @@ def test_steps_chart_draws_lengths_and_places_in_proportion():
     dots = [s for s in shapes(chart, "circle") if float(s["cy"]) > 20]
     by_class = {(s["class"], s["cy"]): float(s["cx"]) for s in dots}
     t10, u30, t20 = by_class.values()
+    first = next(float(s["cx"]) for s in shapes(steps_chart(rows, ["t", "u"], "pseudo-perplexity"), "circle"))
+    assert first - 5 > 540 + 8 * len("pseudo-perplexity"), "the legend stands behind the title"
     assert t20 - t10 == pytest.approx(u30 - t20, abs=0.2) and t10 < t20 and len(dots) == 3
 
 
@@ -221,3 +223,4 @@ def test_scales_and_ticks_stand_on_round_numbers():
 
 def test_reproduce_is_a_line_to_paste():
     assert reproduce(["/bin/enginery", "run", "a b"]) == "enginery run 'a b'" and reproduce([]) == ""
+    assert reproduce(["/x/flows/__main__.py", "run", "a"]) == "enginery run a"

@@ -27,12 +27,12 @@ def said(store, pools=None, **how) -> str:
 
 
 def test_needs_are_those_of_the_nearest_sealed_artifact(store):
-    assert "memory and disk: known when its like was made once" in said(store)
+    assert "memory and disk not known before the first" in said(store)
     sealed(store, "other", {"model.safetensors": b"x" * 70_000})
     assert "70.0 kB disk" in said(store)
     sealed(store, "int8", {"model.safetensors": b"x" * 3_000})
-    assert "1 B memory, 3.0 kB disk (as the nearest sealed one took)" in said(store)
-    assert "known when" in said(store, kind="prune")
+    assert "1 B memory, 3.0 kB disk, as its like took" in said(store)
+    assert "before the first" in said(store, kind="prune")
 
 
 def test_needs_of_a_sealed_step_are_none_unless_it_is_made_again(store):
