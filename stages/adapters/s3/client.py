@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import boto3
 import urllib3.exceptions
@@ -52,6 +52,11 @@ _NO_CREDENTIALS = (
     of_boto.SSOError,
     of_boto.LoginError,
 )
+_EXPIRED = frozenset(
+    ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "RequestExpired")
+)
+_ELSEWHERE = frozenset(("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"))
+"""The bucket is of another region than the one that is asked."""
 _BUSY = frozenset(
     ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests",
      "BandwidthLimitExceeded", "InternalError", "ServiceUnavailable")
@@ -92,15 +97,16 @@ def client() -> S3Client:
 
 
 def parse(uri: str) -> tuple[str, str]:
-    """Bucket and key of s3://bucket/key, the key without slashes at its ends.
+    """Bucket and key of s3://bucket/key, the key without slashes at its ends; `#`, `?` and `%` are of a key, too.
 
     Raises:
         StageError: there is no bucket.
     """
-    parts = urlsplit(uri)
-    if parts.scheme != "s3" or not parts.netloc:
+    scheme, _, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3" or not re.fullmatch(r"[\w.:-]+", bucket):
         raise StageError(f"{uri} names no bucket", limit="s3://bucket/prefix", remedy="Write it in this form.")
-    return parts.netloc, parts.path.strip("/")
+    return bucket, key.strip("/")
 
 
 def listed(bucket: str, prefix: str) -> Iterator[tuple[str, int, float, str]]:
@@ -217,6 +223,16 @@ def spoken(name: str) -> Iterator[None]:
         yield
     except (BotoCoreError, ClientError, *_RAW) as error:
         raise _away(name, error) or _mended_by_a_person(name, error) from error
+    except RecursionError as error:  # boto3 asks a server that redirects where the bucket is, and is redirected
+        raise _elsewhere(name, "every request is redirected") from error
+
+
+def _elsewhere(name: str, measured: str) -> StageError:
+    return StageError(
+        f"{name} is not where it is asked for",
+        measured=measured,
+        remedy="Check the bucket's region in AWS_REGION, and AWS_ENDPOINT_URL: http or https, host, port.",
+    )
 
 
 def _mended_by_a_person(name: str, error: Exception) -> StageError:
@@ -239,6 +255,12 @@ def _mended_by_a_person(name: str, error: Exception) -> StageError:
             remedy="Check what the environment and ~/.aws/config say of S3.",
         )
     status, code = status_of(error), code_of(error)
+    if code in _EXPIRED:
+        return StageError(
+            f"access to {name} is denied", measured=code, remedy="Renew the session's credentials, then run again."
+        )
+    if code in _ELSEWHERE or status in (301, 307, 308):
+        return _elsewhere(name, f"HTTP {status} {code}")
     if status in (409, 412):
         return Unavailable(f"{name} was changed by another meanwhile", measured=code, remedy="Run again.")
     if code == "RequestTimeTooSkewed":
@@ -249,4 +271,9 @@ def _mended_by_a_person(name: str, error: Exception) -> StageError:
         )
     if code == "NoSuchBucket" or status == 404:
         return StageError(f"{name} does not exist", measured=code, remedy="Check the bucket's name.")
-    return StageError(f"the server refused what was asked of {name}", measured=f"HTTP {status} {error}")
+    return StageError(
+        f"the server refused what was asked of {name}",
+        measured=f"HTTP {status} {error}",
+        # A refused HEAD has no body that would say more.
+        remedy="Check the credentials and their age, the bucket's region in AWS_REGION, and AWS_ENDPOINT_URL.",
+    )

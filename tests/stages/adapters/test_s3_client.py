@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import inspect
 import socket
 import string
@@ -121,6 +122,9 @@ def test_error_of_a_body_that_is_read_is_tried_again(error: Exception) -> None:
         (403, "AccessDenied", False),
         (404, "NoSuchBucket", False),
         (301, "PermanentRedirect", False),
+        (400, "AuthorizationHeaderMalformed", False),
+        (400, "ExpiredToken", False),
+        (400, "400", False),
     ],
 )
 def test_answer_of_a_server_is_ours(status: int, code: str, again: bool) -> None:
@@ -131,6 +135,30 @@ def test_answer_of_a_server_is_ours(status: int, code: str, again: bool) -> None
         )
     assert isinstance(told.value, Unavailable) == again
     assert code in str(told.value)
+    assert again or told.value.remedy
+    assert ("AWS_REGION" in str(told.value)) == (
+        code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "400", "InvalidArgument")
+    )
+    assert ("Renew" in str(told.value)) == (code == "ExpiredToken")
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("s3://b/run#1/ckpt", ("b", "run#1/ckpt")),
+        ("s3://b/a?x=1/y", ("b", "a?x=1/y")),
+        ("s3://b/a%20b/ü/", ("b", "a%20b/ü")),
+        ("s3://b", ("b", "")),
+    ],
+)
+def test_key_holds_every_character_that_is_written(uri: str, place: tuple[str, str]) -> None:
+    assert s3_client.parse(uri) == place
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3:/b/key", "b/key", "s3://b?x/key"])
+def test_uri_without_a_bucket_is_refused(uri: str) -> None:
+    with pytest.raises(StageError, match="names no bucket"):
+        s3_client.parse(uri)
 
 
 def test_certificate_that_is_not_trusted_is_for_a_person() -> None:
@@ -187,3 +215,24 @@ def test_body_that_breaks_off_is_read_again(environment: pytest.MonkeyPatch) -> 
         threading.Thread(target=serve, daemon=True).start()
         environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{door.getsockname()[1]}")
         assert s3_store.S3Objects("s3://bucket/x").read("key") == b"abcd"
+
+
+def test_server_that_redirects_every_request_is_named(environment: pytest.MonkeyPatch) -> None:
+    class Redirecting(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(301)
+            self.send_header("Location", f"https://127.0.0.1{self.path}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(StageError, match="AWS_ENDPOINT_URL") as told:
+            s3_store.S3Objects("s3://bucket/x").read("key")
+        server.shutdown()
+    assert not isinstance(told.value, Unavailable)
