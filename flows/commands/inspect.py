@@ -47,8 +47,9 @@ def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the artifacts of a store, the newest last."""
     from flows.reporting.format import size
     from flows.results import Listed, ListResult
+    from stages.runtime.contract import StageError
 
-    artifacts = looked_at(store)
+    artifacts, broken = looked_at(store), list[StageError]()
     listed = [
         Listed(
             fingerprint=identity,
@@ -59,7 +60,7 @@ def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
             created=manifest.provenance.created,
             seconds=manifest.provenance.seconds,
         )
-        for identity, manifest in artifacts.manifests()
+        for identity, manifest in artifacts.manifests(unread=broken.append)
     ]
     listed.sort(key=lambda one: (one.created, one.fingerprint))
     if as_json:
@@ -71,6 +72,8 @@ def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
     for one in listed:
         shown.add_row(*cells(one.fingerprint[:12], one.step, one.stage, one.kind, size(one.size_bytes), one.created))
     console().print(shown)
+    for error in broken:
+        typer.echo(f"! {error}")
 
 
 def inspect(artifact: ArtifactArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:

@@ -117,7 +117,8 @@ def _refuse_served(store: Store, identity: str) -> None:
     from flows.registry.journal import serving
     from stages.runtime.contract import StageError
 
-    if entries := serving(store.objects, identity):
+    # What is damaged serves no run: it has to go, so that its step makes it anew.
+    if (entries := serving(store.objects, identity)) and store.whole(identity):
         named = [f"{one.candidate.model}@{one.alias} stands on version {one.version.number} of it" for one in entries]
         raise StageError(
             f"artifact {identity[:12]} is served",

@@ -150,14 +150,31 @@ class Promotion(Frozen):
 
 
 def history(objects: Objects, model: str, alias: str | None = None) -> list[Promotion]:
-    """The entries of a model's journal, or those of one alias, oldest first."""
+    """The entries of a model's journal, or those of one alias, oldest first.
+
+    Raises:
+        StageError: one of them is damaged, so that nobody can say where an alias stands.
+    """
     found = []
     for entry in objects.list(f"{JOURNAL}{model}/"):
         if re.fullmatch(r"\d{8}\.json", entry.key.rpartition("/")[2]):
             data = objects.read(entry.key)
             if data is not None:
-                found.append(Promotion.model_validate_json(data))
+                found.append(_read(data, f"{objects.uri}/{entry.key}"))
     return sorted((one for one in found if alias in (None, one.alias)), key=lambda one: one.number)
+
+
+def _read(data: bytes, where: str) -> Promotion:
+    try:
+        return Promotion.model_validate_json(data)
+    except ValueError as error:
+        raise StageError(
+            f"an entry of the promotion journal cannot be read: {where}",
+            measured=f"{len(data)} bytes",
+            limit="an entry as it was written, whole",
+            remedy="Restore it from a backup, or remove it: the alias then stands where the entry before it says, and "
+            "the recipe run again promotes anew.",
+        ) from error
 
 
 def head(objects: Objects, model: str, alias: str) -> Promotion | None:

@@ -7,12 +7,12 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stages.runtime.contract import PARTIAL, FileEntry, Manifest, Progress, StageError, Work
-from stages.runtime.fingerprint import canonical, differing_fields, digest_file, fingerprint, first_difference
+from stages.runtime.fingerprint import canonical, differing_fields, digest_file, entries, fingerprint, first_difference
 from stages.runtime.stores import Objects, ObjectStat
 from stages.runtime.transfers import bar, bring, locked
 
@@ -63,19 +63,32 @@ class Store:
                 )
         return manifest
 
-    def manifests(self, *, unsettled_s: float = 0.0) -> Iterator[tuple[str, Manifest]]:
-        """Every sealed artifact: fingerprint and manifest. What is younger than `unsettled_s` is read anew."""
-        for found in self.objects.list(MANIFESTS):
-            name = found.key.removeprefix(MANIFESTS)
-            if not name.endswith(".json") or name.startswith("."):
-                continue
-            identity, state = name.removesuffix(".json"), (found.size, found.modified)
+    def manifests(
+        self, *, unsettled_s: float = 0.0, unread: Callable[[StageError], None] | None = None
+    ) -> Iterator[tuple[str, Manifest]]:
+        """Every sealed artifact: fingerprint and manifest. What is younger than `unsettled_s` is read anew.
+
+        Of a manifest that cannot be read `unread` is told; without it that is passed over: the others are as good.
+        """
+        for identity, found in self._listed():
+            state = (found.size, found.modified)
             if self._read.get(identity, (None,))[0] != state or time.time() - found.modified < unsettled_s:
                 data = self.objects.read(found.key)
                 if data is None:
                     continue
-                self._read[identity] = (state, self._parsed(identity, data))
+                try:
+                    self._read[identity] = (state, self._parsed(identity, data))
+                except StageError as error:
+                    if unread:
+                        unread(error)
+                    continue
             yield identity, self._read[identity][1]
+
+    def _listed(self) -> Iterator[tuple[str, ObjectStat]]:
+        for found in self.objects.list(MANIFESTS):
+            name = found.key.removeprefix(MANIFESTS)
+            if name.endswith(".json") and not name.startswith("."):
+                yield name.removesuffix(".json"), found
 
     def resolve(self, prefix: str) -> str:
         """The one fingerprint that begins with `prefix`.
@@ -83,7 +96,7 @@ class Store:
         Raises:
             StageError: none or several do.
         """
-        names = [name for name, _ in self.manifests() if name.startswith(prefix)]
+        names = [name for name, _ in self._listed() if name.startswith(prefix)]
         if len(names) != 1:
             raise StageError(
                 f"{'no artifact' if not names else 'more than one artifact'} begins with {prefix!r}",
@@ -122,10 +135,10 @@ class Store:
     def checkout(self, identity: str, progress: Progress | None = None) -> Path:
         """A read-only folder with the artifact's files, every byte hashed against the manifest.
 
-        What a killed checkout brought is kept and gone on with.
+        What a killed checkout brought is kept and gone on with. A folder in which something was changed is made anew.
 
         Raises:
-            StageError: not sealed, or a file's bytes differ from their digest.
+            StageError: not sealed, or a sealed file's bytes differ from their digest.
         """
         manifest = self.manifest(identity)
         if manifest is None:
@@ -133,8 +146,7 @@ class Store:
         view = self.scratch / VIEWS / identity
         if view.is_dir():
             os.utime(view)  # `sweep` takes views that nobody asked for lately.
-            self._verify(view, manifest, identity)
-        else:
+        if not self._matches(view, manifest):
             self._build(view, manifest, identity, progress)
         return view
 
@@ -153,11 +165,16 @@ class Store:
             self.objects.move(found.key, blob_key(digest))
         return self.objects.stat(blob_key(digest))
 
+    def whole(self, identity: str) -> bool:
+        """Whether an artifact is sealed and every byte of it is as its manifest says."""
+        known = self._known(identity)
+        return known is not None and not any(self._damaged(one) for one in known.files.values())
+
     def _damaged(self, entry: FileEntry) -> bool:
         found = self.objects.stat(blob_key(entry.sha256))
         if found is None or found.size != entry.size:
-            return found is not None
-        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            return True
+        with tempfile.TemporaryDirectory(dir=self.scratch if os.access(self.scratch, os.W_OK) else None) as folder:
             self.objects.fetch(blob_key(entry.sha256), Path(folder) / "blob")
             return digest_file(Path(folder) / "blob") != entry.sha256
 
@@ -166,26 +183,24 @@ class Store:
         building = view.with_name(f".view-{identity}")
         view.parent.mkdir(parents=True, exist_ok=True)
         with locked(building.with_name(f"{building.name}.lock")):
-            if view.is_dir():  # made by another while this one waited
+            if self._matches(view, manifest):  # made by another while this one waited
                 return
+            shutil.rmtree(view, ignore_errors=True)  # the store's bytes decide, not those of a copy
             building.mkdir(exist_ok=True)
             sizes = (entry.size for entry in manifest.files.values())
             moved = bar(progress, self.objects, "downloading {} from {}", sizes)
             for name, entry in manifest.files.items():
-                found = bring(self.objects, blob_key(entry.sha256), entry, building / name, moved)
-                if found != entry.sha256:
-                    raise mismatch(identity, name, found, entry.sha256)
+                bring(self.objects, blob_key(entry.sha256), identity, name, entry, building, moved)
             for path in sorted(building.rglob("*")):
                 if path.is_file() and path.relative_to(building).as_posix() not in manifest.files:
                     path.unlink()
             building.rename(view)
 
-    def _verify(self, view: Path, manifest: Manifest, identity: str) -> None:
-        for name, entry in manifest.files.items():
-            found = digest_file(view / name) if (view / name).is_file() else "absent"
-            if found != entry.sha256:
-                shutil.rmtree(view)
-                raise mismatch(identity, name, found, entry.sha256)
+    def _matches(self, view: Path, manifest: Manifest) -> bool:
+        return view.is_dir() and all(
+            (view / name).is_file() and digest_file(view / name) == entry.sha256
+            for name, entry in manifest.files.items()
+        )
 
     @contextmanager
     def draft(self, identity: str) -> Iterator[Path]:
@@ -227,42 +242,28 @@ class Store:
 
         A damaged blob has to go at once: sealing puts a blob only if it is absent, so it would come back.
         """
-        data = self.objects.read(f"{MANIFESTS}{identity}.json")
+        known = self._known(identity)
         self.objects.delete(f"{MANIFESTS}{identity}.json")
-        for entry in self._parsed(identity, data).files.values() if data else ():
+        for entry in known.files.values() if known else ():
             if self._damaged(entry):
                 self.objects.delete(blob_key(entry.sha256))
         shutil.rmtree(self.scratch / VIEWS / identity, ignore_errors=True)
 
+    def _known(self, identity: str) -> Manifest | None:
+        if data := self.objects.read(f"{MANIFESTS}{identity}.json"):
+            with suppress(StageError):
+                return self._parsed(identity, data)
+        return None
+
     def _parsed(self, identity: str, data: bytes) -> Manifest:
         try:
-            manifest = Manifest.model_validate_json(data)
+            return Manifest.model_validate_json(data)
         except ValueError as error:
             raise StageError(
                 f"the manifest of {identity[:12]} in {self.uri} cannot be read",
-                remedy="It was written by another version or damaged: remove it and run again.",
+                remedy="It is damaged, or another version's: `enginery sweep --artifact "
+                f"{identity[:12]}` takes it away, and its step makes it anew.",
             ) from error
-        return manifest
-
-
-def entries(folder: Path) -> dict[str, FileEntry]:
-    """The files of a finished draft, hashed; state to resume from is not among them."""
-    found: dict[str, FileEntry] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name.split("/")[0] != PARTIAL:
-            found[name] = FileEntry(sha256=digest_file(path), size=path.stat().st_size)
-    return found
-
-
-def mismatch(identity: str, name: str, found: str, wanted: str) -> StageError:
-    """A file whose bytes are not those of its digest."""
-    return StageError(
-        f"{name} of artifact {identity[:12]} does not match its digest",
-        measured=found[:12],
-        limit=wanted[:12],
-        remedy=f"Remove it with `enginery sweep --artifact {identity[:12]}` and run again.",
-    )
 
 
 def finished(draft: Path) -> Manifest | None:

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from stages.runtime import parts
-from stages.runtime.artifacts import Store, entries, finish, finished
+from stages.runtime.artifacts import Store, finish, finished
 from stages.runtime.contract import (
     PARTIAL,
     DoesNotFit,
@@ -37,6 +37,7 @@ from stages.runtime.fingerprint import (
     ROOT,
     assert_installed,
     canonical,
+    entries,
     fingerprint,
     first_difference,
     required,

@@ -17,7 +17,7 @@ from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
-from stages.runtime.contract import Image, StageError, Work
+from stages.runtime.contract import PARTIAL, FileEntry, Image, StageError, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +50,16 @@ def digest_tree(root: Path) -> str:
     """sha256 over the sorted (relative path, sha256) pairs of every file below `root`."""
     entries = sorted((p.relative_to(root).as_posix(), digest_file(p)) for p in root.rglob("*") if p.is_file())
     return digest_bytes(canonical(entries))
+
+
+def entries(folder: Path) -> dict[str, FileEntry]:
+    """The files of a finished draft, hashed; state to resume from is not among them."""
+    found: dict[str, FileEntry] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name.split("/")[0] != PARTIAL:
+            found[name] = FileEntry(sha256=digest_file(path), size=path.stat().st_size)
+    return found
 
 
 def canonical(value: Any) -> bytes:

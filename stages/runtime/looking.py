@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.runtime.artifacts import Store, blob_key, mismatch
+from stages.runtime.artifacts import Store, blob_key
 from stages.runtime.contract import Manifest, StageError
 from stages.runtime.stores import LocalObjects, unheard
 from stages.runtime.transfers import bring
@@ -37,9 +37,7 @@ def looked_into(store: Store, identity: str) -> Iterator[tuple[Path, Manifest]]:
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(store.objects, LocalObjects):
                 target.symlink_to(store.objects.root / key)
-            found = bring(store.objects, key, entry, target, unheard)
-            if found != entry.sha256:
-                raise mismatch(identity, name, found, entry.sha256)
+            bring(store.objects, key, identity, name, entry, folder, unheard)
         yield folder, manifest
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.runtime.artifacts import ASIDE, BLOBS, DRAFTS, MANIFESTS, PUBLISHING, RELAYS, VIEWS, Store, blob_key
+from stages.runtime.contract import StageError
 from stages.runtime.parts import PARTS
 from stages.runtime.stores import ObjectStat
 
@@ -164,9 +165,14 @@ def _named(store: Store) -> set[str]:
         if time.time() - one.modified < KEPT_SECONDS:
             named.update(json.loads(store.objects.read(one.key) or b"[]"))
     # One that was replaced within the resolution of its time would look like the one before.
-    for _, manifest in store.manifests(unsettled_s=60):
+    for _, manifest in store.manifests(unsettled_s=60, unread=_refuse):
         named.update(entry.sha256 for entry in manifest.files.values())
     return named
+
+
+def _refuse(unread: StageError) -> None:
+    """What a manifest that cannot be read names is not known, so that nothing may go."""
+    raise unread
 
 
 def _name(one: ObjectStat) -> str:

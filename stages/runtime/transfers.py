@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.runtime.contract import FileEntry, Progress
+from stages.runtime.contract import FileEntry, Progress, StageError
 from stages.runtime.fingerprint import digest_file
 from stages.runtime.stores import Moved, Objects, unheard
 
@@ -37,8 +37,13 @@ def bar(progress: Progress | None, objects: Objects, note: str, sizes: Iterable[
     return moved
 
 
-def bring(objects: Objects, key: str, entry: FileEntry, target: Path, moved: Moved) -> str:
-    """Bring a file unless it is there; returns the digest of what came. What does not match `entry` is not kept."""
+def bring(objects: Objects, key: str, identity: str, name: str, entry: FileEntry, into: Path, moved: Moved) -> None:
+    """Bring an artifact's file into a folder unless it is there. What does not match `entry` is not kept.
+
+    Raises:
+        StageError: the bytes at `key` are not those of its digest.
+    """
+    target = into / name
     for _ in range(2):
         if target.is_file():
             moved(entry.size)
@@ -46,10 +51,15 @@ def bring(objects: Objects, key: str, entry: FileEntry, target: Path, moved: Mov
             objects.fetch(key, target, moved)
         found = digest_file(target)
         if found == entry.sha256:
-            break
+            return
         # An interrupted download may have left damaged bytes: the second time every byte is fetched.
         target.unlink()
-    return found
+    raise StageError(
+        f"{name} of artifact {identity[:12]} does not match its digest",
+        measured=found[:12],
+        limit=entry.sha256[:12],
+        remedy=f"Remove it with `enginery sweep --artifact {identity[:12]}` and run again.",
+    )
 
 
 @contextmanager

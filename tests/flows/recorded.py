@@ -7,9 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from flows.tracking.connect import Tracking, open_tracking
-from stages.runtime.artifacts import entries
 from stages.runtime.contract import Kind, Manifest, Provenance, Work
-from stages.runtime.fingerprint import fingerprint
+from stages.runtime.fingerprint import entries, fingerprint
 
 
 @cache

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from stages.adapters.s3.client import client, parse
-from stages.runtime.artifacts import entries
 from stages.runtime.contract import Kind, Manifest, Provenance, Work
-from stages.runtime.fingerprint import digest_file, fingerprint
+from stages.runtime.fingerprint import digest_file, entries, fingerprint
 
 ROOT = Path(__file__).parents[2]
 

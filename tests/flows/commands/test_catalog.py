@@ -12,6 +12,7 @@ from flows.reporting.stage_docs import described
 from stages import STAGES, stage
 from stages.adapters.connect import connect
 from stages.measures.table import MEASURES
+from stages.runtime.artifacts import blob_key
 from tests.flows.commands.test_reading import filled
 from tests.flows.recorded import tracking_in
 from tests.flows.test_cli import own_store, valid
@@ -193,3 +194,46 @@ def test_sweep_leaves_the_engine_that_an_alias_serves(registered, capsys):
     journal.append(registered.objects, "m", "next", "withdraw", lambda _: first, "away")
     assert main(["sweep", "--artifact", engine[:12]]) == 0
     assert engine not in dict(registered.manifests())
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_sweep_takes_a_damaged_engine_though_an_alias_serves_it(registered, capsys, damage):
+    engine = journal.head(registered.objects, "m", "champion").candidate.served
+    entry = next(iter(dict(registered.manifests())[engine].files.values()))
+    blob = registered.objects.root / blob_key(entry.sha256)
+    data = blob.read_bytes()
+    blob.unlink()
+    if damage == "changed":
+        blob.write_bytes(bytes(one ^ 1 for one in data))
+    assert main(["sweep", "--artifact", engine[:12], "--dry-run"]) == 0
+    assert main(["sweep", "--artifact", engine[:12]]) == 0
+    assert f"took away artifact {engine[:12]}" in capsys.readouterr().out
+    assert engine not in dict(registered.manifests()) and not blob.exists()
+
+
+def test_manifest_that_cannot_be_read_is_told_by_ls_and_taken_away_by_sweep(registered, capsys):
+    broken, *others = dict(registered.manifests())
+    path = registered.objects.root / "artifacts" / f"{broken}.json"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:100])
+    assert main(["ls"]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"! the manifest of {broken[:12]}" in said and f"enginery sweep --artifact {broken[:12]}" in said
+    assert all(one[:12] in said for one in others)
+    assert main(["models"]) == 0
+    assert main(["sweep", "--dry-run"]) == 1
+    assert broken[:12] in capsys.readouterr().err
+    assert main(["sweep", "--artifact", broken[:12]]) == 0
+    assert not path.exists()
+
+
+def test_damaged_journal_is_named_with_a_way_on(registered, capsys):
+    path = registered.objects.root / "promotions" / "m" / "00000001.json"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:50])
+    for words in (["models"], ["reconcile"], ["rollback", "m"]):
+        assert main(words) == 1
+        said = capsys.readouterr().err
+        assert "promotions/m/00000001.json" in said and "measured 50 bytes" in said and "backup" in said, words
+    main(["doctor"])
+    assert "missing aliases: an entry of the promotion journal cannot be read" in capsys.readouterr().out

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.runtime import transfers
-from stages.runtime.artifacts import PUBLISHING, RELAYS, Store, entries
+from stages.runtime.artifacts import PUBLISHING, RELAYS, Store
 from stages.runtime.contract import PARTIAL, Kind, Manifest, Provenance, StageError, Work
-from stages.runtime.fingerprint import digest_bytes, fingerprint
+from stages.runtime.fingerprint import digest_bytes, entries, fingerprint
 from stages.runtime.progress import Silent
 from stages.runtime.stores import LocalObjects, unheard
 from stages.runtime.sweep import sweep
@@ -171,14 +171,15 @@ def test_a_changed_byte_is_found_when_a_stage_consumes_it(store):
         store.verify(identity)
 
 
-def test_a_view_that_was_written_into_is_refused_once_and_made_anew(store):
+@pytest.mark.parametrize("written", [b"other", b"alph", None])
+def test_a_view_that_was_written_into_is_made_anew_from_what_is_sealed(store, written):
     identity = sealed(store)
     view = store.checkout(identity)
     (view / "a.txt").unlink()
-    (view / "a.txt").write_bytes(b"other")
-    with pytest.raises(StageError, match="does not match"):
-        store.checkout(identity)
+    if written:
+        (view / "a.txt").write_bytes(written)
     assert (store.checkout(identity) / "a.txt").read_bytes() == b"alpha"
+    assert {path.name for path in view.rglob("*") if path.is_file()} == {name.split("/")[-1] for name in FILES}
 
 
 @pytest.mark.parametrize("damage", [b"alphb", b"alph"])
@@ -206,7 +207,35 @@ def test_an_unreadable_manifest_is_refused_with_a_remedy(store):
     overwrite(store.objects.root / "artifacts" / f"{identity}.json", b'{"work": 1}')
     with pytest.raises(StageError, match="cannot be read") as caught:
         store.manifest(identity)
-    assert caught.value.remedy
+    assert f"enginery sweep --artifact {identity[:12]}" in caught.value.remedy
+
+
+@pytest.mark.parametrize("left", [b"", b'{"work": {"stage": "pru'])
+def test_an_unreadable_manifest_hides_no_other_artifact_and_can_be_taken_away(store, left):
+    whole, broken = sealed(store), sealed(store, code="d")
+    overwrite(store.objects.root / "artifacts" / f"{broken}.json", left)
+    told = []
+    assert [identity for identity, _ in store.manifests(unread=told.append)] == [whole]
+    assert [broken[:12] in str(one) for one in told] == [True]
+    assert store.resolve(broken[:12]) == broken
+    assert (store.whole(whole), store.whole(broken)) == (True, False)
+    # What it names is not known: nothing may go for want of a name.
+    aged(*(path for path in (store.objects.root / "blobs").rglob("*") if path.is_file()))
+    with pytest.raises(StageError, match="cannot be read"):
+        sweep(store)
+    store.verify(whole)
+    store.remove(broken)
+    assert sealed(store, code="d") == broken
+    store.verify(broken)
+
+
+@pytest.mark.parametrize("damage", [b"alphb", b"alph", None])
+def test_an_artifact_is_whole_while_every_byte_is_as_it_was_sealed(store, damage):
+    identity = sealed(store)
+    assert store.whole(identity)
+    blob(store, b"alpha").unlink() if damage is None else overwrite(blob(store, b"alpha"), damage)
+    assert not store.whole(identity)
+    assert not store.whole("f" * 64)
 
 
 def test_resolve_finds_the_one_artifact_of_a_prefix(store):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.runtime.artifacts import Store, entries
+from stages.runtime.artifacts import Store
 from stages.runtime.contract import Kind, Manifest, Provenance, StageError, Work
-from stages.runtime.fingerprint import fingerprint
+from stages.runtime.fingerprint import entries, fingerprint
 from stages.runtime.stores import LocalObjects, Objects
 
 

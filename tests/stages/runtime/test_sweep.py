@@ -13,9 +13,9 @@ import pytest
 from stages.adapters.connect import connect
 from stages.adapters.s3.client import client
 from stages.adapters.s3_store import S3Objects
-from stages.runtime.artifacts import ASIDE, PUBLISHING, Store, blob_key, entries
+from stages.runtime.artifacts import ASIDE, PUBLISHING, Store, blob_key
 from stages.runtime.contract import Kind, Manifest, Provenance, Work
-from stages.runtime.fingerprint import digest_bytes, fingerprint
+from stages.runtime.fingerprint import digest_bytes, entries, fingerprint
 from stages.runtime.stores import LocalObjects, Objects
 from stages.runtime.sweep import newest, sweep
 from tests.stages.adapters.conftest import s3_endpoint, s3_root  # noqa: F401

@@ -22,11 +22,11 @@ from stages.export.stage import EXPORT, ExportParams
 from stages.fetch import FETCH, FetchParams
 from stages.models.text.windows import windows
 from stages.runtime import parts
-from stages.runtime.artifacts import Store, entries
+from stages.runtime.artifacts import Store
 from stages.runtime.contract import DoesNotFit, Kind, Manifest, Provenance, StageError, Work
 from stages.runtime.dividing import execute_part
 from stages.runtime.execute import device_name, execute, work_of
-from stages.runtime.fingerprint import ROOT, fingerprint
+from stages.runtime.fingerprint import ROOT, entries, fingerprint
 from stages.runtime.progress import Silent
 from stages.validate.params import ValidateParams
 from stages.validate.stage import VALIDATE
