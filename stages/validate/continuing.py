@@ -18,10 +18,10 @@ from stages.measures.divergence import kl_divergence
 from stages.measures.documents import Document
 from stages.measures.items import Item
 from stages.measures.perplexity import negative_log_likelihood
-from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
 from stages.serving.generate import ROWS, confirmed, greedy, padded
 from stages.validate.asking import Question
+from stages.validate.by_length import no_distribution
 from stages.validate.written import judged_text, settled
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ def _surprise(row: list[int], prompt: list[int], logits_TV: torch.Tensor) -> tup
     shared = next((at for at, (a, b) in enumerate(zip(row, prompt, strict=False)) if a != b), len(prompt))
     start = max(1, min(shared, len(row) - 1))
     nll = negative_log_likelihood(logits_TV[start - 1 : -1], torch.tensor(row[start:]))
+    if nll.isnan().any():
+        raise no_distribution("NaN behind a choice")
     return float(nll.sum()), float(nll.mean())
 
 
@@ -132,7 +134,5 @@ def _read(pairs: Sequence[tuple[Question, torch.Tensor]], dense: Answerer | None
         if theirs is not None:
             found["kl"] = float(kl_divergence(next(theirs)[: len(one.ids)], ours_TV).sum())
         if not all(map(math.isfinite, found.values())):
-            raise StageError(
-                "the model or its baseline gave logits that are no distribution", measured=str(found), limit="finite"
-            )
+            raise no_distribution(f"{found} on item {one.item.id}")
         yield found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from stages.serving.engine import Answerer
 from stages.serving.generate import greedy, padded
 from stages.serving.generation import Generation
 from stages.validate.asking import Question
+from stages.validate.by_length import no_distribution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +65,8 @@ def translated(
         document |= {"prompt": one.item.prompt, "expected": one.expected}
         document |= judged_text(one.item, _text(tokenizer, new)) | {"repeated": int(answers.repeats(new))}
         if far is not None:
+            if not math.isfinite(far[place]):
+                raise no_distribution(f"a KL divergence of {far[place]} on item {one.item.id}")
             document["kl"] = far[place]
         found.append(document)
     return found
