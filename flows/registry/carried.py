@@ -43,6 +43,13 @@ def carried_engine(model: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="enginery-model-") as folder:
         with answered(uri):
             found = Path(download_artifacts(artifact_uri=model, dst_path=folder))
+        if not (found / "MLmodel").is_file():
+            raise StageError(
+                f"MLflow has lost the files of {model}",
+                measured="no MLmodel",
+                remedy="Run its recipe again: what is sealed is put there anew. Of a store that was moved "
+                "`enginery reconcile` finds them where they are now.",
+            )
         flavor = Model.load(str(found)).flavors.get("python_function", {})
         parts = {name: found / one["path"] for name, one in flavor.get("artifacts", {}).items()}
         if not {"engine", "digests"} <= parts.keys():

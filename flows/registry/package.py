@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.tracking.connect import NOTE, Tracking, quiet
-from flows.tracking.errors import answered
+from flows.tracking.errors import MISSING, Refused, answered
 from stages.adapters.backends import GRAPHS_BACKEND, backend, module_of
 from stages.models.checkpoint.json_files import read_json
 from stages.runtime.fingerprint import ROOT, canonical, constraints, digest_bytes, digest_file, digest_tree, imported
@@ -49,8 +50,8 @@ def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, 
         code = travelling_code(Path(scratch), _backend_name(engine))
         package = digest_bytes(canonical([fingerprint, digest_tree(code), digest_file(SERVED)]))
         made = _found(tracking, package)
-        if made is None or made.status != LoggedModelStatus.READY:
-            # One that was cut off is filled again instead of leaving a second copy of the engine behind.
+        if made is None or made.status != LoggedModelStatus.READY or not _carries(tracking, engine, made.model_id):
+            # One that was cut off or lost its files is filled again: no second copy of the engine is left behind.
             made = made or tracking.client.create_logged_model(
                 tracking.experiment_id,
                 name=name,
@@ -69,6 +70,39 @@ def logged_model(tracking: Tracking, engine: Path, name: str, fingerprint: str, 
         if not _linked(tracking, run_id, made.model_id):
             tracking.client.log_outputs(run_id, models=[LoggedModelOutput(made.model_id, step=0)])
     return made
+
+
+def refilled(tracking: Tracking, engine: Path, model_id: str, run_id: str) -> bool:
+    """Put an engine into its logged model again where that has lost its files; whether it had.
+
+    Args:
+        tracking: where.
+        engine: folder of the ENGINE artifact that the logged model carries, already verified.
+        model_id: the logged model's; empty for one that is not known.
+        run_id: MLflow's run that does it.
+    """
+    if not model_id or _carries(tracking, engine, model_id):
+        return False
+    with tempfile.TemporaryDirectory(prefix="enginery-model-") as scratch, answered(tracking.uri):
+        code = travelling_code(Path(scratch), _backend_name(engine))
+        _save(Path(scratch, "model"), engine, code, model_id, run_id)
+        tracking.client.log_model_artifacts(model_id, str(Path(scratch, "model")))
+    return True
+
+
+def _carries(tracking: Tracking, engine: Path, model_id: str) -> bool:
+    """Whether a logged model has its files, by names and sizes; of one that was deleted in MLflow nobody asks."""
+    try:
+        listed = [
+            tracking.client.list_logged_model_artifacts(model_id, path) for path in (None, f"artifacts/{engine.name}")
+        ]
+    except Refused as error:
+        if error.code != MISSING:
+            raise
+        return True
+    sizes = {one.path.rpartition("/")[2]: one.file_size for one in itertools.chain(*listed)}
+    engines = {file.name: file.stat().st_size for file in engine.iterdir() if file.is_file()}
+    return "MLmodel" in sizes and all(sizes.get(name) == size for name, size in engines.items())
 
 
 def travelling_code(into: Path, backend_name: str) -> Path:

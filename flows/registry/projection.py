@@ -5,7 +5,7 @@ MLflow's aliases are last-writer-wins and can be moved by hand, so they decide n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from flows.registry.journal import (
     refuse_overtaken,
 )
 from flows.registry.mlflow_versions import CANDIDATE, CARRIER, aliases, create_version
-from flows.registry.package import logged_model
+from flows.registry.package import logged_model, refilled
 from flows.tracking.connect import Tracking
 from stages.runtime.contract import StageError
 from stages.runtime.stores import Objects
@@ -101,7 +101,13 @@ def release(
     checked_alias(alias)
     candidate.check()
     if version := _of_identity(registry, candidate):
-        return _entered(registry, version, alias, why, new=False, against=against)
+        mended = refilled(registry.tracking, engine, version.logged_model, candidate.run)
+        made = _entered(registry, version, alias, why, new=False, against=against)
+        notes = [
+            made.note,
+            f"version {version.number} had lost its files in MLflow, and has them again" if mended else "",
+        ]
+        return replace(made, note="; ".join(filter(None, notes)))
     served = candidate.executables[candidate.serves]
     carrier = logged_model(registry.tracking, engine, candidate.model, served.fingerprint, candidate.run)
     # An engine takes its time to get there, and no version is to stand that lost to another one meanwhile.

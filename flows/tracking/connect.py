@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from flows.tracking.errors import MISSING, Refused, answered, answering
+from flows.tracking.moved_store import follow
 from stages.runtime.contract import StageError
 from stages.runtime.lean_imports import uncollected
 
@@ -111,6 +112,8 @@ def open_tracking(scratch: Path, *, uri: str = "", experiment: str = "") -> Trac
             location = None if remote else (scratch.absolute() / "mlartifacts").as_uri()
             tags = KIND if experiment else {**KIND, NOTE: ABOUT}
             return Tracking(client, uri, client.create_experiment(known, location, tags), registry)
+        if uri == f"{_LITE}{scratch.absolute() / 'mlflow.db'}":
+            follow(scratch.absolute() / "mlflow.db", known.artifact_location, scratch.absolute() / "mlartifacts")
     if known.lifecycle_stage != "active":
         raise StageError(
             f"MLflow's experiment {known.name!r} was deleted",

@@ -98,6 +98,19 @@ def test_registered_engine_of_changed_bytes_is_refused(registered, tmp_path, cap
     assert "model.onnx of models:/chain@champion is not what was judged; measured" in capsys.readouterr().err
 
 
+def test_registered_model_whose_files_are_gone_is_named_with_a_way_on(registered, tmp_path, capsys, monkeypatch):
+    uri, folder = registered
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    files = next(folder.rglob("MLmodel")).parent
+    files.rename(tmp_path / "away")
+    try:
+        assert main(["generate", "models:/chain@champion", "italy"]) == 1
+    finally:
+        (tmp_path / "away").rename(files)
+    said = capsys.readouterr().err
+    assert "MLflow has lost the files of models:/chain@champion" in said and "Run its recipe again" in said
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

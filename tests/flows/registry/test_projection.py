@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from flows.registry import package, projection
 from flows.registry.going_back import rolled_back
 from flows.registry.journal import Candidate, Executable, append, head, history, last, models
 from flows.registry.projection import Drift, Registry, drift, promote, reconcile, rollback, versions
+from stages.adapters.sources import local_path
 from stages.runtime.contract import StageError
 from stages.runtime.stores import LocalObjects
 from tests.flows.recorded import tracking_in
@@ -118,6 +120,23 @@ def test_release_of_the_same_engines_registers_nothing_new(registry, engine):
     assert (made.version, made.new, made.moved) == ("1", False, False) and "already" in made.note
     assert len(history(registry.objects, MODEL)) == len(versions(registry, MODEL)) == len(logged(registry)) == 1
     assert release(registry, candidate(registry, "b"), engine, ALIAS).version == "2"  # no number was burned
+
+
+@pytest.mark.parametrize("lost", ["", "MLmodel", "artifacts/engine/model.onnx"])
+def test_release_puts_files_that_mlflow_has_lost_there_again(registry, engine, lost):
+    first = release(registry, candidate(registry, "a"), engine, ALIAS)
+    files = local_path(registry.client.get_logged_model(first.logged_model).artifact_location)
+    was = {path.relative_to(files) for path in files.rglob("*") if path.is_file()}
+    shutil.rmtree(files) if not lost else (files / lost).unlink()
+    again = release(registry, candidate(registry, "a"), engine, ALIAS)
+    assert (again.version, again.new, again.moved) == ("1", False, False)
+    assert "has them again" in again.note and "already" in again.note
+    assert {path.relative_to(files) for path in files.rglob("*") if path.is_file()} == was
+    assert "has them again" not in release(registry, candidate(registry, "a"), engine, ALIAS).note
+    shutil.rmtree(files)
+    other = release(registry, candidate(registry, "a", model="other"), engine, ALIAS)
+    assert other.new and other.logged_model == first.logged_model
+    assert {path.relative_to(files) for path in files.rglob("*") if path.is_file()} == was
 
 
 def test_release_under_another_name_shares_the_logged_model(registry, engine):

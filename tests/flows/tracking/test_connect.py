@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import boto3  # noqa: F401 - as in a process that keeps MLflow's files in S3
 import pytest
@@ -82,6 +84,22 @@ def test_open_describes_its_own_experiment_and_no_other(tracking, monkeypatch, t
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
     open_tracking(tmp_path, uri=tracking.uri)
     assert about("theirs") == "" and about("enginery") == "A person wrote this."
+
+
+def test_open_beside_a_store_that_was_moved_finds_its_files_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    before, after = tmp_path / "before #1", tmp_path / "after %"
+    first = tracking_in(before)
+    run = first.client.create_run(first.experiment_id).info.run_id
+    first.client.log_text(run, "kept", "note.txt")
+    before.rename(after)
+    moved = open_tracking(after)
+    assert moved.experiment_id == first.experiment_id
+    assert Path(moved.client.download_artifacts(run, "note.txt")).read_text() == "kept"
+    later = moved.client.create_run(moved.experiment_id).info
+    moved.client.log_text(later.run_id, "new", "note.txt")
+    assert later.artifact_uri.startswith((after / "mlartifacts").as_uri()) and not before.exists()
+    assert open_tracking(after) == replace(moved, client=ANY)
 
 
 def test_open_a_deleted_experiment_names_the_remedy(tracking):
