@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,6 +93,8 @@ def looked_at(store: str | None) -> Store:
     from flows.settings import environment, settle
 
     found = settle(store=store).connect(reading=True)
+    # torch makes this folder as soon as it is imported.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{os.getuid()}")
     for name, value in environment(found.scratch).items():
         os.environ.setdefault(name, value)
     return found

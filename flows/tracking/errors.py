@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from stages.runtime.contract import StageError, Unavailable
+from stages.runtime.contract import DoesNotFit, StageError, Unavailable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,6 +23,14 @@ PASSING = frozenset({
 })  # fmt: skip
 MISSING = "RESOURCE_DOES_NOT_EXIST"
 STANDS = "RESOURCE_ALREADY_EXISTS"
+_FULL = "database or disk is full"
+_UNUSABLE = (
+    "file is not a database",
+    "database disk image is malformed",
+    "attempt to write a readonly database",
+    "unable to open database file",
+)
+"""What SQLite says of a database that no waiting mends; a locked one is waited for."""
 _REMEDY = "Start it and see its log, or unset MLFLOW_TRACKING_URI to record in the embedded database."
 
 
@@ -97,6 +105,8 @@ def _ours(error: Exception, uri: str) -> StageError | None:
     from mlflow.exceptions import MlflowException
     from sqlalchemy import exc
 
+    if (ours := _of_sqlite(str(error), uri)) is not None:
+        return ours
     if isinstance(error, MlflowException):
         return _away(error, uri) if error.error_code in PASSING else _refused(error, uri, error.error_code)
     if isinstance(error, requests.HTTPError) and error.response is not None:
@@ -109,6 +119,26 @@ def _ours(error: Exception, uri: str) -> StageError | None:
         return _away(error, uri) if isinstance(error, passing) else _refused(error, uri)
     # Only a process that has loaded boto3 can have met its errors; loading it for each refusal would cost a second.
     return _of_s3(error, uri) if "boto3" in sys.modules else None
+
+
+def _of_sqlite(text: str, uri: str) -> StageError | None:
+    if "(sqlite3." not in text:
+        return None
+    if _FULL in text:
+        return DoesNotFit(
+            f"the disk of MLflow's database {uri} is full",
+            measured=_FULL,
+            remedy="Free space there, run `enginery sweep`, or name another database in MLFLOW_TRACKING_URI.",
+        )
+    said = next((one for one in _UNUSABLE if one in text), None)
+    if said is None:
+        return None
+    return Refused(
+        f"MLflow's database {uri} cannot be used",
+        measured=said,
+        remedy="Give it back its rights, or restore it from a backup. Without one put it aside: artifacts and the "
+        "promotion journal are in the store, and the next run of a recipe registers anew what is sealed.",
+    )
 
 
 def _of_s3(error: Exception, uri: str) -> StageError | None:

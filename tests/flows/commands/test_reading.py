@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
+from flows.commands.options import looked_at
 from flows.registry import journal
 from flows.registry.journal import Candidate, Executable, Version
 from flows.running.run_records import open_run
@@ -121,6 +122,18 @@ def read_only(tmp_path):
     finally:
         # Lazily: MLflow keeps its database open.
         subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_what_torch_keeps_for_commands_that_look_lies_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "restored afterwards")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    filled(str(tmp_path / "store"))
+    found = looked_at(str(tmp_path / "store"))
+    kept = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert not kept.is_relative_to(found.objects.root) and not kept.is_relative_to(found.scratch)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/a/persons")
+    looked_at(str(tmp_path / "store"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/a/persons"
 
 
 def mounted(*words):

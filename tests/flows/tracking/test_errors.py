@@ -1,5 +1,7 @@
 """Whatever a library below MLflow raises is one of ours, and says whether another try may help."""
 
+import sqlite3
+
 import boto3  # noqa: F401 - as in a process that keeps MLflow's files in S3
 import botocore.exceptions
 import pytest
@@ -7,10 +9,10 @@ import requests
 import sqlalchemy
 import urllib3
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_EXHAUSTED
+from mlflow.protos.databricks_pb2 import RESOURCE_EXHAUSTED, TEMPORARILY_UNAVAILABLE
 
 from flows.tracking.errors import Refused, answered
-from stages.runtime.contract import StageError, Unavailable
+from stages.runtime.contract import DoesNotFit, StageError, Unavailable
 from tests.flows.tracking.broken import broken
 
 
@@ -26,6 +28,10 @@ def upload_error(error):
     made = S3UploadFailedError("Failed to upload a to b")
     made.__context__ = error
     return made
+
+
+def sqlite(text):
+    return sqlalchemy.exc.OperationalError("SELECT", {}, sqlite3.OperationalError(text))
 
 
 def http_error(status):
@@ -45,6 +51,11 @@ ERRORS = [
     (urllib3.exceptions.ProtocolError("cut"), Unavailable),
     (sqlalchemy.exc.OperationalError("SELECT", {}, Exception("locked")), Unavailable),
     (sqlalchemy.exc.ProgrammingError("SELECT", {}, Exception("no such table")), Refused),
+    (sqlite("database is locked"), Unavailable),
+    (sqlite("database or disk is full"), DoesNotFit),
+    (sqlite("attempt to write a readonly database"), Refused),
+    (MlflowException(str(sqlite("database or disk is full")), error_code=TEMPORARILY_UNAVAILABLE), DoesNotFit),
+    (sqlalchemy.exc.DatabaseError("SELECT", {}, sqlite3.DatabaseError("file is not a database")), Refused),
     (botocore.exceptions.EndpointConnectionError(endpoint_url="http://s3"), Unavailable),
     (botocore.exceptions.ReadTimeoutError(endpoint_url="http://s3"), Unavailable),
     (botocore.exceptions.NoCredentialsError(), StageError),
