@@ -102,17 +102,17 @@ def _write_checkpoint(form: Format, source: Path, draft: Path, dtype: Stored, st
 def _write_graph(form: Format, source: Path, draft: Path, store: str | None) -> None:
     from stages.graphs import genai
     from stages.models.checkpoint.json_files import read_json
+    from stages.models.checkpoint.layout import carry_served
     from stages.runtime.contract import Kind
-    from stages.serving.files import carry
 
     if form == Format.GENAI and read_json(source / "engine.json", optional=True).get("backend") == "onnxruntime":
         genai.write_folder(source, read_json(source / "engine.json"), draft)
-        carry(source, draft)
+        carry_served(source, draft)
         return
     with _source(source, Kind.ONNX, store) as graph:
         if form == Format.GENAI:
             genai.write_folder(graph, read_json(graph / "graph.json"), draft)
-            carry(graph, draft)
+            carry_served(graph, draft)
         else:
             shutil.copytree(graph, draft, dirs_exist_ok=True)
 

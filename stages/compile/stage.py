@@ -64,7 +64,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
     from stages.compile.processor import build_proven, describe, without_cache
     from stages.compile.rounding import round_activations
     from stages.graphs import components, ort_engine
-    from stages.serving.files import carry
+    from stages.models.checkpoint.layout import carry_served
 
     source, chosen = inputs["graph"], backend(params.backend)
     described = describe(source)
@@ -110,7 +110,7 @@ def compile_engine(params: CompileParams, inputs: Mapping[str, Path], output: Pa
                 metrics |= round_activations(chosen, source, output, params.fine)
     files = {*output.glob(f"{chosen.executable}*"), *components.files(output / chosen.executable)}
     size = sum(path.stat().st_size for path in files)
-    carry(source, output)
+    carry_served(source, output)
     (output / "engine.json").write_text(json.dumps(engine, indent=1, sort_keys=True), encoding="utf-8")
     return {"size_bytes": float(size)} | metrics
 

@@ -257,11 +257,11 @@ def _carry(source: Path, output: Path) -> None:
     Its class of tokenizers makes some parts by itself, or by tokenizer_config.json, and takes others from that file; a
     checkpoint may bring the same in an older format.
     """
+    from stages.models.checkpoint.layout import TOKENIZER, carry_served
     from stages.models.checkpoint.loading import load_tokenizer
     from stages.serving.artifact_files import bare, read_tokenizer
-    from stages.serving.files import TOKENIZER, carry
 
-    carry(source, output)
+    carry_served(source, output)
     tokenizer, path = load_tokenizer(source), output / TOKENIZER
     if tokenizer.is_fast:
         read = bare(tokenizer.backend_tokenizer)

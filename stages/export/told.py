@@ -23,5 +23,5 @@ def longest(most: int, config: PreTrainedConfig, progress: Progress) -> int:
 def settings(folder: Path, task: str, progress: Progress) -> None:
     """Note what the settings of generation in a folder ask for in vain."""
     told = settings_of(folder, read_json(folder / CONFIG))
-    if task in ("generate", "translate") and (names := unfollowed(told, task)):
+    if task in ("generate", "translate") and (names := unfollowed(told)):
         progress.note(f"answers do not follow all that the settings of generation ask for: {', '.join(names)}")

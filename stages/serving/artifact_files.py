@@ -15,15 +15,10 @@ from stages.runtime.contract import StageError
 EXECUTABLE = "executable"
 """The field of `engine.json` that names a file beside it."""
 _UNFOLLOWED: Mapping[str, Any] = {
-    "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "sequence_bias": {}, "guidance_scale": 1.0,
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "sequence_bias": {}, "guidance_scale": 1.0,
     "exponential_decay_length_penalty": [],
 }  # fmt: skip
 """Settings of generation that nothing here follows, and the value by which they ask for nothing."""
-_STACKED = (
-    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
-)  # fmt: skip
-"""Those that are followed for an encoder-decoder alone."""
 _AGAIN = "Make the artifact again."
 _MAY_SAY = {"task": str, "answers": dict}
 
@@ -118,18 +113,11 @@ def ends_of(settings: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset
     return frozenset(ends)
 
 
-def unfollowed(settings: Mapping[str, Any], task: str) -> list[str]:
+def unfollowed(settings: Mapping[str, Any]) -> list[str]:
     """What settings ask for that transformers' own generation follows and none of ours, each with its value.
 
     What is drawn, and how, everybody says who asks.
     """
-    told = [
+    return [
         f"{name} {value}" for name, none in _UNFOLLOWED.items() if (value := settings.get(name)) not in (None, none)
     ]
-    if task != "translate":
-        return told + [f"{name} {value!r:.60}" for name in _STACKED if (value := settings.get(name)) not in (None, [])]
-    long = [one for one in settings.get("bad_words_ids") or () if len(one) > 1]
-    told += [f"bad_words_ids {long!r:.60}"] if long else []
-    if settings.get("forced_bos_token_id") is not None and (later := settings.get("begin_suppress_tokens")):
-        told.append(f"begin_suppress_tokens {later!r:.60} behind forced_bos_token_id")
-    return told

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from stages.serving.generation import Generation
 from stages.serving.sampling import Drawing
 from stages.serving.writing import Answer, Writing
 
@@ -30,10 +29,10 @@ class Asked:
     """
 
     def __init__(
-        self, ids: list[int], how: Generation, most: int, writing: Writing, hear: Callable[[Heard], None], pieces: bool
+        self, ids: list[int], drawing: Drawing, most: int, writing: Writing, hear: Callable[[Heard], None], pieces: bool
     ) -> None:
         self.prompt_tokens, self.all, self.new = len(ids), [*ids], list[int]()
-        self.drawing, self.most, self.writing = Drawing(how, 1), most, writing
+        self.drawing, self.most, self.writing = drawing, most, writing
         self.hear, self.pieces, self.gone, self.since = hear, pieces, False, time.monotonic()
 
     def leave(self) -> None:

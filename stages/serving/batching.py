@@ -25,6 +25,7 @@ from stages.serving.generate import ROWS
 from stages.serving.generation import Generation
 from stages.serving.inputs import Prompt
 from stages.serving.rows import rows_of
+from stages.serving.sampling import Drawing
 from stages.serving.writing import Answer, Writing
 
 WAITING = 64
@@ -109,7 +110,7 @@ class Batching:
         most, encoded = self.model.admitted(prompts, how)
         texts = [Writing(self.model.tokenizer, how.stop) for _ in encoded]
         made = [
-            Asked(ids, how, most, text, partial(hear, at), pieces)
+            Asked(ids, Drawing(how, 1, self.model.rules), most, text, partial(hear, at), pieces)
             for at, (ids, text) in enumerate(zip(encoded, texts, strict=True))
         ]
         with self._turn:
@@ -221,7 +222,8 @@ class Batching:
         """Draw a row's next token, and tell of it."""
         one = self._rows[row]
         try:
-            token = one.drawing(0, self.model.seen(one.all[: one.prompt_tokens], one.new), logits_V)
+            seen = self.model.seen(one.all[: one.prompt_tokens], one.new)
+            token = one.drawing(0, seen, logits_V, len(one.new))
             one.new.append(token)
             one.all.append(token)
             now, first = time.monotonic(), len(one.new) == 1

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stages.adapters.backends import Steps
 from stages.runtime.contract import StageError
-from stages.serving.generate import ROWS, padded
+from stages.serving.generate import ROWS, Weigh, as_told, padded
 from stages.serving.generation import MOST_BEAMS, Generation
 from stages.serving.sampling import log_probabilities
 
@@ -26,8 +26,6 @@ _NONE = np.float32(-1e9)
 """The score of a beam that is none: one beginning is followed first, not the same one B times."""
 Ended = Callable[[list[int]], bool]
 """(new tokens) -> whether an answer ends with them, beside those that end with a token of its own."""
-Weigh = Callable[[int, Sequence[int], NDArray[np.float32]], NDArray[np.float32]]
-"""(number of the prompt, its new tokens, score_V of what comes next) -> the scores that are compared."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def beams_of(settings: Mapping[str, Any], task: str) -> Beams:
             limit=f"num_beams 1 to {MOST_BEAMS}; a number; true, false or never",
             remedy="Correct generation_config.json.",
         )
-    return Beams(count, float(penalty), early, _last(settings) if task == "translate" else ())
+    return Beams(count, float(penalty), early, _last(settings))
 
 
 def _last(settings: Mapping[str, Any]) -> tuple[int, ...]:
@@ -107,11 +105,6 @@ def scoring(begin: Callable[[], Steps] | None) -> Callable[[], Steps] | None:
 def never(new: list[int]) -> bool:
     """No answer ends but by a token of its own."""
     return False
-
-
-def as_told(number: int, new: Sequence[int], score_V: NDArray[np.float32]) -> NDArray[np.float32]:
-    """See Weigh; what the model says."""
-    return score_V
 
 
 def chosen(how: Generation, settings: Beams, *, follows: bool, kept: bool) -> Beams:

@@ -18,16 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from stages.adapters.backends import GRAPHS_BACKEND, Execution, Forward, Slots, Steps, backend, refuse_impossible
+from stages.adapters.backends import GRAPHS_BACKEND, Forward, Slots, Steps, backend, refuse_impossible
 from stages.runtime.contract import StageError
 from stages.serving.answering import asking, rows_apart
 from stages.serving.artifact_files import bare, described_by, ends_of, read_beside, read_tokenizer, settings_of
 from stages.serving.beams import Beams, beams_of, chosen, refuse_pieces, searched
 from stages.serving.chat import Chat, chat
-from stages.serving.generate import ROWS, written
+from stages.serving.generate import ROWS, Weigh, written
 from stages.serving.generation import Generation, generation
 from stages.serving.inputs import Prompt, encoded, require_rows
-from stages.serving.sampling import Drawing, penalized
+from stages.serving.rules import FREE, Rules, rules_of
+from stages.serving.sampling import Drawing, weighing
 from stages.serving.writing import Answer, Writing
 
 GRAPH, DESCRIBED, ENGINE = "model.onnx", "graph.json", "engine.json"
@@ -57,6 +58,7 @@ class Answerer:
         tells_segments: `forward` takes the segments of a pair's tokens, too.
         scores: as `steps`, told by log-probabilities.
         beams: how answers are searched by its settings.
+        rules: what may come next by its settings.
         start: the token that a decoder behind an encoder reads first.
     """
 
@@ -74,6 +76,7 @@ class Answerer:
     scores: Callable[[], Steps] | None = None
     beams: Beams = field(default_factory=Beams)
     start: int | None = None
+    rules: Rules = FREE
 
     def logits(self, ids_NT: NDArray[np.int64], type_NT: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """logits_NTV of whole sequences, or what else a model of its task answers.
@@ -131,14 +134,11 @@ class Answerer:
         return chosen(how, self.beams, follows=self.task == "translate", kept=self.scores is not None)
 
     def _by_beams(self, rows: Sequence[list[int]], how: Generation, beams: Beams, most: int) -> list[Answer]:
-        def weigh(number: int, new: Sequence[int], score_V: NDArray[np.float32]) -> NDArray[np.float32]:
-            return penalized(score_V, self.seen(rows[number], new), how.repetition_penalty)
-
         def ended(new: list[int]) -> bool:
             return bool(how.stop) and Writing(self.tokenizer, how.stop).ends(new)
 
         assert self.scores is not None
-        limits = [self.most_new(len(row), most) for row in rows]
+        limits, weigh = [self.most_new(len(row), most) for row in rows], self.weighing(rows, how)
         found = searched(self.scores, rows, beams, ends=self.ends, most=limits, ended=ended, weigh=weigh)
         writings = [Writing(self.tokenizer, how.stop) for _ in rows]
         return [self.answer(len(row), new, one) for row, new, one in zip(rows, found, writings, strict=True)]
@@ -176,10 +176,11 @@ class Answerer:
         def goes_on(number: int) -> bool:
             return self.goes_on(len(rows[number]), new[number], writings[number], most)
 
-        draw = Drawing(how, len(rows))
+        draw = Drawing(how, len(rows), self.rules)
 
         def choose(number: int, row: Sequence[int], logits_V: NDArray[np.float32]) -> int:
-            return draw(number, self.seen(rows[number], row[len(rows[number]) :]), logits_V)
+            new = row[len(rows[number]) :]
+            return draw(number, self.seen(rows[number], new), logits_V, len(new))
 
         return written(self.steps() if self.steps else self.forward, rows, new, goes_on, choose)
 
@@ -188,6 +189,10 @@ class Answerer:
         if self.task != "translate":
             return [*prompt, *new]
         return [*new] if self.start is None else [self.start, *new]
+
+    def weighing(self, rows: Sequence[Sequence[int]], how: Generation | None = None) -> Weigh:
+        """What the settings allow to follow prompts, and what it costs there to say a token again."""
+        return weighing(how or Generation(), self.rules, lambda number, new: self.seen(rows[number], new))
 
     def most_new(self, prompt_tokens: int, most: int) -> int:
         """New tokens that there is room for; a decoder behind an encoder reads one before them, and not the prompt.
@@ -260,7 +265,8 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
         return _checkpoint(folder, config, device)
     if (folder / ENGINE).is_file():
         described = described_by(folder / ENGINE, _ENGINE_FIELDS)
-        opened = _executable(folder, described, verified=verified)
+        executable = folder / described["executable"]
+        opened = backend(described["backend"]).execute(executable, described["architectures"], verified)
     else:
         described = described_by(folder / DESCRIBED, _GRAPH_FIELDS)
         refuse_impossible(GRAPHS_BACKEND, (), described["precisions"])
@@ -270,12 +276,8 @@ def open_engine(folder: Path, *, verified: bool = False, device: str = "cpu") ->
     forward, steps, scores, start = asking(opened, described, most)
     slots: Callable[[], Slots] | None = None if opened.slots is None else partial(opened.slots, most)
     slots = slots if opened.stacks is None else rows_apart(slots, described)
-    settings, talks = settings_of(folder, config), chat(folder)
-    made = Answerer(
-        opened.target, task, most, tokenizer, ends_of(settings, config), forward, steps, talks, slots, config
-    )
-    beams = beams_of(settings, task)
-    return replace(made, tells_segments=opened.tells_segments, scores=scores, beams=beams, start=start)
+    made = Answerer(opened.target, task, most, tokenizer, frozenset(), forward, steps, chat(folder), slots, config)
+    return _set(folder, replace(made, tells_segments=opened.tells_segments, scores=scores, start=start))
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
@@ -284,15 +286,15 @@ def _checkpoint(folder: Path, config: dict[str, Any], device: str) -> Answerer:
 
     opened = eager(folder, device)
     most = ENDLESS if opened.longest is None else opened.longest
-    tokenizer, settings = bare(fast_tokenizer(folder)), settings_of(folder, config)
-    talks, target = chat(folder), f"torch:{device}"
-    ends, told = ends_of(settings, config), (opened.forward, opened.steps, talks)
-    made = Answerer(target, opened.task, most, tokenizer, ends, *told, config=config)
-    segments = opened.tells_segments and names_segments(folder)
-    beams = beams_of(settings, opened.task)
-    return replace(made, tells_segments=segments, scores=opened.scores, beams=beams, start=opened.start)
+    tokenizer = bare(fast_tokenizer(folder))
+    how = (opened.forward, opened.steps, chat(folder))
+    made = Answerer(f"torch:{device}", opened.task, most, tokenizer, frozenset(), *how, config=config)
+    made = replace(made, tells_segments=opened.tells_segments and names_segments(folder))
+    return _set(folder, replace(made, scores=opened.scores, start=opened.start))
 
 
-def _executable(folder: Path, described: dict[str, Any], *, verified: bool) -> Execution:
-    chosen = backend(described["backend"])
-    return chosen.execute(folder / described["executable"], described["architectures"], verified)
+def _set(folder: Path, made: Answerer) -> Answerer:
+    """A model that answers by the settings of generation in its folder."""
+    settings = settings_of(folder, made.config)
+    ends = ends_of(settings, made.config)
+    return replace(made, ends=ends, beams=beams_of(settings, made.task), rules=rules_of(settings, ends))

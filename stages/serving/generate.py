@@ -9,6 +9,7 @@ Shapes: N sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ Enough = Callable[[int, list[int]], bool]
 """(number of the prompt, its new tokens) -> whether no more of it is wanted."""
 Choose = Callable[[int, Sequence[int], NDArray[np.float32]], int]
 """(number of the prompt, its tokens and the new ones, logits_V of what comes next) -> the token that comes next."""
+Weigh = Callable[[int, Sequence[int], NDArray[np.float32]], NDArray[np.float32]]
+"""(number of the prompt, its new tokens, score_V of what comes next) -> the scores that are compared."""
 
 
 def never(number: int, new: list[int]) -> bool:
@@ -34,8 +37,21 @@ def likeliest(number: int, row: Sequence[int], logits_V: NDArray[np.float32]) ->
     return int(logits_V.argmax())
 
 
+def as_told(number: int, new: Sequence[int], score_V: NDArray[np.float32]) -> NDArray[np.float32]:
+    """See Weigh; what the model says."""
+    return score_V
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A model, and what its settings allow; see `stages.serving.engine.Answerer.weighing`."""
+
+    model: Forward | Steps
+    weigh: Weigh
+
+
 def greedy(
-    model: Forward | Steps,
+    model: Forward | Steps | Weighed,
     prompts: Sequence[Sequence[int]],
     *,
     ends: frozenset[int],
@@ -47,7 +63,7 @@ def greedy(
     """The most likely next token, again and again, for several prompts at once.
 
     Args:
-        model: what answers to whole sequences, or keeps what it has read.
+        model: what answers to whole sequences, or keeps what it has read; perhaps with what its settings allow.
         prompts: token ids, at least one each.
         ends: tokens that end a sequence; they stand in the result.
         max_new_tokens: at most this many new tokens a prompt, or of each prompt.
@@ -63,10 +79,15 @@ def greedy(
     most = [min(one, maximum_tokens - len(prompt)) for one, prompt in zip(most, prompts, strict=True)]
 
     def goes_on(number: int) -> bool:
-        said = new[number]
-        return len(said) < most[number] and not (said and (said[-1] in ends or enough(number, said)))
+        row = new[number]
+        return len(row) < most[number] and not (row and (row[-1] in ends or enough(number, row)))
 
-    for _ in written(model, prompts, new, goes_on, likeliest):
+    said, weigh = (model.model, model.weigh) if isinstance(model, Weighed) else (model, as_told)
+
+    def allowed(number: int, row: Sequence[int], logits_V: NDArray[np.float32]) -> int:
+        return int(weigh(number, row[len(prompts[number]) :], logits_V).argmax())
+
+    for _ in written(said, prompts, new, goes_on, allowed):
         pass
     return new
 
@@ -143,7 +164,11 @@ class _Stepping:
 
 
 def confirmed(
-    logits_TV: NDArray[np.float32], draft: Sequence[int], ends: frozenset[int], enough: Callable[[list[int]], bool]
+    logits_TV: NDArray[np.float32],
+    draft: Sequence[int],
+    ends: frozenset[int],
+    enough: Callable[[list[int]], bool],
+    weigh: Callable[[Sequence[int], NDArray[np.float32]], NDArray[np.float32]] | None = None,
 ) -> list[int]:
     """The tokens that a model says by one pass over a guess: all that the guess has right, and one of its own.
 
@@ -152,12 +177,14 @@ def confirmed(
         draft: the guess.
         ends: tokens that end a sequence.
         enough: ends it, too.
+        weigh: what settings allow behind its new tokens.
 
     Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023, with a guess in the
     place of the small model.
     """
     new: list[int] = []
-    for place, token in enumerate(logits_TV.argmax(axis=-1).tolist()):
+    for place, logits_V in enumerate(logits_TV):
+        token = int((logits_V if weigh is None else weigh(new, logits_V)).argmax())
         new.append(token)
         if token in ends or enough(new) or (place < len(draft) and token != draft[place]):
             break

@@ -30,7 +30,8 @@ class Generation:
         temperature: of the distribution that tokens are drawn from; 0 takes the likeliest.
         top_k: tokens are drawn from the likeliest so many; 0 for all.
         top_p: tokens are drawn from the likeliest that together have this probability.
-        repetition_penalty: above 1, tokens that the prompt or the answer has already are less likely.
+        repetition_penalty: above 1, tokens that the prompt or the answer has already are less likely; None for what the
+            settings say, or else 1.
         stop: the answer ends before the first of these texts.
         seed: the same one draws the same tokens, whatever else is asked beside; None draws anew each time.
         beams: beginnings of an answer that are followed at once, see `stages.serving.beams`; None for what the
@@ -44,7 +45,7 @@ class Generation:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
     beams: int | None = None
@@ -56,8 +57,9 @@ class Generation:
         _whole("top_k", self.top_k, 0)
         _real("top_p", self.top_p, "a number above 0, at most 1", 0 < self.top_p <= 1)
         least, most = PENALTIES
-        held = least <= self.repetition_penalty <= most
-        _real("repetition_penalty", self.repetition_penalty, f"a number from {least} to {most}", held)
+        if self.repetition_penalty is not None:
+            held = least <= self.repetition_penalty <= most
+            _real("repetition_penalty", self.repetition_penalty, f"a number from {least} to {most}", held)
         if self.seed is not None:
             _whole("seed", self.seed, 0)
         if self.beams is not None:

@@ -5,13 +5,16 @@ Shapes: N sequences, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.runtime.contract import StageError
+from stages.serving.generate import Weigh
 from stages.serving.generation import Generation
+from stages.serving.rules import FREE, Rules
 
 
 class Drawing:
@@ -20,12 +23,13 @@ class Drawing:
     Each prompt has a generator of its own from the same seed: what is drawn does not depend on what is asked beside.
     """
 
-    def __init__(self, how: Generation, prompts: int) -> None:
-        self.how = how
+    def __init__(self, how: Generation, prompts: int, rules: Rules = FREE) -> None:
+        self.how, self.rules = asked_by(how, rules), rules
         self.draws = [np.random.default_rng(how.seed) for _ in range(prompts)]
 
-    def __call__(self, number: int, row: Sequence[int], logits_V: NDArray[np.float32]) -> int:
-        """The token that follows a row."""
+    def __call__(self, number: int, row: Sequence[int], logits_V: NDArray[np.float32], said: int = 0) -> int:
+        """The token that follows a row, of which so many tokens are of the answer."""
+        logits_V = self.rules.allowed(logits_V, row, said)
         if self.how.temperature == 0:
             return int(penalized(logits_V, row, self.how.repetition_penalty).argmax())
         reached_V = probabilities(logits_V, row, self.how).cumsum()
@@ -39,12 +43,34 @@ class Drawing:
         return int(np.searchsorted(reached_V, self.draws[number].random() * reached_V[-1], side="right"))
 
 
-def penalized(logits_V: NDArray[np.float32], seen: Sequence[int], penalty: float) -> NDArray[np.float32]:
+def asked_by(how: Generation, rules: Rules) -> Generation:
+    """What is asked, with the settings' own penalty where nobody says one."""
+    return how if how.repetition_penalty is not None else replace(how, repetition_penalty=rules.repetition_penalty)
+
+
+def weighing(how: Generation, rules: Rules, seen: Callable[[int, Sequence[int]], Sequence[int]]) -> Weigh:
+    """What settings allow, and what it costs to say a token again.
+
+    Args:
+        how: what is asked.
+        rules: of the settings.
+        seen: (number of the prompt, its new tokens) -> what a decoder has read then.
+    """
+    penalty = asked_by(how, rules).repetition_penalty
+
+    def weigh(number: int, new: Sequence[int], score_V: NDArray[np.float32]) -> NDArray[np.float32]:
+        row = seen(number, new)
+        return penalized(rules.allowed(score_V, row, len(new)), row, penalty)
+
+    return weigh
+
+
+def penalized(logits_V: NDArray[np.float32], seen: Sequence[int], penalty: float | None) -> NDArray[np.float32]:
     """Logits in which tokens that were seen are less likely, each once however often it was.
 
     Source: Keskar et al., CTRL, 2019, section 4.1, with the product for negative logits that transformers has.
     """
-    if penalty == 1:
+    if penalty in (None, 1):
         return logits_V
     found_V = logits_V.copy()
     tokens = np.unique(np.asarray(seen, dtype=np.int64))

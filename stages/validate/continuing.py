@@ -19,7 +19,7 @@ from stages.measures.documents import Document
 from stages.measures.items import Item
 from stages.measures.perplexity import negative_log_likelihood
 from stages.serving.engine import Answerer
-from stages.serving.generate import ROWS, confirmed, greedy, padded
+from stages.serving.generate import ROWS, Weighed, confirmed, greedy, padded
 from stages.validate.asking import Question
 from stages.validate.by_length import no_distribution
 from stages.validate.written import judged_text, settled
@@ -71,15 +71,23 @@ def _written(
     def enough(number: int, new: list[int]) -> bool:
         return settled(pairs[number][0].item, _text(tokenizer, new))
 
+    rows = [one.ids for one, _ in pairs]
+    most, weigh = [judged.most_new(len(one.ids), one.most_new) for one, _ in pairs], judged.weighing(rows)
     begun = [
-        confirmed(logits_TV[len(one.ids) - 1 :].numpy(), one.first[len(one.ids) :], judged.ends, partial(enough, at))
-        for at, (one, logits_TV) in enumerate(pairs)
+        confirmed(
+            logits_TV[len(one.ids) - 1 :].numpy(),
+            one.first[len(one.ids) :],
+            judged.ends,
+            partial(enough, at),
+            partial(weigh, at),
+        )[:limit]
+        for at, ((one, logits_TV), limit) in enumerate(zip(pairs, most, strict=True))
     ]
     return greedy(
-        judged.steps() if judged.steps else judged.forward,
-        [one.ids for one, _ in pairs],
+        Weighed(judged.steps() if judged.steps else judged.forward, weigh),
+        rows,
         ends=judged.ends,
-        max_new_tokens=[one.most_new for one, _ in pairs],
+        max_new_tokens=most,
         maximum_tokens=judged.maximum_tokens,
         begun=begun,
         enough=enough,

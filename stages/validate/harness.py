@@ -22,7 +22,7 @@ from stages.measures.table import HARNESS_MEASURES
 from stages.models.checkpoint.loading import load_tokenizer
 from stages.runtime.contract import Metrics, StageError
 from stages.serving.engine import Answerer
-from stages.serving.generate import ROWS, greedy, padded
+from stages.serving.generate import ROWS, Weighed, greedy, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,7 +190,8 @@ def served(judged: Answerer, tokenizer: PreTrainedTokenizerBase) -> Served:
             return any(end and end in text(new) for end in ends[number])
 
         model, longest = judged.steps() if judged.steps else judged.forward, judged.maximum_tokens
-        new = greedy(model, contexts, ends=judged.ends, max_new_tokens=most, maximum_tokens=longest, enough=enough)
+        allowed = Weighed(model, judged.weighing(contexts))
+        new = greedy(allowed, contexts, ends=judged.ends, max_new_tokens=most, maximum_tokens=longest, enough=enough)
         return [_cut(text(one), until) for one, until in zip(new, ends, strict=True)]
 
     return Served(encode, int(prefix), judged.maximum_tokens, scores, continues)

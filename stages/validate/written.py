@@ -15,7 +15,7 @@ from stages.measures.instructions import followed
 from stages.measures.items import WRITTEN, Item
 from stages.serving.beams import searched
 from stages.serving.engine import Answerer
-from stages.serving.generate import greedy, padded
+from stages.serving.generate import Weighed, greedy, padded
 from stages.serving.generation import Generation
 from stages.validate.asking import Question
 from stages.validate.by_length import no_distribution
@@ -77,11 +77,12 @@ def _written(
 ) -> list[list[int]]:
     assert judged.steps is not None and judged.scores is not None
     rows, beams = [one.ids for one in group], judged.searching(how)
+    weigh = judged.weighing(rows)
     most = [judged.most_new(len(one.ids), one.most_new) for one in group]
     if beams.count > 1:
-        return searched(judged.scores, rows, beams, ends=judged.ends, most=most)
+        return searched(judged.scores, rows, beams, ends=judged.ends, most=most, weigh=weigh)
     return greedy(
-        judged.steps(),
+        Weighed(judged.steps(), weigh),
         rows,
         ends=judged.ends,
         max_new_tokens=most,

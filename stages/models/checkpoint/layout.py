@@ -62,6 +62,9 @@ STRUCTURE, QUANTIZATION = "structure.json", "quantization.json"
 ZEROS = "zeros.json"
 """What `prune` puts beside the weights where single ones went: how many of which."""
 SIDE_FILES = (CONFIG, GENERATION, STRUCTURE, QUANTIZATION, ZEROS, *TOKENIZER_FILES, "chat_template.json")
+TOKENIZER = "tokenizer.json"
+SERVED = (CONFIG, GENERATION, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What serving reads beside an executable."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PATTERNS = (*SIDE_FILES, *SENTENCES, ADAPTER, "*.safetensors", INDEX, "*.gguf")
@@ -157,6 +160,11 @@ def carry(source: Path, output: Path, names: Iterable[str]) -> None:
         if (source / name).is_file():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, output / name)
+
+
+def carry_served(source: Path, output: Path) -> None:
+    """Copy configuration, tokenizer and what pools from one artifact to the next; what the source lacks is left out."""
+    carry(source, output, (*SERVED, *sentence_files(source)))
 
 
 def travelling(source: Path) -> list[str]:

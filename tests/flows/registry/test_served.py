@@ -161,7 +161,7 @@ def test_registered_model_pins_what_it_needs_and_takes_texts(registered):
     model = Model.load(str(folder))
     assert model.signature.inputs.input_names() == ["prompt"]
     params = {one.name: one.default for one in model.signature.params}
-    assert params == {"max_new_tokens": 32, "temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1,
+    assert params == {"max_new_tokens": 32, "temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": None,
                       "stop": [], "seed": None, "beams": None}  # fmt: skip
     assert [[*one] for one in model.load_input_example(str(folder))] == [["prompt"]]
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]

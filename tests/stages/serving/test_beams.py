@@ -151,11 +151,9 @@ def test_token_that_a_decoder_begins_behind_counts_as_said_where_repetition_cost
 
 
 def test_settings_that_are_not_followed_are_named():
-    none = {"min_length": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "bad_words_ids": [[3]]}
-    assert unfollowed(none, "translate") == []
-    told = {"min_length": 5, "no_repeat_ngram_size": 3, "bad_words_ids": [[3], [4, 5]], "suppress_tokens": [7]}
-    assert unfollowed(told, "translate") == ["min_length 5", "no_repeat_ngram_size 3", "bad_words_ids [[4, 5]]"]
-    assert unfollowed(told, "generate")[2:] == ["bad_words_ids [[3], [4, 5]]", "suppress_tokens [7]"]
+    assert unfollowed({"min_length": 5, "no_repeat_ngram_size": 3, "guidance_scale": 1.0, "suppress_tokens": [7]}) == []
+    told = {"encoder_no_repeat_ngram_size": 3, "guidance_scale": 1.5, "sequence_bias": [[[7], -1.0]]}
+    assert unfollowed(told) == ["encoder_no_repeat_ngram_size 3", "sequence_bias [[[7], -1.0]]", "guidance_scale 1.5"]
 
 
 def test_settings_of_an_encoder_decoder_are_followed_as_by_transformers(tmp_path):

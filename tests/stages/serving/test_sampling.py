@@ -32,7 +32,7 @@ HOW = [
 
 def transformers_own(logits_V, seen, how):
     chain = LogitsProcessorList()
-    if how.repetition_penalty != 1:
+    if how.repetition_penalty is not None:
         chain.append(RepetitionPenaltyLogitsProcessor(how.repetition_penalty))
     chain.append(TemperatureLogitsWarper(how.temperature))
     if how.top_k:
