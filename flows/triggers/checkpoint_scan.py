@@ -11,7 +11,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -107,16 +108,31 @@ def _opened(uri: str) -> Objects:
 def _found(objects: Objects) -> Iterator[tuple[str, dict[str, ObjectStat]]]:
     """Each possible checkpoint's source with its files, by their names."""
     folders: dict[str, dict[str, ObjectStat]] = {}
-    for one in objects.list(""):
+    pickles: dict[str, dict[str, ObjectStat]] = {}
+    for one in _listed(objects):
         path = PurePosixPath(one.key)
+        folder = "" if path.parent == PurePosixPath() else path.parent.as_posix()
         if path.suffix == ".gguf":
             yield _source(objects, one.key), {path.name: one}
         elif any(fnmatch(path.name, pattern) for pattern in layout.PATTERNS):
-            folder = "" if path.parent == PurePosixPath() else path.parent.as_posix()
             folders.setdefault(folder, {})[path.name] = one
+        elif path.name.endswith(layout.PICKLES):
+            pickles.setdefault(folder, {})[path.name] = one
     for folder, files in folders.items():
         if any(name.endswith(".safetensors") or name == layout.INDEX for name in files):
             yield _source(objects, folder), files
+        elif "config.json" in files and folder in pickles:  # said, and never whole
+            yield _source(objects, folder), files | pickles[folder]
+
+
+def _listed(objects: Objects) -> Iterator[ObjectStat]:
+    """What lies there, in folders that are links as well; not in links below these, which may lead in circles."""
+    yield from objects.list("")
+    root = objects.root if isinstance(objects, LocalObjects) else None
+    for link in sorted(root.rglob("*")) if root else ():
+        if root and link.is_symlink() and link.is_dir():
+            for one in LocalObjects(link).list(""):
+                yield replace(one, key=f"{link.relative_to(root).as_posix()}/{one.key}")
 
 
 def _source(objects: Objects, key: str) -> str:
@@ -143,7 +159,9 @@ def _lacks(files: Mapping[str, ObjectStat], objects: Objects) -> str:
     if layout.INDEX in files:
         missing += [name for name in _shards(objects.read(files[layout.INDEX].key)) if name not in files]
     elif layout.WEIGHTS not in files:
-        missing.append(f"{layout.WEIGHTS} or {layout.INDEX}")
+        pickles = [name for name in sorted(files) if name.endswith(layout.PICKLES)]
+        instead = f" ({pickles[0]} is a pickle, which is not loaded)" if pickles else ""
+        missing.append(f"{layout.WEIGHTS} or {layout.INDEX}{instead}")
     return ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
 
 
@@ -169,7 +187,9 @@ def _pinned(source: str, one: Sighting, store: Store, say: Callable[[str], None]
 
 def _recalled(prefix: Prefix) -> dict[str, Sighting]:
     data = prefix.store.objects.read(prefix.memory)
-    return {source: Sighting.model_validate(one) for source, one in json.loads(data).items()} if data else {}
+    with suppress(ValueError, AttributeError):  # damaged, or another version's: it is looked at afresh
+        return {source: Sighting.model_validate(one) for source, one in json.loads(data or b"{}").items()}
+    return {}
 
 
 def _remember(prefix: Prefix, seen: Mapping[str, Sighting], before: Mapping[str, Sighting]) -> None:

@@ -68,7 +68,7 @@ SERVED = (CONFIG, GENERATION, TOKENIZER, "tokenizer_config.json", "special_token
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PATTERNS = (*SIDE_FILES, *SENTENCES, ADAPTER, "*.safetensors", INDEX, "*.gguf")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SAFE = "Give a folder with config.json, *.safetensors and tokenizer files, or one *.gguf file."
 _HEADER_LIMIT = 100_000_000
 
@@ -106,7 +106,7 @@ def choose(path: Path) -> Chosen:
         raise adapter_alone(path)
     ggufs = sorted(path.glob("*.gguf"))
     safe = sorted(path.glob("*.safetensors"))
-    pickles = sorted(p for p in path.iterdir() if p.name.endswith(_PICKLES))
+    pickles = sorted(p for p in path.iterdir() if p.name.endswith(PICKLES))
     if len(ggufs) > 1 or (ggufs and safe):
         names = ", ".join(p.name for p in (*ggufs, *safe))
         raise StageError(f"{path} holds more than one checkpoint", measured=names, limit=1, remedy="Name one file.")
@@ -122,7 +122,7 @@ def choose(path: Path) -> Chosen:
 def _single(path: Path) -> Chosen:
     if path.suffix == ".gguf":
         return Chosen({}, gguf=path)
-    if path.name.endswith(_PICKLES):
+    if path.name.endswith(PICKLES):
         raise _pickle(path)
     if path.suffix == ".safetensors":
         return Chosen(_sides(path.parent) | {WEIGHTS: path})
@@ -144,7 +144,7 @@ def choose_adapter(path: Path) -> Chosen:
             remedy="Leave `base` out, or give the folder that peft wrote as `source`.",
         )
     if not (path / ADAPTER_WEIGHTS).is_file():
-        pickles = sorted(p for p in path.iterdir() if p.name.endswith(_PICKLES))
+        pickles = sorted(p for p in path.iterdir() if p.name.endswith(PICKLES))
         raise (
             _pickle(pickles[0])
             if pickles

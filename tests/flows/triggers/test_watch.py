@@ -139,7 +139,35 @@ def test_gguf_counts_by_itself_and_other_files_not_at_all(prefix, digests):
     (root / "pickle").mkdir()
     (root / "pickle" / "config.json").write_text("{}")
     (root / "pickle" / "model.bin").write_bytes(b"x")
-    assert digests() == {} and list(digests()) == ["one.gguf", "two.gguf"] and digests.said == []
+    (root / "other").mkdir()
+    (root / "other" / "model.bin").write_bytes(b"x")
+    assert digests() == {} and list(digests()) == ["one.gguf", "two.gguf"]
+    (said,) = digests.said
+    assert (
+        "pickle is not whole yet: it lacks its tokenizer, model.safetensors" in said and "model.bin is a pickle" in said
+    )
+
+
+def test_checkpoint_that_is_a_link_counts_as_a_folder_does(prefix, digests, tmp_path):
+    root = Path(prefix.uri)
+    (root / "links").mkdir()
+    (root / "links" / "one").symlink_to(whole(tmp_path / "elsewhere" / "run" / "checkpoint-1").parent)
+    (root / "circle").symlink_to(root)
+    (root / "dangling").symlink_to(tmp_path / "nowhere")
+    whole(root / "two", b"other")
+    assert digests() == {}
+    assert digests()["checkpoint-1"] == layout.choose(tmp_path / "elsewhere" / "run" / "checkpoint-1").digest()
+    (seen,) = (source for source in look(prefix, print) if source.endswith("/checkpoint-1"))
+    assert seen == (root / "links" / "one" / "checkpoint-1").as_uri()
+    assert digests().keys() == {"checkpoint-1", "two"}
+
+
+@pytest.mark.parametrize("left", [b"", b'{"file:///a": ', b"[]", b'{"file:///a": {"seen": 1}}'])
+def test_what_was_seen_is_looked_at_afresh_where_its_record_is_damaged(prefix, digests, left):
+    whole(Path(prefix.uri) / "a")
+    assert digests() == {}
+    prefix.store.objects.put(prefix.memory, left, replace=True)
+    assert digests() == {} and list(digests()) == ["a"]
 
 
 def test_same_bytes_at_two_places_have_one_digest(prefix, digests):
