@@ -27,6 +27,9 @@ from stages.serving.batching import Batching, Closed, Full
 from stages.serving.writing import Answer
 
 LARGEST_BYTES = 16 << 20
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics")
+_TOLD = ["GET", "HEAD"]
+"""Who only looks whether it is there asks for the head."""
 Read = Callable[[dict[str, Any], int], Body]
 
 
@@ -205,7 +208,7 @@ def _tell(app: FastAPI, endpoint: Endpoint) -> None:
     batching, began = endpoint.batching, int(time.time())
     card = {"id": endpoint.name, "object": "model", "created": began, "owned_by": "enginery"}
 
-    @app.get("/health")
+    @app.api_route("/health", methods=_TOLD)
     async def health() -> Response:
         said: dict[str, Any] = {"status": "stopping" if batching.closed else "ok", "model": endpoint.name}
         said |= {"active": batching.active, "waiting": batching.waiting}
@@ -213,15 +216,15 @@ def _tell(app: FastAPI, endpoint: Endpoint) -> None:
             said |= {"active": endpoint.vectors.active, "waiting": endpoint.vectors.waiting}
         return answer(said, 503 if batching.closed else 200)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=_TOLD)
     async def measured() -> Response:
         return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_TOLD)
     async def models() -> Response:
         return answer({"object": "list", "data": [card]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=_TOLD)
     async def model(name: str) -> Response:
         endpoint.check(name)
         return answer(card)
@@ -242,8 +245,16 @@ def _refuse(app: FastAPI, metrics: Metrics) -> None:
         return Response(status_code=499)
 
     @app.exception_handler(HTTPException)
-    async def unknown(_: Request, error: HTTPException) -> Response:
-        return Refusal(error.detail, status=error.status_code).response()
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        path, allowed = request.url.path, error.headers or {}
+        text = error.detail
+        if error.status_code == 404:
+            text = f"there is no {path:.200}; there are {', '.join(PATHS)}"
+        elif error.status_code == 405:
+            text = f"{request.method:.20} is not answered at {path:.200}; limit {allowed.get('Allow')}"
+        told = Refusal(text, status=error.status_code).response()
+        told.headers.update(allowed)
+        return told
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024
 _NEW = "max_new_tokens"
 _DRAWN = ("temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
 """Parameters that are called as `stages.serving.generation.Generation` calls them; two of them OpenAI does not have."""
-NOTES = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+NOTES = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """What clients note for themselves."""
 _BOTH: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -38,6 +38,12 @@ _CHAT = _BOTH | {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "prediction": (),
+    "web_search_options": (),
+    "audio": (),
     "store": (False,),
 }
 
@@ -122,6 +128,8 @@ def _same(value: Any, other: Any) -> bool:
 
 def _how(said: Mapping[str, Any], limits: tuple[str, ...], default: int, maximum_tokens: int) -> Generation:
     given = {name: said[name] for name in _DRAWN if said.get(name) is not None}
+    if isinstance(given.get("seed"), int) and -(2**63) <= given["seed"] < 0:
+        given["seed"] += 2**64  # OpenAI's have a sign
     for name, value in given.items():
         _held(name, {name: value}, maximum_tokens)
     asked = {name: said[name] for name in limits if said.get(name) is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -71,6 +72,7 @@ def serve(served: Served, say: Callable[[str], None]) -> None:
     app: ASGIApp = application(Endpoint(served.name, batching, metrics, vectors))
     if _at_home(served.host):
         app = _called_by_its_own_name(app)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each piece for a client that has just gone
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSES_S
     )

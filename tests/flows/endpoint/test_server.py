@@ -139,6 +139,8 @@ def test_parameters_that_ask_for_nothing_are_taken(client, model):
     talk = [{"role": "user", "content": "b"}]
     idle = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "logprobs": False, "tools": []}
     idle |= {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "stop": None, "seed": None}
+    idle |= dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"))
+    idle |= {"function_call": "none", "prompt_cache_retention": "24h"}
     made = client.chat.completions.create(model="chatty", messages=talk, max_tokens=4, top_p=1, **idle)
     assert made.choices[0].message.content == model.generate([talk], max_new_tokens=4)[0]
 
@@ -202,6 +204,13 @@ def test_models_and_health_are_told(client, address):
             "response_format",
             "response_format is not followed here",
         ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "reasoning_effort": "low"},
+            400,
+            "reasoning_effort",
+            "reasoning_effort is not followed here; measured 'low'",
+        ),
         ("embeddings", {"input": "a"}, 400, "model", "the model gives no vectors of texts"),
     ],
 )
@@ -226,7 +235,19 @@ def test_refusals_are_the_clients_own_exceptions(client, address):
     with pytest.raises(openai.BadRequestError, match="a prompt is empty"):
         client.completions.create(model="chatty", prompt="")
     got = httpx.get(f"{address}/v1/nothing")
-    assert got.status_code == 404 and got.json()["error"]["message"] == "Not Found"
+    assert got.status_code == 404
+    assert got.json()["error"]["message"].startswith("there is no /v1/nothing; there are /v1/completions, ")
+
+
+def test_head_is_where_get_is_and_other_methods_are_told_what_is(address):
+    for path in ("/health", "/metrics", "/v1/models", "/v1/models/chatty"):
+        got = httpx.head(f"{address}{path}")
+        assert (got.status_code, got.content) == (200, b"")
+        got = httpx.options(f"{address}{path}")
+        assert got.status_code == 405 and set(got.headers["Allow"].split(", ")) == {"GET", "HEAD"}
+    got = httpx.get(f"{address}/v1/completions")
+    assert got.status_code == 405 and got.headers["Allow"] == "POST"
+    assert got.json()["error"]["message"] == "GET is not answered at /v1/completions; limit POST"
 
 
 @pytest.mark.parametrize("host", ["page.example", "127.0.0.1.page.example:80"])
@@ -276,6 +297,14 @@ def test_queue_that_is_full_turns_away_and_all_others_are_answered(client, model
         key = f"enginery_{kind}_seconds_count"
         assert after[key] - before[key] == count
     assert after["enginery_queue_length"] == after["enginery_active_rows"] == 0
+
+
+def test_seed_with_a_sign_draws_the_same_each_time_and_other_than_without(client):
+    def drawn(seed):
+        asked = {"model": "chatty", "prompt": "A class", "max_tokens": 12, "temperature": 1.5}
+        return client.completions.create(**asked, seed=seed).choices[0].text
+
+    assert drawn(-1) == drawn(-1) != drawn(1)
 
 
 @pytest.mark.parametrize("streams", [True, False])
