@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows.tracking.connect import quiet
-from flows.tracking.errors import answered
+from flows.tracking.errors import Refused, answered
 from stages.runtime.contract import StageError
 from stages.runtime.fingerprint import digest_file
 
 SCHEME = "models:/"
 _LITE = "sqlite:///"
+_NONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's for a model or version that is not there, and for an alias."""
 
 
 @contextmanager
@@ -41,8 +43,17 @@ def carried_engine(model: str) -> Iterator[Path]:
     from mlflow.models import Model
 
     with tempfile.TemporaryDirectory(prefix="enginery-model-") as folder:
-        with answered(uri):
-            found = Path(download_artifacts(artifact_uri=model, dst_path=folder))
+        try:
+            with answered(uri):
+                found = Path(download_artifacts(artifact_uri=model, dst_path=folder))
+        except Refused as refused:
+            if refused.code not in _NONE:
+                raise
+            raise StageError(
+                f"there is no registered model {model}",
+                measured=str(refused),
+                remedy="`enginery models` lists models, versions and aliases.",
+            ) from refused
         if not (found / "MLmodel").is_file():
             raise StageError(
                 f"MLflow has lost the files of {model}",

@@ -48,7 +48,9 @@ class StageError(Exception):
             parts.append(f"measured {measured}")
         if limit is not None:
             parts.append(f"limit {limit}")
-        super().__init__("; ".join(parts) + (f". {remedy}" if remedy else ""))
+        said = "; ".join(parts)
+        # Another error's text may end with a full stop of its own.
+        super().__init__(f"{said.removesuffix('.')}. {remedy}" if remedy else said)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuilt, (type(self), self.what, self.measured, self.limit, self.remedy))

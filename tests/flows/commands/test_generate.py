@@ -85,6 +85,15 @@ def test_registered_model_answers_by_its_alias_and_its_version(registered, capsy
     assert sorted(path for path in folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize("model", ["chain@champoin", "chian@champion", "chain/7"])
+def test_name_that_is_not_registered_is_said_with_where_to_look(registered, capsys, monkeypatch, model):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered[0])
+    assert main(["generate", f"models:/{model}", "italy"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: there is no registered model models:/{model}; measured MLflow")
+    assert told.endswith("not found. `enginery models` lists models, versions and aliases.\n")
+
+
 def test_registered_engine_of_changed_bytes_is_refused(registered, tmp_path, capsys, monkeypatch):
     uri, folder = registered
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

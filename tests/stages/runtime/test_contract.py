@@ -29,6 +29,7 @@ def test_error_says_what_measured_limit_and_remedy():
     error = StageError("too wide", measured=5, limit=3, remedy="Fold it.")
     assert str(error) == "too wide; measured 5; limit 3. Fold it."
     assert str(StageError("too wide")) == "too wide"
+    assert str(StageError("not there", measured="No file.", remedy="Look.")) == "not there; measured No file. Look."
     assert str(StageError("none left", measured=0)) == "none left; measured 0"
 
 
