@@ -75,10 +75,10 @@ def test_run_enters_each_room_once_on_its_way_and_the_recipe_only_before_the_pip
     walked = json.loads((home / "walk.json").read_text())
     assert walked["rooms"] == [
         "commands",
+        "running",  # on which GPU plans are judged is asked before the recipe is read: its steps depend on it
         "recipe",
         "pipeline",  # --output is looked at before anything runs
         "reporting",  # and the terminal is opened
-        "running",
         "prefect_api",
         "registry",  # the champion is looked up before it is planned to be measured
         "tracking",
