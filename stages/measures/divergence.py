@@ -10,6 +10,9 @@ from torch import Tensor
 
 from stages.measures.perplexity import ROWS, shifted
 
+_APART = 1e-5
+"""Answers that differ by no more of their length are one: that is how they are rounded."""
+
 
 def kl_divergence(baseline_TV: Tensor, model_TV: Tensor) -> Tensor:
     """KL(baseline || model) of the two predicted distributions, in nats.
@@ -73,6 +76,23 @@ def relative_error(baseline_RV: Tensor, model_RV: Tensor) -> Tensor:
     _same_shape(baseline_RV, model_RV)
     a_RV, b_RV = baseline_RV.double(), model_RV.double()
     return (b_RV - a_RV).norm(dim=-1) / a_RV.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def contrast(baseline_RV: Tensor, model_RV: Tensor) -> Tensor:
+    """The cosine between how each answer differs from the one before it, and the first from the last, to both.
+
+    A model to which all texts are one has none, however near its only answer lies to all of the baseline's.
+
+    Returns:
+        contrast_R (float64); 1 where the baseline tells nothing apart.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _same_shape(baseline_RV, model_RV)
+    a_RV, b_RV = (one.double() - one.double().roll(1, 0) for one in (baseline_RV, model_RV))
+    alike_R = a_RV.norm(dim=-1) <= _APART * baseline_RV.double().norm(dim=-1)
+    return torch.nn.functional.cosine_similarity(a_RV, b_RV, dim=-1).masked_fill(alike_R, 1.0)
 
 
 def _same_shape(baseline_TV: Tensor, model_TV: Tensor) -> None:

@@ -29,7 +29,7 @@ class Asking:
         before: tokens that the tokenizer puts before every text; nobody predicts them.
         after: tokens that it puts behind; only an answer that is translated ends with them.
         mask: the token that hides another one, for `fill`.
-        pooled: `embed` answers with one vector of the whole window.
+        pooled: `embed` answers with one vector of a text: of the window, and of its first half, from which it differs.
     """
 
     task: str = "generate"
@@ -41,7 +41,7 @@ class Asking:
     def rows(self, tokens: int) -> int:
         """R of a window of so many tokens."""
         if self.pooled:
-            return 1
+            return 2
         return {
             "classify": 1,
             "score": 1,
@@ -64,11 +64,19 @@ class Asking:
         if self.task == "fill":
             return self._filled(answer, ids_T, asked), ids_T[asked]
         found_TV = torch.from_numpy(answer(window)[0])
+        if self.pooled:
+            return torch.stack([found_TV, torch.from_numpy(answer(self._half(ids_T)[None].numpy())[0])]), None
         if self.task == "generate":
             return found_TV[asked.start - 1 : asked.stop - 1], ids_T[asked.start : asked.stop]
         if self.task == "translate":
             return found_TV, ids_T
         return found_TV.view(-1, found_TV.shape[-1]), None
+
+    def _half(self, ids_T: Tensor) -> Tensor:
+        """The first half of a window, between what the tokenizer puts around every text."""
+        own_T = ids_T[self.before : len(ids_T) - self.after]
+        half_T = own_T[: max(1, len(own_T) // 2)]
+        return torch.cat([ids_T[: self.before], half_T, ids_T[len(ids_T) - self.after :]])
 
     def _asked(self, tokens: int) -> range:
         first = self.before if self.task == "fill" else max(1, self.before)

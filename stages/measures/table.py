@@ -104,6 +104,9 @@ MEASURES: Mapping[str, Measure] = {
         "relative error",
         paired=True,
     ),
+    "contrast": Measure(
+        "stages.measures.divergence:contrast", "contrast", frozenset({"embed"}), "what differs", paired=True
+    ),
     "accuracy": _of_items("accuracy", "right", "right answers"),
     "accuracy_by_length": _of_items(
         "accuracy_by_length", "right_by_length", "right answers, choices by length", tasks=_WRITES

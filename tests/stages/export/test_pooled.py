@@ -79,7 +79,7 @@ def test_graph_and_torch_give_the_vectors_of_sentence_transformers(bare, tmp_pat
     assert (graph / "1_Pooling" / "config.json").read_bytes() == (own / "1_Pooling" / "config.json").read_bytes()
 
 
-def test_text_windows_are_judged_by_the_one_vector_of_each(bare, seal, tmp_path):
+def test_text_windows_are_judged_by_the_vector_of_each_and_of_its_first_half(bare, seal, tmp_path):
     own = modules(bare, tmp_path / "own", {"pooling_mode_mean_tokens": True}, most=16)
     splits = {"calibrate": 0.5, "test": 0.5}
     text = seal("corpus", {"source": "pydoc://topics", "splits": splits})
@@ -88,7 +88,8 @@ def test_text_windows_are_judged_by_the_one_vector_of_each(bare, seal, tmp_path)
     params = {"target": "onnxruntime:cpu", "windows": 5}
     report = seal("validate", params, model=engine.identity, text=text.identity, baseline=dense.identity)
     assert report.manifest.metrics["cosine"] == pytest.approx(1, abs=1e-5)
-    assert report.manifest.metrics["tokens"] == 5, "one vector a window"
+    assert report.manifest.metrics["contrast"] == pytest.approx(1, abs=1e-4)
+    assert report.manifest.metrics["tokens"] == 10, "two vectors a window"
 
 
 @pytest.mark.parametrize("name", ["bert_masked", "llama"])

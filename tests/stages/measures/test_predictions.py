@@ -54,7 +54,13 @@ def _json(found: object) -> bytes:
 
 
 def _same_as_itself(measures: dict[str, float]) -> None:
-    for name, value in {"kl_divergence": 0, "top1_agreement": 1, "cosine": 1, "relative_error": 0}.items():
+    for name, value in {
+        "kl_divergence": 0,
+        "top1_agreement": 1,
+        "cosine": 1,
+        "contrast": 1,
+        "relative_error": 0,
+    }.items():
         if name in measures:
             assert measures[name] == pytest.approx(value, abs=1e-6)
 
@@ -117,6 +123,27 @@ def test_classes_and_vectors_differ_as_they_do(tmp_path: Path) -> None:
         assert first.get("cosine", wanted.sum()) == pytest.approx(float(wanted.sum()), abs=1e-5)
         error = ((a_RV + 1).norm(dim=-1) / a_RV.norm(dim=-1)).sum()
         assert first["error"] == pytest.approx(float(error), rel=1e-5)
+
+
+def test_vector_of_a_window_is_told_from_that_of_its_first_half() -> None:
+    table = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).numpy()
+    read = []
+
+    def near(ids_NT):
+        read.append(ids_NT[0].tolist())
+        return (table[ids_NT].mean(1) + 30).astype("float32")
+
+    def one(ids_NT):
+        return (0 * table[ids_NT].mean(1) + 30).astype("float32")
+
+    asking, ids_NT = Asking("embed", 1, 1, pooled=True), torch.tensor([[1, 7, 8, 9, 10, 11, 2]])
+    [alike], [lost] = (score_documents(ids_NT, model, near, asking, "test") for model in (near, one))
+    assert read[:2] == [[1, 7, 8, 9, 10, 11, 2], [1, 7, 8, 2]]
+    assert alike["tokens"] == lost["tokens"] == asking.rows(7) == 2
+    assert alike["contrast"] == pytest.approx(2) and lost["contrast"] == pytest.approx(0)
+    assert lost["cosine"] / 2 > 0.999  # which sees nothing of it
+    [alone] = score_documents(torch.tensor([[1, 7, 2]]), one, near, asking, "test")
+    assert alone["contrast"] == pytest.approx(2)  # one token is its own half: nothing is to be told apart
 
 
 def test_a_left_padded_row_answers_as_it_does_alone(tmp_path: Path) -> None:
