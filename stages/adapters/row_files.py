@@ -13,6 +13,8 @@ from stages.runtime.contract import StageError
 from stages.runtime.encodings import PACKED, lines, opened, whole_text
 from stages.runtime.rows import CHATS, TEXT, Content, content_of, no_text, pair_of, reads
 
+_LONGEST_CELL = 2**31 - 1
+"""Characters of a cell: Python's own limit of 131,072 is less than a long context has."""
 Row = tuple[int, str, dict[str, Any]]
 """Its number, where it stands, and its columns."""
 _BETWEEN_CELLS = ",;\t"
@@ -39,6 +41,7 @@ def csv_rows(file: Path) -> Iterator[Row]:
     Raises:
         StageError: quotes that do not end, a column named twice, a row of more or fewer cells; file and line are named.
     """
+    csv.field_size_limit(_LONGEST_CELL)
     text = whole_text(file)
     first = next((line for line in StringIO(text) if line.strip()), "")
     reader = csv.reader(StringIO(text, newline=""), delimiter=max(_BETWEEN_CELLS, key=first.count), strict=True)

@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 RESAMPLES, SEED, CHUNK = 10_000, 20_111, 1_000
+_AT_ONCE = 4_000_000
+"""So many counts are drawn at once: of 100,000 documents a thousand resamples would take several GB."""
+_MANY = 2_000
+"""From so many kinds of documents on documents are drawn one by one, which takes a tenth of the time then."""
 CONFIDENCE = 0.95
 _METHOD: Literal["averaged_inverted_cdf"] = "averaged_inverted_cdf"
 
@@ -85,9 +89,10 @@ def resampled(counts_D: Floats, statistic: Callable[[Floats], Floats]) -> Interv
         if documents == 1:
             return Interval(point, -math.inf, math.inf)
         generator = np.random.default_rng(SEED)
+        size = max(1, min(CHUNK, _AT_ONCE // len(counts_D)))
         draws = [
-            statistic(generator.multinomial(documents, counts_D / documents, size=CHUNK).astype(np.float64))
-            for _ in range(RESAMPLES // CHUNK)
+            statistic(_drawn(generator, counts_D, documents, min(size, RESAMPLES - start)))
+            for start in range(0, RESAMPLES, size)
         ]
         tail = _expanded_tail(documents)
         found = np.concatenate(draws)
@@ -96,6 +101,18 @@ def resampled(counts_D: Floats, statistic: Callable[[Floats], Floats]) -> Interv
             return Interval(math.nan, math.nan, math.nan)
         low, high = np.quantile(found, [tail, 1 - tail])
     return Interval(point, float(low), float(high))
+
+
+def _drawn(generator: np.random.Generator, counts_D: Floats, documents: int, size: int) -> Floats:
+    """How often each kind is drawn in each of so many resamples."""
+    kinds = len(counts_D)
+    if kinds < _MANY:
+        return generator.multinomial(documents, counts_D / documents, size=size).astype(np.float64)
+    kind_D = np.repeat(np.arange(kinds), counts_D.astype(np.int64))
+    weights_RD = np.empty((size, kinds))
+    for weights_D in weights_RD:
+        weights_D[:] = np.bincount(kind_D[generator.integers(documents, size=documents)], minlength=kinds)
+    return weights_RD
 
 
 def _expanded_tail(documents: int) -> float:

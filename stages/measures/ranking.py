@@ -45,8 +45,10 @@ def _within(ours: Columns, weights_RD: Floats, most: int) -> Floats:
 
 def _centered(values_D: Floats, weights_RD: Floats) -> Floats:
     """The rank of each item among those that are drawn, ties at their mean, less the mean rank."""
-    each, kind_D = np.unique(values_D, return_inverse=True)
-    drawn_RK = np.stack([weights_RD[:, kind_D == kind].sum(-1) for kind in range(len(each))], axis=-1)
+    _, first_K, kind_D = np.unique(np.sort(values_D), return_index=True, return_inverse=True)
+    order_D = values_D.argsort()
+    drawn_RK = np.add.reduceat(weights_RD[:, order_D], first_K, axis=-1)
+    kind_D = kind_D[order_D.argsort()]
     rank_RK = np.cumsum(drawn_RK, axis=-1) - (drawn_RK - 1) / 2
     rank_RD: Floats = rank_RK[:, kind_D] - (weights_RD.sum(-1, keepdims=True) + 1) / 2
     return rank_RD

@@ -325,6 +325,15 @@ def test_csv_and_parquet_rows_are_refused_by_their_place(seal, store, tmp_path):
     assert "line 2 is not UTF-8" in refused(seal, store, path).what
 
 
+def test_cell_of_a_csv_is_as_long_as_it_is(seal, store, tmp_path):
+    path, long = tmp_path / "own.csv", "word " * 40_000
+    path.write_text(f'prompt,answers\n"{long}",x\n', encoding="utf-8")
+    found = made(store, seal("items", {"source": str(path)}).identity)["test"]
+    assert [len(one.prompt) for one in found] == [len(long)]
+    path.write_text(f'prompt,answers\n"{long},x\n', encoding="utf-8")
+    assert "line 2 is not CSV" in refused(seal, store, path).what
+
+
 @pytest.mark.parametrize("between", [";", "\t"])
 def test_csv_with_semicolons_or_tabs_is_read_as_one_with_commas(seal, store, tmp_path, between):
     lines = ["id,prompt,answers", 'a,"One, two; three\tfour",five', "b,Six,seven|eight"]

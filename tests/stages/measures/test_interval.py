@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from stages.measures.interval import Interval, _expanded_tail, bootstrap
+from stages.measures.interval import Interval, _expanded_tail, bootstrap, resampled
 
 
 def drawn(seed, documents, ratio=1.2):
@@ -97,3 +97,18 @@ def test_interval_of_any_documents_contains_its_point_and_repeats_exactly(seed, 
     interval = bootstrap(tokens_D, ours_D, theirs_D, exponential=True)
     assert interval.low <= interval.point <= interval.high
     assert bootstrap(tokens_D, ours_D, theirs_D, exponential=True) == interval
+
+
+def test_interval_of_very_many_documents_is_that_of_the_normal_law_and_of_alike_ones_the_same():
+    rng = np.random.default_rng(3)
+    right_D = rng.integers(0, 2, 20_000).astype(float)
+    counts_D = np.ones(len(right_D))
+
+    def share(weights_RD):
+        return weights_RD @ right_D / weights_RD.sum(-1)
+
+    found = resampled(counts_D, share)
+    half = 1.96 * math.sqrt(right_D.var() / len(right_D))
+    assert (found.low, found.high) == pytest.approx((found.point - half, found.point + half), abs=0.05 * half)
+    twice = resampled(np.append(counts_D[:-1], 2.0), share)  # a kind of two, drawn twice as often
+    assert (twice.low, twice.high) == pytest.approx((found.low, found.high), abs=0.05 * half)
