@@ -51,28 +51,36 @@ _GATES: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "choose": (("measure: relative_error", "at_most: 0.2", "at_most: 0.3"),),
 }
 """Task -> what gates hold, and the limits of each on one's own text and on another, empty for none."""
-_ITEMS: Mapping[str, tuple[str, ...]] = {
-    "generate": ("answers", "measure: accuracy, against: dense, value_at_least: 0.9"),
-    "translate": ("translate", "measure: chrf, against: dense, value_at_least: 0.95, at_least: 0.9"),
-    "classify": (
-        "classify",
-        "measure: accuracy, against: dense, value_at_least: 0.95, at_least: 0.9",
-        "measure: flips, against: dense, value_at_most: 0.1",
-    ),
-    "tag": ("tag", "measure: tag_accuracy, against: dense, value_at_least: 0.95, at_least: 0.9"),
-    "answer": (
-        "question",
+_ITEMS: Mapping[str, str] = {
+    "generate": "answers",
+    "translate": "translate",
+    "classify": "classify",
+    "tag": "tag",
+    "answer": "question",
+    "choose": "choices",
+    "embed": "similarity",
+}
+"""Task -> the task of one's own items that name none."""
+_SURE = (
+    "measure: accuracy, against: dense, value_at_least: 0.95, at_least: 0.9",
+    "measure: flips, against: dense, value_at_most: 0.1",
+)
+_HELD: Mapping[str, tuple[str, ...]] = {
+    "translate": ("measure: chrf, against: dense, value_at_least: 0.95, at_least: 0.9",),
+    "summarize": ("measure: rougel, against: dense, value_at_least: 0.95, at_least: 0.85",),
+    "classify": _SURE,
+    "tag": ("measure: tag_accuracy, against: dense, value_at_least: 0.95, at_least: 0.9",),
+    "question": (
         "measure: answer_f1, against: dense, value_at_least: 0.95, at_least: 0.85",
         "measure: exact_match, against: dense, value_at_least: 0.9",
     ),
-    "choose": (
-        "choices",
-        "measure: accuracy, against: dense, value_at_least: 0.95, at_least: 0.9",
-        "measure: flips, against: dense, value_at_most: 0.1",
-    ),
-    "embed": ("similarity", "measure: spearman, against: dense, value_at_least: 0.95"),
+    "choices": _SURE,
+    "similarity": ("measure: spearman, against: dense, value_at_least: 0.95",),
+    "retrieval": _SURE,
 }
-"""Task -> the task of one's own items that name none, and gates on what they measure."""
+"""Task of items -> gates on what they measure."""
+_WRITTEN = ("measure: accuracy, against: dense, value_at_least: 0.9",)
+"""On those of a decoder that are right or wrong."""
 _ENTITIES = "measure: entity_f1, against: dense, value_at_least: 0.95, at_least: 0.85"
 """Where labels begin and go on."""
 
@@ -214,7 +222,8 @@ def _judged_by(items: str | None, task: str, source: str) -> dict[str, Any]:
     if items is None:
         if task != "generate" and task in _ITEMS:
             typer.echo("whether its answers are right no text tells: `--items` judges by items of your own")
-        return {"items": "", "kind": "", "columns": "", "gates": (), "elsewhere": True, "corpora": corpora}
+        none: dict[str, Any] = {"items": "", "kind": "", "columns": "", "gates": ()}
+        return none | {"elsewhere": True, "corpora": corpora, "apart": ["abilities"] if task == "generate" else []}
     if task not in _ITEMS:
         raise StageError(
             "items are put to no model of this task",
@@ -222,11 +231,16 @@ def _judged_by(items: str | None, task: str, source: str) -> dict[str, Any]:
             limit=", ".join(_ITEMS),
             remedy="Leave `--items` out.",
         )
-    kind, *gates = _ITEMS[task]
+    from flows.commands.own_files import task_of
+
+    kind = task_of(items) or _ITEMS[task]
+    decides = task == "generate" and kind in ("answers", "choices", "instructions")
+    gates = [*(_WRITTEN if decides else _HELD.get(kind, ()))]
     if task == "tag" and source.startswith("file://"):
         named = read_json(Path(unquote(urlsplit(source).path)) / "config.json", optional=True).get("id2label") or {}
         gates += [_ENTITIES] if any(str(one).startswith("B-") for one in named.values()) else []
-    judged = {"elsewhere": elsewhere, "corpora": [*corpora, "items"]}
+    apart = ["abilities", "items"] if task == "generate" else ["items"]
+    judged = {"elsewhere": elsewhere, "corpora": [*corpora, "items"], "apart": apart}
     columns = _columns(items, kind)
     return {"items": _quoted(items), "kind": kind, "columns": columns, "gates": gates, **judged}
 

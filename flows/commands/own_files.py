@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import unquote, urlsplit
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
@@ -71,6 +71,16 @@ def columns_of(source: str, task: str) -> tuple[dict[str, str], list[str], list[
         found.pop("prompt", None)
         lacking = [field for field in lacking if field != "prompt"]
     return found, [field for field in lacking if field not in found], list(_columns(row))
+
+
+def task_of(source: str) -> str:
+    """The task that the first row of items that lie here names; empty where it names none that there is."""
+    from stages.items.reading import item_files
+    from stages.measures.items import Kind
+
+    row = _first_row(item_files(_path(source))[0][1]) if source.startswith("file://") else None
+    named = str((row or {}).get("task") or "").strip()
+    return named if named in get_args(Kind) else ""
 
 
 def _called(row: Mapping[str, Any], task: str, field: str) -> str:

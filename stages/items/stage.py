@@ -250,12 +250,21 @@ def admit(params: ItemsParams, known: Mapping[str, Any]) -> ItemSplits:
     """
     if params.source != ABILITIES:
         found = ItemSplits(params.splits)
-        found.tasks = frozenset({HARNESS} if params.harness else ())
+        found.tasks = frozenset({HARNESS}) if params.harness else _tasks(params, known.get(""))
         return found
     _check_abilities(params, {item.ability for items in shipped().values() for item in items})
     found = ItemSplits(get_args(Split))
     found.tasks = frozenset(item.task for items in shipped().values() for item in items)
     return found
+
+
+def _tasks(params: ItemsParams, sealed: Path | None) -> frozenset[str]:
+    """Those of items that are sealed or lie here, empty where that is not known yet."""
+    if sealed is not None:
+        return frozenset(json.loads((sealed / "corpus.json").read_text(encoding="utf-8"))[RECORD])
+    if not params.digest or scheme_of(params.source) != "file":
+        return frozenset()
+    return frozenset(item.task for item in _read(params, local_path(params.source)))
 
 
 ITEMS = Stage(

@@ -143,6 +143,23 @@ MEASURES: Mapping[str, Measure] = {
 }
 
 
+_RIGHT = ("answers", "choices", "instructions", "question", "classify", "tag", "retrieval")
+MEASURED_BY: Mapping[str, tuple[str, ...]] = {
+    "right": _RIGHT,
+    "exact": ("question",),
+    "overlap": ("question",),
+    "entities": ("tag",),
+    "tags": ("tag",),
+    "bleu": ("translate",),
+    "chrf": ("translate",),
+    **dict.fromkeys(("rouge1", "rouge2", "rougeL"), ("summarize",)),
+    "confidence": ("classify",),
+    "similarity": ("similarity",),
+    "rank": ("retrieval",),
+}
+"""Score of a measure of items -> the tasks of items that have it; all have what does not stand here."""
+
+
 OWN = "own."
 """Begins the names of measures that other packages bring, see `stages.measures.own`."""
 

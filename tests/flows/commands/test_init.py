@@ -18,6 +18,7 @@ from flows.recipe.model import Recipe
 from flows.recipe.read import load_recipe
 from flows.running.admission import refuse_inadmissible
 from flows.running.plan import resolve
+from stages.runtime.contract import StageError
 from stages.runtime.progress import Silent
 from tests.stages.models.families import FAMILIES, WIDER, family
 
@@ -127,7 +128,8 @@ def test_items_of_ones_own_judge_by_what_the_checkpoint_is_for(name, kind, gates
     assert main(["init", *words[:-2]]) == 0
     assert ("`--items` judges by items of your own" in capsys.readouterr().out) == (name != "llama")
     assert all(gate.measure != "perplexity" for gate in load_recipe(out).gates) or name == "llama"
-    assert {gate.measure for gate in recipe.gates if gate.corpus == "items"} == gates
+    assert {gate.measure for gate in recipe.gates if gate.corpus == "items"} == gates | {"leaks"}
+    assert "items" in recipe.step("text").inputs["items"]
     assert all(step.inputs.get("text") != "items" for step in recipe.steps)
 
 
@@ -141,7 +143,37 @@ def test_labels_that_begin_and_go_on_are_held_as_entities(tmp_path):
     words = [str(model), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml"), "--items", str(tmp_path / "a.csv")]
     assert main(["init", *words]) == 0
     gates = {gate.measure for gate in load_recipe(tmp_path / "mine.yaml").gates if gate.corpus == "items"}
-    assert gates == {"tag_accuracy", "entity_f1"}
+    assert gates == {"tag_accuracy", "entity_f1", "leaks"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "gates"),
+    [
+        ("llama", {"task": "translate", "prompt": "a", "answers": "b"}, {"chrf"}),
+        ("llama", {"task": "instructions", "prompt": "a", "checks": []}, {"accuracy"}),
+        ("t5", {"task": "summarize", "prompt": "a", "answers": "b"}, {"rougel"}),
+        ("bert_bare", {"task": "retrieval", "prompt": "a", "other": "b"}, {"accuracy", "flips"}),
+    ],
+)
+def test_items_that_name_their_task_are_held_to_what_that_measures(name, row, gates, tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    words = [str(checkpoint(name, tmp_path)), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml")]
+    assert main(["init", *words, "--items", str(tmp_path / "a.jsonl")]) == 0
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.step("items").params["task"] == row["task"]
+    assert {gate.measure for gate in recipe.gates if gate.corpus == "items"} == gates | {"leaks"}
+
+
+def test_items_that_the_checkpoint_is_not_for_are_refused_before_any_work(store, tmp_path):
+    (tmp_path / "a.txt").write_text("words " * 40)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"task": "tag", "prompt": "a b", "labels": ["O", "O"]}))
+    words = [str(checkpoint("llama", tmp_path)), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml")]
+    assert main(["init", *words, "--items", str(tmp_path / "a.jsonl")]) == 0
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    planned = resolve(expanded(recipe).steps, store, lambda _: Silent())
+    with pytest.raises(StageError, match=r"the items ask what the model is not for.*the items are of tag"):
+        refuse_inadmissible(planned, recipe, store, print)
 
 
 def test_items_for_a_model_that_is_put_none_are_refused(tmp_path, capsys):

@@ -330,8 +330,6 @@ def test_cell_of_a_csv_is_as_long_as_it_is(seal, store, tmp_path):
     path.write_text(f'prompt,answers\n"{long}",x\n', encoding="utf-8")
     found = made(store, seal("items", {"source": str(path)}).identity)["test"]
     assert [len(one.prompt) for one in found] == [len(long)]
-    path.write_text(f'prompt,answers\n"{long},x\n', encoding="utf-8")
-    assert "line 2 is not CSV" in refused(seal, store, path).what
 
 
 @pytest.mark.parametrize("between", [";", "\t"])
