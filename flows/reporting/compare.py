@@ -69,8 +69,10 @@ def compared(store: Store, names: tuple[str, str], runs: tuple[Run | None, Run |
     Raises:
         StageError: a name is neither.
     """
+    one, other = (_asked_of(store, run) for run in runs)
     left, right = (
-        _of_run(run) if run else _Side(_measures(store, name)) for name, run in zip(names, runs, strict=True)
+        _of_run(run, said) if run else _Side(_measures(store, name))
+        for name, run, said in zip(names, runs, (_apart(one, other), _apart(other, one)), strict=True)
     )
     return CompareResult(
         a=names[0],
@@ -95,13 +97,28 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from flat(one, f"{path}.{name}" if path else str(name))
 
 
-def _of_run(run: Run) -> _Side:
+def _asked_of(store: Store, run: Run | None) -> dict[str, tuple[str, str]]:
+    """Measurement of a run -> what it was asked, and of which text, as far as the store still has its report."""
+    found: dict[str, tuple[str, str]] = {}
+    for step in run.result.steps if run and run.result else ():
+        if step.kind is Kind.REPORT and (manifest := store.manifest(step.fingerprint)):
+            found[step.name] = (_asked(manifest.work), f", text {manifest.work.inputs.get('text', '')[:8]}")
+    return found
+
+
+def _apart(ours: Mapping[str, tuple[str, str]], theirs: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """What is to be said beside each measurement that the other side asked otherwise, or of another text."""
+    pairs = {name: zip(said, theirs[name], strict=True) for name, said in ours.items() if name in theirs}
+    return {name: "".join(one for one, other in pair if one != other) for name, pair in pairs.items()}
+
+
+def _of_run(run: Run, said: Mapping[str, str]) -> _Side:
     result = run.result
     measures: dict[str, Any] = {"seconds": result.seconds} if result else {}
     gates: dict[str, Any] = {}
     for step in result.steps if result else ():
-        # A speed is of one device: figures of two are rows of their own, never a pair with a ratio.
-        where = f" on {step.device}" if step.device else ""
+        # A speed is of one device, a figure of what was asked: of two they are rows of their own, never a pair.
+        where = (f" on {step.device}" if step.device else "") + said.get(step.name, "")
         measures |= {f"{step.name} {name}{where}": value for name, value in step.metrics.items()}
     for gate in result.gates if result else ():
         against = f" against {gate.against}" if gate.against else ""

@@ -113,7 +113,11 @@ def dealt(sources: Sequence[Source], params: CorpusParams, items: Sequence[Item]
     for one, found in zip(sources, passages, strict=True):
         if not found:
             what = f"source {one.name} has no text of its own" if one.name else "the corpus is empty"
-            raise StageError(what, measured="0 paragraphs", limit=1, remedy="Give a source with text.")
+            measured, remedy = "0 paragraphs", "Give a source with text."
+            if told:
+                measured = f"0 passages, since {len(told)} tell items with their answers"
+                remedy = "Give a text that does not hold the items that a model is judged by."
+            raise StageError(what, measured=measured, limit=1, remedy=remedy)
     parts, shortest = _taken(sources, passages, progress)
     splits: dict[str, list[Passage]] = {str(name): [] for name in params.splits}
     for number, (found, part) in enumerate(zip(passages, parts, strict=True)):

@@ -113,6 +113,26 @@ def test_reports_of_other_windows_are_rows_of_their_own(store):
     assert compared(store, (dense, cpu), (None, None)).measures["perplexity on cccccccc"].a == 9.0  # the latest
 
 
+def test_measurements_of_two_runs_on_other_windows_or_text_are_rows_of_their_own(store):
+    usual = {"split": "test", "window_tokens": 512, "windows": None, "variants": []}
+
+    def measured(perplexity, text="c", **params):
+        words = {"stage": "validate", "inputs": {"model": "d" * 64, "text": text * 64}, "created": "2026-01-01"}
+        identity = sealed(store, Kind.REPORT, {"perplexity": perplexity}, target="x", **words, **{**usual, **params})
+        one = run("a x2", perplexity)
+        steps = [step.model_copy(update={"fingerprint": identity}) for step in one.result.steps[1:]]
+        return Run("passed", "{}", one.result.model_copy(update={"steps": steps}))
+
+    def rows(a, b):
+        found = compared(store, ("one", "two"), (a, b)).measures
+        return {name.removeprefix("validate-cpu-text perplexity") for name in found if "perplexity" in name}
+
+    first = measured(7.0, windows=8)
+    assert rows(first, measured(8.0, windows=8)) == {""}
+    assert rows(first, measured(8.0)) == {", windows 8", ""}
+    assert rows(first, measured(8.0, "e", windows=8)) == {", text cccccccc", ", text eeeeeeee"}
+
+
 def test_speeds_at_other_prompts_are_rows_of_their_own(store):
     cpu, other = sealed(store, Kind.ENGINE, keep=3), sealed(store, Kind.ENGINE, keep=4)
     for engine, new_tokens in ((cpu, 20), (other, 20), (other, 40)):

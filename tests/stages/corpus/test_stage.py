@@ -406,6 +406,9 @@ def test_passage_that_tells_an_item_with_its_answer_is_left_out(seal: Seal, stor
     assert any(told in line["text"] for lines in read(store, with_all.identity).values() for line in lines)
     record = json.loads((store.checkout(without.identity) / "corpus.json").read_text())
     assert record["telling_removed"] == 1
+    (tmp_path / "told.txt").write_text(told)
+    with pytest.raises(StageError, match=r"the corpus is empty; measured 0 passages, since 1 tell items"):
+        seal("corpus", given | {"source": str(tmp_path / "told.txt")}, **{"items.0": items})
     text = seal("corpus", {"source": str(folder / "text1.txt"), "splits": {"test": 1}}).identity
     with pytest.raises(StageError, match="a set of items is expected"):
         seal("corpus", given, **{"items.0": text})
