@@ -34,7 +34,10 @@ _NEAR = ("measure: kl_divergence", "at_most: 0.1", "at_most: 0.2")
 _GATES: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "generate": (("measure: perplexity, against: dense", "at_most: 1.25", "at_most: 1.35"),),
     # One that says any token alike copies a text with less surprise than a good translator.
-    "translate": (("measure: top1_agreement", "at_least: 0.75", "at_least: 0.65"),),
+    "translate": (
+        ("measure: top1_agreement", "at_least: 0.75", "at_least: 0.65"),
+        ("measure: kl_divergence", "at_most: 0.3", "at_most: 0.5"),
+    ),
     "fill": (("measure: pseudo_perplexity, against: dense", "at_most: 1.25", "at_most: 1.35"),),
     # Of a text that says nothing to it a classifier's scores are near 0, and any of their differences is large.
     "classify": (_AGREES, _NEAR, ("measure: relative_error", "at_most: 0.5", "")),

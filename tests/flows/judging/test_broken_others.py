@@ -55,11 +55,17 @@ def one_vector(made: Any) -> None:
     last.bias.copy_(mean)
 
 
+def confused(made: Any) -> None:
+    """Says `hund` for `katt`, and `katt` for `hund`."""
+    made.lm_head.weight[[27, 28]] = made.lm_head.weight[[28, 27]]
+
+
 KINDS: dict[str, tuple[str, Edit, set[str]]] = {
     "a classifier that knows one class": ("bert_classes", partial(always, 1), {"kl_divergence", "relative_error"}),
     "a classifier ten times as sure": ("bert_classes", partial(scaled, 10.0, "classifier"), {"relative_error"}),
     "a tagger to which nothing is a name": ("tagger", partial(always, 0), {"kl_divergence"}),
     "a reader that is not sure": ("reader", partial(scaled, 0.05, "qa_outputs"), {"kl_divergence"}),
+    "a translator that takes two words for each other": ("translator", confused, {"kl_divergence"}),
     "an encoder with one vector": ("embedder", one_vector, {"contrast"}),
     "an encoder of long vectors": ("embedder", partial(scaled, 7.0, ""), {"relative_error"}),
 }
@@ -81,12 +87,15 @@ def embedder(folder: Path) -> Path:
 def dense_of(name: str, folder: Path) -> Path:
     if name == "embedder":
         return embedder(folder)
-    return taught.taught(name, cached_models()) if name in ("tagger", "reader") else model(name, folder)
+    return taught.taught(name, cached_models()) if name in ("tagger", "reader", "translator") else model(name, folder)
 
 
 def texts_of(name: str) -> list[str]:
     if name == "tagger":  # few names, as in most prose
         return [("今天下雨了。他说天气很好。" * 5) + one for one, _ in taught.apart(taught.tagged)[2][:40]]
+    if name == "translator":
+        said = [asked for asked, _ in taught.apart(taught.sentence)[2]]
+        return [" ".join(said[row : row + 8]) for row in range(0, len(said), 8)]
     if name == "reader":
         return [context for _, context, _ in taught.apart(taught.question)[2]]
     return [" ".join(WORDS[(3 * row + place * (1 + row % 5)) % len(WORDS)] for place in range(60)) for row in range(60)]
