@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from stages.runtime.contract import StageError
 from stages.serving.answering import Answering
 from stages.serving.beams import scoring
 from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
+from stages.serving.generate import TRIED, Anew, Proven
 from stages.serving.translating import Translating, manner_of, setting, shifted
 
 
@@ -93,8 +95,8 @@ def eager(folder: Path, device: str = CPU) -> Eager:
 
     longest = reads(folder, model.config)
 
-    def steps() -> Steps:
-        return _Steps(model, placed=placed, longest=longest, device=device, computing=computing)
+    kept = partial(_Steps, model, placed=placed, longest=longest, device=device, computing=computing)
+    steps = partial(Proven, kept, partial(Anew, forward, longest), _apart_from_ends(model), {})
 
     def answering(*, scores: bool = False) -> Steps:
         stacks = Translating(model, device=device, computing=computing)
@@ -186,6 +188,15 @@ class _Steps:
         self.kept = out.past_key_values
         found: NDArray[np.float32] = out.logits[:, -1].float().cpu().numpy()
         return found
+
+
+def _apart_from_ends(model: PreTrainedModel) -> list[int]:
+    """Tokens without a meaning of their own to a model, as far as its configuration says which these are."""
+    config = model.config.get_text_config()
+    told = [value for name, value in config.to_dict().items() if name.endswith("_token_id")]
+    special = {one for value in told for one in (value if isinstance(value, list) else [value])}
+    usual = [*islice((one for one in range(config.vocab_size) if one not in special), TRIED)] or [0]
+    return (usual * TRIED)[:TRIED]
 
 
 @contextmanager

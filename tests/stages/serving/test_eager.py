@@ -7,6 +7,7 @@ import transformers
 
 from stages.runtime.contract import StageError
 from stages.serving.eager import eager
+from stages.serving.generate import greedy
 from tests.stages.models.families import family
 
 SHAPE = {
@@ -73,3 +74,44 @@ def test_text_is_gone_on_from_an_earlier_token_or_it_is_told_that_it_cannot(name
         return
     np.testing.assert_allclose(steps.more(other[:4]), wanted[12], atol=1e-4 * wanted.std())
     np.testing.assert_allclose(steps.next(other[4:5])[0], wanted[13], atol=1e-4 * wanted.std())
+
+
+_COUNTED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+            "max_position_embeddings": 48, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}  # fmt: skip
+_BESIDE = {
+    "xlm-roberta": ("XLMRobertaForCausalLM", "XLMRobertaConfig", _COUNTED | {"is_decoder": True}),
+    "pegasus": (
+        "PegasusForCausalLM",
+        "PegasusConfig",
+        {"d_model": 32, "decoder_layers": 2, "bos_token_id": 0, "decoder_ffn_dim": 48, "decoder_attention_heads": 4,
+         "max_position_embeddings": 48, "pad_token_id": 0, "eos_token_id": [2, 3]},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        _COUNTED | {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 16},
+    ),
+}  # fmt: skip
+"""Whose positions move where a row is padded on its left, and one that keeps nothing that can be seen."""
+
+
+@pytest.mark.parametrize("name", _BESIDE)
+@torch.no_grad()
+def test_prompt_is_continued_beside_a_longer_one_as_the_whole_text_says_alone(name, tmp_path):
+    made, config, settings = _BESIDE[name]
+    torch.manual_seed(3)
+    model = getattr(transformers, made)(getattr(transformers, config)(vocab_size=96, **settings)).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path)
+    prompts, wanted = [[5, 9, 40], [7, 60, 11, 30, 21, 8]], []
+    for prompt in prompts:
+        row = [*prompt]
+        for _ in range(5):
+            row.append(int(model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+        wanted.append(row[len(prompt) :])
+    opened = eager(tmp_path)
+    for some in ([0], [1], [0, 1]):
+        asked = [prompts[one] for one in some]
+        found = greedy(opened.steps(), asked, ends=frozenset(), max_new_tokens=5, maximum_tokens=48)
+        assert found == [wanted[one] for one in some]
