@@ -61,6 +61,7 @@ def factorize(params: FactorizeParams, inputs: Mapping[str, Path], output: Path,
 
 def admit(params: FactorizeParams, known: Mapping[str, Any]) -> Subject:
     """The factorized checkpoint, as far as shapes say it."""
+    from stages.models.blockwise.run import check_order
     from stages.models.checkpoint.editing import matching
     from stages.models.low_rank.planning import RANK_STEP, dense
     from stages.models.text.windows import check_split
@@ -68,6 +69,7 @@ def admit(params: FactorizeParams, known: Mapping[str, Any]) -> Subject:
     given: Subject = known["model"]
     given.require_float("factorize")
     matching(dense(given.model), params.layers, params.skip)
+    check_order(given.model)
     check_split(known, "calibrate")
     return replace(given, loose=RANK_STEP, masked=False)
 

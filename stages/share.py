@@ -83,6 +83,7 @@ def share(params: ShareParams, inputs: Mapping[str, Path], output: Path, progres
 
 def admit(params: ShareParams, known: Mapping[str, Any]) -> Subject:
     """The shared checkpoint, as far as shapes say it."""
+    from stages.models.blockwise.run import check_order
     from stages.models.checkpoint import editing
     from stages.models.low_rank.planning import RANK_STEP
     from stages.models.text.windows import check_split
@@ -92,6 +93,7 @@ def admit(params: ShareParams, known: Mapping[str, Any]) -> Subject:
     if params.method == "tie":
         return replace(given, masked=False)
     _check(params, given.model)
+    check_order(given.model)
     editing.check_text(known)
     check_split(known, "calibrate")
     return replace(given, loose=RANK_STEP, masked=False)

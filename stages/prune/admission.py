@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.models.anatomy import blocks as anatomy
+from stages.models.blockwise.run import check_order
 from stages.models.checkpoint.editing import matching
 from stages.models.checkpoint.subject import Subject, reshape
 from stages.models.low_rank.planning import RANK_STEP, dense
@@ -39,6 +40,8 @@ def admitted(params: PruneParams, known: Mapping[str, Any]) -> Subject:
     given: Subject = known["model"]
     given.require_float("prune")
     check_split(known, "calibrate")
+    if params.method != "magnitude":
+        check_order(given.model)
     if params.method in WEIGHTS:
         if given.loose:
             raise zeros.not_dense(ON_A_BASIS)

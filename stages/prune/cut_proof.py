@@ -70,7 +70,8 @@ def proven(model: PreTrainedModel, what: str, kept: Sequence[Sequence[int]], *, 
     try:
         found, wanted = _run(cut), _run(dense)
     except _ERRORS as error:
-        raise _refused(model, what, f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        first_line = (str(error).splitlines() or ["nothing said"])[0]
+        raise _refused(model, what, f"{type(error).__name__}: {first_line}") from error
     missed = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
     if not missed <= _SLACK:
         raise _refused(model, what, f"{missed:.2g} of the largest value away")

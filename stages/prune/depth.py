@@ -31,8 +31,7 @@ def drop_blocks(model: PreTrainedModel, dropped: Collection[int]) -> None:
         kept = [place for place in range(before) if first + place not in dropped]
         first += before
         _check(path, layers, kept)
-        two = config.is_encoder_decoder and "decoder" in path.split(".")
-        depth = next(name for name in _DECODER_DEPTH if hasattr(config, name)) if two else "num_hidden_layers"
+        depth = depth_field(model, path)
         for name, value in config.to_dict().items():
             if isinstance(value, list) and len(value) == before and not config.is_encoder_decoder:
                 setattr(config, name, [value[place] for place in kept])
@@ -46,6 +45,24 @@ def drop_blocks(model: PreTrainedModel, dropped: Collection[int]) -> None:
                 for name in _NUMBERS:
                     if isinstance(getattr(module, name, None), int):
                         setattr(module, name, place)
+
+
+def depth_field(model: PreTrainedModel, path: str) -> str:
+    """The field of the configuration that says how many blocks a stack has; BART's decoder alone has its own, too.
+
+    Raises:
+        StageError: none does.
+    """
+    names = _DECODER_DEPTH if "decoder" in path.split(".") else ()
+    found = next((name for name in (*names, "num_hidden_layers") if hasattr(model.config, name)), None)
+    if found is None:
+        raise StageError(
+            f"no field of the configuration of {type(model).__name__} says how many blocks {path} has",
+            measured=model.config.model_type,
+            limit=", ".join((*_DECODER_DEPTH, "num_hidden_layers")),
+            remedy="Prune its weights: `method: magnitude`.",
+        )
+    return found
 
 
 def _check(path: str, layers: nn.ModuleList, kept: list[int]) -> None:

@@ -20,7 +20,7 @@ from stages.models.blockwise.site_moments import Seen
 from stages.models.blockwise.technique import Compressed, OnWeights, mended, put
 from stages.models.memory.saved_state import read_record, save_state
 from stages.prune.blocks import Dropped, greedy, least_influential, parameters_without
-from stages.prune.depth import drop_blocks
+from stages.prune.depth import depth_field, drop_blocks
 from stages.prune.target import Asked, Rows, cannot
 from stages.runtime.contract import Progress, StageError
 from stages.runtime.progress import Pass
@@ -73,7 +73,8 @@ def check_depth(model: PreTrainedModel) -> None:
             measured="scale_attn_by_inverse_layer_idx",
             remedy="Prune its weights: `method: magnitude`, or by `channels` or `heads`.",
         )
-    blocks, runs = len(anatomy.blocks(model)), int(model.config.get_text_config().num_hidden_layers)
+    (path, *_), blocks = anatomy.stacks(model), len(anatomy.blocks(model))
+    runs = int(getattr(model.config, depth_field(model, path)))
     if blocks < runs:
         raise StageError(
             f"the blocks of {type(model).__name__} run several times: fewer runs would leave as many parameters",

@@ -6,6 +6,7 @@ Shapes: none; the model stands on the meta device.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import LLAMA_TYPE
+from stages.models.blockwise.run import check_order
 from stages.models.checkpoint.compressed_tensors import METHOD, refuse_inexpressible
 from stages.models.checkpoint.editing import check_text, matching
 from stages.models.checkpoint.subject import Subject
@@ -48,6 +50,7 @@ def admitted(params: QuantizeParams, known: Mapping[str, Any]) -> Subject:
         of_values(model, anatomy.blocks(model))
     fitted = params.scheme not in SIXTEEN_BITS and not plan.by_weights_alone(params)
     if plan.needs_text(params, known, fitted=fitted):
+        check_order(model)
         check_split(known, "calibrate")
     elif params.rotation == "auto":
         check_text(known)
@@ -59,9 +62,13 @@ def admitted(params: QuantizeParams, known: Mapping[str, Any]) -> Subject:
 
 
 def _only_read(model: PreTrainedModel, path: str) -> bool:
-    """Whether the module that has a map reads its weight by itself: such a map stays float (Mamba's `dt_proj`)."""
+    """Whether the module that has a map reads its weight by itself: such a map stays float (Mamba's `dt_proj`).
+
+    Of what type a weight is T5 asks of a map that it runs all the same.
+    """
     owner, _, leaf = path.rpartition(".")
-    return f"self.{leaf}.weight" in _source(type(model.get_submodule(owner)))  # type: ignore[arg-type]
+    source = _source(type(model.get_submodule(owner)))  # type: ignore[arg-type]
+    return bool(re.search(rf"self\.{leaf}\.weight(?!\.dtype|, torch\.Tensor)", source))
 
 
 @cache

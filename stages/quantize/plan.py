@@ -267,7 +267,7 @@ def refuse_moved(params: QuantizeParams, model: PreTrainedModel) -> None:
             limit=", ".join(LLAMA_TYPE),
             remedy="Take `smoothing` out of the step: inputs are then rounded as they are.",
         )
-    runs = int(model.config.get_text_config().num_hidden_layers)
+    runs = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
     if params.observer not in ("search", "minmax") and (model.config.is_encoder_decoder or len(blocks(model)) < runs):
         raise StageError(
             f"a model of type {kind!r} runs two stacks, or a block several times: inputs are rounded by their largest",

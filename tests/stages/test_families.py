@@ -155,3 +155,37 @@ def test_family_whose_blocks_cannot_go_is_refused_at_admission_as_by_the_work(na
         admitted(params, outline(folder))
     with pytest.raises(StageError, match=why):
         _structure(params, load_model(folder), Windows(IDS, ()), folder, tmp_path, Silent())
+
+
+_DECODERS = {"d_model": 32, "decoder_layers": 3, "encoder_layers": 2, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48,
+             "decoder_attention_heads": 4, "encoder_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Bart", "Pegasus"])
+def test_decoder_of_two_stacks_that_stands_alone_loses_a_block_and_what_is_written_answers(name, tmp_path):
+    folder = drawn(tmp_path, f"{name}ForCausalLM", f"{name}Config", _DECODERS)
+    params = PruneParams(method="blocks", keep=0.7, windows=2, window_tokens=20)
+    admitted(params, outline(folder))
+    for method in ("channels", "heads"):  # their numbers are proven on a copy of one block
+        admitted(PruneParams(method=method, keep=0.8, multiple=1), outline(folder))
+    (tmp_path / "out").mkdir()
+    found = _structure(params, load_model(folder), Windows(IDS, ()), folder, tmp_path / "out", Silent())
+    assert found["layers"] == 2
+    theirs = getattr(transformers, f"{name}ForCausalLM").from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    torch.testing.assert_close(answers(theirs), answers(load_model(tmp_path / "out")), rtol=1e-4, atol=1e-5)
+
+
+_SEVERAL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 48, "hidden_size_per_layer_input": 4, "laurel_rank": 4, "vocab_size_per_layer_input": 96,
+    "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8,
+    "activation_sparsity_pattern": [0.0, 0.0], "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["wanda", "blocks", "auto"])
+def test_blocks_that_read_several_streams_are_refused_at_admission(method, tmp_path):
+    folder = drawn(tmp_path, "Gemma3nForCausalLM", "Gemma3nTextConfig", _SEVERAL)
+    pattern = {"pattern": "2:4"} if method == "wanda" else {}
+    with pytest.raises(StageError, match=r"model\.layers\.0 reads its tokens in another order.*\[4, 1, 8, 32\]"):
+        admitted(PruneParams(method=method, **pattern), outline(folder))

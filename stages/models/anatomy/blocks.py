@@ -209,8 +209,15 @@ def last_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def embedding(model: PreTrainedModel) -> nn.Module:
-    """The table that turns tokens into vectors."""
-    found: nn.Module = model.get_input_embeddings()
+    """The table that turns tokens into vectors.
+
+    Raises:
+        StageError: the model has none, or several (CANINE).
+    """
+    try:
+        found: nn.Module = model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise StageError(f"{type(model).__name__} has no table of tokens that is understood") from error
     return found
 
 

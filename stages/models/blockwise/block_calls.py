@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy import tasks
 from stages.models.anatomy.blocks import Block
+from stages.models.blockwise.window_order import require_order
 from stages.models.memory.pages import release
 from stages.runtime.contract import StageError
 
 PROBE = 8
 """Tokens that suffice where only what a block does matters, not what comes out."""
+OTHER_WAYS = "Use `prune` with `method: magnitude`, or `quantize` to nearest (`search: off`), which read no text."
 READ = object()
 """In a block's arguments: what the stack before gives, see `filled`."""
 
@@ -153,6 +155,7 @@ def embedded(model: PreTrainedModel | Stack, ids_NT: Tensor) -> Tensor:
             with suppress(_Entered):
                 stack.run(ids_1T, _nothing(stack, 1))
             x_1TH = entered.pop()
+            require_order(stack.blocks[0].name, x_1TH, ids_NT.shape[1], OTHER_WAYS)
             x_NTH = x_1TH.new_empty(len(ids_NT), *x_1TH.shape[1:]) if x_NTH is None else x_NTH
             x_NTH[index] = x_1TH[0]
     finally:

@@ -6,7 +6,8 @@ Shapes: N windows, T tokens, H hidden, I inputs and O outputs of a linear map.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,21 @@ from transformers import PreTrainedModel
 from stages.algorithms.products import SHORT
 from stages.models.anatomy import blocks as anatomy
 from stages.models.anatomy.blocks import Block
-from stages.models.blockwise.block_calls import arguments, embedded
+from stages.models.blockwise.block_calls import PROBE, arguments, embedded, stacks
 from stages.models.blockwise.drawn_labels import drawn_gradient
+from stages.models.memory.lean_import import without_compiler
 from stages.models.memory.pages import release
 from stages.runtime.contract import StageError
+
+_UNSEEN = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What a model raises that computes something without memory that cannot be."""
+
+
+def check_order(model: PreTrainedModel) -> None:
+    """Raise StageError where blocks read something else than windows, as far as a model on the meta device tells."""
+    first = stacks(model)[0]
+    with suppress(*_UNSEEN), without_compiler():  # without a cache masks are made of positions, which are not there
+        embedded(replace(first, plain=dict.fromkeys(first.plain, True)), torch.zeros(1, PROBE, dtype=torch.int64))
 
 
 def run(block: Block, x_NTH: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

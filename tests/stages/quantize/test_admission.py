@@ -123,3 +123,8 @@ def test_a_rotation_is_refused_where_it_is_not_known_as_by_the_work(root, tmp_pa
     with pytest.raises(StageError) as ahead:
         admitted(params, known("gpt2", root))
     assert str(ahead.value) == str(work.value)
+
+
+def test_blocks_that_do_not_divide_the_map_whose_type_t5_asks_for_are_refused(root):
+    with pytest.raises(StageError, match="blocks of 64 do not divide every layer's inputs; measured 24, 32, 48 inputs"):
+        admitted(QuantizeParams(scheme="int4_weight_only", block=64, search="off"), known("t5", root))
