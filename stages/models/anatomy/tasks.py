@@ -118,6 +118,7 @@ def places(config: PreTrainedConfig) -> int | None:
     """
     text = config.get_text_config()
     told = [getattr(text, f"max_{whose}position_embeddings", None) for whose in ("", "encoder_", "decoder_")]
+    told.append(getattr(text, "max_seq_len", None))  # MPT's biases of distances, DBRX
     most = min((one for one in told if isinstance(one, int) and one > 0), default=None)
     if most is None:
         return None

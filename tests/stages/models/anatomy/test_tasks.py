@@ -77,3 +77,14 @@ def test_segments_are_told_to_those_that_have_more_than_one_where_tokenizers_do(
     for key, value in changes.items():
         setattr(config, key, value)
     assert tasks.tells_segments(config, ("input_ids", *(("token_type_ids",) if given else ()))) == tells
+
+
+def test_biases_of_distances_that_end_are_an_end_of_what_is_read():
+    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64, max_seq_len=24)
+    config.architectures = ["MptForCausalLM"]
+    assert tasks.longest(config) == 24
+    model = transformers.MptForCausalLM(config).eval()
+    ids_NT = torch.arange(25)[None]
+    assert model(ids_NT[:, :24]).logits.shape[1] == 24
+    with pytest.raises(RuntimeError, match="must match the size"):
+        model(ids_NT)
