@@ -96,7 +96,7 @@ def eager(folder: Path, device: str = CPU) -> Eager:
     longest = reads(folder, model.config)
 
     kept = partial(_Steps, model, placed=placed, longest=longest, device=device, computing=computing)
-    steps = partial(Proven, kept, partial(Anew, forward, longest), _apart_from_ends(model), {})
+    steps = partial(Proven, kept, partial(Anew, forward, longest), _apart_from_ends(model), {}, placed=placed)
 
     def answering(*, scores: bool = False) -> Steps:
         stacks = Translating(model, device=device, computing=computing)

@@ -1,5 +1,7 @@
 """A row that stands padded beside a longer one is answered as transformers answers it alone."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import transformers
 
 from stages.runtime.contract import StageError
 from stages.serving.eager import eager
-from stages.serving.generate import greedy
+from stages.serving.generate import Anew, Proven, greedy
 from tests.stages.models.families import family
 
 SHAPE = {
@@ -115,3 +117,20 @@ def test_prompt_is_continued_beside_a_longer_one_as_the_whole_text_says_alone(na
         asked = [prompts[one] for one in some]
         found = greedy(opened.steps(), asked, ends=frozenset(), max_new_tokens=5, maximum_tokens=48)
         assert found == [wanted[one] for one in some]
+
+
+def test_model_that_is_told_its_positions_keeps_what_it_read_however_its_rounding_answers(tmp_path):
+    """Rounded activations answer two ways to read one text unlike: read anew, each token would cost the whole text."""
+    opened = eager(family("llama", tmp_path))
+    noise = np.random.default_rng(0)
+
+    def rounded(ids_NT, mask_NT):
+        logits_NTV = opened.forward(ids_NT, mask_NT)
+        return logits_NTV + noise.normal(0, logits_NTV.std(), logits_NTV.shape)
+
+    kept, _, tokens, _ = opened.steps.args
+    for placed in (True, False):
+        steps = Proven(kept, partial(Anew, rounded, None), tokens, {}, placed=placed)
+        steps.begin(np.array([[5, 9, 6, 7], [0, 0, 5, 9]]), np.array([[1, 1, 1, 1], [0, 0, 1, 1]]))
+        assert bool(steps.kept_bytes) == placed
+    assert opened.steps.keywords == {"placed": True}
