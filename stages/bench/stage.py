@@ -140,7 +140,7 @@ def _refuse_another(ours: Mapping[str, int], theirs: Mapping[str, int], task: st
 def admit(params: BenchParams, known: Mapping[str, Any]) -> Subject:
     """The model that is measured, if it can be, where it is to be."""
     if params.target == CUDA:
-        from stages.serving.cuda import require_gpu
+        from stages.adapters.torch_gpu import require_gpu
 
         require_gpu()
     from stages.models.checkpoint.subject import vocabularies

@@ -23,14 +23,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from stages.adapters.backends import TYPES, Forward, Steps
+from stages.adapters.torch_gpu import CPU, CUDA, exactly, require_gpu
 from stages.models.anatomy import tasks
 from stages.models.checkpoint.loading import load_model, load_tokenizer
 from stages.models.checkpoint.pooling import pooled, reads
 from stages.runtime.contract import StageError
 from stages.serving.answering import Answering
 from stages.serving.beams import scoring
-from stages.serving.cuda import CPU, CUDA, exactly, require_gpu
-from stages.serving.generate import TRIED, Anew, Proven
+from stages.serving.proven_steps import TRIED, Anew, Proven
 from stages.serving.translating import Translating, manner_of, setting, shifted
 
 

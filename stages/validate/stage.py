@@ -125,7 +125,7 @@ def _asked(params: ValidateParams, inputs: Mapping[str, Path], progress: Progres
 def admit(params: ValidateParams, known: Mapping[str, Any]) -> Subject:
     """The model that is judged, if it can be, where it is to be."""
     if params.target == CUDA:
-        from stages.serving.cuda import require_gpu
+        from stages.adapters.torch_gpu import require_gpu
 
         require_gpu()
     from stages.models.checkpoint.loading import load_tokenizer

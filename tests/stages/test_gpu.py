@@ -9,12 +9,12 @@ import torch
 from stages import stage
 from stages.adapters.backends import backend
 from stages.adapters.tensorrt.device import Device, open_device
+from stages.adapters.torch_gpu import require_gpu
 from stages.bench.params import BenchParams
 from stages.bench.stage import BENCH
 from stages.runtime.contract import DoesNotFit, StageError
 from stages.runtime.cuda_driver import gpu_name, loaded
 from stages.runtime.progress import Silent
-from stages.serving.cuda import require_gpu
 from stages.serving.eager import eager
 from stages.serving.engine import open_engine
 from stages.validate.params import ValidateParams, executed_on

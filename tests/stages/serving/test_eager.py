@@ -9,7 +9,8 @@ import transformers
 
 from stages.runtime.contract import StageError
 from stages.serving.eager import eager
-from stages.serving.generate import Anew, Proven, greedy
+from stages.serving.generate import greedy
+from stages.serving.proven_steps import Anew, Proven
 from tests.stages.models.families import family
 
 SHAPE = {
