@@ -168,7 +168,7 @@ def _steps(source: str) -> dict[str, Any]:
     """What the template asks: which steps take the checkpoint; all that a decoder takes where it does not lie here.
 
     Raises:
-        StageError: it is no checkpoint that can be read.
+        StageError: it is no checkpoint that can be read, or none that can be judged.
     """
     if not source.startswith("file://"):
         typer.echo("what the checkpoint is cannot be seen from here: `enginery plan` downloads it and says so")
@@ -186,6 +186,7 @@ def _steps(source: str) -> dict[str, Any]:
     asked += [Asked(name=one, stage="quantize", params={"scheme": one}, inputs=_READS) for one in _SCHEMES]
     teacher = _READS | {"teacher": "dense"}
     asked += [Asked(name="recovers", stage="recover", params={"tokens": 100_000}, inputs=teacher)]
+    asked += [Asked(name="judged", stage="validate", params={}, inputs=_READS)]
     asked += [Asked(name="exported", stage="export", params={}, inputs={"model": "dense"})]
     plan = {"backend": "tensorrt_rtx", "architectures": ["sm_89", "sm_120"]}
     asked += [Asked(name="planned", stage="compile", params=plan, inputs={"graph": "exported"})]
@@ -196,7 +197,8 @@ def _steps(source: str) -> dict[str, Any]:
         raise StageError(
             f"{source} could not be looked at", measured=unknown, remedy="This is a defect: please report it."
         )
-    if refused := answers["dense"].refusal:
+    # A run without a judgement makes nothing.
+    if refused := answers["dense"].refusal or answers["judged"].refusal:
         raise refusal("", refused)
     cuts = {name: _takes(answers[name]) for name, _, _ in _CUTS}
     cuts["zeros"] = cuts["zeros"] and not cuts["channels"] and not cuts["bases"]

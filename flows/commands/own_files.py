@@ -27,6 +27,8 @@ _CALLED: Mapping[str, tuple[str, ...]] = {
 _CALLED_IN: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("translate", "prompt"): ("source", "src"),
     ("translate", "answers"): ("translation", "reference", "references", "tgt"),
+    ("classify", "prompt"): ("sentence1", "text1", "premise", "question1"),
+    ("classify", "context"): ("sentence2", "text2", "hypothesis", "question2", "text_pair", "pair"),
     ("classify", "answers"): ("label", "labels", "class", "category", "sentiment"),
     ("question", "answers"): ("answers.text",),
     ("tag", "words"): ("tokens",),
@@ -35,6 +37,8 @@ _CALLED_IN: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("similarity", "score"): ("similarity", "label"),
 }
 """The same in items of one task alone."""
+_PERHAPS: Mapping[str, str] = {"tag": "words", "classify": "context"}
+"""Task of items -> a field that a row may have; the other text of a pair is one."""
 
 
 def check_text(source: str) -> None:
@@ -65,8 +69,9 @@ def columns_of(source: str, task: str) -> tuple[dict[str, str], list[str], list[
         return {}, [], []
     lacking = [field for field in _NEEDED.get(task, ()) if not _holds(row, field)]
     found = {field: column for field in lacking if (column := _called(row, task, field))}
-    if task == "tag" and not _holds(row, "words") and (column := _called(row, task, "words")):
-        found["words"] = column
+    perhaps = _PERHAPS.get(task)
+    if perhaps and not _holds(row, perhaps) and (column := _called(row, task, perhaps)):
+        found[perhaps] = column
     if task == "tag" and (_holds(row, "words") or "words" in found):
         found.pop("prompt", None)
         lacking = [field for field in lacking if field != "prompt"]

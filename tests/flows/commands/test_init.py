@@ -176,6 +176,17 @@ def test_items_that_the_checkpoint_is_not_for_are_refused_before_any_work(store,
         refuse_inadmissible(planned, recipe, store, print)
 
 
+def test_checkpoint_that_cannot_be_judged_is_refused_and_leaves_no_recipe(tmp_path, capsys):
+    model = checkpoint("bert_bare", tmp_path)
+    (model / "modules.json").write_text(
+        json.dumps([{"path": "", "type": "Transformer"}, {"path": "1", "type": "LSTM"}])
+    )
+    (tmp_path / "a.txt").write_text("words")
+    assert main(["init", str(model), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml")]) == 1
+    assert "go through a module that is not applied here; measured LSTM" in capsys.readouterr().err
+    assert not (tmp_path / "mine.yaml").exists()
+
+
 def test_items_for_a_model_that_is_put_none_are_refused(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("words")
     words = [str(checkpoint("bert_masked", tmp_path)), str(tmp_path / "a.txt"), "-o", str(tmp_path / "mine.yaml")]
@@ -284,6 +295,22 @@ def test_columns_of_items_by_other_names_are_written_or_asked_for(row, columns, 
     [
         ("bert_classes", {"text": "a", "label": "b", "id": "1"}, {"prompt": "text", "answers": "label"}),
         ("bert_classes", {"sentence": "a", "sentiment": 1}, {"prompt": "sentence", "answers": "sentiment"}),
+        (
+            "bert_classes",
+            {"sentence1": "a", "sentence2": "b", "label": 1},
+            {"prompt": "sentence1", "context": "sentence2", "answers": "label"},
+        ),
+        (
+            "bert_classes",
+            {"premise": "a", "hypothesis": "b", "label": 1},
+            {"prompt": "premise", "context": "hypothesis", "answers": "label"},
+        ),
+        # Without it the model would be judged by half of what it is to read.
+        (
+            "bert_classes",
+            {"prompt": "a", "text_pair": "b", "answers": ["c"]},
+            {"context": "text_pair"},
+        ),
         ("t5", {"source": "a", "target": "b"}, {"prompt": "source", "answers": "target"}),
         ("bert_tokens", {"tokens": ["a"], "ner_tags": [1]}, {"words": "tokens", "labels": "ner_tags"}),
         ("bert_bare", {"sentence1": "a", "sentence2": "b", "score": 1}, {"prompt": "sentence1", "other": "sentence2"}),
