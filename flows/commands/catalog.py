@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.options import AnyModelArgument, JsonOption, StoreOption, cells, console, looked_at, say_json, table
+from flows.commands.options import AnyModelArgument, JsonOption, StoreOption, cells, looked_at, say_json, show, table
 
 if TYPE_CHECKING:
     from flows.registry.overview import ModelLine
@@ -35,7 +35,7 @@ def models(
     )  # fmt: skip
     for one in found.models:
         shown.add_row(*cells(*_row(one)))
-    console().print(shown)
+    show(shown)
     for one in found.models:
         if one.note:
             typer.echo(f"! {one.model} version {one.version}: {one.note}")
@@ -63,7 +63,7 @@ def stages(
         for one in found:
             reads = ", ".join(f"{role}: {kind}" for role, kind in one.inputs.items())
             shown.add_row(*cells(one.name, one.about, reads or "-", one.output))
-        console().print(shown)
+        show(shown)
 
 
 def _row(one: ModelLine) -> tuple[object, ...]:
@@ -94,6 +94,6 @@ def _show(one: StageLine) -> None:
     for param in one.params:
         default = "must be given" if param.default is None else param.default
         shown.add_row(*cells(param.name, param.type, param.allowed or "-", default, param.about))
-    console().print(shown)
+    show(shown)
     for measure in one.measures:
         typer.echo(f"measures {measure.name}: {measure.about}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.options import JsonOption, StoreOption, absolute_source, cells, console, opened, say_json, table
+from flows.commands.options import JsonOption, StoreOption, absolute_source, cells, opened, say_json, show, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,11 +81,11 @@ def check(
     shown = table(f"What {source} is", "what", "is")
     for name, fact in first.facts.items():
         shown.add_row(*cells(name, fact))
-    console().print(shown)
+    show(shown)
     shown = table("What can be done with it", "what", "stage", "can", "why not, and what helps")
     for line in lines:
         shown.add_row(*cells(line.does, line.stage, "yes" if line.takes else "no", line.why))
-    console().print(shown)
+    show(shown)
 
 
 def _asked() -> Iterator[Asked]:

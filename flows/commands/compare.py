@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.options import JsonOption, StoreOption, cells, console, looked_at, say_json, table
+from flows.commands.options import JsonOption, StoreOption, cells, looked_at, say_json, show, table
 
 if TYPE_CHECKING:
     from flows.reporting.compare import Pair, Run
@@ -52,7 +52,7 @@ def _show(title: str, a: str, b: str, rows: dict[str, Pair]) -> None:
         column.justify, column.no_wrap = "right", True
     for name, pair in rows.items():
         shown.add_row(*cells(name, _said(pair.a), _said(pair.b), *([_ratio(pair)] if ratios else [])))
-    console().print(shown)
+    show(shown)
 
 
 def _said(value: Any) -> str:

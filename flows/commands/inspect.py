@@ -15,9 +15,9 @@ from flows.commands.options import (
     RunArgument,
     StoreOption,
     cells,
-    console,
     looked_at,
     say_json,
+    show,
     table,
 )
 
@@ -40,7 +40,7 @@ def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
     for line in lines:
         took = "-" if line.seconds is None else duration(line.seconds)
         shown.add_row(*cells(line.run, line.recipe, line.state, took, line.model, line.error))
-    console().print(shown)
+    show(shown)
 
 
 def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
@@ -70,8 +70,9 @@ def ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
         f"Artifacts in {artifacts.uri}", "fingerprint", "step", "stage", "kind", "size", "made", right=("size",)
     )
     for one in listed:
-        shown.add_row(*cells(one.fingerprint[:12], one.step, one.stage, one.kind, size(one.size_bytes), one.created))
-    console().print(shown)
+        when = one.created[:16].replace("T", " ")
+        shown.add_row(*cells(one.fingerprint[:12], one.step, one.stage, one.kind, size(one.size_bytes), when))
+    show(shown)
     for error in broken:
         typer.echo(f"! {error}")
 
@@ -169,14 +170,14 @@ def _show(seen: Inspection) -> None:
     shown = table("Files", "file", "size", right=("size",))
     for name, count in seen.files.items():
         shown.add_row(*cells(name, size(count)))
-    console().print(shown)
+    show(shown)
     if seen.precisions:
         shown = table(
             "Precisions", "type", "tensors", "elements", "size", "zeros", right=("tensors", "elements", "size", "zeros")
         )
         for one in seen.precisions:
             shown.add_row(*cells(one.dtype, one.count, f"{one.elements:,}", size(one.bytes), f"{one.zeros:.2%}"))
-        console().print(shown)
+        show(shown)
         typer.echo(f"parameters {seen.parameters:,}; zeros in weight matrices {seen.sparsity:.2%}")
     for group in seen.shared:
         typer.echo(f"shared by {len(group)}: {', '.join(group[:4])}{' ...' if len(group) > 4 else ''}")

@@ -122,6 +122,14 @@ def console() -> Console:
     return made if made.is_terminal else Console(highlight=False, width=WIDE)
 
 
+def show(shown: Table) -> None:
+    """Print a table, or its rows one below the other where the terminal has no room for it."""
+    from flows.reporting.narrow import fitting
+
+    out = console()
+    out.print(fitting(shown, out))
+
+
 def say_json(value: Any) -> None:
     """Print a pydantic record as one JSON object."""
     typer.echo(value.model_dump_json(indent=1, by_alias=True))

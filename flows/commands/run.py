@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.options import JsonOption, RecipeArgument, SetOption, StoreOption, cells, console, say_json, table
+from flows.commands.options import (
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    StoreOption,
+    cells,
+    console,
+    say_json,
+    show,
+    table,
+)
 
 if TYPE_CHECKING:
     from flows.recipe.expand import Expanded
@@ -96,7 +106,7 @@ def plan(
     shown = table(f"Plan of {asked.recipe.name}", "step", "stage", "sealed", "why it is made", "needs")
     for line in lines:
         shown.add_row(*cells(line.name, line.stage, "yes" if line.hit else "no", line.why, line.needs))
-    console().print(shown)
+    show(shown)
     missing = sum(not line.hit for line in lines)
     typer.echo(f"{missing} of {len(lines)} steps would be made, {len(lines) - missing} are sealed already")
 

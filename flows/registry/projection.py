@@ -133,7 +133,11 @@ def promote(registry: Registry, model: str, number: str, alias: str, why: str = 
     version = next((one for one in versions(registry, model) if one.number == number), None)
     if version is None:
         have = ", ".join(one.number for one in versions(registry, model))
-        raise StageError(f"no recipe registered version {number} of {model}", limit=have or "no version")
+        raise StageError(
+            f"no recipe registered version {number or repr(number)} of {model}",
+            measured=f"registered: {have or 'no version'}",
+            remedy="`enginery models` lists what there is.",
+        )
     made = _entered(registry, version, alias, why, new=False, against=None)
     reconcile(registry, model)
     return made

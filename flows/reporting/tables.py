@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.reporting.format import duration, held_words, number, size
+from flows.reporting.narrow import fitting
 from flows.reporting.timed_steps import timed, told
 from flows.results import GateResult, RunResult, RunVerdict, StepResult
 from stages.measures.table import SPEEDS, foremost, title
@@ -17,7 +18,7 @@ from stages.measures.table import SPEEDS, foremost, title
 def show_result(result: RunResult, console: Console) -> None:
     """The end of a run: steps, gates, what was executed and what only compiled, where the outputs lie."""
     for table in _tables(result):
-        console.print(table)
+        console.print(fitting(table, console))
     if result.executed:
         held = "measured" if result.unjudged else "judged"
         console.print(Text(f"executed and {held}: {', '.join(result.executed)}"))

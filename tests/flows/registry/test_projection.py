@@ -326,7 +326,7 @@ def test_other_engine_that_is_served_makes_another_version_of_the_same_engines(r
 def test_promote_an_unknown_version_names_those_there_are(registry, engine):
     release(registry, candidate(registry, "a"), engine, ALIAS)
     registry.client.create_model_version(MODEL, "file:///by/hand")
-    with pytest.raises(StageError, match=r"version 2 of smollm2; limit 1"):
+    with pytest.raises(StageError, match=r"version 2 of smollm2; measured registered: 1\."):
         promote(registry, MODEL, "2", ALIAS)
     with pytest.raises(StageError, match="no version"):
         promote(registry, "nothing", "1", ALIAS)

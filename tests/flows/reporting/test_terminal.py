@@ -5,7 +5,9 @@ import threading
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
+from flows.reporting.narrow import fitting
 from flows.reporting.tables import gates_table, show_result
 from flows.reporting.terminal import TerminalProgress
 from tests.flows.test_cli import result
@@ -137,3 +139,20 @@ def test_result_table_gives_a_step_no_perplexity_of_one_whose_name_begins_like_i
     show_result(whole.model_copy(update={"steps": [*steps, other]}), Console(file=stream, width=140))
     cpu = next(line for line in stream.getvalue().splitlines() if line.startswith("│ cpu"))
     assert "90.0 MB" in cpu and "21.7" not in cpu
+
+
+def test_table_that_a_terminal_has_no_room_for_is_a_line_for_each_column():
+    stream = io.StringIO()
+    show_result(result(), Console(file=stream, width=80))
+    said = stream.getvalue()
+    assert "│ cpu" in said, "steps fit"
+    lines = [line.split(maxsplit=1) for line in said[said.index("Gates") :].splitlines()]
+    assert ["measure", "perplexity / dense"] in [[one.strip() for one in line] for line in lines]
+    assert max(len(line) for line in said.splitlines()) <= 80
+
+
+def test_table_without_rows_is_a_table_however_narrow_the_terminal():
+    stream = io.StringIO()
+    console = Console(file=stream, width=20)
+    empty = Table("fingerprint", "step", "registered")
+    assert fitting(empty, console) is empty
