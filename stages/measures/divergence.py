@@ -38,6 +38,26 @@ def kl_divergence(baseline_TV: Tensor, model_TV: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def kl_of_labels(baseline_RV: Tensor, model_RV: Tensor) -> Tensor:
+    """KL(baseline || model) of labels each of which holds or not, whatever the others, in nats: the sum over labels.
+
+    A softmax would not see what is added to all logits, by which labels are found that were not.
+
+    Args:
+        baseline_RV: the baseline's logits.
+        model_RV: the model's logits.
+
+    Returns:
+        kl_R (float64); NaN or infinite where the logits demand it.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _same_shape(baseline_RV, model_RV)
+    pairs = (torch.stack([torch.zeros_like(one), one], -1).flatten(0, -2) for one in (baseline_RV, model_RV))
+    return kl_divergence(*pairs).view(baseline_RV.shape).sum(-1)
+
+
 def top1_agreement(baseline_TV: Tensor, model_TV: Tensor) -> Tensor:
     """Whether both find the same token or class likeliest.
 

@@ -53,13 +53,13 @@ def score_documents(
             if baseline_RV.shape != rows_RV.shape:
                 raise other_vocabulary(baseline_RV.shape[-1], rows_RV.shape[-1])
             for one in pairs.values():
-                values_R = _function(one)(baseline_RV, rows_RV)
+                values_R = _function(one, several=asking.several)(baseline_RV, rows_RV)
                 document[one.score] = _sum(one, values_R, document, "the model or its baseline")
         yield document
 
 
-def _function(measure: Measure) -> Callable[[Tensor, Tensor | None], Tensor]:
-    module, _, name = measure.function.partition(":")
+def _function(measure: Measure, *, several: bool = False) -> Callable[[Tensor, Tensor | None], Tensor]:
+    module, _, name = ((several and measure.of_labels) or measure.function).partition(":")
     found: Callable[[Tensor, Tensor | None], Tensor] = getattr(import_module(module), name)
     return found
 

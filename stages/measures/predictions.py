@@ -30,6 +30,7 @@ class Asking:
         after: tokens that it puts behind; only an answer that is translated ends with them.
         mask: the token that hides another one, for `fill`.
         pooled: `embed` answers with one vector of a text: of the window, and of its first half, from which it differs.
+        several: of `classify`, any number of classes may hold at once.
     """
 
     task: str = "generate"
@@ -37,6 +38,7 @@ class Asking:
     after: int = 0
     mask: int | None = None
     pooled: bool = False
+    several: bool = False
 
     def rows(self, tokens: int) -> int:
         """R of a window of so many tokens."""

@@ -33,6 +33,7 @@ class Measure:
             score, and of how often each is drawn; see `stages.measures.item_scores`.
         between: it is seen in two reports only, item by item.
         reads: keys of the items' documents that it reads beside its score.
+        of_labels: the function in place of `function` where any number of classes may hold at once.
         graded: an item is not right or wrong by it but so far: a model that has none of it knows nothing.
     """
 
@@ -47,6 +48,7 @@ class Measure:
     between: bool = False
     reads: tuple[str, ...] = ()
     graded: bool = False
+    of_labels: str = ""
 
 
 _CHOICES = TOKENS | {"fill", "classify", "tag", "answer"}
@@ -92,7 +94,14 @@ MEASURES: Mapping[str, Measure] = {
         "pseudo-perplexity",
         exponential=True,
     ),
-    "kl_divergence": Measure("stages.measures.divergence:kl_divergence", "kl", _CHOICES, "KL divergence", paired=True),
+    "kl_divergence": Measure(
+        "stages.measures.divergence:kl_divergence",
+        "kl",
+        _CHOICES,
+        "KL divergence",
+        paired=True,
+        of_labels="stages.measures.divergence:kl_of_labels",
+    ),
     "top1_agreement": Measure(
         "stages.measures.divergence:top1_agreement", "agree", _CHOICES, "top-1 agreement", paired=True, count=True
     ),

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SEVERAL = "multi_label_classification"
+"""`problem_type` of a classifier each of whose classes holds or not, whatever the others."""
+
 
 @dataclass(frozen=True)
 class Label:

@@ -17,7 +17,7 @@ from tokenizers import Encoding
 
 from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
-from stages.serving.found import Choice, Entity, Label, Span
+from stages.serving.found import SEVERAL, Choice, Entity, Label, Span
 from stages.serving.generate import ROWS, padded
 from stages.serving.inputs import require_text
 
@@ -65,7 +65,7 @@ def classify(model: Answerer, texts: Sequence[str | Pair], *, truncate: bool = F
     said = _said(model, [_encoded(model, *pair, truncate=truncate) for pair in pairs])
     found = []
     for logits_C in said:
-        several = model.config.get("problem_type") == "multi_label_classification"
+        several = model.config.get("problem_type") == SEVERAL
         score_C = logits_C if model.task == "score" else _sigmoid(logits_C) if several else _softmax(logits_C)
         labels = [Label(_label(model, at), float(score)) for at, score in enumerate(score_C)]
         found.append(sorted(labels, key=lambda one: -one.score))

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
-from stages.measures.divergence import kl_divergence
+from stages.measures.divergence import kl_divergence, kl_of_labels
 from stages.measures.documents import Document
 from stages.runtime.contract import StageError
 from stages.serving.engine import Answerer
+from stages.serving.found import SEVERAL
 from stages.validate.asking import Question
 from stages.validate.by_length import by_length
 
@@ -40,19 +41,21 @@ def classified(
     config: PreTrainedConfig, group: list[Question], judged: Answerer, dense: Answerer | None
 ) -> list[Document]:
     """The classes that a model finds for a group of items."""
-    known = labels(config)
+    known, several = labels(config), config.problem_type == SEVERAL
     rows = [one.ids for one in group]
     ours, theirs = by_length(rows, judged), by_length(rows, dense) if dense else None
     found = []
     for place, one in enumerate(group):
-        shares_C = torch.softmax(ours[place].double(), -1)
+        logits_C = ours[place].double()
+        shares_C = torch.sigmoid(logits_C) if several else torch.softmax(logits_C, -1)
         best, right = int(shares_C.argmax()), place_of(one.item.answers[0], known)
         document: Document = {"id": one.name, "slice": one.item.ability, "tokens": len(one.ids)}
         document |= {"prompt": one.item.prompt, "expected": known[right or 0], "chance": 1 / len(known)}
         document |= {"answer": known[best], "right": int(best == right), "repeated": 0}
         document["confidence"] = float(shares_C[best])
         if theirs is not None:
-            document["kl"] = float(kl_divergence(theirs[place][None], ours[place][None]).sum()) * len(one.ids)
+            apart = (kl_of_labels if several else kl_divergence)(theirs[place][None], ours[place][None])
+            document["kl"] = float(apart.sum()) * len(one.ids)
         found.append(document)
     return found
 

@@ -21,6 +21,7 @@ from stages.models.text.text_ends import special_ends
 from stages.models.text.windows import sliced_windows
 from stages.runtime.contract import Metrics, Progress, StageError
 from stages.serving.engine import WRITES, Answerer
+from stages.serving.found import SEVERAL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +108,7 @@ def text_of(params: ValidateParams, inputs: Mapping[str, Path], progress: Progre
     )
     if progress and tokens < params.window_tokens:
         progress.note(f"windows of {tokens} tokens, all that the model reads, not of {params.window_tokens}")
-    asking = Asking(task, before, after, mask, pooled=gives_vectors(model))
+    asking = Asking(task, before, after, mask, pooled=gives_vectors(model), several=config.problem_type == SEVERAL)
     between = separator(tokenizer) if task not in WRITES else None
     return Text(found.ids_NT, asking, params.split, found.names, separator=between)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 
-from stages.measures.divergence import kl_divergence, top1_agreement
+from stages.measures.divergence import kl_divergence, kl_of_labels, top1_agreement
 
 
 def drawn(rows, vocabulary, seed, scale=4.0):
@@ -36,6 +36,14 @@ def test_kl_of_equal_or_shifted_logits_is_zero():
     logits_TV, _ = drawn(100, 30, 1)
     assert kl_divergence(logits_TV, logits_TV.clone()).tolist() == [0.0] * 100
     assert float(kl_divergence(logits_TV, logits_TV + 2).max()) < 1e-6
+
+
+def test_kl_of_labels_is_that_of_torchs_distributions_and_sees_what_is_added_to_all():
+    baseline_RC, model_RC = drawn(60, 7, 2)
+    said = [torch.distributions.Bernoulli(logits=one.double()) for one in (baseline_RC, model_RC)]
+    wanted_R = torch.distributions.kl_divergence(*said).sum(-1)
+    torch.testing.assert_close(kl_of_labels(baseline_RC, model_RC), wanted_R, rtol=1e-6, atol=1e-6)
+    assert float(kl_of_labels(baseline_RC, baseline_RC + 2).min()) > 0.01
 
 
 def test_kl_over_a_large_vocabulary_loses_nothing_to_float32():

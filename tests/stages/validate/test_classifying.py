@@ -1,5 +1,8 @@
 """Items put to classifiers, held against what transformers answers to each alone."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import (
@@ -11,17 +14,24 @@ from transformers import (
 
 from stages.measures.items import Item
 from stages.runtime.contract import StageError
+from stages.runtime.progress import Silent
+from stages.validate.params import ValidateParams
+from stages.validate.stage import VALIDATE
 from tests.stages.models.families import family
 from tests.stages.validate.test_questions import asked
 
 WORDS = ("abc", "b a c d", "d d", "a b c d e f", "f e d", "c")
 
 
+def tokens(folder, text):
+    given = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", truncation=True, max_length=64)
+    return {"input_ids": given["input_ids"]}
+
+
 def theirs(folder, text):
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", truncation=True, max_length=64)["input_ids"]
     with torch.no_grad():
-        return torch.softmax(model(input_ids=ids).logits[0].double(), -1)
+        return torch.softmax(model(**tokens(folder, text)).logits[0].double(), -1)
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +93,31 @@ def test_decoder_that_classifies_reads_each_text_to_its_own_end(tiny, tmp_path):
     report = asked(tmp_path, folder, items(["LABEL_0"], texts))
     for one, text in zip(report["documents"], texts, strict=True):
         assert one["confidence"] == pytest.approx(float(theirs(folder, text).max()), abs=1e-5)
+
+
+def test_classes_that_exclude_no_other_are_compared_each_by_itself(folder, tmp_path):
+    said = {}
+    for name, added in (("dense", 0.0), ("more", 2.0)):
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        model.config.problem_type = "multi_label_classification"
+        with torch.no_grad():
+            model.classifier.bias.add_(added)
+        shutil.copytree(folder, tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            said[name] = [torch.sigmoid(model.eval()(**tokens(folder, text)).logits[0].double()) for text in WORDS]
+    report = asked(tmp_path, tmp_path / "more", items(["LABEL_0"]), baseline=tmp_path / "dense")
+    for one, dense_C, more_C in zip(report["documents"], said["dense"], said["more"], strict=True):
+        assert one["confidence"] == pytest.approx(float(more_C.max()), abs=1e-5)
+        apart = dense_C * (dense_C / more_C).log() + (1 - dense_C) * ((1 - dense_C) / (1 - more_C)).log()
+        assert one["kl"] / one["tokens"] == pytest.approx(float(apart.sum()), rel=1e-3)
+    (tmp_path / "text").mkdir()
+    rows = [json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(WORDS * 20)]
+    (tmp_path / "text" / "test.jsonl").write_text("".join(rows))
+    found = {}
+    for name in said:
+        inputs = {"model": tmp_path / name, "text": tmp_path / "text", "baseline": tmp_path / "dense"}
+        (tmp_path / f"{name}-text").mkdir()
+        VALIDATE.run(ValidateParams(window_tokens=16, windows=4), inputs, tmp_path / f"{name}-text", Silent())
+        found[name] = json.loads((tmp_path / f"{name}-text" / "report.json").read_text())["measures"]["kl_divergence"]
+    assert found["dense"] == 0 and found["more"] > 0.1
